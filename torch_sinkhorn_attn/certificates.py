@@ -1,0 +1,344 @@
+"""Certificates at run time: how balanced the plan is, how fast the iteration contracts, how far the surrogate's gradient is
+from the implicit one. Everything but `exact_diameter` takes O(n W) time and O(n) memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from torch_sinkhorn_attn import reference
+from torch_sinkhorn_attn.arguments import Options, prepare
+from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose
+from torch_sinkhorn_attn.engines.tiled import TiledPasses, marginal_errors
+from torch_sinkhorn_attn.engines.tiles import Tiles, mass_of
+from torch_sinkhorn_attn.functional import refuse_unknown
+from torch_sinkhorn_attn.implicit import plan_sums
+from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem
+from torch_sinkhorn_attn.staircase import Field, implicit_field, tail_field
+from torch_sinkhorn_attn.support import Components, by_segment, components, segment_sum
+
+POWER_ITERS = 100
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `certify` found, per batch element, head and (when packed) segment: tensors `(..., H)` or `(..., H, G)`.
+
+    Attributes:
+        row_residual_l1, row_residual_max: L1 and L-infinity norm of P 1 - a at the returned duals.
+        col_residual_l1, col_residual_max: of P^T 1 - b. On a relaxed side the marginal is penalised, not enforced.
+        positive: whether every pair of active tokens (the dustbin's included) is in the support.
+        diameter: upper bound of the projective diameter Delta of exp(S) (Delta itself with `exact_diameter`); inf where
+            not positive.
+        contraction: Birkhoff-Hopf factor kappa = tanh(Delta/4) of one half-step in Hilbert's metric, at any iterate;
+            1 = not certified.
+        rate: a-posteriori rate per iteration near the fixed point: second singular value squared of
+            diag(P1)^(-1/2) P diag(P^T 1)^(-1/2) (relaxed: rho_r rho_c times the first), by power iteration, which
+            approaches it from below.
+        dropped: L1 norm of the cotangent the surrogate drops, for the probe's or your cotangent.
+        bias_bound: certified bound of ||dS_unrolled - dS_tail||_1; inf = not certified (a zero in the block, kappa = 1,
+            or a relaxed side).
+        implicit_bias_bound: the same against the implicit gradient; holds at converged duals.
+        measured_bias: ||dS_tail - dS_implicit||_1, both evaluated at the returned plan, with your options' gradient in
+            place of the tail.
+        implicit_norm: ||dS_implicit||_1, what to divide `measured_bias` by.
+    """
+
+    row_residual_l1: Tensor
+    row_residual_max: Tensor
+    col_residual_l1: Tensor
+    col_residual_max: Tensor
+    positive: Tensor
+    diameter: Tensor
+    contraction: Tensor
+    rate: Tensor
+    dropped: Tensor
+    bias_bound: Tensor
+    implicit_bias_bound: Tensor
+    measured_bias: Tensor
+    implicit_norm: Tensor
+
+    @property
+    def relative_bias(self) -> Tensor:
+        """measured_bias / implicit_norm, 0 where both vanish."""
+        return torch.where(self.implicit_norm > 0, self.measured_bias / self.implicit_norm, 0.0)
+
+    def __str__(self) -> str:
+        return _table(self)
+
+    __repr__ = __str__
+
+
+def certify(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    exact_diameter: bool = False,
+    **options: Unpack[Options],
+) -> Certificate:
+    """Certificates of the plan that `sinkhorn_attention` computes with the same options (dropout aside).
+
+    The bias of a gradient depends on the cotangent it is given. Pass your `value` and `grad_output` for the exact case;
+    by default a Gaussian probe drawn from a fixed seed stands in for what is missing.
+
+    Args:
+        query, key, attn_mask, options: as `sinkhorn_attention`.
+        value: `(..., Hk, S, Ev)`.
+        grad_output: `(..., H, L, Ev)`, dL/dO; needs `value`.
+        exact_diameter: compute Delta itself in O(n^2 m) instead of its one-pass bound 2 (max log P - min log P).
+
+    Returns:
+        A frozen `Certificate`; print it for a table.
+
+    Raises:
+        TypeError, ValueError: as `sinkhorn_attention`, or for `grad_output` without `value` or of the wrong shape.
+
+    >>> import torch
+    >>> q, k = (torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    >>> certificate = certify(q, k, base_iters=50)
+    >>> bool(certificate.positive.all()), bool((certificate.contraction < 1).all())
+    (True, True)
+    >>> bool((certificate.measured_bias <= certificate.implicit_bias_bound).all())
+    True
+    >>> certify(q, k, window=(2, 2)).contraction  # a band has zeros: not certified
+    tensor([1.], dtype=torch.float64)
+    """
+    refuse_unknown("certify", options)
+    if grad_output is not None and value is None:
+        raise ValueError("certify got grad_output without value; pass both, or neither for the probe.")
+    options = {**options, "dropout_p": 0.0}
+    with torch.no_grad():
+        if value is None:
+            value = _probe(key.shape, key, seed=0)
+        prepared = prepare(query.detach(), key.detach(), value.detach(), attn_mask, **options)
+        inputs, problem = prepared.inputs, prepared.problem
+        shape = (*query.shape[:-1], value.shape[-1])
+        if grad_output is None:
+            grad_output = _probe(shape, query, seed=1)
+        elif grad_output.shape != shape:
+            raise ValueError(f"grad_output has shape {tuple(grad_output.shape)}; the output's, {tuple(shape)}, is needed.")
+        engine = choose(prepared.engine, inputs, problem)
+        if engine == REFERENCE:
+            _, potentials = reference.plan_and_potentials(reference.dense_problem(inputs, problem), problem)
+        else:
+            potentials = ENGINES[engine].solve(inputs, problem)
+        tiles = Tiles(inputs, problem, potentials.row[-1], potentials.col[-1])
+        found = _certificate(tiles, potentials, grad_output.reshape(-1, *grad_output.shape[-3:]), exact_diameter)
+        packed = problem.row_segment is not None
+        return Certificate(*(prepared.unflatten(x if packed else x[..., 0]) for x in found))
+
+
+class _Segments:
+    """Sums and maxima of augmented row or column vectors by problem, `[N, H, n(+G)]` to `[N, H, G]`."""
+
+    def __init__(self, problem: Problem):
+        bins = problem.num_dustbins
+        if problem.row_segment is None or problem.col_segment is None:
+            self.row, self.col, self.count = None, None, 1
+            return
+        own = torch.arange(bins, device=problem.row_segment.device).expand(problem.row_segment.shape[0], bins)
+        self.row, self.col = (torch.cat([s, own], -1)[:, None] for s in (problem.row_segment, problem.col_segment))
+        self.count = max(1, min(problem.row_segment.shape[-1], problem.col_segment.shape[-1]))
+
+    def sum(self, x: Tensor, index: Tensor | None) -> Tensor:
+        return segment_sum(x, index, self.count)
+
+    def max(self, x: Tensor, index: Tensor | None) -> Tensor:
+        start = x.new_full((*x.shape[:-1], self.count), -torch.inf)
+        where = torch.zeros_like(x, dtype=torch.int64) if index is None else index.expand_as(x)
+        return start.scatter_reduce(-1, where, x, "amax")
+
+
+def _certificate(tiles: Tiles, potentials: Potentials, grad_output: Tensor, exact_diameter: bool) -> tuple[Tensor, ...]:
+    problem, by = tiles.problem, _Segments(tiles.problem)
+    row_error, col_error = (x.abs() for x in marginal_errors(tiles))
+    positive, spread = _log_plan_spread(tiles, by)
+    diameter = _exact_diameter(tiles, by) if exact_diameter else 2 * spread
+    diameter = torch.where(positive, diameter, torch.inf)
+    contraction = torch.where(positive, (diameter / 4).tanh(), 1.0)
+    parts = _exact_components(tiles)
+    fields = _fields(tiles, potentials, grad_output, parts)
+    rows_dropped = problem.gradient != "tail" or problem.schedule[1] > 0
+    dropped = by.sum(fields.dropped.abs(), by.row if rows_dropped else by.col)
+    bound, implicit_bound = _bias_bounds(dropped, contraction, problem)
+    measured, norm = _field_distance(tiles, fields, by)
+    return (
+        by.sum(row_error, by.row), by.max(row_error, by.row).clamp(min=0),
+        by.sum(col_error, by.col), by.max(col_error, by.col).clamp(min=0),
+        positive, diameter, contraction, convergence_rate(tiles, parts, by),
+        dropped, bound, implicit_bound, measured, norm,
+    )  # fmt: skip
+
+
+def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """||z0||_1 (1 - kappa^h) / (1 - kappa) for the h dropped half-steps (2T, or 2T - 1 for R = 0), and for h -> inf."""
+    base, tail = problem.schedule
+    half_steps = 2 * base - (tail == 0 and base > 0)
+    certified = kappa < 1 if problem.balanced else torch.zeros_like(kappa, dtype=torch.bool)
+    geometric = torch.where(certified, 1 / (1 - kappa), torch.inf)
+    against_unrolled = dropped * (1 - kappa**half_steps) * geometric
+    if half_steps == 0:  # nothing is dropped on the way to u = 0
+        against_unrolled = torch.zeros_like(dropped)
+    return (
+        torch.where(certified | (half_steps == 0), against_unrolled, torch.inf),
+        torch.where(certified, dropped * geometric, torch.inf),
+    )
+
+
+def _log_plan_spread(tiles: Tiles, by: _Segments) -> tuple[Tensor, Tensor]:
+    """Whether each problem's active block is positive, and max log P - min log P over its support."""
+    shape = (tiles.num, tiles.heads, tiles.length)
+    most, least = tiles.u.new_full(shape, -torch.inf), tiles.u.new_full(shape, torch.inf)
+    count = tiles.u.new_zeros(shape)
+    for i, rows in enumerate(tiles.row_blocks):
+        for j in tiles.columns(i):
+            log_plan = tiles.log_plan(i, j)
+            inside = log_plan > -torch.inf
+            most[..., rows] = torch.maximum(most[..., rows], log_plan.amax(-1))
+            least[..., rows] = torch.minimum(least[..., rows], log_plan.masked_fill(~inside, torch.inf).amin(-1))
+            count[..., rows] += inside.sum(-1)
+    live_rows, live_cols = (~dead for dead in (tiles.row_dead, tiles.col_dead))
+    real_rows, real_cols = live_rows[..., : tiles.length], live_cols[..., : tiles.size]
+    row, col = (None if s is None else s[..., :n] for s, n in ((by.row, tiles.length), (by.col, tiles.size)))
+    pairs = by.sum(real_rows.to(count.dtype), row) * by.sum(real_cols.to(count.dtype), col)
+    positive = by.sum(count, row) == pairs
+    largest, smallest = by.max(most, row), -by.max(-least, row)
+    if tiles.bins:
+        to_bin, from_bin, corner = tiles.log_dustbin_plan()
+        for sign, extreme in ((1, largest), (-1, smallest)):
+            found = [by.max(torch.where(x > -torch.inf, sign * x, -torch.inf), k) for x, k in ((to_bin, row), (from_bin, col))]
+            extreme.copy_(sign * torch.stack([sign * extreme, *found, torch.where(corner > -torch.inf, sign * corner, -torch.inf)]).amax(0))
+    return positive, (largest - smallest).clamp(min=0)
+
+
+def _exact_diameter(tiles: Tiles, by: _Segments) -> Tensor:
+    """Delta = max over i, k, j, l of S_ij + S_kl - S_il - S_kj, dense and in O(n^2 m)."""
+    scores = reference.dense_problem(tiles.inputs, tiles.problem).scores
+    diameter = scores.new_zeros(tiles.num, tiles.heads, by.count)
+    for i in range(scores.shape[-2]):
+        inside = (scores > -torch.inf) & (scores[..., i : i + 1, :] > -torch.inf)
+        gap = scores[..., i : i + 1, :] - scores
+        span = gap.masked_fill(~inside, -torch.inf).amax(-1) + (-gap).masked_fill(~inside, -torch.inf).amax(-1)
+        diameter = torch.maximum(diameter, by.max(span, by.row))
+    return diameter
+
+
+def convergence_rate(tiles: Tiles, parts: Components, by: _Segments, max_iters: int = POWER_ITERS) -> Tensor:
+    """Largest eigenvalue of rho_r rho_c N^T N, N = diag(r)^(-1/2) P diag(c)^(-1/2), off the null vectors if balanced."""
+    problem = tiles.problem
+    r, c = plan_sums(tiles, problem)
+    r_inv = torch.where(r > 0, 1 / r, 0.0)
+    root = c.clamp(min=0).sqrt()
+    root_inv = torch.where(root > 0, 1 / root, 0.0)
+    norm = segment_sum(c, parts.col, parts.count)
+    norm_inv = torch.where(norm > 0, 1 / norm, 0.0)
+    x = _probe(c.shape, c, seed=2) * (root > 0)
+    rate = c.new_zeros(*c.shape[:-1], by.count)
+    for _ in range(max_iters):
+        if problem.balanced:
+            x = x - root * by_segment(segment_sum(root * x, parts.col, parts.count) * norm_inv, parts.col, x.shape[-1])
+        size = by.sum(x * x, by.col).sqrt()
+        x = x * by_segment(torch.where(size > 0, 1 / size, 0.0), by.col, x.shape[-1])
+        image = root_inv * tiles.column_pass(r_inv * tiles.row_pass(root_inv * x))
+        previous, rate = rate, by.sum(x * image, by.col)
+        x = image
+        if ((rate - previous).abs() <= 1e-6 * rate).all():
+            break
+    return (problem.rho_row * problem.rho_col * rate).clamp(min=0)
+
+
+class _Fields(NamedTuple):
+    surrogate: Field
+    implicit: Field
+    dropped: Tensor
+    passes: TiledPasses
+
+
+def _fields(tiles: Tiles, potentials: Potentials, grad_output: Tensor, parts: Components) -> _Fields:
+    """Modifier fields of the gradient asked for and of the implicit one, for the same cotangent."""
+    output = tiles.value_pass() / mass_of(tiles.problem.log_row_mass)[..., None]
+    to_bin, _, _ = tiles.dustbin_plan
+    if tiles.inputs.dustbin_value is not None:
+        output = output + (to_bin / mass_of(tiles.problem.log_row_mass))[..., None] * tiles.inputs.dustbin_value[:, :, None]
+    passes = TiledPasses(tiles, output, OutputGrads(grad_output))
+    passes.column(torch.zeros_like(tiles.u))
+    implicit = implicit_field(tiles, passes.row_sums, passes.column_sums(), tiles.problem, parts)
+    if tiles.problem.gradient == "implicit":
+        return _Fields(implicit, implicit, torch.zeros_like(tiles.u), passes)
+    surrogate, dropped = tail_field(passes, potentials, tiles.problem)
+    return _Fields(surrogate, implicit, dropped, passes)
+
+
+def _field_distance(tiles: Tiles, fields: _Fields, by: _Segments) -> tuple[Tensor, Tensor]:
+    """(||dS_surrogate - dS_implicit||_1, ||dS_implicit||_1) by problem, tile by tile."""
+    d, (one, other) = fields.passes.d, (fields.surrogate, fields.implicit)
+    distance, norm = torch.zeros_like(tiles.u), torch.zeros_like(tiles.u)
+    for i, rows in enumerate(tiles.row_blocks):
+        for j in tiles.columns(i):
+            plan = tiles.plan(i, j)
+            first = tiles.score_cotangent(d.grad, one, i, j, plan)
+            second = tiles.score_cotangent(d.grad, other, i, j, plan)
+            norm[..., rows] += second.abs().sum(-1)
+            distance[..., rows] += first.sub_(second).abs().sum(-1)
+    distance, norm = by.sum(distance, by.row), by.sum(norm, by.row)
+    if not tiles.bins:
+        return distance, norm
+    bins_one, bins_other = (tiles.dustbin_score_cotangent(d.to_bin, d.from_bin, field) for field in (one, other))
+    index = None if by.row is None else by.row[..., : tiles.length], None if by.col is None else by.col[..., : tiles.size]
+    for x, y, where in zip(bins_one[:2], bins_other[:2], index, strict=True):
+        distance, norm = distance + by.sum((x - y).abs(), where), norm + by.sum(y.abs(), where)
+    return distance + (bins_one[2] - bins_other[2]).abs(), norm + bins_other[2].abs()
+
+
+def _exact_components(tiles: Tiles) -> Components:
+    """Connected components of the support with its mask, by spreading the smallest row label (with pointer jumping)."""
+    problem = tiles.problem
+    if tiles.inputs.mask is None or tiles.bins:
+        return components(problem)
+    far = tiles.length
+    row = torch.arange(far, device=tiles.u.device).expand(tiles.num, tiles.heads, far).clone()
+    col = row.new_full((tiles.num, tiles.heads, tiles.size), far)
+    while True:
+        before = row.clone()
+        for i, rows in enumerate(tiles.row_blocks):
+            for j in tiles.columns(i):
+                cols, inside = tiles.col_blocks[j], tiles.log_plan(i, j) > -torch.inf
+                from_rows = torch.where(inside, row[..., rows, None], far).amin(-2)
+                col[..., cols] = torch.minimum(col[..., cols], from_rows)
+                from_cols = torch.where(inside, col[..., None, cols], far).amin(-1)
+                row[..., rows] = torch.minimum(row[..., rows], from_cols)
+        row = row.gather(-1, row)
+        if torch.equal(row, before):
+            return Components(row, col.clamp(max=max(0, far - 1)), max(1, far))
+
+
+def _probe(shape, like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _table(c: Certificate, most_rows: int = 24) -> str:
+    head = ["index", "row residual", "col residual", "contraction", "rate", "bias bound", "measured bias", "relative"]
+    lines = []
+    for index in list(torch.cartesian_prod(*(torch.arange(n) for n in c.rate.shape)).reshape(-1, c.rate.ndim).tolist()):
+        at = tuple(index)
+        kappa, bound = c.contraction[at].item(), c.bias_bound[at].item()
+        lines.append([
+            ",".join(map(str, index)), f"{c.row_residual_max[at]:.2e}", f"{c.col_residual_max[at]:.2e}",
+            f"{kappa:.6f}" if kappa < 1 else "not certified", f"{c.rate[at]:.6f}",
+            f"{bound:.2e}" if bound < torch.inf else "not certified",
+            f"{c.measured_bias[at]:.2e}", f"{100 * c.relative_bias[at]:.3g} %",
+        ])  # fmt: skip
+    hidden = len(lines) - most_rows
+    lines = [head, *lines[:most_rows]]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+    text = "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return text + (f"\n... and {hidden} more" if hidden > 0 else "")

@@ -1,0 +1,42 @@
+"""When checks that look at data run. Shape and type checks always do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_MODES = ("auto", "always", "never")
+_mode = "auto"
+
+
+def set_checks(mode: str) -> None:
+    """Say when data-dependent checks run (lengths in range, masks without NaN, balanced masses, feasible windows).
+
+    Args:
+        mode: "auto" (default): for eager CPU tensors only; never under torch.compile, vmap or fake tensors, nor on
+            accelerators, where looking at data would force a host synchronisation. "always": on every device, at that
+            price. "never": not at all. Checks of shapes, types and options always run.
+
+    Raises:
+        ValueError: for any other mode.
+
+    >>> set_checks("never")
+    >>> set_checks("auto")
+    """
+    if mode not in _MODES:
+        raise ValueError(f"set_checks got mode={mode!r}; choose one of {', '.join(map(repr, _MODES))}.")
+    global _mode
+    _mode = mode
+
+
+def data_checks_enabled(*tensors: Tensor | None) -> bool:
+    """Whether data-dependent checks run for these tensors."""
+    given = [t for t in tensors if t is not None]
+    if _mode == "never" or torch.compiler.is_compiling() or any(_without_data(t) for t in given):
+        return False
+    return _mode == "always" or all(t.device.type == "cpu" for t in given)
+
+
+def _without_data(t: Tensor) -> bool:
+    return isinstance(t, FakeTensor) or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t)

@@ -1,0 +1,157 @@
+"""The checks that look at data, each raising a ValueError that names the argument, the value and the way out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn import feasibility
+from torch_sinkhorn_attn.dustbin import Dustbin
+from torch_sinkhorn_attn.mask_scan import MaskScan
+from torch_sinkhorn_attn.support import Support, segment_sum
+
+
+def check_lengths(lengths: Tensor | None, name: str, limit: int) -> None:
+    if lengths is None or lengths.numel() == 0:
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > limit:
+        raise ValueError(f"{name} holds {low if low < 0 else high}; lengths must lie between 0 and {limit}.")
+
+
+def check_segments(query_ids: Tensor | None, key_ids: Tensor | None) -> None:
+    """Ids are contiguous runs, in the same order on both sides."""
+    if query_ids is None or key_ids is None:
+        return
+    rows, cols = (x.reshape(-1, x.shape[-1]).cpu() for x in (query_ids, key_ids))
+    for n, (row, col) in enumerate(zip(rows, cols, strict=True)):
+        runs = []
+        for name, ids in (("query_segment_ids", row), ("key_segment_ids", col)):
+            run = torch.unique_consecutive(ids[ids >= 0]).tolist()
+            if len(set(run)) != len(run):
+                twice = next(x for i, x in enumerate(run) if x in run[:i])
+                raise ValueError(f"{name}: id {twice} of batch {n} is not one contiguous run; give each run its own id.")
+            runs.append(run)
+        both = set(runs[0]) & set(runs[1])
+        order = [[x for x in run if x in both] for run in runs]
+        if order[0] != order[1]:
+            raise ValueError(
+                f"query_segment_ids and key_segment_ids of batch {n} hold the same ids in different order "
+                f"({order[0][:6]} and {order[1][:6]}); sort both by segment."
+            )
+
+
+def check_mask(mask: Tensor | None) -> None:
+    if mask is None or mask.dtype == torch.bool or mask.numel() == 0:
+        return
+    largest = mask.detach().amax()
+    if not largest < torch.inf:
+        raise ValueError(
+            f"attn_mask holds {'NaN' if largest.isnan() else '+inf'}; a float mask is added to the scores: use finite "
+            "values, and -inf (or False in a bool mask) to forbid a pair."
+        )
+
+
+def check_dustbin_scores(dustbin: Dustbin | None) -> None:
+    if dustbin is None:
+        return
+    for name in ("row_score", "col_score", "corner_score", "value"):
+        x = getattr(dustbin, name)
+        if isinstance(x, Tensor) and not torch.isfinite(x.detach()).all():
+            raise ValueError(f"Dustbin {name} holds NaN or infinity; finite values are needed (no dustbin: dustbin=None).")
+
+
+def check_potentials(initial: tuple[Tensor | None, Tensor | None]) -> None:
+    for side, x in zip(("row", "column"), initial, strict=True):
+        if x is not None and not torch.isfinite(x).all():
+            raise ValueError(f"initial_potentials ({side}) holds NaN or infinity; pass the potentials of SinkhornAux.")
+
+
+def check_positive_mass(name: str, mass: Tensor | None, active: Tensor) -> None:
+    if mass is None:
+        return
+    wrong = active & ~((mass > 0) & (mass < torch.inf))
+    if wrong.any():
+        index = wrong.nonzero()[0]
+        n, h, i = index.tolist()
+        raise ValueError(
+            f"{name} is {mass[n, h, i].item():.6g} at batch {n}, head {h}, token {i}; active tokens need a positive finite "
+            "mass: mask the token out (lengths, segment ids or attn_mask) to give it none."
+        )
+
+
+def check_feasibility(
+    a: Tensor,
+    b: Tensor,
+    row_capacity: Tensor | None,
+    col_capacity: Tensor | None,
+    support: Support,
+    scan: MaskScan | None,
+    given: tuple[Tensor | None, Tensor | None],
+    *,
+    row_segment: Tensor | None,
+    col_segment: Tensor | None,
+    groups: int,
+    rho: tuple[float, float],
+    full: bool,
+    request: str,
+) -> None:
+    """Totals, capacities and the support, for masses a [N, H, L], b [N, H, S] and capacities [N, H, G]."""
+    rows, cols = (None if s is None else s.cpu()[:, None] for s in (row_segment, col_segment))
+    a, b = a.cpu().double(), b.cpu().double()
+    balanced = rho == (1.0, 1.0)
+    totals = [segment_sum(x, s, groups) for x, s in ((a, rows), (b, cols))]
+    if row_capacity is not None and col_capacity is not None:
+        capacities = row_capacity.cpu().double(), col_capacity.cpu().double()
+        check_capacities(capacities, given, (a, b), (rows, cols), totals, balanced)
+    elif balanced:
+        feasibility.check_balanced_totals(totals[0], totals[1])
+    if full or (rho[0] < 1 and rho[1] < 1):
+        return
+    lo, hi, covered = support.row_lo[:, None], support.row_hi[:, None], (support.col_lo < support.col_hi)[:, None]
+    if scan is not None:
+        lo, hi, covered = scan.row_lo, scan.row_hi, scan.col_covered
+    marginals = feasibility.Marginals(
+        a, b, lo.cpu().expand(a.shape), hi.cpu().expand(a.shape), covered.cpu().expand(b.shape), request
+    )
+    if row_capacity is None or col_capacity is None:
+        feasibility.check_lines(marginals)
+        if balanced:
+            feasibility.check_interior(marginals)
+    elif balanced:
+        feasibility.check_dustbin(marginals, totals[0] - capacities[1], rows)
+
+
+def check_capacities(capacities, given, masses, segments, totals, balanced: bool) -> None:
+    """Capacities are positive, constant in each problem, and leave the augmented totals equal."""
+    live = (totals[0] > 0) & (totals[1] > 0)
+    for name, capacity, x, mass, segment in zip(
+        ("row_capacity", "col_capacity"), capacities, given, masses, segments, strict=True
+    ):
+        if x is not None:
+            tokens = x.cpu().double()
+            own = capacity if segment is None else capacity.gather(-1, segment.expand(tokens.shape))
+            differs = (mass > 0) & ~(tokens == own)
+            if differs.any():
+                n, h, i = differs.nonzero()[0].tolist()
+                raise ValueError(
+                    f"Dustbin {name} is {tokens[n, h, i].item():.6g} at batch {n}, head {h}, token {i}; it must be positive, "
+                    "finite and constant within each problem."
+                )
+        wrong = live & ~((capacity > 0) & (capacity < torch.inf))
+        if wrong.any():
+            n, h, g = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"Dustbin {name} is {capacity[n, h, g].item():.6g} (batch {n}, head {h}, segment {g}) where balance needs a "
+                "positive finite mass: sum(a) + row_capacity = sum(b) + col_capacity. Raise the other capacity."
+            )
+    rows, cols = totals[0] + capacities[0], totals[1] + capacities[1]
+    if balanced:
+        wrong = live & ((rows - cols).abs() > feasibility.RELATIVE_TOLERANCE * torch.maximum(rows, cols))
+        if wrong.any():
+            n, h, g = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"Dustbin capacities are out of balance (batch {n}, head {h}, segment {g}): sum(a) + row_capacity = "
+                f"{rows[n, h, g]:.6g} but sum(b) + col_capacity = {cols[n, h, g]:.6g}. Give one capacity only: the other "
+                "is then derived."
+            )

@@ -1,0 +1,31 @@
+"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, refusal, forward and backward."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch_sinkhorn_attn.engines import tiled
+from torch_sinkhorn_attn.problem import Inputs, Problem
+
+ENGINES: dict[str, ModuleType] = {tiled.NAME: tiled}
+REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
+
+
+def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
+    """The engine that runs the problem: the one named, or the first that can.
+
+    Raises:
+        ValueError: the name is unknown, or the engine named cannot run the problem (with its reason).
+    """
+    if name == REFERENCE:
+        return name
+    if name is not None and name not in ENGINES:
+        known = ", ".join(repr(x) for x in (*ENGINES, REFERENCE))
+        raise ValueError(f"engine={name!r} is unknown; choose one of {known}, or None for the fastest that can.")
+    reasons = []
+    for candidate in [name] if name else ENGINES:
+        reason = ENGINES[candidate].refusal(inputs, problem)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise ValueError(f"engine={name!r} cannot run this problem. " + "; ".join(reasons))

@@ -1,0 +1,209 @@
+"""The tiled engine: the schedule of the definition over row and column blocks, in plain PyTorch, on any device.
+
+Between forward and backward only the inputs, the output and the duals live: O(n + m) numbers per head. Temporaries are a
+few tiles, never an n x m tensor, and only the tiles the support can touch are read. The dustbin is two vectors beside the
+tiles. float16 and bfloat16 inputs are widened tile by tile; potentials and sums are float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.engines.tiles import Tiles, mass_of
+from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.staircase import Field, implicit_field, tail_field
+from torch_sinkhorn_attn.support import centre_gauge, components
+
+NAME = "tiled"
+
+
+def refusal(inputs: Inputs, problem: Problem) -> str | None:
+    """Why this engine cannot run the problem; None: it runs every one."""
+    return None
+
+
+def solve(inputs: Inputs, problem: Problem) -> Potentials:
+    """T stopped and R kept iterations: the stacked duals."""
+    tiles = Tiles(inputs, problem)
+    stopped, kept = problem.schedule
+    u, v = tiles.initial_potentials()
+    for _ in range(stopped):
+        v = tiles.column_half_step(u)
+        u = tiles.row_half_step(v)
+    if problem.balanced and stopped:
+        u, v = centre_gauge(u, v, problem, components(problem))
+    rows, cols = [u], [v]
+    for _ in range(kept):
+        v = tiles.column_half_step(u)
+        u = tiles.row_half_step(v)
+        rows.append(u)
+        cols.append(v)
+    if kept == 0:
+        rows = [tiles.row_half_step(v)]
+    return Potentials(torch.stack(rows), torch.stack(cols))
+
+
+def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
+    """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
+    assert inputs.value is not None
+    potentials = solve(inputs, problem)
+    u, v = potentials.row[-1], potentials.col[-1]
+    tiles = Tiles(inputs, problem, u, v)
+    mass = tiles.value_pass()
+    to_bin, from_bin, _ = tiles.dustbin_plan
+    if inputs.dustbin_value is not None:
+        mass = mass + to_bin[..., None] * inputs.dustbin_value.to(mass.dtype)[:, :, None]
+    output = mass / mass_of(problem.log_row_mass)[..., None]
+    row_residual = col_residual = u.new_full(u.shape[:2], torch.nan)
+    if residuals:
+        row_residual, col_residual = (_largest(x) for x in marginal_errors(tiles))
+    return Result(output, potentials, row_residual, col_residual, to_bin, from_bin)
+
+
+def marginal_errors(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """(P 1 - a, P^T 1 - b), augmented: `[N, H, L(+G)]`, `[N, H, S(+G)]`."""
+    row = tiles.row_pass(torch.ones_like(tiles.v)) - tiles.log_a.exp()
+    return row, tiles.column_pass(torch.ones_like(tiles.u)) - tiles.log_b.exp()
+
+
+def _largest(error: Tensor) -> Tensor:
+    return error.abs().amax(-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
+
+
+class Cotangent(NamedTuple):
+    """D = dL/dP: <grad_i, V_j> (dropped out) on real pairs and a vector each for the dustbin column and row."""
+
+    grad: Tensor  # dO / a, [N, H, L, Ev]
+    to_bin: Tensor | None  # [N, H, L]
+    from_bin: Tensor | None  # [N, H, S]
+
+
+class TiledPasses:
+    """The passes of `staircase.tail_field` over tiles, gathering the cotangents of value, key, query and mask."""
+
+    def __init__(self, tiles: Tiles, output: Tensor, grads: OutputGrads):
+        self.tiles, self.wants_mask = tiles, grads.mask
+        problem, inputs = tiles.problem, tiles.inputs
+        grad_output = grads.output.to(tiles.dtype).masked_fill((problem.log_row_mass == -torch.inf)[..., None], 0.0)
+        self.row_sums = (grad_output * output).sum(-1)  # rowsum(P*D) without a pass
+        grad = grad_output / mass_of(problem.log_row_mass)[..., None]
+        self.d = Cotangent(grad, None, None)
+        if tiles.bins:
+            to_bin, from_bin, _ = tiles.dustbin_plan
+            grad_to, grad_from = (
+                torch.zeros_like(p) if g is None else g.to(tiles.dtype)
+                for g, p in ((grads.to_bin, to_bin), (grads.from_bin, from_bin))
+            )
+            read = 0.0
+            if inputs.dustbin_value is not None:
+                read = (grad * inputs.dustbin_value.to(tiles.dtype)[:, :, None]).sum(-1)
+            self.d = Cotangent(grad, grad_to + read, grad_from)
+            self.row_sums = torch.cat([self.row_sums + to_bin * grad_to, tiles.sum_cols(from_bin * grad_from)], -1)
+        self.grad_value: Tensor | None = None  # per query head, [N, H, S, Ev]
+        self.grad_key: Tensor | None = None  # per query head, [N, H, S, E]
+        self.deferred_key: Tensor | None = None
+        self.grad_query: Tensor | None = None
+        self.grad_mask: Tensor | None = None
+
+    def column(self, x: Tensor, field: Field | None = None, deferred: Tensor | None = None) -> Tensor:
+        """P^T x; dV rides in the first pass, dK (all but the factor with row terms `deferred`) in the one with a field."""
+        t = self.tiles
+        first = self.grad_value is None
+        if not first and field is None:
+            return t.column_pass(x)
+        out = x.new_zeros(t.num, t.heads, t.size)
+        value, key, later = (
+            x.new_zeros(t.num, t.heads, t.size, width) if wanted else None
+            for wanted, width in (
+                (first, self.d.grad.shape[-1]),
+                (field is not None, t.inputs.query.shape[-1]),
+                (deferred is not None, t.inputs.query.shape[-1]),
+            )
+        )
+        for i, rows in enumerate(t.row_blocks):
+            query = t.inputs.query[..., rows, :].to(t.dtype)
+            for j in t.columns(i):
+                cols, plan = t.col_blocks[j], t.plan(i, j)
+                out[..., cols] += (x[..., None, rows] @ plan)[..., 0, :]
+                if value is not None:
+                    value[..., cols, :] += t.dropped_out(plan, i, j).transpose(-1, -2) @ self.d.grad[..., rows, :]
+                if key is not None and field is not None:
+                    grad_scores = t.score_cotangent(self.d.grad, field, i, j, plan)
+                    key[..., cols, :] += grad_scores.transpose(-1, -2) @ query
+                if later is not None and deferred is not None:
+                    later[..., cols, :] += plan.transpose(-1, -2) @ (query * deferred[..., rows, None])
+        self.grad_value = value if first else self.grad_value
+        if field is not None:
+            self.grad_key, self.deferred_key = key, later
+        return t.add_dustbin_cols(out, x)
+
+    def column_sums(self) -> Tensor:
+        """<dV_j, V_j> and the dustbin's part."""
+        t = self.tiles
+        assert self.grad_value is not None and t.inputs.value is not None
+        sums = (t.by_group(self.grad_value) * t.per_head(t.inputs.value)).sum(-1).flatten(1, 2)
+        if not t.bins or self.d.to_bin is None or self.d.from_bin is None:
+            return sums
+        to_bin, from_bin, _ = t.dustbin_plan
+        return torch.cat([sums + from_bin * self.d.from_bin, t.sum_rows(to_bin * self.d.to_bin)], -1)
+
+    def row(self, y: Tensor, field: Field | None = None) -> Tensor:
+        """P y; with the whole field, dQ and dmask ride along and dK is completed by its deferred factor."""
+        t = self.tiles
+        if field is None:
+            return t.row_pass(y)
+        out = y.new_zeros(t.num, t.heads, t.length)
+        self.grad_query = y.new_zeros(t.inputs.query.shape)
+        mask = t.inputs.mask
+        if mask is not None and self.wants_mask:
+            self.grad_mask = y.new_zeros(mask.shape)
+        for i, rows in enumerate(t.row_blocks):
+            for j in t.columns(i):
+                cols, plan = t.col_blocks[j], t.plan(i, j)
+                out[..., rows] += (plan @ y[..., cols, None])[..., 0]
+                grad_scores = t.score_cotangent(self.d.grad, field, i, j, plan)
+                self.grad_query[..., rows, :] += t.times_key(grad_scores, cols)
+                if self.grad_mask is not None:
+                    t.add_to_mask(self.grad_mask, grad_scores, rows, cols)
+        if self.deferred_key is not None:
+            assert self.grad_key is not None
+            self.grad_key = self.grad_key - field.col_terms[..., : t.size, -1, None] * self.deferred_key
+        return t.add_dustbin_rows(out, y)
+
+
+def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
+    """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the query
+    cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
+    tiles = Tiles(inputs, problem, potentials.row[-1], potentials.col[-1])
+    passes = TiledPasses(tiles, output, grads)
+    if problem.gradient == "implicit":
+        passes.column(torch.zeros_like(tiles.u))
+        field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
+        passes.column(torch.zeros_like(tiles.u), field)
+        dropped = torch.zeros_like(passes.row(torch.zeros_like(tiles.v), field))
+    else:
+        field, dropped = tail_field(passes, potentials, problem)
+    return _gather(passes, field, dropped)
+
+
+def _gather(passes: TiledPasses, field: Field, dropped: Tensor) -> Gradients:
+    t, d = passes.tiles, passes.d
+    assert passes.grad_query is not None and passes.grad_key is not None and passes.grad_value is not None
+    factor = t.problem.scale / t.problem.epsilon
+    grad_key = t.by_group(passes.grad_key).sum(2) * factor
+    grad_value = t.by_group(passes.grad_value).sum(2)
+    row_score = col_score = corner_score = dustbin_value = None
+    if d.to_bin is not None and d.from_bin is not None:
+        column, row, corner = t.dustbin_score_cotangent(d.to_bin, d.from_bin, field)
+        row_score, col_score = column / t.problem.epsilon, row / t.problem.epsilon
+        corner_score = corner.sum(-1) / t.problem.epsilon
+        if t.inputs.dustbin_value is not None:
+            dustbin_value = (t.dustbin_plan[0][..., None] * d.grad).sum(-2)
+    cotangents = Inputs(
+        passes.grad_query * factor, grad_key, grad_value, passes.grad_mask,
+        row_score, col_score, corner_score, dustbin_value,
+    )  # fmt: skip
+    return Gradients(cotangents, dropped)

@@ -1,0 +1,383 @@
+"""Tiles of the scores and of the plan, and the passes over them that the tiled engine and the certificates are made of.
+
+Layout: a tile is `[N, H, rows, columns]`. Vectors are augmented by the dustbins where there are any: `[N, H, L(+G)]` on the
+row side, `[N, H, S(+G)]` on the column side; the dustbin's part of a pass is a few vector operations. Inactive tokens have
+potential 0 outside and -inf inside a pass, so their part of the plan is exactly 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.dropout import keep_mask
+from torch_sinkhorn_attn.problem import Inputs, Problem, compute_dtype
+from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.staircase import Field
+from torch_sinkhorn_attn.support import by_segment, segment_sum, window_ranks, with_dustbin
+
+TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 512
+
+
+def block_size(heads: int) -> int:
+    """Rows and columns of a tile for `heads` = N * H heads worked on together: a power of two.
+
+    >>> block_size(1), block_size(64), block_size(100_000)
+    (512, 128, 32)
+    """
+    side = math.isqrt(TILE_ELEMENTS // max(1, heads))
+    return max(SMALLEST_BLOCK, min(LARGEST_BLOCK, 1 << max(0, side.bit_length() - 1)))
+
+
+class Tiles:
+    """The scores of a problem by tiles; with potentials u, v (augmented), the plan exp(S + u + v) by tiles."""
+
+    def __init__(self, inputs: Inputs, problem: Problem, u: Tensor | None = None, v: Tensor | None = None):
+        self.inputs, self.problem = inputs, problem
+        self.dtype = compute_dtype(inputs.query.dtype)
+        self.num, self.heads, self.length = problem.log_row_mass.shape
+        self.size, self.bins = problem.log_col_mass.shape[-1], problem.num_dustbins
+        self.groups = inputs.key.shape[1]
+        self.log_a = with_dustbin(problem.log_row_mass, problem.log_row_capacity).to(self.dtype)
+        self.log_b = with_dustbin(problem.log_col_mass, problem.log_col_capacity).to(self.dtype)
+        self.row_dead, self.col_dead = self.log_a == -torch.inf, self.log_b == -torch.inf
+        self.block = block_size(self.num * self.heads)
+        self.row_blocks = [slice(i, min(i + self.block, self.length)) for i in range(0, self.length, self.block)]
+        self.col_blocks = [slice(j, min(j + self.block, self.size)) for j in range(0, self.size, self.block)]
+        self._only: dict[str, Tensor] = {}  # with a single tile, its scores and plan are kept
+        if u is not None and v is not None:
+            self.u, self.v = u, v
+            self._u, self._v = self._live(u, self.row_dead), self._live(v, self.col_dead)
+
+    @staticmethod
+    def _live(potential: Tensor, dead: Tensor) -> Tensor:
+        return potential.masked_fill(dead, -torch.inf)
+
+    # Which tiles
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int, int, int]]:
+        """For each row block the columns [lo, hi) some row reaches, and [inner_lo, inner_hi) every row reaches."""
+        problem = self.problem
+        if problem.row_lo.device.type == "cpu":
+            lo, hi = problem.row_lo, problem.row_hi
+        elif problem.uniform and problem.banded:
+            n, m = torch.tensor(self.length), torch.tensor(self.size)
+            lo, hi = window_ranks(torch.arange(self.length), n, m, problem.window_left, problem.window_right)
+        else:  # elsewhere intervals are data, and reading them would force a synchronisation: visit every tile
+            return [(0, self.size, 0, 0 if problem.banded else self.size) for _ in self.row_blocks]
+        spans = []
+        for rows in self.row_blocks:
+            low, high = lo[..., rows], hi[..., rows]
+            outer = torch.where(low < high, low, self.size).min(), high.max()
+            spans.append(tuple(int(x) for x in (*outer, low.max(), high.min())))
+        return spans
+
+    def columns(self, i: int) -> Iterator[int]:
+        """Indices of the column blocks that row block i touches."""
+        lo, hi, _, _ = self._spans[i]
+        return iter(range(lo // self.block, -(-hi // self.block))) if lo < hi else iter(())
+
+    def rows(self, j: int) -> Iterator[int]:
+        """Indices of the row blocks that touch column block j."""
+        return (i for i in range(len(self.row_blocks)) if j in self._columns_of[i])
+
+    @cached_property
+    def _columns_of(self) -> list[range]:
+        return [range(lo // self.block, -(-hi // self.block)) if lo < hi else range(0) for lo, hi, _, _ in self._spans]
+
+    # Tiles
+
+    def scores(self, i: int, j: int) -> Tensor:
+        """S on the tile of row block i and column block j, -inf off the support; not to be written to."""
+        if "scores" in self._only:
+            return self._only["scores"]
+        rows, cols = self.row_blocks[i], self.col_blocks[j]
+        tile = self._grouped(self.inputs.query, rows, self.problem.scale / self.problem.epsilon)
+        tile = torch.bmm(tile, self._key(cols).transpose(1, 2)).view(self.num, self.heads, rows.stop - rows.start, -1)
+        tile = self._masked(tile, rows, cols, interior=self._interior(i, cols))
+        if len(self.row_blocks) == len(self.col_blocks) == 1:
+            self._only["scores"] = tile
+        return tile
+
+    def _interior(self, i: int, cols: slice) -> bool:
+        _, _, lo, hi = self._spans[i]
+        return lo <= cols.start and cols.stop <= hi
+
+    def _masked(self, tile: Tensor, rows: slice, cols: slice, interior: bool) -> Tensor:
+        mask = self._mask_tile(rows, cols)
+        if mask is not None:
+            keep = kept(mask)
+            if mask.dtype != torch.bool:
+                tile = tile + mask.to(self.dtype).masked_fill(~keep, 0.0)
+            tile = tile.masked_fill(~keep, -torch.inf)
+        if self.problem.banded and not interior:
+            column = torch.arange(cols.start, cols.stop, device=tile.device)
+            lo, hi = (x[:, None, rows, None] for x in (self.problem.row_lo, self.problem.row_hi))
+            tile = tile.masked_fill((column < lo) | (column >= hi), -torch.inf)
+        return tile
+
+    def _mask_tile(self, rows: slice, cols: slice) -> Tensor | None:
+        mask = self.inputs.mask
+        return None if mask is None else mask[(..., *self._mask_slices(mask, rows, cols))]
+
+    @staticmethod
+    def _mask_slices(mask: Tensor, rows: slice, cols: slice) -> tuple[slice, slice]:
+        whole = slice(None)
+        return (whole if mask.shape[-2] == 1 else rows), (whole if mask.shape[-1] == 1 else cols)
+
+    def log_plan(self, i: int, j: int) -> Tensor:
+        """log P = S + u + v on the tile, a fresh tensor."""
+        rows, cols = self.row_blocks[i], self.col_blocks[j]
+        return (self.scores(i, j) + self._u[..., rows, None]).add_(self._v[..., None, cols])
+
+    def plan(self, i: int, j: int) -> Tensor:
+        """P on the tile; not to be written to."""
+        if "plan" in self._only:
+            return self._only["plan"]
+        tile = self.log_plan(i, j).exp_()
+        if len(self.row_blocks) == len(self.col_blocks) == 1:
+            self._only["plan"] = tile
+        return tile
+
+    def dropped_out(self, tile: Tensor, i: int, j: int) -> Tensor:
+        """The tile after dropout: entries kept and scaled by 1 / (1 - p), or zeroed."""
+        if self.problem.dropout_seed is None:
+            return tile
+        keep = keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
+        return tile * keep / (1 - self.problem.dropout_p)
+
+    def weights_cotangent(self, grad: Tensor, i: int, j: int) -> Tensor:
+        """D_ij = <grad_i, V_j> on the tile, dropout applied."""
+        tile = torch.bmm(self._grouped(grad, self.row_blocks[i]), self._value(self.col_blocks[j]).transpose(1, 2))
+        return self.dropped_out(tile.view(self.num, self.heads, -1, tile.shape[-1]), i, j)
+
+    def score_cotangent(self, grad: Tensor, field: Field, i: int, j: int, plan: Tensor) -> Tensor:
+        """dS = P * (D - X Y^T) on the tile."""
+        x, y = field.row_terms[..., self.row_blocks[i], :], field.col_terms[..., self.col_blocks[j], :]
+        return self.weights_cotangent(grad, i, j).sub_(x @ y.transpose(-1, -2)).mul_(plan)
+
+    # Grouped queries: the heads that share a key head lie side by side, so keys and values are never repeated
+
+    def _grouped(self, x: Tensor, rows: slice, factor: float = 1.0) -> Tensor:
+        """`[N, H, L, E]` at `rows` to `[N*Hk, (H/Hk) rows, E]`."""
+        block = x[..., rows, :].to(self.dtype)
+        block = block if factor == 1.0 else block * factor
+        return block.reshape(self.num * self.groups, -1, x.shape[-1])
+
+    def _key(self, cols: slice) -> Tensor:
+        return self.inputs.key[..., cols, :].to(self.dtype).flatten(0, 1)
+
+    def _value(self, cols: slice) -> Tensor:
+        assert self.inputs.value is not None
+        return self.inputs.value[..., cols, :].to(self.dtype).flatten(0, 1)
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """Key-head tensors `[N, Hk, ...]` as a broadcast view over query heads, `[N, Hk, H/Hk, ...]`."""
+        return x.to(self.dtype)[:, :, None]
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """`[N, H, ...]` as `[N, Hk, H/Hk, ...]`."""
+        return x.unflatten(1, (self.groups, self.heads // self.groups))
+
+    def times_key(self, tile: Tensor, cols: slice) -> Tensor:
+        """A tile times K, `[N, H, rows, E]`."""
+        grouped = tile.reshape(self.num * self.groups, -1, tile.shape[-1])
+        return torch.bmm(grouped, self._key(cols)).view(self.num, self.heads, -1, self.inputs.key.shape[-1])
+
+    def add_to_mask(self, total: Tensor, tile: Tensor, rows: slice, cols: slice) -> None:
+        """Add a tile to a tensor of the mask's shape, summing over what the mask broadcast."""
+        part = total[(..., *self._mask_slices(total, rows, cols))]
+        part += tile.sum_to_size(part.shape)
+
+    # Half-steps
+
+    def initial_potentials(self) -> tuple[Tensor, Tensor]:
+        """u and v to start from: the warm start or 0."""
+        given = self.problem.initial_row, self.problem.initial_col
+        u, v = (
+            torch.zeros_like(mass) if x is None else x.to(self.dtype)
+            for x, mass in zip(given, (self.log_a, self.log_b), strict=True)
+        )
+        return u.masked_fill(self.row_dead, 0.0), v.masked_fill(self.col_dead, 0.0)
+
+    def column_half_step(self, u: Tensor) -> Tensor:
+        """v = rho_c (log b - LSE_i(S + u)), augmented."""
+        live = self._live(u, self.row_dead)
+        lse = u.new_full((self.num, self.heads, self.size), -torch.inf)
+        for j, cols in enumerate(self.col_blocks):
+            for i in self.rows(j):
+                tile = self.scores(i, j) + live[..., self.row_blocks[i], None]
+                lse[..., cols] = log_add(lse[..., cols], logsumexp_(tile, -2))
+        if self.bins:
+            row, col, corner = self._dustbin_scores
+            u_bin = live[..., self.length :]
+            lse = log_add(lse, col + by_segment(u_bin, self._col_index, self.size))
+            own = segment_logsumexp(row + live[..., : self.length], self._row_index, self.bins)
+            lse = torch.cat([lse, log_add(own, corner + u_bin)], -1)
+        return potential(lse, self.log_b, self.problem.rho_col)
+
+    def row_half_step(self, v: Tensor) -> Tensor:
+        """u = rho_r (log a - LSE_j(S + v)), augmented."""
+        live = self._live(v, self.col_dead)
+        lse = v.new_full((self.num, self.heads, self.length), -torch.inf)
+        for i, rows in enumerate(self.row_blocks):
+            for j in self.columns(i):
+                tile = self.scores(i, j) + live[..., None, self.col_blocks[j]]
+                lse[..., rows] = log_add(lse[..., rows], logsumexp_(tile, -1))
+        if self.bins:
+            row, col, corner = self._dustbin_scores
+            v_bin = live[..., self.size :]
+            lse = log_add(lse, row + by_segment(v_bin, self._row_index, self.length))
+            own = segment_logsumexp(col + live[..., : self.size], self._col_index, self.bins)
+            lse = torch.cat([lse, log_add(own, corner + v_bin)], -1)
+        return potential(lse, self.log_a, self.problem.rho_row)
+
+    # Passes of the plan
+
+    def row_pass(self, y: Tensor) -> Tensor:
+        """P y, augmented."""
+        out = y.new_zeros(self.num, self.heads, self.length)
+        for i, rows in enumerate(self.row_blocks):
+            for j in self.columns(i):
+                out[..., rows] += (self.plan(i, j) @ y[..., self.col_blocks[j], None])[..., 0]
+        return self.add_dustbin_rows(out, y)
+
+    def column_pass(self, x: Tensor) -> Tensor:
+        """P^T x, augmented."""
+        out = x.new_zeros(self.num, self.heads, self.size)
+        for i, rows in enumerate(self.row_blocks):
+            for j in self.columns(i):
+                out[..., self.col_blocks[j]] += (x[..., None, rows] @ self.plan(i, j))[..., 0, :]
+        return self.add_dustbin_cols(out, x)
+
+    def value_pass(self) -> Tensor:
+        """P V with dropout, `[N, H, L, Ev]`."""
+        assert self.inputs.value is not None
+        out = self._u.new_zeros(self.num, self.heads, self.length, self.inputs.value.shape[-1])
+        for i, rows in enumerate(self.row_blocks):
+            for j in self.columns(i):
+                tile = self.dropped_out(self.plan(i, j), i, j)
+                tile = tile.reshape(self.num * self.groups, -1, tile.shape[-1])
+                part = torch.bmm(tile, self._value(self.col_blocks[j]))
+                out[..., rows, :] += part.view(self.num, self.heads, -1, part.shape[-1])
+        return out
+
+    # The dustbin, two vectors and a corner
+
+    @property
+    def _row_index(self) -> Tensor | None:
+        return None if self.problem.row_segment is None else self.problem.row_segment[:, None]
+
+    @property
+    def _col_index(self) -> Tensor | None:
+        return None if self.problem.col_segment is None else self.problem.col_segment[:, None]
+
+    @cached_property
+    def _dustbin_scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        row, col, corner = self.inputs.row_score, self.inputs.col_score, self.inputs.corner_score
+        assert row is not None and col is not None and corner is not None
+        row, col, corner = (x.to(self.dtype) / self.problem.epsilon for x in (row, col, corner))
+        return row, col, corner[..., None]
+
+    @cached_property
+    def dustbin_plan(self) -> tuple[Tensor, Tensor, Tensor]:
+        """P's dustbin column `[N, H, L]`, row `[N, H, S]` and corner `[N, H, G]`; empty without a dustbin."""
+        column, row, corner = self.log_dustbin_plan()
+        return column.exp(), row.exp(), corner.exp()
+
+    def log_dustbin_plan(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.bins:
+            return (self._u.new_zeros(0),) * 3
+        row, col, corner = self._dustbin_scores
+        u, u_bin = self._u[..., : self.length], self._u[..., self.length :]
+        v, v_bin = self._v[..., : self.size], self._v[..., self.size :]
+        return (
+            row + u + by_segment(v_bin, self._row_index, self.length),
+            col + v + by_segment(u_bin, self._col_index, self.size),
+            corner + u_bin + v_bin,
+        )
+
+    def dustbin_score_cotangent(self, to_bin: Tensor, from_bin: Tensor, field: Field) -> tuple[Tensor, Tensor, Tensor]:
+        """dS on the dustbin column, row and corner, for D = `to_bin`, `from_bin` and 0 there."""
+        column, row, corner = self.dustbin_plan
+        x, x_bin = field.row_terms[..., : self.length, :], field.row_terms[..., self.length :, :]
+        y, y_bin = field.col_terms[..., : self.size, :], field.col_terms[..., self.size :, :]
+        return (
+            column * (to_bin - (x * self._bin_of_rows(y_bin)).sum(-1)),
+            row * (from_bin - (y * self._bin_of_cols(x_bin)).sum(-1)),
+            -corner * (x_bin * y_bin).sum(-1),
+        )
+
+    def add_dustbin_rows(self, out: Tensor, y: Tensor) -> Tensor:
+        """Complete the real part of P y by the dustbin column, row and corner."""
+        if not self.bins:
+            return out
+        to_bin, from_bin, corner = self.dustbin_plan
+        y_bin = y[..., self.size :]
+        out = out + to_bin * by_segment(y_bin, self._row_index, self.length)
+        return torch.cat([out, self.sum_cols(from_bin * y[..., : self.size]) + corner * y_bin], -1)
+
+    def add_dustbin_cols(self, out: Tensor, x: Tensor) -> Tensor:
+        """Complete the real part of P^T x likewise."""
+        if not self.bins:
+            return out
+        to_bin, from_bin, corner = self.dustbin_plan
+        x_bin = x[..., self.length :]
+        out = out + from_bin * by_segment(x_bin, self._col_index, self.size)
+        return torch.cat([out, self.sum_rows(to_bin * x[..., : self.length]) + corner * x_bin], -1)
+
+    def _bin_of_rows(self, x: Tensor) -> Tensor:
+        """`[N, H, G, K]` read at the dustbin of each row, `[N, H, L, K]`."""
+        return by_segment(x.transpose(-1, -2), _deeper(self._row_index), self.length).transpose(-1, -2)
+
+    def _bin_of_cols(self, x: Tensor) -> Tensor:
+        return by_segment(x.transpose(-1, -2), _deeper(self._col_index), self.size).transpose(-1, -2)
+
+    def sum_rows(self, x: Tensor) -> Tensor:
+        """`[N, H, L]` to its sum in each problem, `[N, H, G]`."""
+        return segment_sum(x, self._row_index, self.bins)
+
+    def sum_cols(self, x: Tensor) -> Tensor:
+        return segment_sum(x, self._col_index, self.bins)
+
+
+def _deeper(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index[:, None]
+
+
+def potential(lse: Tensor, log_mass: Tensor, rho: float) -> Tensor:
+    """rho (log mass - LSE), 0 on inactive lines and on lines without support."""
+    return (rho * (log_mass - lse)).masked_fill((lse == -torch.inf) | (log_mass == -torch.inf), 0.0)
+
+
+def logsumexp_(x: Tensor, dim: int) -> Tensor:
+    """log sum exp over `dim`, overwriting x; -inf on a line of -inf. A third of torch.logsumexp's time on a CPU."""
+    top = x.amax(dim, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    return x.sub_(top).exp_().sum(dim).log_() + top.squeeze(dim)
+
+
+def log_add(x: Tensor, y: Tensor) -> Tensor:
+    """log(e^x + e^y), -inf where both are."""
+    return torch.logaddexp(x, y)
+
+
+def segment_logsumexp(x: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """LSE over the last dimension by segment, `[..., n]` to `[..., count]`; -inf for an empty segment."""
+    if index is None or count == 1:
+        return torch.logsumexp(x, -1, keepdim=True)
+    index = index.expand_as(x)
+    top = x.new_full((*x.shape[:-1], count), -torch.inf).scatter_reduce(-1, index, x, "amax")
+    safe = top.masked_fill(top == -torch.inf, 0.0)
+    return segment_sum((x - safe.gather(-1, index)).exp(), index, count).log() + safe
+
+
+def mass_of(log_mass: Tensor) -> Tensor:
+    """exp, with 1 for inactive tokens, by which their zero rows may be divided."""
+    return log_mass.masked_fill(log_mass == -torch.inf, 0.0).exp()

@@ -1,0 +1,178 @@
+"""The public verbs: attention and its plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from torch_sinkhorn_attn import ops, reference
+from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
+from torch_sinkhorn_attn.dustbin import Dustbin
+from torch_sinkhorn_attn.engines import REFERENCE, choose
+from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux
+
+
+def sinkhorn_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    epsilon: float = 1.0,
+    window: tuple[int, int] | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    query_segment_ids: Tensor | None = None,
+    key_segment_ids: Tensor | None = None,
+    row_mass: Tensor | None = None,
+    col_mass: Tensor | None = None,
+    relaxation: float | tuple[float | None, float | None] | None = None,
+    dustbin: Dustbin | None = None,
+    base_iters: int = 20,
+    tail_iters: int = 2,
+    gradient: str = "tail",
+    initial_potentials: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    engine: str | None = None,
+    return_aux: bool = False,
+) -> Tensor | tuple[Tensor, SinkhornAux]:
+    r"""Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
+
+    With scores S = scale * q.k / epsilon + mask and masses a (rows) and b (columns), T + R Sinkhorn iterations
+
+        v_j = rho_c (log b_j - LSE_i(S_ij + u_i))        u_i = rho_r (log a_i - LSE_j(S_ij + v_j))
+
+    give the plan P_ij = exp(S_ij + u_i + v_j) and the output O_i = (1/a_i) sum_j P_ij V_j. The first T iterations are
+    not differentiated, the last R are, exactly (arXiv:2605.08123, with columns first and rows last, so that a balanced
+    output row is an exact weighted average).
+
+    Shapes follow `torch.nn.functional.scaled_dot_product_attention`: `...` are batch dimensions, H heads, L queries,
+    S keys, E and Ev features.
+
+    Args:
+        query: `(..., H, L, E)`, float16, bfloat16, float32 or float64. Potentials and sums are kept in float32 (float64
+            for float64).
+        key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`.
+        value: `(..., Hk, S, Ev)`.
+        attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not* divided
+            by epsilon; entries at or below half the dtype's lowest value forbid the pair. A token left without any pair
+            is inactive: output 0, gradient 0, no mass. A float mask may require grad.
+        scale: default 1/sqrt(E).
+        epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
+        window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the first
+            and the last with the last *active* tokens.
+        query_lengths, key_lengths: integer tensors `(...)`: only so many leading tokens are active.
+        query_segment_ids, key_segment_ids: integer tensors `(..., L)`, `(..., S)`: packed sequences, contiguous runs in
+            the same order; negative is inactive. Packed equals separate, exactly.
+        row_mass, col_mass: positive, broadcasting to `(..., H, L)`, `(..., H, S)`. Default: uniform with the other side's
+            total; with neither given, a = 1 and b = n/m. Constants.
+        relaxation: KL penalty strength tau > 0 for both marginals, or `(row tau, column tau)`, in score units; None keeps
+            a side balanced. rho = tau / (tau + epsilon).
+        dustbin: `Dustbin` for tokens without a partner.
+        base_iters: T, stopped iterations. Default 20.
+        tail_iters: R, differentiated iterations. Default 2. T = R = 0 is softmax attention.
+        gradient: "tail" differentiates the R last iterations, "unrolled" all T + R, "implicit" the fixed point (exact if
+            converged), by conjugate gradients.
+        initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
+        dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
+        enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
+        engine: None takes the fastest that can; "tiled" is O(n + m) memory on any device; "reference" is the dense
+            definition, differentiable twice.
+        return_aux: also return `SinkhornAux` (its residuals cost one more pass).
+
+    Returns:
+        `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument with a wrong shape, device or value, or a problem without a plan (unequal masses, a window
+            that leaves keys uncovered or forces the identity). The message names the argument and a way out. Checks that
+            must look at data follow `set_checks`.
+
+    Examples:
+        >>> import torch
+        >>> q, k, v = (torch.randn(2, 4, 10, 8, generator=torch.Generator().manual_seed(s)) for s in range(3))
+        >>> sinkhorn_attention(q, k, v).shape
+        torch.Size([2, 4, 10, 8])
+        >>> out, aux = sinkhorn_attention(q, k, v, window=(3, 3), base_iters=50, return_aux=True)
+        >>> bool(aux.col_residual.max() < 1e-2)
+        True
+        >>> softmax = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        >>> torch.allclose(sinkhorn_attention(q, k, v, base_iters=0, tail_iters=0), softmax, atol=1e-6)
+        True
+    """
+    prepared = prepare(
+        query, key, value, attn_mask,
+        scale=scale, epsilon=epsilon, window=window, query_lengths=query_lengths, key_lengths=key_lengths,
+        query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
+        relaxation=relaxation, dustbin=dustbin, base_iters=base_iters, tail_iters=tail_iters, gradient=gradient,
+        initial_potentials=initial_potentials, dropout_p=dropout_p, enable_gqa=enable_gqa, engine=engine,
+    )  # fmt: skip
+    result = run(prepared, residuals=return_aux)
+    output = prepared.unflatten(result.output).to(prepared.dtype)
+    return (output, _aux(prepared, result)) if return_aux else output
+
+
+def run(prepared: Prepared, residuals: bool) -> Result:
+    """Compute a prepared problem by the engine it asks for."""
+    inputs, problem = prepared.inputs, prepared.problem
+    engine = choose(prepared.engine, inputs, problem)
+    if engine == REFERENCE:
+        return reference.forward(inputs, problem)
+    results = ops.SinkhornAttention.apply(*ops.flatten(inputs, problem, engine), residuals)
+    return Result(results[0], Potentials(*results[1:3]), *results[3:])
+
+
+def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
+    has_dustbin = prepared.problem.has_dustbin
+    row, col = result.potentials.row[-1], result.potentials.col[-1]
+    detached = (x.detach() for x in (row, col, result.row_residual, result.col_residual))
+    bins = (result.row_dustbin, result.col_dustbin) if has_dustbin else (None, None)
+    return SinkhornAux(
+        *(prepared.unflatten(x) for x in detached), *(None if x is None else prepared.unflatten(x) for x in bins)
+    )
+
+
+def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
+    """The transport plan itself, `(..., H, L, S)`, or `(..., H, L+1, S+1)` with a dustbin (its row and column last).
+
+    It is differentiable exactly like the output of `sinkhorn_attention`, whose options it takes (`dropout_p` must stay 0:
+    the plan is returned before dropout). It materialises L x S, because that is what was asked for. With a dustbin and
+    packed segments the last row and column hold each token's mass to and from its own segment's dustbin.
+
+    Raises:
+        TypeError, ValueError: as `sinkhorn_attention`.
+
+    >>> import torch
+    >>> q = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    >>> plan = sinkhorn_plan(q, q[:, :4], base_iters=100)
+    >>> plan.sum(-1)  # rows have mass 1, columns 5/4
+    tensor([[1.0000, 1.0000, 1.0000, 1.0000, 1.0000]])
+    >>> plan.sum(-2)
+    tensor([[1.2500, 1.2500, 1.2500, 1.2500]])
+    """
+    refuse_unknown("sinkhorn_plan", options)
+    if options.get("dropout_p", 0.0):
+        raise ValueError(
+            f"sinkhorn_plan got dropout_p={options['dropout_p']}: the plan has no dropout; use F.dropout on it."
+        )
+    prepared = prepare(query, key, None, attn_mask, **options)
+    inputs, problem = prepared.inputs, prepared.problem
+    engine = choose(prepared.engine, inputs, problem)
+    if engine == REFERENCE:
+        plan = reference.plan(inputs, problem)
+    else:
+        plan, _, _ = ops.SinkhornPlan.apply(*ops.flatten(inputs, problem, engine))
+    return prepared.unflatten(plan).to(prepared.dtype)
+
+
+def refuse_unknown(function: str, options: Any) -> None:
+    """TypeError for an option that `Options` does not have."""
+    unknown = sorted(set(options) - set(Options.__annotations__))
+    if unknown:
+        raise TypeError(f"{function}() got unknown option {unknown[0]!r}; it takes {', '.join(Options.__annotations__)}.")

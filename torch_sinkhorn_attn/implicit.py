@@ -1,0 +1,116 @@
+"""The implicit gradient's adjoint system, by gauge-projected conjugate gradients over passes of the plan.
+
+At a converged plan the score cotangent is dS = P * (D - x_i - y_j) with
+
+    [diag(P 1)/rho_r   P               ] [x]   [row sums of P*D   ]
+    [P^T               diag(P^T 1)/rho_c] [y] = [column sums of P*D]
+
+(P's own sums on the diagonal: with a and b instead the error off convergence is 100 times larger). x is eliminated, which
+halves the iterations: (diag(c)/rho_c - rho_r P^T diag(1/r) P) y = g - rho_r P^T (f / r), r and c the row and column sums.
+Symmetrised by sqrt(c), it is the identity minus a contraction; balanced problems have one null vector, sqrt(c), per
+connected component, projected out.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.problem import Problem
+from torch_sinkhorn_attn.support import Components, by_segment, segment_sum
+
+MAX_ITERS = 500
+TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-14}  # relative residual, both near the dtype's rounding
+
+
+class PlanOperator(Protocol):
+    """A plan seen through its passes, augmented by the dustbins: `[N, H, L(+G)]` rows and `[N, H, S(+G)]` columns."""
+
+    def row_pass(self, y: Tensor) -> Tensor:
+        """P y."""
+
+    def column_pass(self, x: Tensor) -> Tensor:
+        """P^T x."""
+
+
+class DensePlan:
+    """A plan that is a tensor `[N, H, L, S]`."""
+
+    def __init__(self, plan: Tensor):
+        self.plan = plan
+
+    def row_pass(self, y: Tensor) -> Tensor:
+        return (self.plan @ y[..., None])[..., 0]
+
+    def column_pass(self, x: Tensor) -> Tensor:
+        return (x[..., None, :] @ self.plan)[..., 0, :]
+
+
+def plan_sums(plan: PlanOperator, problem: Problem) -> tuple[Tensor, Tensor]:
+    """(P 1, P^T 1), augmented."""
+    heads, (length, size) = problem.log_row_mass.shape[:2], augmented_sizes(problem)
+    ones = torch.ones(*heads, max(length, size), dtype=problem.log_row_mass.dtype, device=problem.log_row_mass.device)
+    return plan.row_pass(ones[..., :size]), plan.column_pass(ones[..., :length])
+
+
+def augmented_sizes(problem: Problem) -> tuple[int, int]:
+    """(L + G, S + G)."""
+    num = problem.num_dustbins
+    return problem.log_row_mass.shape[-1] + num, problem.log_col_mass.shape[-1] + num
+
+
+def implicit_duals(
+    plan: PlanOperator, row_sums: Tensor, col_sums: Tensor, problem: Problem, parts: Components
+) -> tuple[Tensor, Tensor]:
+    """(x, y) of the adjoint system for right-hand sides `row_sums [N, H, L(+G)]`, `col_sums [N, H, S(+G)]` of P*D.
+
+    Lines without mass get 0. At most `MAX_ITERS` iterations; on CPU tensors it stops at `TOLERANCE`, elsewhere it runs
+    without asking the device, converged heads standing still.
+    """
+    rho_r, rho_c = problem.rho_row, problem.rho_col
+    r, c = plan_sums(plan, problem)
+    r_inv = torch.where(r > 0, 1 / r, 0.0)
+    root = c.clamp(min=0).sqrt()
+    root_inv = torch.where(root > 0, 1 / root, 0.0)
+    norm = segment_sum(c, parts.col, parts.count)
+    norm_inv = torch.where(norm > 0, 1 / norm, 0.0)
+
+    def project(s: Tensor) -> Tensor:
+        if not problem.balanced:
+            return s
+        share = segment_sum(root * s, parts.col, parts.count) * norm_inv
+        return s - root * by_segment(share, parts.col, s.shape[-1])
+
+    def matrix(s: Tensor) -> Tensor:
+        return s / rho_c - rho_r * root_inv * plan.column_pass(r_inv * plan.row_pass(root_inv * s))
+
+    rhs = project(root_inv * (col_sums - rho_r * plan.column_pass(r_inv * row_sums)))
+    y = root_inv * conjugate_gradients(matrix, rhs, project)
+    return rho_r * r_inv * (row_sums - plan.row_pass(y)), y
+
+
+def conjugate_gradients(matrix, rhs: Tensor, project, max_iters: int = MAX_ITERS) -> Tensor:
+    """Solve `matrix(s) = rhs` for every leading index at once, `matrix` symmetric and positive off the projection."""
+    tolerance = TOLERANCE[rhs.dtype] ** 2 * _dot(rhs, rhs)
+    solution = torch.zeros_like(rhs)
+    residual, direction = rhs, rhs
+    energy = _dot(residual, residual)
+    for _ in range(max_iters):
+        busy = energy > tolerance
+        if rhs.device.type == "cpu" and not busy.any():
+            break
+        image = project(matrix(direction))
+        curvature = _dot(direction, image)
+        step = torch.where(busy & (curvature > 0), energy / curvature, 0.0)
+        solution = solution + step * direction
+        residual = residual - step * image
+        new_energy = _dot(residual, residual)
+        direction = project(residual + torch.where(busy, new_energy / energy, 0.0) * direction)
+        energy = torch.where(step > 0, new_energy, torch.zeros_like(new_energy))
+    return solution
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1, keepdim=True)

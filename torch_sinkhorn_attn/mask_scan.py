@@ -1,0 +1,52 @@
+"""One reading of an attn_mask, row block by row block: which tokens it leaves active, and the hull of what it keeps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.support import Support
+
+_BLOCK_ELEMENTS = 1 << 21
+
+
+class MaskScan(NamedTuple):
+    """Shapes `[N or more, h, L]` and `[.., S]` with h the mask's heads (1 or H)."""
+
+    row_active: Tensor  # some active key of its problem is kept
+    col_active: Tensor
+    row_lo: Tensor  # hull of the kept entries inside the window; (0, 0) where there are none
+    row_hi: Tensor
+    col_covered: Tensor  # some kept entry lies inside the window
+
+
+def scan_mask(mask: Tensor, support: Support, packed: bool) -> MaskScan:
+    """Read `mask` (4-D, broadcasting to [N, H, L, S]) once; temporaries are O(block), results O(n)."""
+    length, size = support.row_active.shape[-1], support.col_active.shape[-1]
+    num, heads = max(mask.shape[0], support.row_active.shape[0]), mask.shape[1]
+    step = max(1, _BLOCK_ELEMENTS // max(1, num * heads * size))
+    column = torch.arange(size, device=mask.device)
+    rows: list[tuple[Tensor, ...]] = []
+    col_active = torch.zeros(num, heads, size, dtype=torch.bool, device=mask.device)
+    col_covered = col_active
+    for start in range(0, length, step):
+        block = slice(start, min(start + step, length))
+        tile = kept(mask if mask.shape[-2] == 1 else mask[..., block, :])
+        tile = tile & support.row_active[:, None, block, None] & support.col_active[:, None, None, :]
+        if packed:
+            tile = tile & (support.row_segment[:, None, block, None] == support.col_segment[:, None, None, :])
+        lo, hi = support.row_lo[:, None, block, None], support.row_hi[:, None, block, None]
+        inside = tile & (column >= lo) & (column < hi)
+        some = inside.any(-1)
+        first = torch.where(some, inside.to(torch.uint8).argmax(-1), 0)
+        last = torch.where(some, size - inside.flip(-1).to(torch.uint8).argmax(-1), 0)
+        rows.append((tile.any(-1), first, last))
+        col_active, col_covered = col_active | tile.any(-2), col_covered | inside.any(-2)
+    if not rows:
+        empty = torch.zeros(num, heads, 0, dtype=torch.int64, device=mask.device)
+        return MaskScan(empty.bool(), col_active, empty, empty, col_covered)
+    row_active, row_lo, row_hi = (torch.cat(parts, -1) for parts in zip(*rows, strict=True))
+    return MaskScan(row_active, col_active, row_lo, row_hi, col_covered)

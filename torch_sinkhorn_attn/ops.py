@@ -1,0 +1,246 @@
+"""The opaque ops and the autograd.Functions around them.
+
+Four ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan` and
+`plan_backward` of the plan itself. Their arguments are the fields of `Inputs` and `Problem`, flat and in order, and the
+name of the engine that computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn import reference, staircase
+from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.problem import Inputs, OutputGrads, Potentials, Problem, Result, compute_dtype
+
+NAMESPACE = "torch_sinkhorn_attn"
+_NUM_INPUTS = len(Inputs._fields)
+_REQUIRED = {"query", "key", "row_lo", "row_hi", "col_lo", "col_hi", "log_row_mass", "log_col_mass"}
+_SCHEMA_TYPES = {"Tensor": "Tensor", "float": "float", "int": "int", "str": "str", "bool": "bool"}
+
+
+def _schema_arguments() -> str:
+    inputs = [f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Inputs._fields]
+    problem = []
+    for field in fields(Problem):
+        kind = str(field.type).split(" | ")[0]
+        optional = "?" if kind == "Tensor" and field.name not in _REQUIRED else ""
+        problem.append(f"{_SCHEMA_TYPES[kind]}{optional} {field.name}")
+    return ", ".join([*inputs, *problem, "str engine"])
+
+
+def flatten(inputs: Inputs, problem: Problem, engine: str) -> list[Any]:
+    return [*inputs, *(getattr(problem, field.name) for field in fields(Problem)), engine]
+
+
+def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
+    return Inputs(*flat[:_NUM_INPUTS]), Problem(*flat[_NUM_INPUTS:-1]), flat[-1]
+
+
+_ARGUMENTS = _schema_arguments()
+_GRADS = ", ".join(f"Tensor d{i}" for i in range(_NUM_INPUTS))
+torch.library.define(f"{NAMESPACE}::forward", f"({_ARGUMENTS}, bool residuals) -> ({', '.join(['Tensor'] * 7)})")
+torch.library.define(
+    f"{NAMESPACE}::backward",
+    f"(Tensor grad_output, Tensor? grad_to_bin, Tensor? grad_from_bin, bool mask_grad, Tensor output, "
+    f"Tensor row_potentials, Tensor col_potentials, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * _NUM_INPUTS)})",
+)
+torch.library.define(f"{NAMESPACE}::plan", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    f"{NAMESPACE}::plan_backward",
+    f"(Tensor grad_plan, Tensor row_potentials, Tensor col_potentials, bool mask_grad, {_ARGUMENTS}) "
+    f"-> ({', '.join(['Tensor'] * _NUM_INPUTS)})",
+)
+
+
+def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors that share no memory; an absent one is empty."""
+    return tuple(like.new_empty(0) if x is None or x.numel() == 0 and x.ndim == 1 else x.contiguous() for x in tensors)
+
+
+@torch.library.impl(f"{NAMESPACE}::forward", "default")
+def _forward(*args):
+    inputs, problem, engine = unflatten(args[:-1])
+    result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
+    return _fresh((result.output, *result.potentials, *result[2:]), result.output)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::forward")
+def _forward_fake(*args):
+    inputs, problem, _ = unflatten(args[:-1])
+    assert inputs.value is not None
+    num, heads, length = problem.log_row_mass.shape
+    size = problem.log_col_mass.shape[-1]
+    like = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
+    row_potentials, col_potentials = _fake_potentials(problem, like)
+    return (
+        like.new_empty(num, heads, length, inputs.value.shape[-1]),
+        row_potentials,
+        col_potentials,
+        like.new_empty(num, heads),
+        like.new_empty(num, heads),
+        like.new_empty(*((num, heads, length) if problem.has_dustbin else (0,))),
+        like.new_empty(*((num, heads, size) if problem.has_dustbin else (0,))),
+    )
+
+
+def _fake_potentials(problem: Problem, like: Tensor) -> tuple[Tensor, Tensor]:
+    num, heads, length = problem.log_row_mass.shape
+    kept, bins = problem.schedule[1] + 1, problem.num_dustbins
+    return (
+        like.new_empty(kept, num, heads, length + bins),
+        like.new_empty(kept, num, heads, problem.log_col_mass.shape[-1] + bins),
+    )
+
+
+@torch.library.impl(f"{NAMESPACE}::backward", "default")
+def _backward(grad_output, grad_to_bin, grad_from_bin, mask_grad, output, row_potentials, col_potentials, *args):
+    inputs, problem, engine = unflatten(args)
+    potentials = Potentials(row_potentials, col_potentials)
+    grads = OutputGrads(grad_output, grad_to_bin, grad_from_bin, mask_grad)
+    result = ENGINES[engine].backward(inputs, problem, output, potentials, grads)
+    return _fresh(result.inputs, output)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::backward")
+def _backward_fake(grad_output, grad_to_bin, grad_from_bin, mask_grad, output, row_potentials, col_potentials, *args):
+    return _fake_gradients(unflatten(args)[0], mask_grad, output)
+
+
+def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tensor, ...]:
+    absent = [x is None or (name == "mask" and not mask_grad) for name, x in zip(Inputs._fields, inputs, strict=True)]
+    return tuple(like.new_empty(0 if no else x.shape) for no, x in zip(absent, inputs, strict=True))
+
+
+@torch.library.impl(f"{NAMESPACE}::plan", "default")
+def _plan(*args):
+    inputs, problem, engine = unflatten(args)
+    potentials = ENGINES[engine].solve(inputs, problem)
+    full = reference.plan_of(reference.dense_problem(inputs, problem), potentials)
+    return _fresh((reference.fold_dustbins(full, problem), *potentials), full)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::plan")
+def _plan_fake(*args):
+    inputs, problem, _ = unflatten(args)
+    num, heads, length = problem.log_row_mass.shape
+    extra = int(problem.has_dustbin)
+    like = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
+    plan = like.new_empty(num, heads, length + extra, problem.log_col_mass.shape[-1] + extra)
+    return plan, *_fake_potentials(problem, like)
+
+
+@torch.library.impl(f"{NAMESPACE}::plan_backward", "default")
+def _plan_backward(grad_plan, row_potentials, col_potentials, mask_grad, *args):
+    inputs, problem, _ = unflatten(args)
+    wanted = [x is not None and x.is_floating_point() and (i != 3 or mask_grad) for i, x in enumerate(inputs)]
+    with torch.enable_grad():
+        leaves = Inputs(*(x.detach().requires_grad_(w) if x is not None else None for x, w in zip(inputs, wanted, strict=True)))
+        dense = reference.dense_problem(leaves, problem)
+    detached = dense._replace(scores=dense.scores.detach())
+    grad_full = reference.unfold_dustbins(grad_plan, problem)
+    cotangent = staircase.backward(detached, grad_full, Potentials(row_potentials, col_potentials), problem).scores
+    used = [x for x, w in zip(leaves, wanted, strict=True) if w]
+    grads = iter(torch.autograd.grad(dense.scores, used, cotangent, allow_unused=True))
+    result = [next(grads) if w else None for w in wanted]
+    return _fresh([None if g is None else g.to(grad_plan.dtype) for g in result], grad_plan)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::plan_backward")
+def _plan_backward_fake(grad_plan, row_potentials, col_potentials, mask_grad, *args):
+    inputs = unflatten(args)[0]
+    return _fake_gradients(inputs._replace(dustbin_value=None), mask_grad, grad_plan)
+
+
+class _NotTwice(torch.autograd.Function):
+    """Gradients that refuse, with a reason, to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, engine: str, num: int, *tensors):
+        ctx.engine = engine
+        return tuple(None if x is None else x.view_as(x) for x in tensors[:num])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"engine={ctx.engine!r} has no double backward (its backward is derived by hand); for second derivatives use "
+            "engine='reference', which autograd differentiates any number of times."
+        )
+
+
+def _input_grads(ctx, op, leading: tuple, flat: list[Any]) -> list[Tensor | None]:
+    """Run a backward op and hand its results to the inputs that want them, in their dtypes."""
+    mask = flat[3]
+    mask_grad = mask is not None and mask.dtype != torch.bool and ctx.needs_input_grad[3]
+    with torch.no_grad():
+        grads = op(*[mask_grad if x is Ellipsis else x for x in leading], *flat)
+    result: list[Tensor | None] = []
+    for i, (x, grad) in enumerate(zip(flat[:_NUM_INPUTS], grads, strict=True)):
+        result.append(grad.to(x.dtype) if x is not None and ctx.needs_input_grad[i] else None)
+    if torch.is_grad_enabled():
+        tracked = [x for x in (*leading, *flat) if isinstance(x, Tensor) and x.requires_grad]
+        present = [g for g in result if g is not None]
+        wrapped = iter(_NotTwice.apply(flat[-1], len(present), *present, *tracked))
+        result = [None if g is None else next(wrapped) for g in result]
+    return result + [None] * (len(flat) - _NUM_INPUTS)
+
+
+def _save(ctx, flat: Sequence[Any], extra: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(*extra, *(x for x in flat if isinstance(x, Tensor)))
+    ctx.num_extra = len(extra)
+    ctx.template = [Ellipsis if isinstance(x, Tensor) else x for x in flat]
+
+
+def _load(ctx) -> tuple[list[Tensor], list[Any]]:
+    saved = ctx.saved_tensors
+    rest = iter(saved[ctx.num_extra :])
+    return list(saved[: ctx.num_extra]), [next(rest) if x is Ellipsis else x for x in ctx.template]
+
+
+class SinkhornAttention(torch.autograd.Function):
+    """`apply(*flat, residuals)` -> the seven results of the forward op."""
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.torch_sinkhorn_attn.forward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs[:-1], output[:3])
+        ctx.mark_non_differentiable(*output[1:5])
+        ctx.has_dustbin = output[5].ndim > 1
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_output, _row, _col, _row_residual, _col_residual, grad_to_bin, grad_from_bin):
+        (output, row, col), flat = _load(ctx)
+        if not ctx.has_dustbin:
+            grad_to_bin = grad_from_bin = None
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        leading = (grad_output, grad_to_bin, grad_from_bin, Ellipsis, output, row, col)
+        return *_input_grads(ctx, torch.ops.torch_sinkhorn_attn.backward, leading, flat), None
+
+
+class SinkhornPlan(torch.autograd.Function):
+    """`apply(*flat)` -> (plan, row potentials, column potentials)."""
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.torch_sinkhorn_attn.plan(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_plan, _row, _col):
+        (row, col), flat = _load(ctx)
+        leading = (grad_plan, row, col, Ellipsis)
+        return tuple(_input_grads(ctx, torch.ops.torch_sinkhorn_attn.plan_backward, leading, flat))
