@@ -4,8 +4,18 @@ from torch_sinkhorn_attn.certificates import Certificate, certify
 from torch_sinkhorn_attn.checks import set_checks
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
 from torch_sinkhorn_attn.problem import SinkhornAux
 
 __version__ = "0.1.0"
 
-__all__ = ["Certificate", "Dustbin", "SinkhornAux", "certify", "set_checks", "sinkhorn_attention", "sinkhorn_plan"]
+__all__ = [
+    "Certificate",
+    "Dustbin",
+    "SinkhornAux",
+    "SinkhornMultiheadAttention",
+    "certify",
+    "set_checks",
+    "sinkhorn_attention",
+    "sinkhorn_plan",
+]

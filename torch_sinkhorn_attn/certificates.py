@@ -1,9 +1,10 @@
-"""Certificates at run time: how balanced the plan is, how fast the iteration contracts, how far the surrogate's gradient is
-from the implicit one. Everything but `exact_diameter` takes O(n W) time and O(n) memory.
+"""Certificates at run time: how balanced the plan is, how fast the iteration contracts, how far the surrogate's
+gradient is from the implicit one. Everything but `exact_diameter` takes O(n W) time and O(n) memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,7 +125,9 @@ def certify(
         if grad_output is None:
             grad_output = _probe(shape, query, seed=1)
         elif grad_output.shape != shape:
-            raise ValueError(f"grad_output has shape {tuple(grad_output.shape)}; the output's, {tuple(shape)}, is needed.")
+            raise ValueError(
+                f"grad_output has shape {tuple(grad_output.shape)}; the output's, {tuple(shape)}, is needed."
+            )
         engine = choose(prepared.engine, inputs, problem)
         if engine == REFERENCE:
             _, potentials = reference.plan_and_potentials(reference.dense_problem(inputs, problem), problem)
@@ -213,10 +216,10 @@ def _log_plan_spread(tiles: Tiles, by: _Segments) -> tuple[Tensor, Tensor]:
     largest, smallest = by.max(most, row), -by.max(-least, row)
     if tiles.bins:
         to_bin, from_bin, corner = tiles.log_dustbin_plan()
-        for sign, extreme in ((1, largest), (-1, smallest)):
-            found = [by.max(torch.where(x > -torch.inf, sign * x, -torch.inf), k) for x, k in ((to_bin, row), (from_bin, col))]
-            extreme.copy_(sign * torch.stack([sign * extreme, *found, torch.where(corner > -torch.inf, sign * corner, -torch.inf)]).amax(0))
-    return positive, (largest - smallest).clamp(min=0)
+        largest = torch.stack([largest, by.max(to_bin, row), by.max(from_bin, col), corner]).amax(0)
+        to_bin, from_bin, corner = (x.masked_fill(x == -torch.inf, torch.inf) for x in (to_bin, from_bin, corner))
+        smallest = torch.stack([smallest, -by.max(-to_bin, row), -by.max(-from_bin, col), corner]).amin(0)
+    return positive, (largest - smallest).nan_to_num(nan=0.0, posinf=torch.inf).clamp(min=0)
 
 
 def _exact_diameter(tiles: Tiles, by: _Segments) -> Tensor:
@@ -232,19 +235,20 @@ def _exact_diameter(tiles: Tiles, by: _Segments) -> Tensor:
 
 
 def convergence_rate(tiles: Tiles, parts: Components, by: _Segments, max_iters: int = POWER_ITERS) -> Tensor:
-    """Largest eigenvalue of rho_r rho_c N^T N, N = diag(r)^(-1/2) P diag(c)^(-1/2), off the null vectors if balanced."""
+    """Largest eigenvalue of rho_r rho_c N^T N, N = diag(r)^(-1/2) P diag(c)^(-1/2), off the null vectors if
+    balanced."""
     problem = tiles.problem
     r, c = plan_sums(tiles, problem)
     r_inv = torch.where(r > 0, 1 / r, 0.0)
     root = c.clamp(min=0).sqrt()
     root_inv = torch.where(root > 0, 1 / root, 0.0)
-    norm = segment_sum(c, parts.col, parts.count)
+    norm = segment_sum(c, parts.col, parts.number)
     norm_inv = torch.where(norm > 0, 1 / norm, 0.0)
     x = _probe(c.shape, c, seed=2) * (root > 0)
     rate = c.new_zeros(*c.shape[:-1], by.count)
     for _ in range(max_iters):
         if problem.balanced:
-            x = x - root * by_segment(segment_sum(root * x, parts.col, parts.count) * norm_inv, parts.col, x.shape[-1])
+            x = x - root * by_segment(segment_sum(root * x, parts.col, parts.number) * norm_inv, parts.col, x.shape[-1])
         size = by.sum(x * x, by.col).sqrt()
         x = x * by_segment(torch.where(size > 0, 1 / size, 0.0), by.col, x.shape[-1])
         image = root_inv * tiles.column_pass(r_inv * tiles.row_pass(root_inv * x))
@@ -267,7 +271,9 @@ def _fields(tiles: Tiles, potentials: Potentials, grad_output: Tensor, parts: Co
     output = tiles.value_pass() / mass_of(tiles.problem.log_row_mass)[..., None]
     to_bin, _, _ = tiles.dustbin_plan
     if tiles.inputs.dustbin_value is not None:
-        output = output + (to_bin / mass_of(tiles.problem.log_row_mass))[..., None] * tiles.inputs.dustbin_value[:, :, None]
+        output = (
+            output + (to_bin / mass_of(tiles.problem.log_row_mass))[..., None] * tiles.inputs.dustbin_value[:, :, None]
+        )
     passes = TiledPasses(tiles, output, OutputGrads(grad_output))
     passes.column(torch.zeros_like(tiles.u))
     implicit = implicit_field(tiles, passes.row_sums, passes.column_sums(), tiles.problem, parts)
@@ -289,10 +295,14 @@ def _field_distance(tiles: Tiles, fields: _Fields, by: _Segments) -> tuple[Tenso
             norm[..., rows] += second.abs().sum(-1)
             distance[..., rows] += first.sub_(second).abs().sum(-1)
     distance, norm = by.sum(distance, by.row), by.sum(norm, by.row)
-    if not tiles.bins:
+    if d.to_bin is None or d.from_bin is None:
         return distance, norm
-    bins_one, bins_other = (tiles.dustbin_score_cotangent(d.to_bin, d.from_bin, field) for field in (one, other))
-    index = None if by.row is None else by.row[..., : tiles.length], None if by.col is None else by.col[..., : tiles.size]
+    bins_one = tiles.dustbin_score_cotangent(d.to_bin, d.from_bin, one)
+    bins_other = tiles.dustbin_score_cotangent(d.to_bin, d.from_bin, other)
+    index = (
+        None if by.row is None else by.row[..., : tiles.length],
+        None if by.col is None else by.col[..., : tiles.size],
+    )
     for x, y, where in zip(bins_one[:2], bins_other[:2], index, strict=True):
         distance, norm = distance + by.sum((x - y).abs(), where), norm + by.sum(y.abs(), where)
     return distance + (bins_one[2] - bins_other[2]).abs(), norm + bins_other[2].abs()
@@ -320,7 +330,7 @@ def _exact_components(tiles: Tiles) -> Components:
             return Components(row, col.clamp(max=max(0, far - 1)), max(1, far))
 
 
-def _probe(shape, like: Tensor, seed: int) -> Tensor:
+def _probe(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 

@@ -30,7 +30,9 @@ def check_segments(query_ids: Tensor | None, key_ids: Tensor | None) -> None:
             run = torch.unique_consecutive(ids[ids >= 0]).tolist()
             if len(set(run)) != len(run):
                 twice = next(x for i, x in enumerate(run) if x in run[:i])
-                raise ValueError(f"{name}: id {twice} of batch {n} is not one contiguous run; give each run its own id.")
+                raise ValueError(
+                    f"{name}: id {twice} of batch {n} is not one contiguous run; give each run its own id."
+                )
             runs.append(run)
         both = set(runs[0]) & set(runs[1])
         order = [[x for x in run if x in both] for run in runs]
@@ -58,7 +60,9 @@ def check_dustbin_scores(dustbin: Dustbin | None) -> None:
     for name in ("row_score", "col_score", "corner_score", "value"):
         x = getattr(dustbin, name)
         if isinstance(x, Tensor) and not torch.isfinite(x.detach()).all():
-            raise ValueError(f"Dustbin {name} holds NaN or infinity; finite values are needed (no dustbin: dustbin=None).")
+            raise ValueError(
+                f"Dustbin {name} holds NaN or infinity; finite values are needed (no dustbin: dustbin=None)."
+            )
 
 
 def check_potentials(initial: tuple[Tensor | None, Tensor | None]) -> None:
@@ -75,8 +79,8 @@ def check_positive_mass(name: str, mass: Tensor | None, active: Tensor) -> None:
         index = wrong.nonzero()[0]
         n, h, i = index.tolist()
         raise ValueError(
-            f"{name} is {mass[n, h, i].item():.6g} at batch {n}, head {h}, token {i}; active tokens need a positive finite "
-            "mass: mask the token out (lengths, segment ids or attn_mask) to give it none."
+            f"{name} is {mass[n, h, i].item():.6g} at batch {n}, head {h}, token {i}; active tokens need a positive "
+            "finite mass: mask the token out (lengths, segment ids or attn_mask) to give it none."
         )
 
 
@@ -97,7 +101,8 @@ def check_feasibility(
     request: str,
 ) -> None:
     """Totals, capacities and the support, for masses a [N, H, L], b [N, H, S] and capacities [N, H, G]."""
-    rows, cols = (None if s is None else s.cpu()[:, None] for s in (row_segment, col_segment))
+    rows = None if row_segment is None else row_segment.cpu()[:, None]
+    cols = None if col_segment is None else col_segment.cpu()[:, None]
     a, b = a.cpu().double(), b.cpu().double()
     balanced = rho == (1.0, 1.0)
     totals = [segment_sum(x, s, groups) for x, s in ((a, rows), (b, cols))]
@@ -122,7 +127,14 @@ def check_feasibility(
         feasibility.check_dustbin(marginals, totals[0] - capacities[1], rows)
 
 
-def check_capacities(capacities, given, masses, segments, totals, balanced: bool) -> None:
+def check_capacities(
+    capacities: tuple[Tensor, Tensor],
+    given: tuple[Tensor | None, Tensor | None],
+    masses: tuple[Tensor, Tensor],
+    segments: tuple[Tensor | None, Tensor | None],
+    totals: list[Tensor],
+    balanced: bool,
+) -> None:
     """Capacities are positive, constant in each problem, and leave the augmented totals equal."""
     live = (totals[0] > 0) & (totals[1] > 0)
     for name, capacity, x, mass, segment in zip(
@@ -135,15 +147,15 @@ def check_capacities(capacities, given, masses, segments, totals, balanced: bool
             if differs.any():
                 n, h, i = differs.nonzero()[0].tolist()
                 raise ValueError(
-                    f"Dustbin {name} is {tokens[n, h, i].item():.6g} at batch {n}, head {h}, token {i}; it must be positive, "
-                    "finite and constant within each problem."
+                    f"Dustbin {name} is {tokens[n, h, i].item():.6g} at batch {n}, head {h}, token {i}; it must be "
+                    "positive, finite and constant within each problem."
                 )
         wrong = live & ~((capacity > 0) & (capacity < torch.inf))
         if wrong.any():
             n, h, g = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"Dustbin {name} is {capacity[n, h, g].item():.6g} (batch {n}, head {h}, segment {g}) where balance needs a "
-                "positive finite mass: sum(a) + row_capacity = sum(b) + col_capacity. Raise the other capacity."
+                f"Dustbin {name} is {capacity[n, h, g].item():.6g} (batch {n}, head {h}, segment {g}) where balance "
+                "needs a positive finite mass: sum(a) + row_capacity = sum(b) + col_capacity. Raise the other capacity."
             )
     rows, cols = totals[0] + capacities[0], totals[1] + capacities[1]
     if balanced:
@@ -151,7 +163,7 @@ def check_capacities(capacities, given, masses, segments, totals, balanced: bool
         if wrong.any():
             n, h, g = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"Dustbin capacities are out of balance (batch {n}, head {h}, segment {g}): sum(a) + row_capacity = "
-                f"{rows[n, h, g]:.6g} but sum(b) + col_capacity = {cols[n, h, g]:.6g}. Give one capacity only: the other "
-                "is then derived."
+                f"Dustbin capacities are out of balance (batch {n}, head {h}, segment {g}): sum(a) + row_capacity "
+                f"= {rows[n, h, g]:.6g} but sum(b) + col_capacity = {cols[n, h, g]:.6g}. Give one capacity only: the "
+                "other is then derived."
             )

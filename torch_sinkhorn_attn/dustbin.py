@@ -47,7 +47,16 @@ class Dustbin:
     col_capacity: Tensor | float | None = None
     value: Tensor | None = None
 
-    def __init__(self, row_score, col_score, corner_score=0.0, *, row_capacity=None, col_capacity=None, value=None):
+    def __init__(
+        self,
+        row_score: Tensor | float,
+        col_score: Tensor | float,
+        corner_score: Tensor | float = 0.0,
+        *,
+        row_capacity: Tensor | float | None = None,
+        col_capacity: Tensor | float | None = None,
+        value: Tensor | None = None,
+    ) -> None:
         fields = {
             "row_score": row_score,
             "col_score": col_score,

@@ -6,8 +6,8 @@ and B that is, for every row i,
     B(lo_i) <= A(i-1), equality only if i = 1 or hi_{i-1} <= lo_i
     A(i) <= B(hi_i),   equality only if i = n or lo_{i+1} >= hi_i
 
-For an attn_mask the hull of its kept entries, made monotone, gives the same cuts: a violation there is a proof too, which
-covers empty lines and triangular masks. With a dustbin the real part must be able to carry strictly more than
+For an attn_mask the hull of its kept entries, made monotone, gives the same cuts: a violation there is a proof too,
+which covers empty lines and triangular masks. With a dustbin the real part must be able to carry strictly more than
 sum(a) - col_capacity.
 """
 
@@ -47,8 +47,8 @@ def check_balanced_totals(row_total: Tensor, col_total: Tensor) -> None:
         n, h, g = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"row_mass sums to {row_total[n, h, g]:.6g} and col_mass to {col_total[n, h, g]:.6g} (batch {n}, head {h}, "
-            f"segment {g}): a balanced plan needs equal totals. Rescale one, leave one out (it is then derived), or pass "
-            "relaxation=tau."
+            f"segment {g}): a balanced plan needs equal totals. Rescale one, leave one out (it is then derived), or "
+            "pass relaxation=tau."
         )
 
 
@@ -99,7 +99,8 @@ def check_interior(m: Marginals) -> None:
             tight = upper[n, h, i] >= -tolerance[n, h, 0] and upper[n, h, i] <= tolerance[n, h, 0]
         else:
             rows, cols = a_before[n, h, i].item(), b_before[n, h, lo[n, h, i]].item()
-            why = f"keys 0..{int(lo[n, h, i]) - 1} hold mass {cols:.6g} but only queries 0..{i - 1} of mass {rows:.6g} reach them"
+            keys = int(lo[n, h, i]) - 1
+            why = f"keys 0..{keys} hold mass {cols:.6g} but are reached by queries 0..{i - 1} of mass {rows:.6g} only"
             tight = lower[n, h, i] >= -tolerance[n, h, 0] and lower[n, h, i] <= tolerance[n, h, 0]
         forced = (
             " Equal masses force a block (the identity, for a causal or one-sided window) and leave the rest of the "

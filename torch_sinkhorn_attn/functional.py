@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -59,25 +58,26 @@ def sinkhorn_attention(
             for float64).
         key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`.
         value: `(..., Hk, S, Ev)`.
-        attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not* divided
-            by epsilon; entries at or below half the dtype's lowest value forbid the pair. A token left without any pair
+        attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
+            divided by epsilon; entries at or below half the dtype's lowest value forbid the pair. A token left without
+            any pair
             is inactive: output 0, gradient 0, no mass. A float mask may require grad.
         scale: default 1/sqrt(E).
         epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
-        window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the first
-            and the last with the last *active* tokens.
+        window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
+            first and the last with the last *active* tokens.
         query_lengths, key_lengths: integer tensors `(...)`: only so many leading tokens are active.
         query_segment_ids, key_segment_ids: integer tensors `(..., L)`, `(..., S)`: packed sequences, contiguous runs in
             the same order; negative is inactive. Packed equals separate, exactly.
-        row_mass, col_mass: positive, broadcasting to `(..., H, L)`, `(..., H, S)`. Default: uniform with the other side's
-            total; with neither given, a = 1 and b = n/m. Constants.
-        relaxation: KL penalty strength tau > 0 for both marginals, or `(row tau, column tau)`, in score units; None keeps
-            a side balanced. rho = tau / (tau + epsilon).
+        row_mass, col_mass: positive, broadcasting to `(..., H, L)`, `(..., H, S)`. Default: uniform with the other
+            side's total; with neither given, a = 1 and b = n/m. Constants.
+        relaxation: KL penalty strength tau > 0 for both marginals, or `(row tau, column tau)`, in score units; None
+            keeps a side balanced. rho = tau / (tau + epsilon).
         dustbin: `Dustbin` for tokens without a partner.
         base_iters: T, stopped iterations. Default 20.
         tail_iters: R, differentiated iterations. Default 2. T = R = 0 is softmax attention.
-        gradient: "tail" differentiates the R last iterations, "unrolled" all T + R, "implicit" the fixed point (exact if
-            converged), by conjugate gradients.
+        gradient: "tail" differentiates the R last iterations, "unrolled" all T + R, "implicit" the fixed point (exact
+            if converged), by conjugate gradients.
         initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
         dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
@@ -90,9 +90,9 @@ def sinkhorn_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument with a wrong shape, device or value, or a problem without a plan (unequal masses, a window
-            that leaves keys uncovered or forces the identity). The message names the argument and a way out. Checks that
-            must look at data follow `set_checks`.
+        ValueError: an argument with a wrong shape, device or value, or a problem without a plan (unequal masses, a
+            window that leaves keys uncovered or forces the identity). The message names the argument and a way out.
+            Checks that must look at data follow `set_checks`.
 
     Examples:
         >>> import torch
@@ -141,9 +141,9 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
 def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
     """The transport plan itself, `(..., H, L, S)`, or `(..., H, L+1, S+1)` with a dustbin (its row and column last).
 
-    It is differentiable exactly like the output of `sinkhorn_attention`, whose options it takes (`dropout_p` must stay 0:
-    the plan is returned before dropout). It materialises L x S, because that is what was asked for. With a dustbin and
-    packed segments the last row and column hold each token's mass to and from its own segment's dustbin.
+    It is differentiable exactly like the output of `sinkhorn_attention`, whose options it takes (`dropout_p` must stay
+    0: the plan is returned before dropout). It materialises L x S, because that is what was asked for. With a dustbin
+    and packed segments the last row and column hold each token's mass to and from its own segment's dustbin.
 
     Raises:
         TypeError, ValueError: as `sinkhorn_attention`.
@@ -175,4 +175,6 @@ def refuse_unknown(function: str, options: Any) -> None:
     """TypeError for an option that `Options` does not have."""
     unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
-        raise TypeError(f"{function}() got unknown option {unknown[0]!r}; it takes {', '.join(Options.__annotations__)}.")
+        raise TypeError(
+            f"{function}() got unknown option {unknown[0]!r}; it takes {', '.join(Options.__annotations__)}."
+        )

@@ -5,14 +5,16 @@ At a converged plan the score cotangent is dS = P * (D - x_i - y_j) with
     [diag(P 1)/rho_r   P               ] [x]   [row sums of P*D   ]
     [P^T               diag(P^T 1)/rho_c] [y] = [column sums of P*D]
 
-(P's own sums on the diagonal: with a and b instead the error off convergence is 100 times larger). x is eliminated, which
-halves the iterations: (diag(c)/rho_c - rho_r P^T diag(1/r) P) y = g - rho_r P^T (f / r), r and c the row and column sums.
-Symmetrised by sqrt(c), it is the identity minus a contraction; balanced problems have one null vector, sqrt(c), per
-connected component, projected out.
+(P's own sums on the diagonal: with a and b instead the error off convergence is 100 times larger). x is eliminated,
+which
+halves the iterations: (diag(c)/rho_c - rho_r P^T diag(1/r) P) y = g - rho_r P^T (f / r), r and c the row and column
+sums. Symmetrised by sqrt(c), it is the identity minus a contraction; balanced problems have one null vector, sqrt(c),
+per connected component, projected out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -74,13 +76,13 @@ def implicit_duals(
     r_inv = torch.where(r > 0, 1 / r, 0.0)
     root = c.clamp(min=0).sqrt()
     root_inv = torch.where(root > 0, 1 / root, 0.0)
-    norm = segment_sum(c, parts.col, parts.count)
+    norm = segment_sum(c, parts.col, parts.number)
     norm_inv = torch.where(norm > 0, 1 / norm, 0.0)
 
     def project(s: Tensor) -> Tensor:
         if not problem.balanced:
             return s
-        share = segment_sum(root * s, parts.col, parts.count) * norm_inv
+        share = segment_sum(root * s, parts.col, parts.number) * norm_inv
         return s - root * by_segment(share, parts.col, s.shape[-1])
 
     def matrix(s: Tensor) -> Tensor:
@@ -91,7 +93,9 @@ def implicit_duals(
     return rho_r * r_inv * (row_sums - plan.row_pass(y)), y
 
 
-def conjugate_gradients(matrix, rhs: Tensor, project, max_iters: int = MAX_ITERS) -> Tensor:
+def conjugate_gradients(
+    matrix: Callable[[Tensor], Tensor], rhs: Tensor, project: Callable[[Tensor], Tensor], max_iters: int = MAX_ITERS
+) -> Tensor:
     """Solve `matrix(s) = rhs` for every leading index at once, `matrix` symmetric and positive off the projection."""
     tolerance = TOLERANCE[rhs.dtype] ** 2 * _dot(rhs, rhs)
     solution = torch.zeros_like(rhs)

@@ -60,18 +60,20 @@ torch.library.define(
 
 def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors that share no memory; an absent one is empty."""
-    return tuple(like.new_empty(0) if x is None or x.numel() == 0 and x.ndim == 1 else x.contiguous() for x in tensors)
+    return tuple(
+        like.new_empty(0) if x is None or (x.numel() == 0 and x.ndim == 1) else x.contiguous() for x in tensors
+    )
 
 
 @torch.library.impl(f"{NAMESPACE}::forward", "default")
-def _forward(*args):
+def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args[:-1])
     result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
     return _fresh((result.output, *result.potentials, *result[2:]), result.output)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::forward")
-def _forward_fake(*args):
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, _ = unflatten(args[:-1])
     assert inputs.value is not None
     num, heads, length = problem.log_row_mass.shape
@@ -99,7 +101,16 @@ def _fake_potentials(problem: Problem, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl(f"{NAMESPACE}::backward", "default")
-def _backward(grad_output, grad_to_bin, grad_from_bin, mask_grad, output, row_potentials, col_potentials, *args):
+def _backward(
+    grad_output: Tensor,
+    grad_to_bin: Tensor | None,
+    grad_from_bin: Tensor | None,
+    mask_grad: bool,
+    output: Tensor,
+    row_potentials: Tensor,
+    col_potentials: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
     potentials = Potentials(row_potentials, col_potentials)
     grads = OutputGrads(grad_output, grad_to_bin, grad_from_bin, mask_grad)
@@ -108,17 +119,18 @@ def _backward(grad_output, grad_to_bin, grad_from_bin, mask_grad, output, row_po
 
 
 @torch.library.register_fake(f"{NAMESPACE}::backward")
-def _backward_fake(grad_output, grad_to_bin, grad_from_bin, mask_grad, output, row_potentials, col_potentials, *args):
-    return _fake_gradients(unflatten(args)[0], mask_grad, output)
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    mask_grad, output = args[3:5]
+    return _fake_gradients(unflatten(args[7:])[0], mask_grad, output)
 
 
 def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tensor, ...]:
     absent = [x is None or (name == "mask" and not mask_grad) for name, x in zip(Inputs._fields, inputs, strict=True)]
-    return tuple(like.new_empty(0 if no else x.shape) for no, x in zip(absent, inputs, strict=True))
+    return tuple(like.new_empty(0 if no or x is None else x.shape) for no, x in zip(absent, inputs, strict=True))
 
 
 @torch.library.impl(f"{NAMESPACE}::plan", "default")
-def _plan(*args):
+def _plan(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
     potentials = ENGINES[engine].solve(inputs, problem)
     full = reference.plan_of(reference.dense_problem(inputs, problem), potentials)
@@ -126,7 +138,7 @@ def _plan(*args):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::plan")
-def _plan_fake(*args):
+def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, _ = unflatten(args)
     num, heads, length = problem.log_row_mass.shape
     extra = int(problem.has_dustbin)
@@ -136,44 +148,49 @@ def _plan_fake(*args):
 
 
 @torch.library.impl(f"{NAMESPACE}::plan_backward", "default")
-def _plan_backward(grad_plan, row_potentials, col_potentials, mask_grad, *args):
+def _plan_backward(
+    grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
+) -> tuple[Tensor, ...]:
     inputs, problem, _ = unflatten(args)
-    wanted = [x is not None and x.is_floating_point() and (i != 3 or mask_grad) for i, x in enumerate(inputs)]
+    leaves, wanted = [], []
+    for name, x in zip(Inputs._fields, inputs, strict=True):
+        wants = x is not None and x.is_floating_point() and (name != "mask" or mask_grad)
+        leaves.append(x.detach().requires_grad_(wants) if x is not None else None)
+        wanted.append(wants)
     with torch.enable_grad():
-        leaves = Inputs(*(x.detach().requires_grad_(w) if x is not None else None for x, w in zip(inputs, wanted, strict=True)))
-        dense = reference.dense_problem(leaves, problem)
+        dense = reference.dense_problem(Inputs(*leaves), problem)  # type: ignore[arg-type]
     detached = dense._replace(scores=dense.scores.detach())
     grad_full = reference.unfold_dustbins(grad_plan, problem)
     cotangent = staircase.backward(detached, grad_full, Potentials(row_potentials, col_potentials), problem).scores
-    used = [x for x, w in zip(leaves, wanted, strict=True) if w]
+    used = [x for x, wants in zip(leaves, wanted, strict=True) if x is not None and wants]
     grads = iter(torch.autograd.grad(dense.scores, used, cotangent, allow_unused=True))
-    result = [next(grads) if w else None for w in wanted]
+    result = [next(grads) if wants else None for wants in wanted]
     return _fresh([None if g is None else g.to(grad_plan.dtype) for g in result], grad_plan)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::plan_backward")
-def _plan_backward_fake(grad_plan, row_potentials, col_potentials, mask_grad, *args):
-    inputs = unflatten(args)[0]
-    return _fake_gradients(inputs._replace(dustbin_value=None), mask_grad, grad_plan)
+def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    grad_plan, mask_grad = args[0], args[3]
+    return _fake_gradients(unflatten(args[4:])[0]._replace(dustbin_value=None), mask_grad, grad_plan)
 
 
 class _NotTwice(torch.autograd.Function):
     """Gradients that refuse, with a reason, to be differentiated again."""
 
     @staticmethod
-    def forward(ctx, engine: str, num: int, *tensors):
+    def forward(ctx: Any, engine: str, num: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.engine = engine
-        return tuple(None if x is None else x.view_as(x) for x in tensors[:num])
+        return tuple(x.view_as(x) for x in tensors[:num])
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"engine={ctx.engine!r} has no double backward (its backward is derived by hand); for second derivatives use "
-            "engine='reference', which autograd differentiates any number of times."
+            f"engine={ctx.engine!r} has no double backward (its backward is derived by hand); for second derivatives "
+            "use engine='reference', which autograd differentiates any number of times."
         )
 
 
-def _input_grads(ctx, op, leading: tuple, flat: list[Any]) -> list[Tensor | None]:
+def _input_grads(ctx: Any, op: Any, leading: tuple[Any, ...], flat: list[Any]) -> list[Tensor | None]:
     """Run a backward op and hand its results to the inputs that want them, in their dtypes."""
     mask = flat[3]
     mask_grad = mask is not None and mask.dtype != torch.bool and ctx.needs_input_grad[3]
@@ -190,13 +207,13 @@ def _input_grads(ctx, op, leading: tuple, flat: list[Any]) -> list[Tensor | None
     return result + [None] * (len(flat) - _NUM_INPUTS)
 
 
-def _save(ctx, flat: Sequence[Any], extra: Sequence[Tensor]) -> None:
+def _save(ctx: Any, flat: Sequence[Any], extra: Sequence[Tensor]) -> None:
     ctx.save_for_backward(*extra, *(x for x in flat if isinstance(x, Tensor)))
     ctx.num_extra = len(extra)
     ctx.template = [Ellipsis if isinstance(x, Tensor) else x for x in flat]
 
 
-def _load(ctx) -> tuple[list[Tensor], list[Any]]:
+def _load(ctx: Any) -> tuple[list[Tensor], list[Any]]:
     saved = ctx.saved_tensors
     rest = iter(saved[ctx.num_extra :])
     return list(saved[: ctx.num_extra]), [next(rest) if x is Ellipsis else x for x in ctx.template]
@@ -206,18 +223,19 @@ class SinkhornAttention(torch.autograd.Function):
     """`apply(*flat, residuals)` -> the seven results of the forward op."""
 
     @staticmethod
-    def forward(*args):
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.forward(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs[:-1], output[:3])
         ctx.mark_non_differentiable(*output[1:5])
         ctx.has_dustbin = output[5].ndim > 1
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output, _row, _col, _row_residual, _col_residual, grad_to_bin, grad_from_bin):
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_output, _, _, _, _, grad_to_bin, grad_from_bin = grads
         (output, row, col), flat = _load(ctx)
         if not ctx.has_dustbin:
             grad_to_bin = grad_from_bin = None
@@ -231,16 +249,16 @@ class SinkhornPlan(torch.autograd.Function):
     """`apply(*flat)` -> (plan, row potentials, column potentials)."""
 
     @staticmethod
-    def forward(*args):
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.plan(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs, output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad_plan, _row, _col):
+    def backward(ctx: Any, grad_plan: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (row, col), flat = _load(ctx)
         leading = (grad_plan, row, col, Ellipsis)
         return tuple(_input_grads(ctx, torch.ops.torch_sinkhorn_attn.plan_backward, leading, flat))

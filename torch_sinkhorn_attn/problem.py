@@ -1,4 +1,5 @@
-"""The typed semantics every engine works on: tensors in one canonical layout, and one frozen description of the problem.
+"""The typed semantics every engine works on: tensors in one canonical layout, and one frozen description of the
+problem.
 
 Shapes used throughout: N flattened batch, H query heads, Hk key/value heads (H a multiple of Hk), L queries, S keys,
 E features, Ev value features, G dustbins per head (one per packed segment; 1 without segments).

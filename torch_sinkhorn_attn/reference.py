@@ -11,7 +11,7 @@ Formulas: D. Forde, arXiv:2605.08123, in the order columns first, rows last.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Dense(NamedTuple):
 
 
 def forward(inputs: Inputs, problem: Problem) -> Result:
-    """Attention by the definition. Differentiable in every tensor of `inputs`, twice unless the gradient is implicit."""
+    """Attention by the definition. Differentiable in every tensor of `inputs`, twice unless the gradient is
+    implicit."""
     assert inputs.value is not None
     dense = dense_problem(inputs, problem)
     plan, potentials = plan_and_potentials(dense, problem)
@@ -167,7 +168,7 @@ class _ImplicitPlan(torch.autograd.Function):
     """exp(S + u + v) whose gradient is that of the converged plan: dS = P * (D - x - y), x and y by CG."""
 
     @staticmethod
-    def forward(ctx, scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
         plan = torch.exp(scores + u[..., :, None] + v[..., None, :])
         ctx.save_for_backward(plan)
         ctx.problem, ctx.parts = problem, parts
@@ -175,7 +176,7 @@ class _ImplicitPlan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (plan,) = ctx.saved_tensors
         weighted = plan * grad
         x, y = implicit_duals(DensePlan(plan), weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
@@ -223,5 +224,3 @@ def _mass(log_mass: Tensor) -> Tensor:
 
 def _largest(error: Tensor) -> Tensor:
     return error.amax(-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
-
-

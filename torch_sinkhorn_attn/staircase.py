@@ -4,14 +4,15 @@ With D = dL/dP, every half-step of the tail contributes one plan factor, and eac
 exponentials of dual differences (the staircase):
 
     row factor     A^r = exp(S + v^r + u^r/rho_r - log a)      = P * exp(u^r/rho_r - log a - u^R)_i * exp(v^r - v^R)_j
-    column factor  B^r = exp(S + u^(r-1) + v^r/rho_c - log b)  = P * exp(u^(r-1) - u^R)_i * exp(v^r/rho_c - log b - v^R)_j
+    column factor  B^r = exp(S + u^(r-1) + v^r/rho_c - log b)  = P * exp(u^(r-1) - u^R)_i * exp(v^r/rho_c - log b -
+    v^R)_j
 
     dS = P*D - sum_r rho_r z^r_i A^r - sum_r rho_c w^r_j B^r                   r = R..1
     z^R = rowsum(P*D),  w^R = colsum(P*D) - rho_r A^R^T z^R,  z^(r-1) = -rho_c B^r w^r,  w^r = -rho_r A^r^T z^r
 
-so that dS = P * (D - X Y^T) with X [.., 2R], Y [.., 2R]: nothing but one tile and a low-rank field. z^0, the cotangent of
-the stopped u^0, is dropped by the surrogate and returned for the bias certificate. For R = 0 the one differentiated row
-half-step leaves w^0, the cotangent of v^0, dropped instead.
+so that dS = P * (D - X Y^T) with X [.., 2R], Y [.., 2R]: nothing but one tile and a low-rank field. z^0, the cotangent
+of the stopped u^0, is dropped by the surrogate and returned for the bias certificate. For R = 0 the one differentiated
+row half-step leaves w^0, the cotangent of v^0, dropped instead.
 
 `Staircase` holds the exponentials and is shared with the tiled engine; `backward` is the dense adjoint.
 """
@@ -77,8 +78,8 @@ def stack_field(terms: list[tuple[Tensor, Tensor]]) -> Field:
 
 class Passes(Protocol):
     """The passes over P the recursion takes, with riders: the first column pass may gather dV and the column sums, the
-    last one (given the known `field`, and the row terms of the factor still to come as `deferred`) dK, the last row pass
-    (given the whole `field`) dQ."""
+    last one (given the known `field`, and the row terms of the factor still to come as `deferred`) dK, the last row
+    pass (given the whole `field`) dQ."""
 
     row_sums: Tensor  # rowsum(P*D) [N, H, L(+G)]
 

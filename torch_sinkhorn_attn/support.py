@@ -35,7 +35,9 @@ class Support(NamedTuple):
     col_active: Tensor
 
 
-def token_ids(batch: int, length: int, lengths: Tensor | None, segment_ids: Tensor | None, device) -> Tensor:
+def token_ids(
+    batch: int, length: int, lengths: Tensor | None, segment_ids: Tensor | None, device: torch.device
+) -> Tensor:
     """`[batch, length]` int64: the id of the problem each token belongs to, -1 where it is inactive."""
     position = torch.arange(length, device=device)
     if segment_ids is None:
@@ -52,7 +54,7 @@ class _Side(NamedTuple):
 
     order: Tensor  # physical index of the tokens sorted by id
     first: Tensor  # start of the *other* side's tokens with this id in that side's order
-    count: Tensor  # how many of them
+    matches: Tensor  # how many of them
     rank: Tensor  # rank of this token among its own side's tokens with the same id
     own_count: Tensor
 
@@ -120,8 +122,8 @@ def build_support(row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | No
     left, right = (-1, -1) if window is None else window
     if packed and row_ids.shape[-1] and num_cols:
         rows, cols = _match(row_ids, col_ids), _match(col_ids, row_ids)
-        row_active, col_active = (row_ids >= 0) & (rows.count > 0), (col_ids >= 0) & (cols.count > 0)
-        lo, hi = window_ranks(rows.rank, rows.own_count, rows.count, left, right)
+        row_active, col_active = (row_ids >= 0) & (rows.matches > 0), (col_ids >= 0) & (cols.matches > 0)
+        lo, hi = window_ranks(rows.rank, rows.own_count, rows.matches, left, right)
         nonempty = row_active & (lo < hi)
         at = cols.order.gather(-1, (rows.first + lo).clamp(max=num_cols - 1))
         end = cols.order.gather(-1, (rows.first + hi - 1).clamp(0, num_cols - 1)) + 1
@@ -164,7 +166,7 @@ class Components(NamedTuple):
 
     row: Tensor | None
     col: Tensor | None
-    count: int
+    number: int
 
 
 def components(problem: Problem) -> Components:
@@ -199,8 +201,8 @@ def centre_gauge(u: Tensor, v: Tensor, problem: Problem, parts: Components) -> t
     """Subtract the mean of u over each component's active rows from u and add it to v: the plan does not change."""
     row_active = (with_dustbin(problem.log_row_mass, problem.log_row_capacity) > -torch.inf).to(u.dtype)
     col_active = (with_dustbin(problem.log_col_mass, problem.log_col_capacity) > -torch.inf).to(u.dtype)
-    size = segment_sum(row_active, parts.row, parts.count).clamp(min=1)
-    mean = segment_sum(u * row_active, parts.row, parts.count) / size
+    size = segment_sum(row_active, parts.row, parts.number).clamp(min=1)
+    mean = segment_sum(u * row_active, parts.row, parts.number) / size
     return (
         (u - by_segment(mean, parts.row, u.shape[-1])) * row_active,
         (v + by_segment(mean, parts.col, v.shape[-1])) * col_active,

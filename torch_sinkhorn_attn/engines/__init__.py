@@ -1,4 +1,5 @@
-"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, refusal, forward and backward."""
+"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, refusal, forward and
+backward."""
 
 from __future__ import annotations
 

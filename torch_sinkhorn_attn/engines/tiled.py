@@ -1,8 +1,8 @@
 """The tiled engine: the schedule of the definition over row and column blocks, in plain PyTorch, on any device.
 
-Between forward and backward only the inputs, the output and the duals live: O(n + m) numbers per head. Temporaries are a
-few tiles, never an n x m tensor, and only the tiles the support can touch are read. The dustbin is two vectors beside the
-tiles. float16 and bfloat16 inputs are widened tile by tile; potentials and sums are float32 (float64 for float64).
+Between forward and backward only the inputs, the output and the duals live: O(n + m) numbers per head. Temporaries are
+a few tiles, never an n x m tensor, and only the tiles the support can touch are read. The dustbin is two vectors beside
+the tiles. float16 and bfloat16 inputs are widened tile by tile; potentials and sums are float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class TiledPasses:
                 torch.zeros_like(p) if g is None else g.to(tiles.dtype)
                 for g, p in ((grads.to_bin, to_bin), (grads.from_bin, from_bin))
             )
-            read = 0.0
+            read = grad_to
             if inputs.dustbin_value is not None:
-                read = (grad * inputs.dustbin_value.to(tiles.dtype)[:, :, None]).sum(-1)
-            self.d = Cotangent(grad, grad_to + read, grad_from)
+                read = grad_to + (grad * inputs.dustbin_value.to(tiles.dtype)[:, :, None]).sum(-1)
+            self.d = Cotangent(grad, read, grad_from)
             self.row_sums = torch.cat([self.row_sums + to_bin * grad_to, tiles.sum_cols(from_bin * grad_from)], -1)
         self.grad_value: Tensor | None = None  # per query head, [N, H, S, Ev]
         self.grad_key: Tensor | None = None  # per query head, [N, H, S, E]
@@ -109,7 +109,8 @@ class TiledPasses:
         self.grad_mask: Tensor | None = None
 
     def column(self, x: Tensor, field: Field | None = None, deferred: Tensor | None = None) -> Tensor:
-        """P^T x; dV rides in the first pass, dK (all but the factor with row terms `deferred`) in the one with a field."""
+        """P^T x; dV rides in the first pass, dK (all but the factor with row terms `deferred`) in the one with a
+        field."""
         t = self.tiles
         first = self.grad_value is None
         if not first and field is None:
@@ -175,8 +176,8 @@ class TiledPasses:
 
 
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
-    """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the query
-    cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
+    """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the
+    query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
     tiles = Tiles(inputs, problem, potentials.row[-1], potentials.col[-1])
     passes = TiledPasses(tiles, output, grads)
     if problem.gradient == "implicit":

@@ -1,8 +1,8 @@
 """Tiles of the scores and of the plan, and the passes over them that the tiled engine and the certificates are made of.
 
-Layout: a tile is `[N, H, rows, columns]`. Vectors are augmented by the dustbins where there are any: `[N, H, L(+G)]` on the
-row side, `[N, H, S(+G)]` on the column side; the dustbin's part of a pass is a few vector operations. Inactive tokens have
-potential 0 outside and -inf inside a pass, so their part of the plan is exactly 0.
+Layout: a tile is `[N, H, rows, columns]`. Vectors are augmented by the dustbins where there are any: `[N, H, L(+G)]` on
+the row side, `[N, H, S(+G)]` on the column side; the dustbin's part of a pass is a few vector operations. Inactive
+tokens have potential 0 outside and -inf inside a pass, so their part of the plan is exactly 0.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Tiles:
             lo, hi = window_ranks(torch.arange(self.length), n, m, problem.window_left, problem.window_right)
         else:  # elsewhere intervals are data, and reading them would force a synchronisation: visit every tile
             return [(0, self.size, 0, 0 if problem.banded else self.size) for _ in self.row_blocks]
-        spans = []
+        spans: list[tuple[int, int, int, int]] = []
         for rows in self.row_blocks:
             low, high = lo[..., rows], hi[..., rows]
             outer = torch.where(low < high, low, self.size).min(), high.max()
-            spans.append(tuple(int(x) for x in (*outer, low.max(), high.min())))
+            spans.append((int(outer[0]), int(outer[1]), int(low.max()), int(high.min())))
         return spans
 
     def columns(self, i: int) -> Iterator[int]:

@@ -1,0 +1,55 @@
+# Everything runs in .venv, made here from requirements.txt by the first target that needs it.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+REQUIREMENTS := $(VENV)/.requirements-installed
+PACKAGE := $(VENV)/.package-installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test lint wheel clean
+
+help:
+	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
+	@echo "make test    lint, then every test and documentation example (PYTEST_ARGS=... are passed on)"
+	@echo "make lint    ruff and mypy"
+	@echo "make wheel   the sdist and the wheel, into dist/"
+	@echo "make clean   remove what building and testing left; .venv stays"
+	@echo "PYTHON=...   the Python that .venv is made with, 3.10 to 3.13 (now: $(PYTHON))"
+
+demo: $(PACKAGE)
+	$(RUN) -m examples.pfam $(ARGS)
+
+test: lint
+	$(RUN) -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+lint: $(PACKAGE)
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+
+wheel: $(PACKAGE)
+	rm -rf build
+	$(RUN) -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/.incomplete stands while pip works: a set-up cut short is thrown away, not trusted.
+$(REQUIREMENTS): requirements.txt
+	@if [ -e $(VENV)/.incomplete ] || ! $(RUN) -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
+	    echo "Python 3.10 to 3.13 is needed, but $(PYTHON) is '$$($(PYTHON) --version 2>&1)'. Choose one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing requirements.txt into $(VENV); the first time it downloads a few GB (PyTorch with CUDA), in some minutes."
+	@mkdir -p $(VENV) && touch $(VENV)/.incomplete
+	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --requirement requirements.txt
+	@rm $(VENV)/.incomplete && touch $@
+
+$(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py torch_sinkhorn_attn/__init__.py
+	@echo "Installing torch_sinkhorn_attn into $(VENV), editable."
+	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,201 @@
+"""Checks of one argument at a time, of its type, shape and device: each returns the argument in canonical form or
+raises a TypeError or ValueError that names it, its value and the way out."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.problem import compute_dtype
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Types, dtypes, devices and shapes of query, key and value; autocast applied."""
+    given = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+        if x.is_nested:
+            raise TypeError(
+                f"{name} is a nested tensor; pad it (x.to_padded_tensor(0)) and pass lengths or segment ids."
+            )
+    if torch.is_autocast_enabled(query.device.type):
+        lower = torch.get_autocast_dtype(query.device.type)
+        given = {k: x.to(lower) if x.is_floating_point() and x.dtype != torch.float64 else x for k, x in given.items()}
+        query, key = given["query"], given["key"]
+        value = given.get("value")
+    for name, x in given.items():
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}; use float32, float64, bfloat16 or float16.")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}; cast them to one dtype.")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move them to one device.")
+        if x.ndim < 3:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; (..., heads, tokens, features) is needed: use {name}[None]."
+            )
+        if x.shape[:-3] != query.shape[:-3]:
+            batches = f"{tuple(x.shape[:-3])} but query has {tuple(query.shape[:-3])}"
+            raise ValueError(f"{name} has batch shape {batches}; expand them to one.")
+    if query.shape[-1] == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}: at least one feature is needed.")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key has {key.shape[-1]} features but query has {query.shape[-1]}; they must agree.")
+    if value is not None and (value.shape[-3:-1] != key.shape[-3:-1]):
+        raise ValueError(
+            f"value has (heads, tokens) {tuple(value.shape[-3:-1])} but key has {tuple(key.shape[-3:-1])}; "
+            "they must agree."
+        )
+    heads, key_heads = query.shape[-3], key.shape[-3]
+    if heads != key_heads and not enable_gqa:
+        raise ValueError(f"query has {heads} heads but key has {key_heads}; pass enable_gqa=True for grouped queries.")
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"enable_gqa needs query heads ({heads}) to be a multiple of key heads ({key_heads}).")
+    return query, key, value
+
+
+def number(name: str, x: Any) -> float:
+    if isinstance(x, Tensor):
+        if x.requires_grad:
+            raise ValueError(f"{name} is a constant and cannot require grad; to learn it, scale the query instead.")
+        raise TypeError(f"{name} must be a Python number, got a tensor; pass float({name}).")
+    try:
+        value = float(x) if not isinstance(x, (bool, str)) else None
+    except (TypeError, ValueError):
+        value = None
+    if value is None:
+        raise TypeError(f"{name} must be a number, got {x!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite.")
+    return value
+
+
+def positive(name: str, x: Any) -> float:
+    value = number(name, x)
+    if value <= 0:
+        raise ValueError(f"{name}={value} must be positive.")
+    return value
+
+
+def count(name: str, x: Any) -> int:
+    try:
+        value = operator.index(x) if not isinstance(x, (bool, Tensor)) else None
+    except TypeError:
+        value = None
+    if value is None:
+        raise TypeError(f"{name} must be an integer, got {x!r}.")
+    if value < 0:
+        raise ValueError(f"{name}={value} must be 0 or more.")
+    return value
+
+
+def window_sides(window: Any) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    try:
+        sides = [operator.index(x) for x in window if not isinstance(x, bool)]
+    except TypeError:
+        sides = []
+    if len(sides) != 2 or len(window) != 2:
+        raise TypeError(f"window must be a pair of integers (left, right), got {window!r}; -1 lifts a side.")
+    if min(sides) < -1:
+        raise ValueError(f"window={tuple(sides)} must have sides of 0 or more, or -1 for unlimited.")
+    return sides[0], sides[1]
+
+
+def relaxation_pair(relaxation: Any) -> tuple[float, float]:
+    """(row tau, column tau), inf where balanced."""
+    pair = relaxation if isinstance(relaxation, (tuple, list)) else (relaxation, relaxation)
+    if len(pair) != 2:
+        raise TypeError(f"relaxation must be a number, a pair (row tau, column tau) or None, got {relaxation!r}.")
+    taus = []
+    for tau in pair:
+        if tau is None or (isinstance(tau, (int, float)) and not isinstance(tau, bool) and tau == math.inf):
+            taus.append(math.inf)
+        else:
+            taus.append(positive("relaxation", tau))
+    return taus[0], taus[1]
+
+
+def broadcasts(shape: tuple[int, ...] | torch.Size, target: tuple[int, ...]) -> bool:
+    if len(shape) > len(target):
+        return False
+    return all(x in (1, y) for x, y in zip(shape[::-1], target[::-1], strict=False))
+
+
+def score_mask(mask: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
+    """The caller's mask as a 4-D view broadcasting to [N, H, L, S]."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}.")
+    if mask.dtype not in (torch.bool, *DTYPES):
+        raise TypeError(
+            f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
+        )
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask is on {mask.device} but query is on {query.device}; move it.")
+    if not broadcasts(mask.shape, shape):
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, which does not broadcast to {shape}.")
+    mask = mask.reshape(*(1,) * (len(shape) - mask.ndim), *mask.shape)
+    lead, batch = mask.shape[:-3], shape[:-3]
+    if math.prod(lead) == 1:
+        return mask.reshape(1, *mask.shape[-3:])
+    # Only a mask that broadcasts over some of several batch dimensions but not all is copied here.
+    return mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
+
+
+def integers(name: str, x: Any, shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor | None:
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be an integer tensor of shape {tuple(shape)}, got {kind}.")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but query is on {device}; move it.")
+    if not broadcasts(x.shape, tuple(shape)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; {tuple(shape)} is needed.")
+    return x.expand(shape)
+
+
+def constant(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
+    """A floating-point constant expanded to `shape`."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor broadcasting to {shape}, got {kind}.")
+    if x.requires_grad:
+        raise ValueError(f"{name} is a constant and cannot require grad; pass {name}.detach().")
+    if x.device != query.device:
+        raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move it.")
+    if not broadcasts(x.shape, shape):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, which does not broadcast to {shape}.")
+    return x.expand(shape)
+
+
+def potentials(
+    given: Any, batch: torch.Size, heads: int, rows: int, cols: int, query: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """A warm start as `[N, H, rows]` and `[N, H, cols]`."""
+    if given is None:
+        return None, None
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(
+            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
+        )
+    pair = []
+    for side, x, n in (("row", given[0], rows), ("column", given[1], cols)):
+        name = f"initial_potentials ({side})"
+        x = constant(name, x, (*batch, heads, n), query)
+        if x is None:
+            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+        pair.append(x.to(compute_dtype(query.dtype)).reshape(-1, heads, n))
+    return pair[0], pair[1]
