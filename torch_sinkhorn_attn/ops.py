@@ -20,6 +20,7 @@ from torch_sinkhorn_attn.problem import Inputs, OutputGrads, Potentials, Problem
 
 NAMESPACE = "torch_sinkhorn_attn"
 _NUM_INPUTS = len(Inputs._fields)
+_PROBLEM_FIELDS = tuple(field.name for field in fields(Problem))
 _REQUIRED = {"query", "key", "row_lo", "row_hi", "col_lo", "col_hi", "log_row_mass", "log_col_mass"}
 _SCHEMA_TYPES = {"Tensor": "Tensor", "float": "float", "int": "int", "str": "str", "bool": "bool"}
 
@@ -35,7 +36,7 @@ def _schema_arguments() -> str:
 
 
 def flatten(inputs: Inputs, problem: Problem, engine: str) -> list[Any]:
-    return [*inputs, *(getattr(problem, field.name) for field in fields(Problem)), engine]
+    return [*inputs, *(getattr(problem, name) for name in _PROBLEM_FIELDS), engine]
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
@@ -152,26 +153,16 @@ def _plan_backward(
     grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
 ) -> tuple[Tensor, ...]:
     inputs, problem, _ = unflatten(args)
-    leaves, wanted = [], []
-    for name, x in zip(Inputs._fields, inputs, strict=True):
-        wants = x is not None and x.is_floating_point() and (name != "mask" or mask_grad)
-        leaves.append(x.detach().requires_grad_(wants) if x is not None else None)
-        wanted.append(wants)
-    with torch.enable_grad():
-        dense = reference.dense_problem(Inputs(*leaves), problem)  # type: ignore[arg-type]
-    detached = dense._replace(scores=dense.scores.detach())
+    dense = reference.dense_problem(inputs, problem)
     grad_full = reference.unfold_dustbins(grad_plan, problem)
-    cotangent = staircase.backward(detached, grad_full, Potentials(row_potentials, col_potentials), problem).scores
-    used = [x for x, wants in zip(leaves, wanted, strict=True) if x is not None and wants]
-    grads = iter(torch.autograd.grad(dense.scores, used, cotangent, allow_unused=True))
-    result = [next(grads) if wants else None for wants in wanted]
-    return _fresh([None if g is None else g.to(grad_plan.dtype) for g in result], grad_plan)
+    cotangent = staircase.backward(dense, grad_full, Potentials(row_potentials, col_potentials), problem).scores
+    return _fresh(staircase.score_gradients(cotangent, inputs, problem, mask_grad), grad_plan)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::plan_backward")
 def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     grad_plan, mask_grad = args[0], args[3]
-    return _fake_gradients(unflatten(args[4:])[0]._replace(dustbin_value=None), mask_grad, grad_plan)
+    return _fake_gradients(unflatten(args[4:])[0]._replace(value=None, dustbin_value=None), mask_grad, grad_plan)
 
 
 class _NotTwice(torch.autograd.Function):

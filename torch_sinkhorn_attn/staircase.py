@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.implicit import DensePlan, PlanOperator, implicit_duals
-from torch_sinkhorn_attn.problem import Potentials, Problem
+from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem
 from torch_sinkhorn_attn.reference import Dense
 from torch_sinkhorn_attn.support import Components, components, with_dustbin
 
@@ -156,3 +156,24 @@ def backward(dense: Dense, grad_plan: Tensor, potentials: Potentials, problem: P
     else:
         field, dropped = tail_field(passes, potentials, problem)
     return Cotangents(weighted - plan * (field.row_terms @ field.col_terms.transpose(-1, -2)), dropped)
+
+
+def score_gradients(grad_scores: Tensor, inputs: Inputs, problem: Problem, mask_grad: bool) -> Inputs:
+    """Cotangents of everything the scores are made of, from the augmented dS `[N, H, L(+G), S(+G)]`."""
+    length, size = problem.log_row_mass.shape[-1], problem.log_col_mass.shape[-1]
+    real, dtype = grad_scores[..., :length, :size], grad_scores.dtype
+    by_group = (inputs.key.shape[1], inputs.query.shape[1] // inputs.key.shape[1])
+    query, grouped = inputs.query.to(dtype).unflatten(1, by_group), real.unflatten(1, by_group)
+    factor = problem.scale / problem.epsilon
+    grad_query = (grouped @ inputs.key.to(dtype)[:, :, None]).flatten(1, 2) * factor
+    grad_key = (grouped.transpose(-1, -2) @ query).sum(2) * factor
+    grad_mask = real.sum_to_size(inputs.mask.shape) if mask_grad and inputs.mask is not None else None
+    if not problem.has_dustbin:
+        return Inputs(grad_query, grad_key, mask=grad_mask)
+    to_bin, from_bin, corner = (
+        grad_scores[..., :length, size:].sum(-1),
+        grad_scores[..., length:, :size].sum(-2),
+        grad_scores[..., length:, size:].sum((-1, -2)),
+    )
+    bins = (x / problem.epsilon for x in (to_bin, from_bin, corner))
+    return Inputs(grad_query, grad_key, None, grad_mask, *bins)

@@ -64,6 +64,8 @@ class Tiles:
     def _spans(self) -> list[tuple[int, int, int, int]]:
         """For each row block the columns [lo, hi) some row reaches, and [inner_lo, inner_hi) every row reaches."""
         problem = self.problem
+        if self.num * self.heads == 0:
+            return [(0, 0, 0, 0)] * len(self.row_blocks)
         if problem.row_lo.device.type == "cpu":
             lo, hi = problem.row_lo, problem.row_hi
         elif problem.uniform and problem.banded:
