@@ -39,7 +39,8 @@ def call_of(seed: int, *shape: int, **options) -> problems.Call:
     g = torch.Generator().manual_seed(seed)
     num, heads, length, size, width = shape
     tensors = [
-        torch.randn(num, heads, n, width, generator=g, dtype=torch.float64).requires_grad_() for n in (length, size, size)
+        torch.randn(num, heads, n, width, generator=g, dtype=torch.float64).requires_grad_()
+        for n in (length, size, size)
     ]
     return problems.Call(seed, *tensors, options=options, leaves=list(tensors))
 
@@ -119,9 +120,7 @@ def test_scores_of_ten_thousand_stay_finite(engine: str, window) -> None:
     query, key = (torch.randn(1, 2, 12, 4, generator=g).mul(70).requires_grad_() for _ in range(2))
     value = torch.randn(1, 2, 12, 4, generator=g).requires_grad_()
     for epsilon in (1e-3, 1.0, 1e3):
-        out, aux = sinkhorn_attention(
-            query, key, value, window=window, epsilon=epsilon, engine=engine, return_aux=True
-        )
+        out, aux = sinkhorn_attention(query, key, value, window=window, epsilon=epsilon, engine=engine, return_aux=True)
         gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
         assert all(torch.isfinite(x).all() for x in (out, *aux[:4], *gradients))
 

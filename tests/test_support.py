@@ -10,7 +10,14 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.mask_scan import scan_mask
-from torch_sinkhorn_attn.support import build_support, by_segment, components, segment_sum, token_ids, transpose_intervals
+from torch_sinkhorn_attn.support import (
+    build_support,
+    by_segment,
+    components,
+    segment_sum,
+    token_ids,
+    transpose_intervals,
+)
 
 
 def brute_window(n: int, m: int, left: int, right: int) -> Tensor:

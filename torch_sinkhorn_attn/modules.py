@@ -77,6 +77,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout=dropout, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
             kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype,
         )  # fmt: skip
+        self.__dict__.pop("_packed_in_construction")
         self.epsilon, self.window, self.relaxation = epsilon, window, relaxation
         self.base_iters, self.tail_iters = base_iters, tail_iters
         self.gradient, self.engine = gradient, engine
@@ -89,27 +90,15 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             score = nn.Parameter(torch.zeros(num_heads, 1, device=device, dtype=dtype)) if dustbin else None
             self.register_parameter(name, score)
 
-    # nn.TransformerEncoderLayer's fused softmax path asks for this name and stays closed while it reads False.
+    # nn.TransformerEncoderLayer's fused softmax path asks for this name and stays closed while it reads False. Only
+    # nn.MultiheadAttention's constructor sees the value it wrote, to decide which projections to make.
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        return False
+        return self.__dict__.get("_packed_in_construction", False)
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
-        """nn.MultiheadAttention's constructor writes it; whether `in_proj_weight` exists says the same."""
-
-    def _reset_parameters(self) -> None:
-        projections = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        for weight in projections:
-            if isinstance(weight, Tensor):
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.constant_(self.in_proj_bias, 0.0)
-            nn.init.constant_(self.out_proj.bias, 0.0)
-        if self.bias_k is not None:
-            nn.init.xavier_normal_(self.bias_k)
-        if self.bias_v is not None:
-            nn.init.xavier_normal_(self.bias_v)
+        self.__dict__["_packed_in_construction"] = value
 
     @property
     def softmax_mode(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.once import differentiable_once
 from torch_sinkhorn_attn.problem import Inputs, OutputGrads, Potentials, Problem, Result, compute_dtype
 
 NAMESPACE = "torch_sinkhorn_attn"
@@ -165,22 +166,6 @@ def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(unflatten(args[4:])[0]._replace(value=None, dustbin_value=None), mask_grad, grad_plan)
 
 
-class _NotTwice(torch.autograd.Function):
-    """Gradients that refuse, with a reason, to be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, engine: str, num: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.engine = engine
-        return tuple(x.view_as(x) for x in tensors[:num])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"engine={ctx.engine!r} has no double backward (its backward is derived by hand); for second derivatives "
-            "use engine='reference', which autograd differentiates any number of times."
-        )
-
-
 def _input_grads(ctx: Any, op: Any, leading: tuple[Any, ...], flat: list[Any]) -> list[Tensor | None]:
     """Run a backward op and hand its results to the inputs that want them, in their dtypes."""
     mask = flat[3]
@@ -190,11 +175,13 @@ def _input_grads(ctx: Any, op: Any, leading: tuple[Any, ...], flat: list[Any]) -
     result: list[Tensor | None] = []
     for i, (x, grad) in enumerate(zip(flat[:_NUM_INPUTS], grads, strict=True)):
         result.append(grad.to(x.dtype) if x is not None and ctx.needs_input_grad[i] else None)
-    if torch.is_grad_enabled():
-        tracked = [x for x in (*leading, *flat) if isinstance(x, Tensor) and x.requires_grad]
-        present = [g for g in result if g is not None]
-        wrapped = iter(_NotTwice.apply(flat[-1], len(present), *present, *tracked))
-        result = [None if g is None else next(wrapped) for g in result]
+    sources = [x for x in (*leading, *flat) if isinstance(x, Tensor)]
+    result = differentiable_once(
+        result,
+        sources,
+        f"engine={flat[-1]!r} has no double backward (its backward is derived by hand); for second derivatives use "
+        "engine='reference', which autograd differentiates any number of times.",
+    )
     return result + [None] * (len(flat) - _NUM_INPUTS)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.dropout import keep_mask
 from torch_sinkhorn_attn.implicit import DensePlan, implicit_duals
+from torch_sinkhorn_attn.once import differentiable_once
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem, Result, compute_dtype
 from torch_sinkhorn_attn.support import Components, centre_gauge, components, with_dustbin
 
@@ -170,17 +171,19 @@ class _ImplicitPlan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
         plan = torch.exp(scores + u[..., :, None] + v[..., None, :])
-        ctx.save_for_backward(plan)
+        ctx.save_for_backward(scores, plan)
         ctx.problem, ctx.parts = problem, parts
         return plan
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (plan,) = ctx.saved_tensors
-        weighted = plan * grad
-        x, y = implicit_duals(DensePlan(plan), weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
-        return weighted - plan * (x[..., :, None] + y[..., None, :]), None, None, None, None
+        scores, plan = ctx.saved_tensors
+        with torch.no_grad():
+            weighted = plan * grad
+            x, y = implicit_duals(DensePlan(plan), weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
+            grad_scores = weighted - plan * (x[..., :, None] + y[..., None, :])
+        reason = "gradient='implicit' has no double backward; use gradient='unrolled' with engine='reference'."
+        return *differentiable_once([grad_scores], [scores, grad], reason), None, None, None, None
 
 
 def _with_dustbin_scores(scores: Tensor, support: Tensor, inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,58 @@
+"""set_checks: what looks at data runs only where it may, and accelerators are never asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
+
+X = torch.randn(1, 2, 6, 4)
+
+
+def test_never_lets_an_infeasible_problem_through_without_nan() -> None:
+    set_checks("never")
+    mask = torch.zeros(6, 6)
+    mask[1] = -torch.inf
+    for options in (
+        {"window": (-1, 0)},
+        {"window": (0, 2)},
+        {"row_mass": torch.rand(6) + 0.1, "col_mass": torch.ones(6)},
+    ):
+        query = X.clone().requires_grad_()
+        out, aux = sinkhorn_attention(query, X, X, mask, return_aux=True, **options)
+        (grad,) = torch.autograd.grad(out.sum(), query)
+        assert torch.isfinite(out).all() and torch.isfinite(grad).all()
+        assert aux.col_residual.max() > 1e-3  # the residuals tell
+
+
+def test_shape_checks_always_run() -> None:
+    set_checks("never")
+    with pytest.raises(ValueError, match="features"):
+        sinkhorn_plan(X, X[..., :3])
+
+
+def test_auto_does_not_look_at_fake_tensors() -> None:
+    """A fake tensor raises on any look at its data, as an accelerator would have to synchronise."""
+    with FakeTensorMode():
+        x = torch.randn(2, 4, 6, 4)
+        lengths, ids = torch.tensor([3, 4]), torch.zeros(2, 6, dtype=torch.int64)
+        out = sinkhorn_attention(
+            x, x, x, torch.zeros(2, 1, 6, 6), query_lengths=lengths, key_lengths=lengths, window=(2, 2), dropout_p=0.1
+        )
+        assert out.shape == x.shape
+        options = {"query_segment_ids": ids, "key_segment_ids": ids, "dustbin": Dustbin(1.0, torch.zeros(4, 1))}
+        assert sinkhorn_attention(x, x, x, row_mass=torch.ones(6), **options).shape == x.shape
+        assert sinkhorn_plan(x, x, **options).shape == (2, 4, 7, 7)
+
+
+def test_always_and_auto_check_on_the_cpu() -> None:
+    for mode in ("auto", "always"):
+        set_checks(mode)
+        with pytest.raises(ValueError, match="identity"):
+            sinkhorn_plan(X, X, window=(-1, 0))
+
+
+def test_softmax_mode_checks_no_feasibility() -> None:
+    assert torch.isfinite(sinkhorn_plan(X, X, window=(-1, 0), base_iters=0, tail_iters=0)).all()

@@ -1,0 +1,136 @@
+"""The ops and the autograd around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import problems
+import pytest
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn import Dustbin, ops, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.arguments import prepare
+
+D = torch.float64
+lib = torch.ops.torch_sinkhorn_attn
+
+
+def flat_of(call: problems.Call, value: bool = True) -> list[Any]:
+    options = call.options if value else {k: v for k, v in call.options.items() if k != "dropout_p"}
+    prepared = prepare(call.query, call.key, call.value if value else None, call.mask, **options)
+    flat = ops.flatten(prepared.inputs, prepared.problem, "tiled")
+    return [x.detach() if isinstance(x, Tensor) else x for x in flat]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 8, 11, 17, 23])
+def test_opcheck(seed: int) -> None:
+    call = problems.make(seed)
+    flat = flat_of(call)
+    torch.library.opcheck(lib.forward.default, (*flat, True))
+    results = lib.forward(*flat, True)
+    bins = (torch.ones_like(results[5]), torch.ones_like(results[6])) if results[5].ndim > 1 else (None, None)
+    torch.library.opcheck(lib.backward.default, (torch.ones_like(results[0]), *bins, True, *results[:3], *flat))
+    flat = flat_of(call, value=False)
+    torch.library.opcheck(lib.plan.default, tuple(flat))
+    plan, *potentials = lib.plan(*flat)
+    torch.library.opcheck(lib.plan_backward.default, (torch.ones_like(plan), *potentials, True, *flat))
+
+
+def test_opcheck_sees_both_kinds() -> None:
+    kinds = {("dustbin" in problems.make(s).options, problems.make(s).mask is not None) for s in (0, 5, 8, 11, 17, 23)}
+    assert len(kinds) >= 3
+
+
+GRADCHECK: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no tail": {"tail_iters": 0},
+    "softmax": {"tail_iters": 0, "base_iters": 0},
+    "unrolled": {"gradient": "unrolled", "base_iters": 3},
+    "implicit": {"gradient": "implicit", "base_iters": 40, "epsilon": 4.0},
+    "window": {"window": (3, 3), "gradient": "unrolled", "base_iters": 2},
+    "relaxed": {"relaxation": (1.0, 2.0), "base_iters": 0},
+    "lengths": {"query_lengths": torch.tensor([3, 4]), "key_lengths": torch.tensor([5, 2]), "base_iters": 0},
+    "dustbin": {"dustbin": True, "base_iters": 0},
+    "masses": {"row_mass": torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=D), "base_iters": 0},
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECK)
+@pytest.mark.parametrize("engine", ["tiled", "reference"])
+def test_gradcheck(name: str, engine: str) -> None:
+    """Numerical derivatives; where the base is stopped they do not see it, so it is 0, unrolled or converged here."""
+    options = dict(GRADCHECK[name]) | {"engine": engine}
+    if name in ("plain", "no tail"):
+        options["base_iters"] = 0
+    g = torch.Generator().manual_seed(1)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=D).requires_grad_()
+
+    q, k, v, mask = leaf(2, 2, 4, 3), leaf(2, 1, 5, 3), leaf(2, 1, 5, 2), leaf(4, 5)
+    bins = (leaf(2, 1), leaf(5), leaf(2), leaf(2)) if options.pop("dustbin", False) else ()
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *bins: Tensor) -> tuple[Tensor, ...]:
+        dustbin = Dustbin(bins[0], bins[1], bins[2], value=bins[3]) if bins else None
+        out, aux = sinkhorn_attention(q, k, v, mask, enable_gqa=True, dustbin=dustbin, return_aux=True, **options)
+        plan = sinkhorn_plan(q, k, mask, enable_gqa=True, dustbin=dustbin, **options)
+        return (out, plan) if dustbin is None else (out, plan, aux.row_dustbin, aux.col_dustbin)
+
+    assert torch.autograd.gradcheck(function, (q, k, v, mask, *bins), atol=1e-6)
+
+
+def test_double_backward_is_right_on_the_reference_and_refused_on_the_tiled_engine() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 3, generator=g, dtype=D).requires_grad_() for _ in range(3))
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sinkhorn_attention(q, k, v, base_iters=0, tail_iters=1, engine="reference")
+
+    assert torch.autograd.gradgradcheck(reference, (q, k, v))
+    for make in (lambda: sinkhorn_attention(q, k, v, engine="tiled"), lambda: sinkhorn_plan(q, k, engine="tiled")):
+        (first,) = torch.autograd.grad(make().sin().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"engine='tiled' has no double backward.*engine='reference'"):
+            torch.autograd.grad(first.sum(), q)
+    first = torch.autograd.grad(
+        sinkhorn_attention(q, k, v, gradient="implicit", engine="reference").sin().sum(), q, create_graph=True
+    )[0]
+    with pytest.raises(RuntimeError, match="gradient='implicit' has no double backward"):
+        torch.autograd.grad(first.sum(), q)
+
+
+def test_only_asked_for_gradients_are_returned() -> None:
+    q, k, v = torch.randn(1, 4, 3), torch.randn(1, 5, 3, requires_grad=True), torch.randn(1, 5, 3)
+    out = sinkhorn_attention(q, k, v, torch.zeros(4, 5))
+    out.sum().backward()
+    assert k.grad is not None and q.grad is None
+    assert not sinkhorn_attention(q, k.detach(), v).requires_grad
+
+
+def test_gradients_of_the_dustbin_masses_alone() -> None:
+    q, k = torch.randn(1, 4, 3, dtype=D, requires_grad=True), torch.randn(1, 5, 3, dtype=D)
+    losses = []
+    for engine in ("reference", "tiled"):
+        _, aux = sinkhorn_attention(q, k, k, dustbin=Dustbin(0.1, 0.2), return_aux=True, engine=engine)
+        losses.append(torch.autograd.grad(aux.row_dustbin.square().sum(), q)[0])
+    assert torch.allclose(*losses, atol=1e-12)
+
+
+def test_autocast_computes_in_the_lower_dtype_and_keeps_float64() -> None:
+    x = torch.randn(1, 2, 8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sinkhorn_attention(x, x, x)
+        assert out.dtype == torch.bfloat16
+        assert sinkhorn_attention(x.double(), x.double(), x.double()).dtype == D
+    assert (out.float() - sinkhorn_attention(x, x, x)).abs().max() < 0.05
+
+
+def test_compiles_without_graph_breaks() -> None:
+    x = torch.randn(1, 2, 8, 4, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return sinkhorn_attention(x, x, x, window=(3, 3))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found, truth = (torch.autograd.grad(f(x).sin().sum(), x)[0] for f in (compiled, function))
+    assert torch.allclose(found, truth, atol=1e-6)

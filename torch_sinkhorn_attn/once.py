@@ -1,0 +1,35 @@
+"""Gradients that may be taken once: differentiating them again raises, with the reason, instead of being silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable_once(
+    grads: Sequence[Tensor | None], sources: Sequence[Tensor | None], reason: str
+) -> list[Tensor | None]:
+    """`grads`, tied to the tensors they came from; a backward through the tie raises RuntimeError(reason).
+
+    Only needed (and only done) under `create_graph=True`.
+    """
+    if not torch.is_grad_enabled():
+        return list(grads)
+    tracked = [x for x in sources if x is not None and x.requires_grad]
+    present = [g.detach() for g in grads if g is not None]
+    tied = iter(_Once.apply(reason, len(present), *present, *tracked))
+    return [None if g is None else next(tied) for g in grads]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reason: str, num: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.reason = reason
+        return tuple(x.view_as(x) for x in tensors[:num])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ctx.reason)
