@@ -8,11 +8,12 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test bench lint wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
 	@echo "make test    lint, then every test and documentation example (PYTEST_ARGS=... are passed on)"
+	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
 	@echo "make wheel   the sdist and the wheel, into dist/"
 	@echo "make clean   remove what building and testing left; .venv stays"
@@ -20,6 +21,9 @@ help:
 
 demo: $(PACKAGE)
 	$(RUN) -m examples.pfam $(ARGS)
+
+bench: $(PACKAGE)
+	for b in benchmarks/*.py; do $(RUN) $$b $(ARGS) || exit 1; done
 
 test: lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)

@@ -1,6 +1,6 @@
 """The suite every engine runs: the same calls, compared with the reference in float64.
 
-An engine is one entry in `ENGINES`; what it does not support must raise a ValueError that starts with its name's refusal.
+An engine is one entry in `ENGINES`.
 """
 
 from __future__ import annotations

@@ -112,7 +112,10 @@ def make(seed: int, dtype: torch.dtype = DTYPE, dropout: bool = True, largest: i
     packed_bins = min(length, size) if "segments" in kind else 1
     if draw(0, 3) == 0:
         bins = packed_bins if use_dustbin else 0
-        o["initial_potentials"] = (randn(*batch, heads, length + bins).detach(), randn(*batch, heads, size + bins).detach())
+        o["initial_potentials"] = (
+            randn(*batch, heads, length + bins).detach(),
+            randn(*batch, heads, size + bins).detach(),
+        )
     call.leaves += [x for x in (call.query, call.key, call.value, call.mask) if x is not None and x.requires_grad]
     return call
 
@@ -124,7 +127,13 @@ def _segments(g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 
 
 def _mask(g: torch.Generator, kind: str, batch, heads: int, length: int, size: int, randn) -> Tensor:
-    shapes = [(*batch, heads, length, size), (length, size), (heads, 1, size), (*batch, 1, length, size), (1, length, 1)]
+    shapes = [
+        (*batch, heads, length, size),
+        (length, size),
+        (heads, 1, size),
+        (*batch, 1, length, size),
+        (1, length, 1),
+    ]
     shape = _choice(g, shapes)
     if kind == "padding":
         return torch.rand(*batch, 1, 1, size, generator=g) < 0.8

@@ -201,8 +201,7 @@ def test_certificates_per_segment_equal_separate_ones() -> None:
 
 
 def test_page_one_measurements() -> None:
-    """n = 128, d = 32, converged duals, R = 2, epsilon 1: a dense plan has a bias far below 1 %, a band of 16 one of a few
-    percent."""
+    """n = 128, d = 32, converged, R = 2, epsilon 1: a dense plan has a bias below 1 %, a band of 16 a few percent."""
     g = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 128, 32, generator=g, dtype=D) for _ in range(4))
     options = {"value": v, "grad_output": grad, "base_iters": 2000}

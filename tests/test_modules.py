@@ -1,4 +1,4 @@
-"""SinkhornMultiheadAttention: self- and cross-attention, padding, masks, layouts, and softmax mode against PyTorch's."""
+"""SinkhornMultiheadAttention: layouts, padding, masks, the dustbin, and softmax mode against PyTorch."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_causal_requests_say_why_or_work() -> None:
     balanced = SinkhornMultiheadAttention(E, H, dtype=D, batch_first=True)
     with pytest.raises(ValueError, match="is_causal=True: the only balanced causal plan is the identity"):
         balanced(q, q, q, attn_mask=causal, is_causal=True)
-    with pytest.raises(ValueError, match="attn_mask .*identity"):
+    with pytest.raises(ValueError, match=r"attn_mask .*identity"):
         balanced(q, q, q, attn_mask=causal)
     with pytest.raises(ValueError, match="is_causal=True is a hint"):
         balanced(q, q, q, is_causal=True)

@@ -110,7 +110,9 @@ def test_dustbin_of_low_score_is_no_dustbin() -> None:
 def test_column_shifts_of_the_scores_leave_the_plan() -> None:
     q, k, _ = tensors(*QKV)
     shift = torch.randn(1, 9, dtype=D) * 3
-    assert torch.allclose(plan(q, k, shift, base_iters=0, tail_iters=1), plan(q, k, base_iters=0, tail_iters=1), atol=1e-13)
+    assert torch.allclose(
+        plan(q, k, shift, base_iters=0, tail_iters=1), plan(q, k, base_iters=0, tail_iters=1), atol=1e-13
+    )
 
 
 def test_row_shifts_leave_the_converged_plan() -> None:
@@ -159,9 +161,7 @@ def test_warm_start_continues_the_iteration() -> None:
     q, k, v = tensors(*QKV)
     whole = attention(q, k, v, base_iters=9, tail_iters=2)
     _, aux = sinkhorn_attention(q, k, v, base_iters=4, tail_iters=1, return_aux=True, engine="reference")
-    rest = attention(
-        q, k, v, base_iters=4, tail_iters=2, initial_potentials=(aux.row_potential, aux.col_potential)
-    )
+    rest = attention(q, k, v, base_iters=4, tail_iters=2, initial_potentials=(aux.row_potential, aux.col_potential))
     assert torch.allclose(rest, whole, atol=1e-13)
 
 

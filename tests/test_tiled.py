@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from memory import PeakMemory
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_attention
 from torch_sinkhorn_attn.arguments import prepare
@@ -17,31 +16,6 @@ from torch_sinkhorn_attn.engines import tiled, tiles
 from torch_sinkhorn_attn.problem import OutputGrads
 
 WIDTH, WINDOW = 16, (128, 128)
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages alive that were made inside, at their most, and the largest single one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, Tensor):
-                self._watch(x.untyped_storage())
-        return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.alive or storage.nbytes() == 0:
-            return
-        self.alive[key] = storage.nbytes()
-        weakref.finalize(storage, self.alive.pop, key, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        self.largest = max(self.largest, storage.nbytes())
 
 
 def inputs(n: int) -> list[Tensor]:
@@ -112,7 +86,7 @@ def test_saved_tensors_are_linear() -> None:
 
 
 def test_only_the_tiles_of_the_band_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "block_size", lambda heads: 32)
+    monkeypatch.setattr(tiles, "block_size", lambda heads, reach=None: 32)
     seen: set[tuple[int, int]] = set()
     original = tiles.Tiles.scores
 
@@ -153,6 +127,6 @@ def test_results_do_not_depend_on_the_tiling(block: int, monkeypatch: pytest.Mon
         return [out, *torch.autograd.grad(out.sin().sum(), (q, k, v))]
 
     whole = run()
-    monkeypatch.setattr(tiles, "block_size", lambda heads: block)
+    monkeypatch.setattr(tiles, "block_size", lambda heads, reach=None: block)
     for x, y in zip(run(), whole, strict=True):
         assert torch.allclose(x, y, atol=1e-13)

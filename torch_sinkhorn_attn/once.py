@@ -1,4 +1,4 @@
-"""Gradients that may be taken once: differentiating them again raises, with the reason, instead of being silently wrong."""
+"""Gradients that may be taken once: taking them again raises with the reason instead of being silently wrong."""
 
 from __future__ import annotations
 
