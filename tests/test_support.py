@@ -142,7 +142,7 @@ def test_mask_scan_equals_dense_reductions() -> None:
         s = build_support(*ids, (4, 2), packed=True)
         shape = [(2, 3, 7, 9), (1, 1, 1, 9), (2, 1, 7, 1), (1, 3, 7, 9)][seed % 4]
         mask = torch.rand(shape, generator=g) < 0.6
-        scan = scan_mask(mask, s, packed=True)
+        scan = scan_mask(mask, s, packed=True, dtype=torch.float32)
         keep = mask & s.row_active[:, None, :, None] & s.col_active[:, None, None]
         keep = keep & (s.row_segment[:, None, :, None] == s.col_segment[:, None, None])
         inside = keep & as_mask(s.row_lo, s.row_hi, 9)[:, None]

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.problem import compute_dtype
 
+WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
+GRADIENTS = ("tail", "implicit", "unrolled")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,7 +27,7 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, 
             raise TypeError(
                 f"{name} is a nested tensor; pad it (x.to_padded_tensor(0)) and pass lengths or segment ids."
             )
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         lower = torch.get_autocast_dtype(query.device.type)
         given = {k: x.to(lower) if x.is_floating_point() and x.dtype != torch.float64 else x for k, x in given.items()}
         query, key = given["query"], given["key"]
@@ -54,11 +56,60 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, 
             "they must agree."
         )
     heads, key_heads = query.shape[-3], key.shape[-3]
+    if heads == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}: at least one head is needed.")
     if heads != key_heads and not enable_gqa:
         raise ValueError(f"query has {heads} heads but key has {key_heads}; pass enable_gqa=True for grouped queries.")
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"enable_gqa needs query heads ({heads}) to be a multiple of key heads ({key_heads}).")
     return query, key, value
+
+
+class Solver(NamedTuple):
+    """The checked scalars of the iteration."""
+
+    scale: float
+    epsilon: float
+    window: tuple[int, int] | None
+    rho: tuple[float, float]  # (row, column) damping
+    base_iters: int
+    tail_iters: int
+    gradient: str
+
+
+def solver(
+    features: int,
+    dtype: torch.dtype,
+    scale: Any,
+    epsilon: Any,
+    window: Any,
+    relaxation: Any,
+    base_iters: Any,
+    tail_iters: Any,
+    gradient: Any,
+    engine: Any,
+) -> Solver:
+    """Everything about the iteration that can be checked without tensors; `dtype` is the compute dtype."""
+    epsilon = positive("epsilon", epsilon)
+    scale = 1 / math.sqrt(features) if scale is None else number("scale", scale)
+    if not abs(scale) / epsilon < torch.finfo(dtype).max:
+        raise ValueError(
+            f"epsilon={epsilon} is too small: scale / epsilon overflows {dtype}; the plan needs epsilon > 0."
+        )
+    rho = [tau / (tau + epsilon) if tau < math.inf else 1.0 for tau in relaxation_pair(relaxation)]
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient={gradient!r} is unknown; choose one of {', '.join(map(repr, GRADIENTS))}.")
+    if engine is not None and not isinstance(engine, str):
+        raise TypeError(f"engine must be a name or None, got {engine!r}.")
+    return Solver(
+        scale,
+        epsilon,
+        None if window is None else window_sides(window),
+        (rho[0], rho[1]),
+        count("base_iters", base_iters),
+        count("tail_iters", tail_iters),
+        gradient,
+    )
 
 
 def number(name: str, x: Any) -> float:
@@ -97,8 +148,6 @@ def count(name: str, x: Any) -> int:
 
 
 def window_sides(window: Any) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
     try:
         sides = [operator.index(x) for x in window if not isinstance(x, bool)]
     except TypeError:
@@ -107,7 +156,7 @@ def window_sides(window: Any) -> tuple[int, int]:
         raise TypeError(f"window must be a pair of integers (left, right), got {window!r}; -1 lifts a side.")
     if min(sides) < -1:
         raise ValueError(f"window={tuple(sides)} must have sides of 0 or more, or -1 for unlimited.")
-    return sides[0], sides[1]
+    return min(sides[0], WIDEST_WINDOW), min(sides[1], WIDEST_WINDOW)
 
 
 def relaxation_pair(relaxation: Any) -> tuple[float, float]:
@@ -127,7 +176,8 @@ def relaxation_pair(relaxation: Any) -> tuple[float, float]:
 def broadcasts(shape: tuple[int, ...] | torch.Size, target: tuple[int, ...]) -> bool:
     if len(shape) > len(target):
         return False
-    return all(x in (1, y) for x, y in zip(shape[::-1], target[::-1], strict=False))
+    # A list: torch.compile does not trace a generator here.
+    return all([x in (1, y) for x, y in zip(shape[::-1], target[::-1], strict=False)])
 
 
 def score_mask(mask: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:

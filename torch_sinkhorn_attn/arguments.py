@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn import data_checks
-from torch_sinkhorn_attn.argument_checks import (
-    constant,
-    count,
-    integers,
-    number,
-    positive,
-    potentials,
-    relaxation_pair,
-    score_mask,
-    tokens,
-    window_sides,
-)
+from torch_sinkhorn_attn.argument_checks import constant, integers, number, potentials, score_mask, solver, tokens
 from torch_sinkhorn_attn.checks import data_checks_enabled
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.mask_scan import scan_mask
@@ -36,8 +25,6 @@ from torch_sinkhorn_attn.masses import (
 )
 from torch_sinkhorn_attn.problem import Inputs, Problem, compute_dtype
 from torch_sinkhorn_attn.support import build_support, token_ids
-
-GRADIENTS = ("tail", "implicit", "unrolled")
 
 
 class Options(TypedDict, total=False):
@@ -106,18 +93,10 @@ def prepare(
     query, key, value = tokens(query, key, value, enable_gqa)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, device, dtype = math.prod(batch), query.device, compute_dtype(query.dtype)
-    epsilon = positive("epsilon", epsilon)
-    scale = 1 / math.sqrt(features) if scale is None else number("scale", scale)
-    left, right = window_sides(window)
-    rho_row, rho_col = (tau / (tau + epsilon) if tau < math.inf else 1.0 for tau in relaxation_pair(relaxation))
-    base_iters, tail_iters = count("base_iters", base_iters), count("tail_iters", tail_iters)
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient={gradient!r} is unknown; choose one of {', '.join(map(repr, GRADIENTS))}.")
+    o = solver(features, dtype, scale, epsilon, window, relaxation, base_iters, tail_iters, gradient, engine)
     dropout_p = number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p} must lie in [0, 1).")
-    if engine is not None and not isinstance(engine, str):
-        raise TypeError(f"engine must be a name or None, got {engine!r}.")
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
 
@@ -142,24 +121,27 @@ def prepare(
     scores = dustbin_tensors(dustbin, batch, heads, length, size, value, query)
     capacities = given_capacities(dustbin, batch, heads, length, size, query)
     initial = potentials(initial_potentials, batch, heads, length + num_bins, size + num_bins, query)
-    softmax_mode = base_iters == tail_iters == 0 and rho_row == rho_col == 1 and dustbin is None
-    softmax_mode = softmax_mode and masses == [None, None]
+    balanced = o.rho == (1.0, 1.0)
+    softmax_mode = o.base_iters == o.tail_iters == 0 and balanced and dustbin is None
+    softmax_mode = softmax_mode and row_mass is None and col_mass is None
 
-    look = data_checks_enabled(query, key, value, mask, *lengths, *segments, *masses)
-    window_request = f"window={(left, right)}" if window is not None else ""
+    constants = [*lengths, *segments, *masses, *capacities, *initial, *scores]
+    look = data_checks_enabled(query, key, value, mask, *constants)
     if look:
         data_checks.check_lengths(lengths[0], "query_lengths", length)
         data_checks.check_lengths(lengths[1], "key_lengths", size)
-        data_checks.check_segments(segments[0], segments[1])
-        data_checks.check_mask(mask)
+        data_checks.check_mask(mask, dtype, softmax_mode)
         data_checks.check_dustbin_scores(dustbin)
         data_checks.check_potentials(initial)
 
-    flat = [None if x is None else x.reshape(num) for x in lengths]
-    row_ids = token_ids(num, length, flat[0], None if segments[0] is None else segments[0].reshape(num, length), device)
-    col_ids = token_ids(num, size, flat[1], None if segments[1] is None else segments[1].reshape(num, size), device)
-    support = build_support(row_ids, col_ids, None if window is None else (left, right), packed)
-    scan = None if mask is None else scan_mask(mask, support, packed)
+    row_ids, col_ids = (
+        token_ids(num, n, None if x is None else x.reshape(num), None if ids is None else ids.reshape(num, n), device)
+        for n, x, ids in zip((length, size), lengths, segments, strict=True)
+    )
+    if look and packed:
+        data_checks.check_segments(row_ids, col_ids)
+    support = build_support(row_ids, col_ids, o.window, packed)
+    scan = None if mask is None else scan_mask(mask, support, packed, dtype)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
     col_active = (support.col_active[:, None] if scan is None else scan.col_active).expand(num, heads, size)
     row_segment, col_segment = (support.row_segment, support.col_segment) if packed else (None, None)
@@ -177,8 +159,8 @@ def prepare(
     if look and not softmax_mode:
         data_checks.check_feasibility(
             a, b, row_capacity, col_capacity, support, scan, capacities,
-            row_segment=row_segment, col_segment=col_segment, groups=groups, rho=(rho_row, rho_col),
-            full=not packed and window is None and mask is None, request=_request(window_request, mask),
+            row_segment=row_segment, col_segment=col_segment, groups=groups, rho=o.rho,
+            full=not packed and o.window is None and mask is None, request=_request(o.window, mask),
         )  # fmt: skip
 
     problem = Problem(
@@ -189,14 +171,36 @@ def prepare(
         log_col_capacity=None if col_capacity is None else log_mass(col_capacity, dtype),
         initial_row=initial[0], initial_col=initial[1],
         dropout_seed=_dropout_seed(dropout_p, device),
-        scale=scale, epsilon=epsilon, rho_row=rho_row, rho_col=rho_col,
-        base_iters=base_iters, tail_iters=tail_iters, gradient=gradient, dropout_p=dropout_p,
-        banded=packed or window is not None, window_left=left, window_right=right,
-        uniform=not packed and lengths == [None, None],
+        scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1],
+        base_iters=o.base_iters, tail_iters=o.tail_iters, gradient=o.gradient, dropout_p=dropout_p,
+        banded=packed or o.window is not None,
+        window_left=-1 if o.window is None else o.window[0], window_right=-1 if o.window is None else o.window[1],
+        uniform=not packed and query_lengths is None and key_lengths is None,
     )  # fmt: skip
-    flat_tokens = (None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (key, value))
-    inputs = Inputs(query.reshape(num, heads, length, features), *flat_tokens, mask, *scores)  # type: ignore[arg-type, call-arg]
+    flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
+    if mask is not None or not problem.uniform:
+        flat = _without_inactive(flat, row_active, col_active, look)
+    inputs = Inputs(*flat, mask, *scores)  # type: ignore[arg-type, call-arg]
     return Prepared(inputs, problem, batch, query.dtype, engine)
+
+
+def _without_inactive(
+    tensors: list[Tensor | None], row_active: Tensor, col_active: Tensor, look: bool
+) -> list[Tensor | None]:
+    """Query, key and value with zeros in place of inactive tokens, whose NaN would spread through 0 * NaN. A key is
+    inactive if it is for every query head that reads it. Where all tokens turn out active nothing is copied."""
+    query, key, value = tensors
+    assert query is not None and key is not None
+    by_key_head = (key.shape[1], query.shape[1] // key.shape[1])
+    key_active = col_active.unflatten(1, by_key_head).any(2)
+    if look and bool(row_active.all()) and bool(key_active.all()):
+        return tensors
+    rows, cols = ~row_active[..., None], ~key_active[..., None]
+    return [
+        query.masked_fill(rows, 0.0),
+        key.masked_fill(cols, 0.0),
+        None if value is None else value.masked_fill(cols, 0.0),
+    ]
 
 
 def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
@@ -204,8 +208,9 @@ def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return None if dropout_p == 0 else torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device)
 
 
-def _request(window: str, mask: Tensor | None) -> str:
-    parts = [window] if window else []
+def _request(window: tuple[int, int] | None, mask: Tensor | None) -> str:
+    """The arguments that shape the support, for messages."""
+    parts = [] if window is None else [f"window={window}"]
     if mask is not None:
         parts.append("attn_mask")
     return " with ".join(parts) if parts else "the support"

@@ -15,12 +15,12 @@ from typing_extensions import Unpack
 from torch_sinkhorn_attn import reference
 from torch_sinkhorn_attn.arguments import Options, prepare
 from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose
-from torch_sinkhorn_attn.engines.tiled import TiledPasses, marginal_errors
-from torch_sinkhorn_attn.engines.tiles import Tiles, mass_of
+from torch_sinkhorn_attn.engines.tiled import TiledPasses, marginal_errors, row_divisor
+from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.implicit import plan_sums
-from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem
-from torch_sinkhorn_attn.staircase import Field, implicit_field, tail_field
+from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
+from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_sum
 
 POWER_ITERS = 100
@@ -116,7 +116,7 @@ def certify(
     if grad_output is not None and value is None:
         raise ValueError("certify got grad_output without value; pass both, or neither for the probe.")
     options = {**options, "dropout_p": 0.0}
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(query.device):
         if value is None:
             value = _probe(key.shape, key, seed=0)
         prepared = prepare(query.detach(), key.detach(), value.detach(), attn_mask, **options)
@@ -134,7 +134,9 @@ def certify(
         else:
             potentials = ENGINES[engine].solve(inputs, problem)
         tiles = Tiles(inputs, problem, potentials.row[-1], potentials.col[-1])
-        found = _certificate(tiles, potentials, grad_output.reshape(-1, *grad_output.shape[-3:]), exact_diameter)
+        found = _certificate(
+            tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter
+        )
         packed = problem.row_segment is not None
         return Certificate(*(prepared.unflatten(x if packed else x[..., 0]) for x in found))
 
@@ -186,6 +188,8 @@ def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tens
     base, tail = problem.schedule
     half_steps = 2 * base - (tail == 0 and base > 0)
     certified = kappa < 1 if problem.balanced else torch.zeros_like(kappa, dtype=torch.bool)
+    if problem.gradient == "implicit":  # drops nothing of the implicit gradient; says nothing of the unrolled one
+        return torch.full_like(dropped, torch.inf), torch.where(certified, 0.0, torch.inf)
     geometric = torch.where(certified, 1 / (1 - kappa), torch.inf)
     against_unrolled = dropped * (1 - kappa**half_steps) * geometric
     if half_steps == 0:  # nothing is dropped on the way to u = 0
@@ -200,7 +204,7 @@ def _log_plan_spread(tiles: Tiles, by: _Segments) -> tuple[Tensor, Tensor]:
     """Whether each problem's active block is positive, and max log P - min log P over its support."""
     shape = (tiles.num, tiles.heads, tiles.length)
     most, least = tiles.u.new_full(shape, -torch.inf), tiles.u.new_full(shape, torch.inf)
-    count = tiles.u.new_zeros(shape)
+    count = torch.zeros(shape, dtype=torch.int64, device=tiles.u.device)  # float32 would lose a zero in 2^24 pairs
     for i, rows in enumerate(tiles.row_blocks):
         for j in tiles.columns(i):
             log_plan = tiles.log_plan(i, j)
@@ -211,11 +215,11 @@ def _log_plan_spread(tiles: Tiles, by: _Segments) -> tuple[Tensor, Tensor]:
     live_rows, live_cols = (~dead for dead in (tiles.row_dead, tiles.col_dead))
     real_rows, real_cols = live_rows[..., : tiles.length], live_cols[..., : tiles.size]
     row, col = (None if s is None else s[..., :n] for s, n in ((by.row, tiles.length), (by.col, tiles.size)))
-    pairs = by.sum(real_rows.to(count.dtype), row) * by.sum(real_cols.to(count.dtype), col)
+    pairs = by.sum(real_rows.long(), row) * by.sum(real_cols.long(), col)
     positive = by.sum(count, row) == pairs
     largest, smallest = by.max(most, row), -by.max(-least, row)
     if tiles.bins:
-        to_bin, from_bin, corner = tiles.log_dustbin_plan()
+        to_bin, from_bin, corner = tiles.log_dustbin_plan
         largest = torch.stack([largest, by.max(to_bin, row), by.max(from_bin, col), corner]).amax(0)
         to_bin, from_bin, corner = (x.masked_fill(x == -torch.inf, torch.inf) for x in (to_bin, from_bin, corner))
         smallest = torch.stack([smallest, -by.max(-to_bin, row), -by.max(-from_bin, col), corner]).amin(0)
@@ -268,17 +272,16 @@ class _Fields(NamedTuple):
 
 def _fields(tiles: Tiles, potentials: Potentials, grad_output: Tensor, parts: Components) -> _Fields:
     """Modifier fields of the gradient asked for and of the implicit one, for the same cotangent."""
-    output = tiles.value_pass() / mass_of(tiles.problem.log_row_mass)[..., None]
-    to_bin, _, _ = tiles.dustbin_plan
+    mass, row_sums = tiles.value_pass()
     if tiles.inputs.dustbin_value is not None:
-        output = (
-            output + (to_bin / mass_of(tiles.problem.log_row_mass))[..., None] * tiles.inputs.dustbin_value[:, :, None]
-        )
+        mass = mass + tiles.dustbin_plan[0][..., None] * tiles.inputs.dustbin_value.to(mass.dtype)[:, :, None]
+    output = mass / row_divisor(tiles, row_sums)[..., None]
     passes = TiledPasses(tiles, output, OutputGrads(grad_output))
-    passes.column(torch.zeros_like(tiles.u))
+    zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
+    passes.column(zero.row, zero)
     implicit = implicit_field(tiles, passes.row_sums, passes.column_sums(), tiles.problem, parts)
     if tiles.problem.gradient == "implicit":
-        return _Fields(implicit, implicit, torch.zeros_like(tiles.u), passes)
+        return _Fields(implicit, implicit, zero.row, passes)
     surrogate, dropped = tail_field(passes, potentials, tiles.problem)
     return _Fields(surrogate, implicit, dropped, passes)
 
@@ -289,16 +292,16 @@ def _field_distance(tiles: Tiles, fields: _Fields, by: _Segments) -> tuple[Tenso
     distance, norm = torch.zeros_like(tiles.u), torch.zeros_like(tiles.u)
     for i, rows in enumerate(tiles.row_blocks):
         for j in tiles.columns(i):
-            plan = tiles.plan(i, j)
-            first = tiles.score_cotangent(d.grad, one, i, j, plan)
-            second = tiles.score_cotangent(d.grad, other, i, j, plan)
+            first = tiles.score_cotangent(d.grad, one, i, j)
+            second = tiles.score_cotangent(d.grad, other, i, j)
             norm[..., rows] += second.abs().sum(-1)
             distance[..., rows] += first.sub_(second).abs().sum(-1)
     distance, norm = by.sum(distance, by.row), by.sum(norm, by.row)
-    if d.to_bin is None or d.from_bin is None:
+    if tiles.dustbin is None or d.to_bin is None or d.from_bin is None:
         return distance, norm
-    bins_one = tiles.dustbin_score_cotangent(d.to_bin, d.from_bin, one)
-    bins_other = tiles.dustbin_score_cotangent(d.to_bin, d.from_bin, other)
+    bins_one, bins_other = (
+        tiles.dustbin.score_cotangent(tiles.log_dustbin_plan, d.to_bin, d.from_bin, field) for field in (one, other)
+    )
     index = (
         None if by.row is None else by.row[..., : tiles.length],
         None if by.col is None else by.col[..., : tiles.size],

@@ -32,10 +32,17 @@ def set_checks(mode: str) -> None:
 
 def data_checks_enabled(*tensors: Tensor | None) -> bool:
     """Whether data-dependent checks run for these tensors."""
+    if _mode == "never" or torch.compiler.is_compiling():
+        return False
     given = [t for t in tensors if t is not None]
-    if _mode == "never" or torch.compiler.is_compiling() or any(_without_data(t) for t in given):
+    if any(_without_data(t) for t in given):
         return False
     return _mode == "always" or all(t.device.type == "cpu" for t in given)
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether looking at the data costs nothing: an eager CPU tensor."""
+    return not torch.compiler.is_compiling() and not _without_data(x) and x.device.type == "cpu"
 
 
 def _without_data(t: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch_sinkhorn_attn import feasibility
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.mask_scan import MaskScan
+from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import Support, segment_sum
 
 
@@ -19,20 +20,15 @@ def check_lengths(lengths: Tensor | None, name: str, limit: int) -> None:
         raise ValueError(f"{name} holds {low if low < 0 else high}; lengths must lie between 0 and {limit}.")
 
 
-def check_segments(query_ids: Tensor | None, key_ids: Tensor | None) -> None:
-    """Ids are contiguous runs, in the same order on both sides."""
-    if query_ids is None or key_ids is None:
-        return
-    rows, cols = (x.reshape(-1, x.shape[-1]).cpu() for x in (query_ids, key_ids))
-    for n, (row, col) in enumerate(zip(rows, cols, strict=True)):
+def check_segments(row_ids: Tensor, col_ids: Tensor) -> None:
+    """Active ids `[N, L]` and `[N, S]` (-1 = inactive) are contiguous runs, in the same order on both sides."""
+    for n, (row, col) in enumerate(zip(row_ids.cpu(), col_ids.cpu(), strict=True)):
         runs = []
         for name, ids in (("query_segment_ids", row), ("key_segment_ids", col)):
             run = torch.unique_consecutive(ids[ids >= 0]).tolist()
             if len(set(run)) != len(run):
                 twice = next(x for i, x in enumerate(run) if x in run[:i])
-                raise ValueError(
-                    f"{name}: id {twice} of batch {n} is not one contiguous run; give each run its own id."
-                )
+                raise ValueError(f"{name}: id {twice} of batch {n} is not one contiguous run; give each its own id.")
             runs.append(run)
         both = set(runs[0]) & set(runs[1])
         order = [[x for x in run if x in both] for run in runs]
@@ -43,14 +39,23 @@ def check_segments(query_ids: Tensor | None, key_ids: Tensor | None) -> None:
             )
 
 
-def check_mask(mask: Tensor | None) -> None:
+def check_mask(mask: Tensor | None, dtype: torch.dtype, softmax_mode: bool) -> None:
+    """A float mask is free of NaN and +inf, and of finite values that swallow the scores they are added to."""
     if mask is None or mask.dtype == torch.bool or mask.numel() == 0:
         return
-    largest = mask.detach().amax()
+    mask = mask.detach()
+    largest = mask.amax()
     if not largest < torch.inf:
         raise ValueError(
             f"attn_mask holds {'NaN' if largest.isnan() else '+inf'}; a float mask is added to the scores: use finite "
             "values, and -inf (or False in a bool mask) to forbid a pair."
+        )
+    limit = 0.01 / torch.finfo(dtype).eps  # beyond it adding to a score loses its second decimal
+    lowest = torch.where(kept(mask, dtype), mask, 0.0).amin()
+    if lowest < -limit and not softmax_mode:
+        raise ValueError(
+            f"attn_mask holds {lowest.item():.4g}: such a pair stays in the support and its key keeps its mass, but in "
+            f"{dtype} the score is lost in it. Use -inf (or False in a bool mask) to forbid a pair."
         )
 
 
@@ -123,6 +128,8 @@ def check_feasibility(
         feasibility.check_lines(marginals)
         if balanced:
             feasibility.check_interior(marginals)
+            if scan is not None:  # a mask may be triangular from the other side
+                feasibility.check_interior(feasibility.mirrored(marginals))
     elif balanced:
         feasibility.check_dustbin(marginals, totals[0] - capacities[1], rows)
 

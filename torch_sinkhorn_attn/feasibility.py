@@ -114,6 +114,15 @@ def check_interior(m: Marginals) -> None:
         )
 
 
+def mirrored(m: Marginals) -> Marginals:
+    """The same problem with its columns in reverse order."""
+    size = m.col_mass.shape[-1]
+    bare = m.row_lo >= m.row_hi
+    lo, hi = (torch.where(bare, 0, size - x) for x in (m.row_hi, m.row_lo))
+    request = m.request + " (columns counted from the end)"
+    return Marginals(m.row_mass, m.col_mass.flip(-1), lo, hi, m.col_covered.flip(-1), request)
+
+
 def check_dustbin(m: Marginals, needed: Tensor, row_segment: Tensor | None) -> None:
     """With a dustbin: every problem must carry strictly more real mass than `needed [N, H, G]` = sum(a) - col_capacity.
 
@@ -151,9 +160,11 @@ def greedy_flow(m: Marginals, lo: Tensor, hi: Tensor) -> Tensor:
     left = torch.nn.functional.pad(m.col_mass.cumsum(-1), (1, 0))
     begin_at, end_at = left.gather(-1, lo), left.gather(-1, hi)
     used_to = torch.zeros_like(begin_at[..., 0])  # keys are filled up to this cumulative mass
+    live = m.row_lo < m.row_hi
     taken = []
     for i in range(m.row_mass.shape[-1]):
         begin = torch.maximum(used_to, begin_at[..., i])
-        taken.append(torch.minimum(m.row_mass[..., i], (end_at[..., i] - begin).clamp(min=0)))
+        room = torch.where(live[..., i], end_at[..., i] - begin, 0.0).clamp(min=0)
+        taken.append(torch.minimum(m.row_mass[..., i], room))
         used_to = torch.where(taken[-1] > 0, begin + taken[-1], used_to)
     return torch.stack(taken, -1)

@@ -11,7 +11,7 @@ from torch_sinkhorn_attn import ops, reference
 from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
-from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux
+from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux, full_precision
 
 
 def sinkhorn_attention(
@@ -123,7 +123,8 @@ def run(prepared: Prepared, residuals: bool) -> Result:
     inputs, problem = prepared.inputs, prepared.problem
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:
-        return reference.forward(inputs, problem)
+        with full_precision(inputs.query.device):
+            return reference.forward(inputs, problem)
     results = ops.SinkhornAttention.apply(*ops.flatten(inputs, problem, engine), residuals)
     return Result(results[0], Potentials(*results[1:3]), *results[3:])
 
@@ -165,7 +166,8 @@ def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, *
     inputs, problem = prepared.inputs, prepared.problem
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:
-        plan = reference.plan(inputs, problem)
+        with full_precision(inputs.query.device):
+            plan = reference.plan(inputs, problem)
     else:
         plan, _, _ = ops.SinkhornPlan.apply(*ops.flatten(inputs, problem, engine))
     return prepared.unflatten(plan).to(prepared.dtype)

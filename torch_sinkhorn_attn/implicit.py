@@ -39,16 +39,20 @@ class PlanOperator(Protocol):
 
 
 class DensePlan:
-    """A plan that is a tensor `[N, H, L, S]`."""
+    """A plan that is a tensor, given by its logarithm `[N, H, L, S]`."""
 
-    def __init__(self, plan: Tensor):
-        self.plan = plan
+    def __init__(self, log_plan: Tensor):
+        self.log_plan, self.plan = log_plan, log_plan.exp()
 
     def row_pass(self, y: Tensor) -> Tensor:
         return (self.plan @ y[..., None])[..., 0]
 
     def column_pass(self, x: Tensor) -> Tensor:
         return (x[..., None, :] @ self.plan)[..., 0, :]
+
+    def times_exp(self, row: Tensor, col: Tensor) -> Tensor:
+        """P * exp(row_i + col_j), formed in the log domain."""
+        return (self.log_plan + row[..., :, None] + col[..., None, :]).exp()
 
 
 def plan_sums(plan: PlanOperator, problem: Problem) -> tuple[Tensor, Tensor]:

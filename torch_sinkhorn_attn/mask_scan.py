@@ -23,8 +23,9 @@ class MaskScan(NamedTuple):
     col_covered: Tensor  # some kept entry lies inside the window
 
 
-def scan_mask(mask: Tensor, support: Support, packed: bool) -> MaskScan:
-    """Read `mask` (4-D, broadcasting to [N, H, L, S]) once; temporaries are O(block), results O(n)."""
+def scan_mask(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) -> MaskScan:
+    """Read `mask` (4-D, broadcasting to [N, H, L, S]) once; temporaries are O(block), results O(n). `dtype` is the one
+    it is added in."""
     length, size = support.row_active.shape[-1], support.col_active.shape[-1]
     num, heads = max(mask.shape[0], support.row_active.shape[0]), mask.shape[1]
     step = max(1, _BLOCK_ELEMENTS // max(1, num * heads * size))
@@ -32,9 +33,9 @@ def scan_mask(mask: Tensor, support: Support, packed: bool) -> MaskScan:
     rows: list[tuple[Tensor, ...]] = []
     col_active = torch.zeros(num, heads, size, dtype=torch.bool, device=mask.device)
     col_covered = col_active
-    for start in range(0, length, step):
+    for start in range(0, length if size else 0, step):
         block = slice(start, min(start + step, length))
-        tile = kept(mask if mask.shape[-2] == 1 else mask[..., block, :])
+        tile = kept(mask if mask.shape[-2] == 1 else mask[..., block, :], dtype)
         tile = tile & support.row_active[:, None, block, None] & support.col_active[:, None, None, :]
         if packed:
             tile = tile & (support.row_segment[:, None, block, None] == support.col_segment[:, None, None, :])
@@ -45,8 +46,8 @@ def scan_mask(mask: Tensor, support: Support, packed: bool) -> MaskScan:
         last = torch.where(some, size - inside.flip(-1).to(torch.uint8).argmax(-1), 0)
         rows.append((tile.any(-1), first, last))
         col_active, col_covered = col_active | tile.any(-2), col_covered | inside.any(-2)
-    if not rows:
-        empty = torch.zeros(num, heads, 0, dtype=torch.int64, device=mask.device)
+    if not rows or not size:
+        empty = torch.zeros(num, heads, length, dtype=torch.int64, device=mask.device)
         return MaskScan(empty.bool(), col_active, empty, empty, col_covered)
     row_active, row_lo, row_hi = (torch.cat(parts, -1) for parts in zip(*rows, strict=True))
     return MaskScan(row_active, col_active, row_lo, row_hi, col_covered)

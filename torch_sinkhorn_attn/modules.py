@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_sinkhorn_attn.argument_checks import solver, window_sides
+from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.support import build_support
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -77,7 +80,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout=dropout, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
             kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype,
         )  # fmt: skip
-        self.__dict__.pop("_packed_in_construction")
+        solver(
+            self.head_dim, torch.float32, None, epsilon, window, relaxation, base_iters, tail_iters, gradient, engine
+        )  # refuses what cannot work now rather than at the first call
         self.epsilon, self.window, self.relaxation = epsilon, window, relaxation
         self.base_iters, self.tail_iters = base_iters, tail_iters
         self.gradient, self.engine = gradient, engine
@@ -99,6 +104,15 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
         self.__dict__["_packed_in_construction"] = value
+
+    def _reset_parameters(self) -> None:
+        """Draw all parameters again, as the constructor does: after `to_empty`, say."""
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self.__dict__.pop("_packed_in_construction")
+        for score in (getattr(self, "dustbin_row_score", None), getattr(self, "dustbin_col_score", None)):
+            if score is not None:
+                nn.init.zeros_(score)
 
     @property
     def softmax_mode(self) -> bool:
@@ -156,7 +170,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         elif not batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         masks = self._masks(q, k, key_padding_mask, attn_mask, query_padding_mask, same)
-        k, v, masks = self._extra_keys(k, v, masks)
+        k, v, masks = self._extra_keys(k, v, masks, q.shape[1])
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         output, weights = self._attend(q, k, v, masks, need_weights)
         output = output.transpose(1, 2).flatten(-2)
@@ -178,8 +192,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         row_score, col_score = self.dustbin_row_score, self.dustbin_col_score
         if isinstance(row_score, Tensor) and isinstance(col_score, Tensor):
             dustbin = Dustbin(row_score, col_score)
+        extra_keys = self.bias_k is not None or self.add_zero_attn  # then the window is part of the mask
         options: dict[str, Any] = {
-            "epsilon": self.epsilon, "window": self.window,
+            "epsilon": self.epsilon, "window": None if extra_keys else self.window,
             "base_iters": self.base_iters, "tail_iters": self.tail_iters,
             "relaxation": self.relaxation, "gradient": self.gradient, "engine": self.engine, "dustbin": dustbin,
             "query_segment_ids": masks.query_ids, "key_segment_ids": masks.key_ids,
@@ -198,7 +213,10 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
             if not isinstance(x, Tensor) or x.is_nested:
-                raise TypeError(f"{name} must be a dense tensor; pad nested tensors and pass key_padding_mask.")
+                raise TypeError(
+                    f"{name} must be a dense tensor. Pad nested tensors and pass key_padding_mask; "
+                    "nn.TransformerEncoder makes them unless built with enable_nested_tensor=False."
+                )
             if x.ndim not in (2, 3) or x.ndim != query.ndim:
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}; query, key and value must all be 2-D (unbatched) or 3-D."
@@ -240,7 +258,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         scores = self._score_mask(attn_mask, num, length, size)
         key_off, added = _padding("key_padding_mask", key_padding, num, size)
         query_off, query_added = _padding("query_padding_mask", query_padding, num, length)
-        if query_added is not None:
+        if query_added is not None or (query_padding is not None and query_padding.dtype != torch.bool):
             raise TypeError("query_padding_mask must be a bool tensor, True = inactive.")
         if query_off is None and same and not self.softmax_mode:
             query_off = key_off
@@ -266,7 +284,18 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         mask = mask if mask.ndim == 2 else mask.view(num, self.num_heads, length, size)
         return ~mask if mask.dtype == torch.bool else mask
 
-    def _extra_keys(self, k: Tensor, v: Tensor, masks: _Masks) -> tuple[Tensor, Tensor, _Masks]:
+    def _window_mask(self, masks: _Masks, length: int, size: int, device: torch.device) -> Tensor:
+        """The window as a bool mask `[N, 1, L, S]` or `[1, 1, L, S]`, for softmax mode with extra keys, which it must
+        not hide."""
+        ids = [torch.zeros(1, n, dtype=torch.int64, device=device) for n in (length, size)]
+        if masks.query_ids is not None and masks.key_ids is not None:
+            ids = [masks.query_ids, masks.key_ids]
+        support = build_support(ids[0], ids[1], window_sides(self.window), packed=True)
+        column = torch.arange(size, device=device)
+        lo, hi = support.row_lo[:, None, :, None], support.row_hi[:, None, :, None]
+        return (column >= lo) & (column < hi)
+
+    def _extra_keys(self, k: Tensor, v: Tensor, masks: _Masks, length: int) -> tuple[Tensor, Tensor, _Masks]:
         """Append the learned key of add_bias_kv and the zero key of add_zero_attn, visible to every query."""
         extra = []
         if self.bias_k is not None and self.bias_v is not None:
@@ -275,6 +304,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             extra.append((k.new_zeros(1, 1, k.shape[-1]), v.new_zeros(1, 1, v.shape[-1])))
         if not extra:
             return k, v, masks
+        if self.window is not None:
+            band = self._window_mask(masks, length, k.shape[1], k.device)
+            masks = masks._replace(scores=band if masks.scores is None else _both(band, masks.scores))
         num, count = k.shape[0], len(extra)
         k = torch.cat([k, *(x.to(k.dtype).expand(num, 1, -1) for x, _ in extra)], 1)
         v = torch.cat([v, *(x.to(v.dtype).expand(num, 1, -1) for _, x in extra)], 1)
@@ -303,8 +335,20 @@ def _padding(name: str, mask: Any, num: int, length: int) -> tuple[Tensor | None
     mask = mask.view(num, length)
     if mask.dtype == torch.bool:
         return mask, None
-    return ~kept(mask) & ~mask.isnan(), mask.masked_fill(~kept(mask) & ~mask.isnan(), 0.0)
+    off = ~kept(mask, mask.dtype) & ~mask.isnan()
+    added = mask.masked_fill(off, 0.0)
+    if can_look(mask) and not added.any():  # nothing but -inf, what nn.TransformerEncoderLayer makes of a bool mask
+        return off, None
+    return off, added
+
+
+def _both(keep: Tensor, mask: Tensor) -> Tensor:
+    """A mask that keeps what a bool mask and another mask keep."""
+    return keep & mask if mask.dtype == torch.bool else mask + _as_float(keep, mask.dtype)
 
 
 def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    """A mask to add to another of `dtype`: what it forbids becomes -inf, which no promotion of dtypes revives."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    return mask.masked_fill(~kept(mask, mask.dtype) & ~mask.isnan(), -torch.inf)

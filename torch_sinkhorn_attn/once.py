@@ -25,10 +25,15 @@ def differentiable_once(
 
 
 class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, reason: str, num: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.reason = reason
-        return tuple(x.view_as(x) for x in tensors[:num])
+    def forward(reason: str, num: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in tensors[:num])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.reason = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -7,7 +7,8 @@ name of the engine that computes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch import Tensor
 from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines import ENGINES
 from torch_sinkhorn_attn.once import differentiable_once
-from torch_sinkhorn_attn.problem import Inputs, OutputGrads, Potentials, Problem, Result, compute_dtype
+from torch_sinkhorn_attn.problem import (
+    Inputs,
+    OutputGrads,
+    Potentials,
+    Problem,
+    Result,
+    compute_dtype,
+    full_precision,
+)
 
 NAMESPACE = "torch_sinkhorn_attn"
 _NUM_INPUTS = len(Inputs._fields)
@@ -60,6 +69,17 @@ torch.library.define(
 )
 
 
+def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Keep the caller's autocast out of an op: its dtypes are chosen by its inputs alone."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        with full_precision(args[0].device):
+            return function(*args)
+
+    return wrapped
+
+
 def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors that share no memory; an absent one is empty."""
     return tuple(
@@ -68,6 +88,7 @@ def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]
 
 
 @torch.library.impl(f"{NAMESPACE}::forward", "default")
+@_in_full_precision
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args[:-1])
     result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
@@ -103,6 +124,7 @@ def _fake_potentials(problem: Problem, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl(f"{NAMESPACE}::backward", "default")
+@_in_full_precision
 def _backward(
     grad_output: Tensor,
     grad_to_bin: Tensor | None,
@@ -132,6 +154,7 @@ def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tens
 
 
 @torch.library.impl(f"{NAMESPACE}::plan", "default")
+@_in_full_precision
 def _plan(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
     potentials = ENGINES[engine].solve(inputs, problem)
@@ -150,6 +173,7 @@ def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl(f"{NAMESPACE}::plan_backward", "default")
+@_in_full_precision
 def _plan_backward(
     grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -197,12 +221,39 @@ def _load(ctx: Any) -> tuple[list[Tensor], list[Any]]:
     return list(saved[: ctx.num_extra]), [next(rest) if x is Ellipsis else x for x in ctx.template]
 
 
+def _folded(info: Any, in_dims: tuple[Any, ...], args: Sequence[Any]) -> list[Any]:
+    """Arguments of a vmapped call with the mapped dimension folded into N; every tensor but the seed starts with N."""
+    seed = _NUM_INPUTS + _PROBLEM_FIELDS.index("dropout_seed")
+    folded = []
+    for k, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
+        if not isinstance(x, Tensor) or (k == seed and dim is None):
+            folded.append(x)
+            continue
+        if k == seed:
+            raise NotImplementedError("vmap over attention with dropout needs randomness='same'.")
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        folded.append(x.flatten(0, 1))
+    return folded
+
+
+def _unfolded(info: Any, x: Tensor, dim: int) -> Tensor:
+    """The mapped dimension back in front of N, which is dimension `dim` of x."""
+    return x.unflatten(dim, (info.batch_size, -1)) if x.ndim > 1 else x
+
+
 class SinkhornAttention(torch.autograd.Function):
     """`apply(*flat, residuals)` -> the seven results of the forward op."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.forward(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        results = SinkhornAttention.apply(*_folded(info, in_dims, args))
+        dims = [0, 1, 1, 0, 0, *(0 if x.ndim > 1 else None for x in results[5:])]
+        found = tuple(x if d is None else _unfolded(info, x, d) for x, d in zip(results, dims, strict=True))
+        return found, tuple(dims)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -229,6 +280,11 @@ class SinkhornPlan(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.plan(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        plan, row, col = SinkhornPlan.apply(*_folded(info, in_dims, args))
+        return tuple(_unfolded(info, x, d) for x, d in ((plan, 0), (row, 1), (col, 1))), (0, 1, 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

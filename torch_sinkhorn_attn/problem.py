@@ -7,6 +7,7 @@ E features, Ev value features, G dustbins per head (one per packed segment; 1 wi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,3 +165,10 @@ class Problem:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype potentials and accumulations live in: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps the caller's autocast out: dtypes are chosen by the inputs alone."""
+    if device.type == "meta":  # autocast does not know it
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

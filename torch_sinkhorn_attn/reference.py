@@ -20,7 +20,7 @@ from torch_sinkhorn_attn.dropout import keep_mask
 from torch_sinkhorn_attn.implicit import DensePlan, implicit_duals
 from torch_sinkhorn_attn.once import differentiable_once
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem, Result, compute_dtype
-from torch_sinkhorn_attn.support import Components, centre_gauge, components, with_dustbin
+from torch_sinkhorn_attn.support import Components, centre_gauge, components, largest, mass_of, with_dustbin
 
 
 class Dense(NamedTuple):
@@ -46,7 +46,7 @@ def forward(inputs: Inputs, problem: Problem) -> Result:
     mass = real @ value
     if inputs.dustbin_value is not None:
         mass = mass + to_bin[..., None] * inputs.dustbin_value.to(real.dtype)[:, :, None]
-    output = mass / _mass(problem.log_row_mass.to(real.dtype))[..., None]
+    output = mass / mass_of(problem.log_row_mass.to(real.dtype))[..., None]
     row_residual, col_residual = marginal_residuals(plan.detach(), dense)
     empty = plan.new_zeros(0)
     if not problem.has_dustbin:
@@ -89,9 +89,9 @@ def dense_problem(inputs: Inputs, problem: Problem) -> Dense:
         column = torch.arange(scores.shape[-1], device=scores.device)
         support = support & (column >= problem.row_lo[:, None, :, None]) & (column < problem.row_hi[:, None, :, None])
     if inputs.mask is not None:
-        support = support & kept(inputs.mask)
+        support = support & kept(inputs.mask, dtype)
         if inputs.mask.dtype != torch.bool:
-            scores = scores + inputs.mask.to(dtype).masked_fill(~kept(inputs.mask), 0.0)
+            scores = scores + inputs.mask.to(dtype).masked_fill(~kept(inputs.mask, dtype), 0.0)
     log_a, log_b = problem.log_row_mass.to(dtype), problem.log_col_mass.to(dtype)
     if problem.has_dustbin:
         assert problem.log_row_capacity is not None and problem.log_col_capacity is not None
@@ -157,12 +157,15 @@ def marginal_residuals(plan: Tensor, dense: Dense) -> tuple[Tensor, Tensor]:
     """Largest |P 1 - a| and |P^T 1 - b| per head, dustbins included: `[N, H]` each."""
     row = (plan.sum(-1) - dense.log_a.exp()).abs()
     col = (plan.sum(-2) - dense.log_b.exp()).abs()
-    return _largest(row), _largest(col)
+    return largest(row), largest(col)
 
 
-def kept(mask: Tensor) -> Tensor:
-    """True where an attn_mask keeps the entry. A float mask drops -inf and anything at or below finfo.min / 2."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+def kept(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """True where an attn_mask keeps the entry. A float mask drops -inf and anything at or below finfo.min / 2 of its
+    own dtype or of the compute dtype it is added in."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2
 
 
 class _ImplicitPlan(torch.autograd.Function):
@@ -170,18 +173,19 @@ class _ImplicitPlan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
-        plan = torch.exp(scores + u[..., :, None] + v[..., None, :])
-        ctx.save_for_backward(scores, plan)
+        log_plan = scores + u[..., :, None] + v[..., None, :]
+        ctx.save_for_backward(scores, log_plan)
         ctx.problem, ctx.parts = problem, parts
-        return plan
+        return log_plan.exp()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scores, plan = ctx.saved_tensors
+        scores, log_plan = ctx.saved_tensors
         with torch.no_grad():
-            weighted = plan * grad
-            x, y = implicit_duals(DensePlan(plan), weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
-            grad_scores = weighted - plan * (x[..., :, None] + y[..., None, :])
+            plan = DensePlan(log_plan)
+            weighted = plan.plan * grad
+            x, y = implicit_duals(plan, weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
+            grad_scores = weighted - plan.plan * (x[..., :, None] + y[..., None, :])
         reason = "gradient='implicit' has no double backward; use gradient='unrolled' with engine='reference'."
         return *differentiable_once([grad_scores], [scores, grad], reason), None, None, None, None
 
@@ -218,12 +222,3 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 def _initial(given: Tensor | None, log_mass: Tensor) -> Tensor:
     start = torch.zeros_like(log_mass) if given is None else given.to(log_mass.dtype)
     return start.masked_fill(log_mass == -torch.inf, 0.0)
-
-
-def _mass(log_mass: Tensor) -> Tensor:
-    """exp, with 1 for inactive tokens so that dividing by it is harmless (their rows of the plan are 0)."""
-    return log_mass.masked_fill(log_mass == -torch.inf, 0.0).exp()
-
-
-def _largest(error: Tensor) -> Tensor:
-    return error.amax(-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])

@@ -212,3 +212,13 @@ def centre_gauge(u: Tensor, v: Tensor, problem: Problem, parts: Components) -> t
 def with_dustbin(real: Tensor, bins: Tensor | None) -> Tensor:
     """`[..., n]` and `[..., G]` to `[..., n+G]`; the real part alone without a dustbin."""
     return real if bins is None else torch.cat([real, bins], -1)
+
+
+def mass_of(log_mass: Tensor) -> Tensor:
+    """exp, with 1 for inactive tokens, by which their zero rows of the plan may be divided."""
+    return log_mass.masked_fill(log_mass == -torch.inf, 0.0).exp()
+
+
+def largest(error: Tensor) -> Tensor:
+    """Largest absolute value over the last dimension, 0 over none."""
+    return error.abs().amax(-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])

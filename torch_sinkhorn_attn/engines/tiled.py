@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.tiles import Tiles, mass_of
+from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
-from torch_sinkhorn_attn.staircase import Field, implicit_field, tail_field
-from torch_sinkhorn_attn.support import centre_gauge, components
+from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
+from torch_sinkhorn_attn.support import centre_gauge, components, largest, mass_of
 
 NAME = "tiled"
 
@@ -52,25 +52,32 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     potentials = solve(inputs, problem)
     u, v = potentials.row[-1], potentials.col[-1]
     tiles = Tiles(inputs, problem, u, v)
-    mass = tiles.value_pass()
+    mass, row_sums = tiles.value_pass()
     to_bin, from_bin, _ = tiles.dustbin_plan
     if inputs.dustbin_value is not None:
         mass = mass + to_bin[..., None] * inputs.dustbin_value.to(mass.dtype)[:, :, None]
-    output = mass / mass_of(problem.log_row_mass)[..., None]
+    output = mass / row_divisor(tiles, row_sums)[..., None]
     row_residual = col_residual = u.new_full(u.shape[:2], torch.nan)
     if residuals:
-        row_residual, col_residual = (_largest(x) for x in marginal_errors(tiles))
+        row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
     return Result(output, potentials, row_residual, col_residual, to_bin, from_bin)
+
+
+def row_divisor(tiles: Tiles, row_sums: Tensor) -> Tensor:
+    """a_i, which rows of P are divided by. Balanced rows sum to it exactly, so their own sum is used: that cancels the
+    rounding of scores that are large."""
+    mass = mass_of(tiles.problem.log_row_mass).to(tiles.dtype)
+    if tiles.problem.rho_row < 1:
+        return mass
+    if tiles.dustbin is not None:
+        row_sums = row_sums + tiles.dustbin_plan[0]
+    return torch.where(row_sums > 0, row_sums, mass)
 
 
 def marginal_errors(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """(P 1 - a, P^T 1 - b), augmented: `[N, H, L(+G)]`, `[N, H, S(+G)]`."""
     row = tiles.row_pass(torch.ones_like(tiles.v)) - tiles.log_a.exp()
     return row, tiles.column_pass(torch.ones_like(tiles.u)) - tiles.log_b.exp()
-
-
-def _largest(error: Tensor) -> Tensor:
-    return error.abs().amax(-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])
 
 
 class Cotangent(NamedTuple):
@@ -91,7 +98,7 @@ class TiledPasses:
         self.row_sums = (grad_output * output).sum(-1)  # rowsum(P*D) without a pass
         grad = grad_output / mass_of(problem.log_row_mass)[..., None]
         self.d = Cotangent(grad, None, None)
-        if tiles.bins:
+        if tiles.dustbin is not None:
             to_bin, from_bin, _ = tiles.dustbin_plan
             grad_to, grad_from = (
                 torch.zeros_like(p) if g is None else g.to(tiles.dtype)
@@ -101,20 +108,25 @@ class TiledPasses:
             if inputs.dustbin_value is not None:
                 read = grad_to + (grad * inputs.dustbin_value.to(tiles.dtype)[:, :, None]).sum(-1)
             self.d = Cotangent(grad, read, grad_from)
-            self.row_sums = torch.cat([self.row_sums + to_bin * grad_to, tiles.sum_cols(from_bin * grad_from)], -1)
+            self.row_sums = torch.cat(
+                [self.row_sums + to_bin * grad_to, tiles.dustbin.sum_cols(from_bin * grad_from)], -1
+            )
         self.grad_value: Tensor | None = None  # per query head, [N, H, S, Ev]
         self.grad_key: Tensor | None = None  # per query head, [N, H, S, E]
         self.deferred_key: Tensor | None = None
         self.grad_query: Tensor | None = None
         self.grad_mask: Tensor | None = None
 
-    def column(self, x: Tensor, field: Field | None = None, deferred: Tensor | None = None) -> Tensor:
-        """P^T x; dV rides in the first pass, dK (all but the factor with row terms `deferred`) in the one with a
-        field."""
+    may_scale = True
+
+    def column(self, x: Tensor, factor: Factor, field: Field | None = None, deferred: Factor | None = None) -> Tensor:
+        """factor^T x; dV rides in the first pass, dK (all but the `deferred` factor) in the one with a field."""
         t = self.tiles
         first = self.grad_value is None
         if not first and field is None:
-            return t.column_pass(x)
+            return t.column_pass(x, factor)
+        scaled = factor.scaled
+        inner = x * factor.row.exp() if scaled else x
         out = x.new_zeros(t.num, t.heads, t.size)
         value, key, later = (
             x.new_zeros(t.num, t.heads, t.size, width) if wanted else None
@@ -128,34 +140,41 @@ class TiledPasses:
             query = t.inputs.query[..., rows, :].to(t.dtype)
             for j in t.columns(i):
                 cols, plan = t.col_blocks[j], t.plan(i, j)
-                out[..., cols] += (x[..., None, rows] @ plan)[..., 0, :]
+                out[..., cols] += (inner[..., None, rows] @ (plan if scaled else t.factor(factor, i, j)))[..., 0, :]
                 if value is not None:
                     value[..., cols, :] += t.dropped_out(plan, i, j).transpose(-1, -2) @ self.d.grad[..., rows, :]
                 if key is not None and field is not None:
-                    grad_scores = t.score_cotangent(self.d.grad, field, i, j, plan)
-                    key[..., cols, :] += grad_scores.transpose(-1, -2) @ query
+                    key[..., cols, :] += t.score_cotangent(self.d.grad, field, i, j).transpose(-1, -2) @ query
                 if later is not None and deferred is not None:
-                    later[..., cols, :] += plan.transpose(-1, -2) @ (query * deferred[..., rows, None])
+                    if deferred.scaled:  # its column exponentials come with the field's column terms
+                        part = plan.transpose(-1, -2) @ (query * deferred.row[..., rows, None].exp())
+                    else:
+                        part = t.factor(deferred, i, j).transpose(-1, -2) @ query
+                    later[..., cols, :] += part
         self.grad_value = value if first else self.grad_value
         if field is not None:
             self.grad_key, self.deferred_key = key, later
-        return t.add_dustbin_cols(out, x)
+        if scaled:
+            return t.complete_cols(out, inner) * factor.col.exp()
+        return t.complete_cols(out, x, factor)
 
     def column_sums(self) -> Tensor:
         """<dV_j, V_j> and the dustbin's part."""
         t = self.tiles
         assert self.grad_value is not None and t.inputs.value is not None
         sums = (t.by_group(self.grad_value) * t.per_head(t.inputs.value)).sum(-1).flatten(1, 2)
-        if not t.bins or self.d.to_bin is None or self.d.from_bin is None:
+        if t.dustbin is None or self.d.to_bin is None or self.d.from_bin is None:
             return sums
         to_bin, from_bin, _ = t.dustbin_plan
-        return torch.cat([sums + from_bin * self.d.from_bin, t.sum_rows(to_bin * self.d.to_bin)], -1)
+        return torch.cat([sums + from_bin * self.d.from_bin, t.dustbin.sum_rows(to_bin * self.d.to_bin)], -1)
 
-    def row(self, y: Tensor, field: Field | None = None) -> Tensor:
-        """P y; with the whole field, dQ and dmask ride along and dK is completed by its deferred factor."""
+    def row(self, y: Tensor, factor: Factor, field: Field | None = None) -> Tensor:
+        """factor y; with the whole field, dQ and dmask ride along and dK is completed by its deferred factor."""
         t = self.tiles
         if field is None:
-            return t.row_pass(y)
+            return t.row_pass(y, factor)
+        scaled = factor.scaled
+        inner = y * factor.col.exp() if scaled else y
         out = y.new_zeros(t.num, t.heads, t.length)
         self.grad_query = y.new_zeros(t.inputs.query.shape)
         mask = t.inputs.mask
@@ -163,16 +182,19 @@ class TiledPasses:
             self.grad_mask = y.new_zeros(mask.shape)
         for i, rows in enumerate(t.row_blocks):
             for j in t.columns(i):
-                cols, plan = t.col_blocks[j], t.plan(i, j)
-                out[..., rows] += (plan @ y[..., cols, None])[..., 0]
-                grad_scores = t.score_cotangent(self.d.grad, field, i, j, plan)
+                cols = t.col_blocks[j]
+                tile = t.plan(i, j) if scaled else t.factor(factor, i, j)
+                out[..., rows] += (tile @ inner[..., cols, None])[..., 0]
+                grad_scores = t.score_cotangent(self.d.grad, field, i, j)
                 self.grad_query[..., rows, :] += t.times_key(grad_scores, cols)
                 if self.grad_mask is not None:
                     t.add_to_mask(self.grad_mask, grad_scores, rows, cols)
         if self.deferred_key is not None:
             assert self.grad_key is not None
             self.grad_key = self.grad_key - field.col_terms[..., : t.size, -1, None] * self.deferred_key
-        return t.add_dustbin_rows(out, y)
+        if scaled:
+            return t.complete_rows(out, inner) * factor.row.exp()
+        return t.complete_rows(out, y, factor)
 
 
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
@@ -181,10 +203,12 @@ def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Poten
     tiles = Tiles(inputs, problem, potentials.row[-1], potentials.col[-1])
     passes = TiledPasses(tiles, output, grads)
     if problem.gradient == "implicit":
-        passes.column(torch.zeros_like(tiles.u))
+        zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
+        passes.column(zero.row, zero)
         field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
-        passes.column(torch.zeros_like(tiles.u), field)
-        dropped = torch.zeros_like(passes.row(torch.zeros_like(tiles.v), field))
+        passes.column(zero.row, zero, field)
+        passes.row(zero.col, zero, field)
+        dropped = zero.row
     else:
         field, dropped = tail_field(passes, potentials, problem)
     return _gather(passes, field, dropped)
@@ -198,7 +222,8 @@ def _gather(passes: TiledPasses, field: Field, dropped: Tensor) -> Gradients:
     grad_value = t.by_group(passes.grad_value).sum(2)
     row_score = col_score = corner_score = dustbin_value = None
     if d.to_bin is not None and d.from_bin is not None:
-        column, row, corner = t.dustbin_score_cotangent(d.to_bin, d.from_bin, field)
+        assert t.dustbin is not None
+        column, row, corner = t.dustbin.score_cotangent(t.log_dustbin_plan, d.to_bin, d.from_bin, field)
         row_score, col_score = column / t.problem.epsilon, row / t.problem.epsilon
         corner_score = corner.sum(-1) / t.problem.epsilon
         if t.inputs.dustbin_value is not None:

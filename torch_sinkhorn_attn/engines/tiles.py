@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.dropout import keep_mask
+from torch_sinkhorn_attn.engines.dustbin_vectors import DustbinVectors, Vectors
 from torch_sinkhorn_attn.problem import Inputs, Problem, compute_dtype
 from torch_sinkhorn_attn.reference import kept
-from torch_sinkhorn_attn.staircase import Field
-from torch_sinkhorn_attn.support import by_segment, segment_sum, window_ranks, with_dustbin
+from torch_sinkhorn_attn.staircase import Factor, Field, subtract_field
+from torch_sinkhorn_attn.support import window_ranks, with_dustbin
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
+KEPT_ELEMENTS = 4 * TILE_ELEMENTS  # score tiles kept from half-step to half-step, the first ones that fit
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 512
 
 
@@ -55,7 +57,10 @@ class Tiles:
         self.block = block_size(self.num * self.heads, left + right + 1 if min(left, right) >= 0 else None)
         self.row_blocks = [slice(i, min(i + self.block, self.length)) for i in range(0, self.length, self.block)]
         self.col_blocks = [slice(j, min(j + self.block, self.size)) for j in range(0, self.size, self.block)]
-        self._only: dict[str, Tensor] = {}  # with a single tile, its scores and plan are kept
+        self.dustbin = DustbinVectors(inputs, problem, self.dtype) if self.bins else None
+        self._kept_scores: dict[tuple[int, int], Tensor] = {}
+        self._kept_elements = 0
+        self._only_plan: Tensor | None = None  # with a single tile
         if u is not None and v is not None:
             self.u, self.v = u, v
             self._u, self._v = self._live(u, self.row_dead), self._live(v, self.col_dead)
@@ -91,26 +96,31 @@ class Tiles:
         lo, hi, _, _ = self._spans[i]
         return iter(range(lo // self.block, -(-hi // self.block))) if lo < hi else iter(())
 
-    def rows(self, j: int) -> Iterator[int]:
+    def rows(self, j: int) -> list[int]:
         """Indices of the row blocks that touch column block j."""
-        return (i for i in range(len(self.row_blocks)) if j in self._columns_of[i])
+        return self._rows_of[j]
 
     @cached_property
-    def _columns_of(self) -> list[range]:
-        return [range(lo // self.block, -(-hi // self.block)) if lo < hi else range(0) for lo, hi, _, _ in self._spans]
+    def _rows_of(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in self.col_blocks]
+        for i in range(len(self.row_blocks)):
+            for j in self.columns(i):
+                found[j].append(i)
+        return found
 
     # Tiles
 
     def scores(self, i: int, j: int) -> Tensor:
         """S on the tile of row block i and column block j, -inf off the support; not to be written to."""
-        if "scores" in self._only:
-            return self._only["scores"]
+        if (i, j) in self._kept_scores:
+            return self._kept_scores[i, j]
         rows, cols = self.row_blocks[i], self.col_blocks[j]
         tile = self._grouped(self.inputs.query, rows, self.problem.scale / self.problem.epsilon)
-        tile = torch.bmm(tile, self._key(cols).transpose(1, 2)).view(self.num, self.heads, rows.stop - rows.start, -1)
+        tile = self._ungrouped(torch.bmm(tile, self._key(cols).transpose(1, 2)))
         tile = self._masked(tile, rows, cols, interior=self._interior(i, cols))
-        if len(self.row_blocks) == len(self.col_blocks) == 1:
-            self._only["scores"] = tile
+        if self._kept_elements + tile.numel() <= KEPT_ELEMENTS:
+            self._kept_scores[i, j] = tile
+            self._kept_elements += tile.numel()
         return tile
 
     def _interior(self, i: int, cols: slice) -> bool:
@@ -120,7 +130,7 @@ class Tiles:
     def _masked(self, tile: Tensor, rows: slice, cols: slice, interior: bool) -> Tensor:
         mask = self._mask_tile(rows, cols)
         if mask is not None:
-            keep = kept(mask)
+            keep = kept(mask, self.dtype)
             if mask.dtype != torch.bool:
                 tile = tile + mask.to(self.dtype).masked_fill(~keep, 0.0)
             tile = tile.masked_fill(~keep, -torch.inf)
@@ -146,12 +156,18 @@ class Tiles:
 
     def plan(self, i: int, j: int) -> Tensor:
         """P on the tile; not to be written to."""
-        if "plan" in self._only:
-            return self._only["plan"]
+        if self._only_plan is not None:
+            return self._only_plan
         tile = self.log_plan(i, j).exp_()
         if len(self.row_blocks) == len(self.col_blocks) == 1:
-            self._only["plan"] = tile
+            self._only_plan = tile
         return tile
+
+    def factor(self, factor: Factor, i: int, j: int) -> Tensor:
+        """P * exp(row_i + col_j) on the tile, formed in the log domain."""
+        tile = self.log_plan(i, j)
+        rows, cols = self.row_blocks[i], self.col_blocks[j]
+        return tile.add_(factor.row[..., rows, None]).add_(factor.col[..., None, cols]).exp_()
 
     def dropped_out(self, tile: Tensor, i: int, j: int) -> Tensor:
         """The tile after dropout: entries kept and scaled by 1 / (1 - p), or zeroed."""
@@ -163,12 +179,17 @@ class Tiles:
     def weights_cotangent(self, grad: Tensor, i: int, j: int) -> Tensor:
         """D_ij = <grad_i, V_j> on the tile, dropout applied."""
         tile = torch.bmm(self._grouped(grad, self.row_blocks[i]), self._value(self.col_blocks[j]).transpose(1, 2))
-        return self.dropped_out(tile.view(self.num, self.heads, -1, tile.shape[-1]), i, j)
+        return self.dropped_out(self._ungrouped(tile), i, j)
 
-    def score_cotangent(self, grad: Tensor, field: Field, i: int, j: int, plan: Tensor) -> Tensor:
-        """dS = P * (D - X Y^T) on the tile."""
-        x, y = field.row_terms[..., self.row_blocks[i], :], field.col_terms[..., self.col_blocks[j], :]
-        return self.weights_cotangent(grad, i, j).sub_(x @ y.transpose(-1, -2)).mul_(plan)
+    def score_cotangent(self, grad: Tensor, field: Field, i: int, j: int) -> Tensor:
+        """dS on the tile: P * (D - X Y^T), or with the factors formed one by one where the field has exponents."""
+        rows, cols = self.row_blocks[i], self.col_blocks[j]
+        d = self.weights_cotangent(grad, i, j)
+        x, y = field.row_terms[..., rows, :], field.col_terms[..., cols, :]
+        if field.row_exponents is None or field.col_exponents is None:
+            return d.sub_(x @ y.transpose(-1, -2)).mul_(self.plan(i, j))
+        part = Field(x, y, field.row_exponents[..., rows, :], field.col_exponents[..., cols, :])
+        return subtract_field(d.mul_(self.plan(i, j)), self.log_plan(i, j), part)
 
     # Grouped queries: the heads that share a key head lie side by side, so keys and values are never repeated
 
@@ -176,7 +197,13 @@ class Tiles:
         """`[N, H, L, E]` at `rows` to `[N*Hk, (H/Hk) rows, E]`."""
         block = x[..., rows, :].to(self.dtype)
         block = block if factor == 1.0 else block * factor
-        return block.reshape(self.num * self.groups, -1, x.shape[-1])
+        size = (self.heads // self.groups) * (rows.stop - rows.start)
+        return block.reshape(self.num * self.groups, size, x.shape[-1])
+
+    def _ungrouped(self, x: Tensor) -> Tensor:
+        """`[N*Hk, (H/Hk) rows, s]` to `[N, H, rows, s]`."""
+        per_head = x.shape[1] * self.groups // self.heads
+        return x.view(self.num, self.heads, per_head, x.shape[-1])
 
     def _key(self, cols: slice) -> Tensor:
         return self.inputs.key[..., cols, :].to(self.dtype).flatten(0, 1)
@@ -193,10 +220,18 @@ class Tiles:
         """`[N, H, ...]` as `[N, Hk, H/Hk, ...]`."""
         return x.unflatten(1, (self.groups, self.heads // self.groups))
 
+    def _merged(self, tile: Tensor) -> Tensor:
+        """`[N, H, rows, s]` to `[N*Hk, (H/Hk) rows, s]`."""
+        size = (self.heads // self.groups) * tile.shape[-2]
+        return tile.reshape(self.num * self.groups, size, tile.shape[-1])
+
     def times_key(self, tile: Tensor, cols: slice) -> Tensor:
         """A tile times K, `[N, H, rows, E]`."""
-        grouped = tile.reshape(self.num * self.groups, -1, tile.shape[-1])
-        return torch.bmm(grouped, self._key(cols)).view(self.num, self.heads, -1, self.inputs.key.shape[-1])
+        return self._ungrouped(torch.bmm(self._merged(tile), self._key(cols)))
+
+    def times_value(self, tile: Tensor, cols: slice) -> Tensor:
+        """A tile times V, `[N, H, rows, Ev]`."""
+        return self._ungrouped(torch.bmm(self._merged(tile), self._value(cols)))
 
     def add_to_mask(self, total: Tensor, tile: Tensor, rows: slice, cols: slice) -> None:
         """Add a tile to a tensor of the mask's shape, summing over what the mask broadcast."""
@@ -221,13 +256,9 @@ class Tiles:
         for j, cols in enumerate(self.col_blocks):
             for i in self.rows(j):
                 tile = self.scores(i, j) + live[..., self.row_blocks[i], None]
-                lse[..., cols] = log_add(lse[..., cols], logsumexp_(tile, -2))
-        if self.bins:
-            row, col, corner = self._dustbin_scores
-            u_bin = live[..., self.length :]
-            lse = log_add(lse, col + by_segment(u_bin, self._col_index, self.size))
-            own = segment_logsumexp(row + live[..., : self.length], self._row_index, self.bins)
-            lse = torch.cat([lse, log_add(own, corner + u_bin)], -1)
+                lse[..., cols] = torch.logaddexp(lse[..., cols], logsumexp_(tile, -2))
+        if self.dustbin is not None:
+            lse = self.dustbin.column_lse(lse, live)
         return potential(lse, self.log_b, self.problem.rho_col)
 
     def row_half_step(self, v: Tensor) -> Tensor:
@@ -237,126 +268,73 @@ class Tiles:
         for i, rows in enumerate(self.row_blocks):
             for j in self.columns(i):
                 tile = self.scores(i, j) + live[..., None, self.col_blocks[j]]
-                lse[..., rows] = log_add(lse[..., rows], logsumexp_(tile, -1))
-        if self.bins:
-            row, col, corner = self._dustbin_scores
-            v_bin = live[..., self.size :]
-            lse = log_add(lse, row + by_segment(v_bin, self._row_index, self.length))
-            own = segment_logsumexp(col + live[..., : self.size], self._col_index, self.bins)
-            lse = torch.cat([lse, log_add(own, corner + v_bin)], -1)
+                lse[..., rows] = torch.logaddexp(lse[..., rows], logsumexp_(tile, -1))
+        if self.dustbin is not None:
+            lse = self.dustbin.row_lse(lse, live)
         return potential(lse, self.log_a, self.problem.rho_row)
 
     # Passes of the plan
 
-    def row_pass(self, y: Tensor) -> Tensor:
-        """P y, augmented."""
+    def row_pass(self, y: Tensor, factor: Factor | None = None) -> Tensor:
+        """P y, augmented; or a factor's."""
+        if factor is not None and factor.scaled:
+            return factor.row.exp() * self.row_pass(factor.col.exp() * y)
         out = y.new_zeros(self.num, self.heads, self.length)
         for i, rows in enumerate(self.row_blocks):
             for j in self.columns(i):
-                out[..., rows] += (self.plan(i, j) @ y[..., self.col_blocks[j], None])[..., 0]
-        return self.add_dustbin_rows(out, y)
+                tile = self.plan(i, j) if factor is None else self.factor(factor, i, j)
+                out[..., rows] += (tile @ y[..., self.col_blocks[j], None])[..., 0]
+        return self.complete_rows(out, y, factor)
 
-    def column_pass(self, x: Tensor) -> Tensor:
-        """P^T x, augmented."""
+    def column_pass(self, x: Tensor, factor: Factor | None = None) -> Tensor:
+        """P^T x, augmented; or a factor's."""
+        if factor is not None and factor.scaled:
+            return factor.col.exp() * self.column_pass(factor.row.exp() * x)
         out = x.new_zeros(self.num, self.heads, self.size)
         for i, rows in enumerate(self.row_blocks):
             for j in self.columns(i):
-                out[..., self.col_blocks[j]] += (x[..., None, rows] @ self.plan(i, j))[..., 0, :]
-        return self.add_dustbin_cols(out, x)
+                tile = self.plan(i, j) if factor is None else self.factor(factor, i, j)
+                out[..., self.col_blocks[j]] += (x[..., None, rows] @ tile)[..., 0, :]
+        return self.complete_cols(out, x, factor)
 
-    def value_pass(self) -> Tensor:
-        """P V with dropout, `[N, H, L, Ev]`."""
+    def value_pass(self) -> tuple[Tensor, Tensor]:
+        """P V with dropout `[N, H, L, Ev]`, and the sums of P over real columns `[N, H, L]`."""
         assert self.inputs.value is not None
         out = self._u.new_zeros(self.num, self.heads, self.length, self.inputs.value.shape[-1])
+        sums = self._u.new_zeros(self.num, self.heads, self.length)
         for i, rows in enumerate(self.row_blocks):
             for j in self.columns(i):
-                tile = self.dropped_out(self.plan(i, j), i, j)
-                tile = tile.reshape(self.num * self.groups, -1, tile.shape[-1])
-                part = torch.bmm(tile, self._value(self.col_blocks[j]))
-                out[..., rows, :] += part.view(self.num, self.heads, -1, part.shape[-1])
-        return out
+                tile = self.plan(i, j)
+                sums[..., rows] += tile.sum(-1)
+                out[..., rows, :] += self.times_value(self.dropped_out(tile, i, j), self.col_blocks[j])
+        return out, sums
 
-    # The dustbin, two vectors and a corner
-
-    @property
-    def _row_index(self) -> Tensor | None:
-        return None if self.problem.row_segment is None else self.problem.row_segment[:, None]
-
-    @property
-    def _col_index(self) -> Tensor | None:
-        return None if self.problem.col_segment is None else self.problem.col_segment[:, None]
+    # The dustbin's part of the plan
 
     @cached_property
-    def _dustbin_scores(self) -> tuple[Tensor, Tensor, Tensor]:
-        row, col, corner = self.inputs.row_score, self.inputs.col_score, self.inputs.corner_score
-        assert row is not None and col is not None and corner is not None
-        row, col, corner = (x.to(self.dtype) / self.problem.epsilon for x in (row, col, corner))
-        return row, col, corner[..., None]
+    def log_dustbin_plan(self) -> Vectors:
+        """log P on the dustbin's column `[N, H, L]`, row `[N, H, S]` and corner `[N, H, G]`; empty without one."""
+        if self.dustbin is None:
+            return self._u.new_zeros(0), self._u.new_zeros(0), self._u.new_zeros(0)
+        return self.dustbin.log_plan(self._u, self._v)
 
     @cached_property
-    def dustbin_plan(self) -> tuple[Tensor, Tensor, Tensor]:
-        """P's dustbin column `[N, H, L]`, row `[N, H, S]` and corner `[N, H, G]`; empty without a dustbin."""
-        column, row, corner = self.log_dustbin_plan()
+    def dustbin_plan(self) -> Vectors:
+        """P there; empty without a dustbin."""
+        column, row, corner = self.log_dustbin_plan
         return column.exp(), row.exp(), corner.exp()
 
-    def log_dustbin_plan(self) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.bins:
-            return (self._u.new_zeros(0),) * 3
-        row, col, corner = self._dustbin_scores
-        u, u_bin = self._u[..., : self.length], self._u[..., self.length :]
-        v, v_bin = self._v[..., : self.size], self._v[..., self.size :]
-        return (
-            row + u + by_segment(v_bin, self._row_index, self.length),
-            col + v + by_segment(u_bin, self._col_index, self.size),
-            corner + u_bin + v_bin,
-        )
+    def _dustbin_factor(self, factor: Factor | None) -> Vectors:
+        if factor is None or self.dustbin is None:
+            return self.dustbin_plan
+        return self.dustbin.times_exp(self.log_dustbin_plan, factor)
 
-    def dustbin_score_cotangent(self, to_bin: Tensor, from_bin: Tensor, field: Field) -> tuple[Tensor, Tensor, Tensor]:
-        """dS on the dustbin column, row and corner, for D = `to_bin`, `from_bin` and 0 there."""
-        column, row, corner = self.dustbin_plan
-        x, x_bin = field.row_terms[..., : self.length, :], field.row_terms[..., self.length :, :]
-        y, y_bin = field.col_terms[..., : self.size, :], field.col_terms[..., self.size :, :]
-        return (
-            column * (to_bin - (x * self._bin_of_rows(y_bin)).sum(-1)),
-            row * (from_bin - (y * self._bin_of_cols(x_bin)).sum(-1)),
-            -corner * (x_bin * y_bin).sum(-1),
-        )
+    def complete_rows(self, real: Tensor, y: Tensor, factor: Factor | None = None) -> Tensor:
+        """The augmented P y (or factor's) from its real part."""
+        return real if self.dustbin is None else self.dustbin.complete_rows(real, self._dustbin_factor(factor), y)
 
-    def add_dustbin_rows(self, out: Tensor, y: Tensor) -> Tensor:
-        """Complete the real part of P y by the dustbin column, row and corner."""
-        if not self.bins:
-            return out
-        to_bin, from_bin, corner = self.dustbin_plan
-        y_bin = y[..., self.size :]
-        out = out + to_bin * by_segment(y_bin, self._row_index, self.length)
-        return torch.cat([out, self.sum_cols(from_bin * y[..., : self.size]) + corner * y_bin], -1)
-
-    def add_dustbin_cols(self, out: Tensor, x: Tensor) -> Tensor:
-        """Complete the real part of P^T x likewise."""
-        if not self.bins:
-            return out
-        to_bin, from_bin, corner = self.dustbin_plan
-        x_bin = x[..., self.length :]
-        out = out + from_bin * by_segment(x_bin, self._col_index, self.size)
-        return torch.cat([out, self.sum_rows(to_bin * x[..., : self.length]) + corner * x_bin], -1)
-
-    def _bin_of_rows(self, x: Tensor) -> Tensor:
-        """`[N, H, G, K]` read at the dustbin of each row, `[N, H, L, K]`."""
-        return by_segment(x.transpose(-1, -2), _deeper(self._row_index), self.length).transpose(-1, -2)
-
-    def _bin_of_cols(self, x: Tensor) -> Tensor:
-        return by_segment(x.transpose(-1, -2), _deeper(self._col_index), self.size).transpose(-1, -2)
-
-    def sum_rows(self, x: Tensor) -> Tensor:
-        """`[N, H, L]` to its sum in each problem, `[N, H, G]`."""
-        return segment_sum(x, self._row_index, self.bins)
-
-    def sum_cols(self, x: Tensor) -> Tensor:
-        return segment_sum(x, self._col_index, self.bins)
-
-
-def _deeper(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index[:, None]
+    def complete_cols(self, real: Tensor, x: Tensor, factor: Factor | None = None) -> Tensor:
+        return real if self.dustbin is None else self.dustbin.complete_cols(real, self._dustbin_factor(factor), x)
 
 
 def potential(lse: Tensor, log_mass: Tensor, rho: float) -> Tensor:
@@ -369,23 +347,3 @@ def logsumexp_(x: Tensor, dim: int) -> Tensor:
     top = x.amax(dim, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)
     return x.sub_(top).exp_().sum(dim).log_() + top.squeeze(dim)
-
-
-def log_add(x: Tensor, y: Tensor) -> Tensor:
-    """log(e^x + e^y), -inf where both are."""
-    return torch.logaddexp(x, y)
-
-
-def segment_logsumexp(x: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """LSE over the last dimension by segment, `[..., n]` to `[..., count]`; -inf for an empty segment."""
-    if index is None or count == 1:
-        return torch.logsumexp(x, -1, keepdim=True)
-    index = index.expand_as(x)
-    top = x.new_full((*x.shape[:-1], count), -torch.inf).scatter_reduce(-1, index, x, "amax")
-    safe = top.masked_fill(top == -torch.inf, 0.0)
-    return segment_sum((x - safe.gather(-1, index)).exp(), index, count).log() + safe
-
-
-def mass_of(log_mass: Tensor) -> Tensor:
-    """exp, with 1 for inactive tokens, by which their zero rows may be divided."""
-    return log_mass.masked_fill(log_mass == -torch.inf, 0.0).exp()

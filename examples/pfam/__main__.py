@@ -1,0 +1,7 @@
+"""``python -m examples.pfam``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

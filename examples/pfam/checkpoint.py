@@ -1,0 +1,94 @@
+"""Checkpoints: written atomically, resumed exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> Path:
+    """Write ``state`` and the random number generators' states to ``folder/checkpoint.pt``.
+
+    The file is written beside its final name and then moved over it, so that a crash or a full disk leaves the previous
+    checkpoint whole.
+    """
+    path = Path(folder) / CHECKPOINT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({**state, "rng": _rng_state()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint from its file or its folder; nothing in it is executed (``weights_only``).
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: the file is not a checkpoint of this example.
+    """
+    path = Path(path)
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen unrelated types on damaged files
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    missing = {"config", "model", "optimizer", "step", "history", "rng"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of this example: it lacks {', '.join(sorted(missing))}")
+    return dict(state)
+
+
+def set_aside(folder: str | Path) -> Path | None:
+    """Rename an unfinished run's checkpoint out of a new run's way, so that starting over loses nothing.
+
+    A finished run can be had again from its settings; its checkpoint is left to be overwritten.
+    """
+    path = Path(folder) / CHECKPOINT
+    if not path.exists():
+        return None
+    with contextlib.suppress(ValueError):  # a file that cannot be read is not ours to overwrite either
+        state = load_checkpoint(path)
+        if state["step"] >= state["config"].get("steps", 0):
+            return None
+    number = 1
+    while (aside := path.with_name(f"checkpoint.{number}.pt")).exists():
+        number += 1
+    os.replace(path, aside)
+    return aside
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put torch's, NumPy's and Python's global generators back to where they were at the save."""
+    torch.set_rng_state(state["torch"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _rng_state() -> dict[str, Any]:
+    # Plain lists and numbers: anything richer would need pickled classes, which weights_only refuses to load.
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss],
+    }

@@ -1,0 +1,161 @@
+"""From families to training and evaluation pairs: residues, and the target pairs (i, j) of the curated alignment.
+
+Two residues are a target pair when they stand in the same column and both are upper case (Pfam writes match columns in
+upper case and inserts in lower case). Every other residue is unmatched: its target is the dustbin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .stockholm import GAPS, Alignment
+
+IntArray = npt.NDArray[np.int64]
+
+ALPHABET = "ARNDCQEGHILKMFPSTWYVX"
+"""The twenty residues in BLOSUM62's order, then X for anything unknown."""
+
+# Rare letters stand for the residue they are closest to: selenocysteine, pyrrolysine and the three ambiguity codes.
+_SUBSTITUTES = {"U": "C", "O": "K", "B": "D", "Z": "E", "J": "L"}
+_CODE = np.full(128, ALPHABET.index("X"), dtype=np.int64)
+for _letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+    _CODE[ord(_letter)] = ALPHABET.find(_SUBSTITUTES.get(_letter, _letter)) % len(ALPHABET)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One row of a family without its gaps: residue codes [n], their alignment columns [n], upper case or not [n].
+
+    Six bytes a residue, so that all of Pfam-A.seed fits in the memory of a laptop.
+    """
+
+    name: str
+    residues: npt.NDArray[np.int8]
+    columns: npt.NDArray[np.int32]
+    matched: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.residues)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's sequences; ``key`` is its name with the accession."""
+
+    name: str
+    accession: str
+    sequences: tuple[Chain, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} ({self.accession})" if self.accession else self.name
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Query residues [n], key residues [m] and the target pairs [k, 2], strictly increasing in both columns."""
+
+    family: str
+    names: tuple[str, str]
+    query: IntArray
+    key: IntArray
+    target: IntArray
+
+
+def encode(letters: str) -> IntArray:
+    """Residue codes [n] of a string of letters, case ignored."""
+    return _CODE[np.frombuffer(letters.upper().encode("ascii"), dtype=np.uint8)]
+
+
+def decode(residues: IntArray) -> str:
+    """The letters of residue codes [n]."""
+    return "".join(ALPHABET[code] for code in residues)
+
+
+def family_from_alignment(alignment: Alignment) -> Family:
+    """Drop the gaps of every row, remembering columns and case; rows without residues are left out."""
+    sequences = []
+    for name, row in zip(alignment.names, alignment.rows, strict=True):
+        letters = np.frombuffer(row.encode("ascii"), dtype=np.uint8)
+        columns = np.flatnonzero(~np.isin(letters, np.frombuffer(GAPS.encode(), dtype=np.uint8)))
+        if len(columns):
+            kept = letters[columns]
+            upper = (kept >= ord("A")) & (kept <= ord("Z"))
+            residues = encode(kept.tobytes().decode()).astype(np.int8)
+            sequences.append(Chain(name, residues, columns.astype(np.int32), upper))
+    return Family(alignment.name, alignment.accession, tuple(sequences))
+
+
+def load_families(alignments: Iterable[Alignment]) -> list[Family]:
+    """The families with at least two sequences; the rest cannot make a pair."""
+    families = [family_from_alignment(alignment) for alignment in alignments]
+    return [family for family in families if len(family.sequences) > 1]
+
+
+def make_pair(family: Family, first: int, second: int) -> Pair:
+    """The pair of two sequences of a family, uncropped."""
+    a, b = family.sequences[first], family.sequences[second]
+    return Pair(family.key, (a.name, b.name), a.residues.astype(np.int64), b.residues.astype(np.int64), _targets(a, b))
+
+
+def _targets(a: Chain, b: Chain) -> IntArray:
+    i, j = np.flatnonzero(a.matched), np.flatnonzero(b.matched)
+    _, in_a, in_b = np.intersect1d(a.columns[i], b.columns[j], assume_unique=True, return_indices=True)
+    return np.stack([i[in_a], j[in_b]], axis=1).astype(np.int64)
+
+
+def crop_pair(pair: Pair, cap: int, rng: np.random.Generator) -> Pair:
+    """Random windows of at most ``cap`` residues around a common target pair, so that the crops still overlap.
+
+    The two windows are drawn independently around the same anchor: their ends do not align, which is what keeps a
+    model from learning "the diagonal" off the crops.
+    """
+    if max(len(pair.query), len(pair.key)) <= cap or len(pair.target) == 0:
+        return slice_pair(pair, (0, min(cap, len(pair.query))), (0, min(cap, len(pair.key))))
+    anchor = pair.target[rng.integers(len(pair.target))]
+    fraction = rng.random()
+    windows = []
+    for position, length in zip(anchor, (len(pair.query), len(pair.key)), strict=True):
+        jitter = rng.integers(-(cap // 16), cap // 16 + 1)
+        start = int(np.clip(position - int(fraction * cap) + jitter, 0, max(length - cap, 0)))
+        windows.append((start, min(start + cap, length)))
+    return slice_pair(pair, windows[0], windows[1])
+
+
+def slice_pair(pair: Pair, query: tuple[int, int], key: tuple[int, int]) -> Pair:
+    """The pair restricted to query[start, stop) and key[start, stop); targets that leave a window are dropped."""
+    i, j = pair.target[:, 0], pair.target[:, 1]
+    inside = (i >= query[0]) & (i < query[1]) & (j >= key[0]) & (j < key[1])
+    target = pair.target[inside] - np.array([query[0], key[0]])
+    return Pair(pair.family, pair.names, pair.query[slice(*query)], pair.key[slice(*key)], target)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Fixed pairs to evaluate on, and how many drawn pairs were left out for being longer than the cap."""
+
+    pairs: tuple[Pair, ...]
+    skipped: int
+
+
+def evaluation_pairs(families: Sequence[Family], per_family: int, cap: int, seed: int) -> EvaluationSet:
+    """At most ``per_family`` distinct pairs of each family, whole sequences, the same ones for the same seed.
+
+    Pairs with a side longer than ``cap`` are skipped and counted, never cropped: cropping would change the task.
+    """
+    pairs: list[Pair] = []
+    skipped = 0
+    for index, family in enumerate(families):
+        rng = np.random.default_rng([seed, index])
+        upper = np.stack(np.triu_indices(len(family.sequences), k=1), axis=1)
+        for first, second in upper[rng.permutation(len(upper))[:per_family]]:
+            pair = make_pair(family, int(first), int(second))
+            if max(len(pair.query), len(pair.key)) > cap or len(pair.target) == 0:
+                skipped += 1
+            else:
+                pairs.append(pair)
+    return EvaluationSet(tuple(pairs), skipped)
