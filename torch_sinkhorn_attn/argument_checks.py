@@ -176,8 +176,8 @@ def relaxation_pair(relaxation: Any) -> tuple[float, float]:
 def broadcasts(shape: tuple[int, ...] | torch.Size, target: tuple[int, ...]) -> bool:
     if len(shape) > len(target):
         return False
-    # A list: torch.compile does not trace a generator here.
-    return all([x in (1, y) for x, y in zip(shape[::-1], target[::-1], strict=False)])
+    # A list and a plain zip: torch.compile traces neither a generator nor `strict` here.
+    return all([x in (1, y) for x, y in zip(shape[::-1], target[::-1])])
 
 
 def score_mask(mask: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ name of the engine that computes them.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -241,10 +242,24 @@ def _unfolded(info: Any, x: Tensor, dim: int) -> Tensor:
     return x.unflatten(dim, (info.batch_size, -1)) if x.ndim > 1 else x
 
 
+def _spelled_out(*extra: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a `forward(*args)` the signature of the op's arguments: torch.compile tells by their number that it takes no
+    ctx."""
+    names = [*Inputs._fields, *_PROBLEM_FIELDS, "engine", *extra]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
 class SinkhornAttention(torch.autograd.Function):
     """`apply(*flat, residuals)` -> the seven results of the forward op."""
 
     @staticmethod
+    @_spelled_out("residuals")
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.forward(*args)
 
@@ -278,6 +293,7 @@ class SinkhornPlan(torch.autograd.Function):
     """`apply(*flat)` -> (plan, row potentials, column potentials)."""
 
     @staticmethod
+    @_spelled_out()
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.plan(*args)
 
