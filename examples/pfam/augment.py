@@ -42,7 +42,7 @@ def insert_and_delete(pair: Pair, per_hundred: float, rng: np.random.Generator) 
     Run lengths are geometric with mean 4. Inserted residues have no partner, nor have the partners of deleted ones.
     """
     sides = [pair.query, pair.key]
-    labels = []
+    labels: list[np.ndarray] = []
     for side, residues in enumerate(sides):
         label = np.full(len(residues), -1, dtype=np.int64)
         label[pair.target[:, side]] = np.arange(len(pair.target))
