@@ -223,9 +223,11 @@ def _load(ctx: Any) -> tuple[list[Tensor], list[Any]]:
 
 
 def _folded(info: Any, in_dims: tuple[Any, ...], args: Sequence[Any]) -> list[Any]:
-    """Arguments of a vmapped call with the mapped dimension folded into N; every tensor but the seed starts with N."""
+    """Arguments of a vmapped call with the mapped dimension folded into N, which every tensor but the seed starts with
+    (a mask may have 1 there, and is expanded)."""
     seed = _NUM_INPUTS + _PROBLEM_FIELDS.index("dropout_seed")
-    folded = []
+    mask = Inputs._fields.index("mask")
+    folded: list[Any] = []
     for k, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
         if not isinstance(x, Tensor) or (k == seed and dim is None):
             folded.append(x)
@@ -233,6 +235,8 @@ def _folded(info: Any, in_dims: tuple[Any, ...], args: Sequence[Any]) -> list[An
         if k == seed:
             raise NotImplementedError("vmap over attention with dropout needs randomness='same'.")
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        if k == mask:
+            x = x.expand(-1, folded[0].shape[0] // info.batch_size, -1, -1, -1)
         folded.append(x.flatten(0, 1))
     return folded
 

@@ -23,21 +23,21 @@ from torch_sinkhorn_attn.support import window_ranks, with_dustbin
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
 KEPT_ELEMENTS = 4 * TILE_ELEMENTS  # score tiles kept from half-step to half-step, the first ones that fit
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 512
+SMALLEST_BLOCK, BAND_BLOCK, LARGEST_BLOCK = 32, 128, 512
 
 
 def block_size(heads: int, reach: int | None = None) -> int:
     """Rows and columns of a tile for `heads` = N * H heads worked on together: a power of two.
 
     `reach` is the width of a window: tiles of half of it waste little beside the band (a third of the time of the
-    largest tiles at 16384 tokens and a window of (128, 128)).
+    largest tiles at 16384 tokens and a window of (128, 128)), but not below `BAND_BLOCK`, where calls would dominate.
 
-    >>> block_size(1), block_size(64), block_size(100_000), block_size(1, reach=257)
-    (512, 128, 32, 128)
+    >>> block_size(1), block_size(64), block_size(100_000), block_size(1, reach=9), block_size(1, reach=601)
+    (512, 128, 32, 128, 256)
     """
     side = math.isqrt(TILE_ELEMENTS // max(1, heads))
     if reach is not None:
-        side = min(side, reach // 2)
+        side = min(side, max(BAND_BLOCK, reach // 2))
     return max(SMALLEST_BLOCK, min(LARGEST_BLOCK, 1 << max(0, side.bit_length() - 1)))
 
 
