@@ -183,7 +183,7 @@ def test_mask_components_are_found_for_deflation() -> None:
     assert (certify(q, k[..., order, :], mask[:, order], base_iters=500).rate < 0.95).all()
     prepared = prepare(q, k, None, mask)
     zero = torch.zeros(1, 2, 8, dtype=D)
-    parts = _exact_components(Tiles(prepared.inputs, prepared.problem, zero, zero))
+    parts = _exact_components(Tiles(prepared.inputs, prepared.problem).at(zero, zero))
     assert parts.row[0, 0].tolist() == [0] * 3 + [3] * 5 and parts.col[0, 0].tolist() == [0] * 3 + [3] * 5
 
 

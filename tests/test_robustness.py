@@ -271,7 +271,7 @@ def test_one_zero_among_many_pairs_is_seen_in_float32() -> None:
         mask[5, 7] = not missing
         prepared = prepare(q, k, None, mask)
         zero = torch.zeros(1, 1, n)
-        tiles = Tiles(prepared.inputs, prepared.problem, zero, zero)
+        tiles = Tiles(prepared.inputs, prepared.problem).at(zero, zero)
         positive, _ = certificates._log_plan_spread(tiles, certificates._Segments(prepared.problem))
         assert positive.item() == (not missing)
 

@@ -133,7 +133,7 @@ def certify(
             _, potentials = reference.plan_and_potentials(reference.dense_problem(inputs, problem), problem)
         else:
             potentials = ENGINES[engine].solve(inputs, problem)
-        tiles = Tiles(inputs, problem, potentials.row[-1], potentials.col[-1])
+        tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         found = _certificate(
             tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter
         )

@@ -27,7 +27,12 @@ def refusal(inputs: Inputs, problem: Problem) -> str | None:
 
 def solve(inputs: Inputs, problem: Problem) -> Potentials:
     """T stopped and R kept iterations: the stacked duals."""
-    tiles = Tiles(inputs, problem)
+    return iterate(Tiles(inputs, problem))
+
+
+def iterate(tiles: Tiles) -> Potentials:
+    """The half-steps of `solve`."""
+    problem = tiles.problem
     stopped, kept = problem.schedule
     u, v = tiles.initial_potentials()
     for _ in range(stopped):
@@ -49,9 +54,10 @@ def solve(inputs: Inputs, problem: Problem) -> Potentials:
 def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
     assert inputs.value is not None
-    potentials = solve(inputs, problem)
+    scores = Tiles(inputs, problem)
+    potentials = iterate(scores)
     u, v = potentials.row[-1], potentials.col[-1]
-    tiles = Tiles(inputs, problem, u, v)
+    tiles = scores.at(u, v)
     mass, row_sums = tiles.value_pass()
     to_bin, from_bin, _ = tiles.dustbin_plan
     if inputs.dustbin_value is not None:
@@ -200,7 +206,7 @@ class TiledPasses:
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
     """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the
     query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
-    tiles = Tiles(inputs, problem, potentials.row[-1], potentials.col[-1])
+    tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
     passes = TiledPasses(tiles, output, grads)
     if problem.gradient == "implicit":
         zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)

@@ -7,6 +7,7 @@ tokens have potential 0 outside and -inf inside a pass, so their part of the pla
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -22,7 +23,7 @@ from torch_sinkhorn_attn.staircase import Factor, Field, subtract_field
 from torch_sinkhorn_attn.support import window_ranks, with_dustbin
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
-KEPT_ELEMENTS = 4 * TILE_ELEMENTS  # score tiles kept from half-step to half-step, the first ones that fit
+KEPT_ELEMENTS = 4 * TILE_ELEMENTS  # of the score and of the plan tiles kept from pass to pass: a constant
 SMALLEST_BLOCK, BAND_BLOCK, LARGEST_BLOCK = 32, 128, 512
 
 
@@ -41,10 +42,29 @@ def block_size(heads: int, reach: int | None = None) -> int:
     return max(SMALLEST_BLOCK, min(LARGEST_BLOCK, 1 << max(0, side.bit_length() - 1)))
 
 
-class Tiles:
-    """The scores of a problem by tiles; with potentials u, v (augmented), the plan exp(S + u + v) by tiles."""
+class _Kept:
+    """The first tiles that fit in `KEPT_ELEMENTS`: small problems are computed once, large ones in constant memory."""
 
-    def __init__(self, inputs: Inputs, problem: Problem, u: Tensor | None = None, v: Tensor | None = None):
+    def __init__(self) -> None:
+        self.tiles: dict[tuple[int, int], Tensor] = {}
+        self.elements = 0
+
+    def keep(self, index: tuple[int, int], tile: Tensor) -> Tensor:
+        if self.elements + tile.numel() <= KEPT_ELEMENTS:
+            self.tiles[index] = tile
+            self.elements += tile.numel()
+        return tile
+
+
+class Tiles:
+    """The scores of a problem by tiles, and half-steps over them; after `at(u, v)` the plan and its passes."""
+
+    u: Tensor
+    v: Tensor
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(self, inputs: Inputs, problem: Problem):
         self.inputs, self.problem = inputs, problem
         self.dtype = compute_dtype(inputs.query.dtype)
         self.num, self.heads, self.length = problem.log_row_mass.shape
@@ -58,12 +78,17 @@ class Tiles:
         self.row_blocks = [slice(i, min(i + self.block, self.length)) for i in range(0, self.length, self.block)]
         self.col_blocks = [slice(j, min(j + self.block, self.size)) for j in range(0, self.size, self.block)]
         self.dustbin = DustbinVectors(inputs, problem, self.dtype) if self.bins else None
-        self._kept_scores: dict[tuple[int, int], Tensor] = {}
-        self._kept_elements = 0
-        self._only_plan: Tensor | None = None  # with a single tile
-        if u is not None and v is not None:
-            self.u, self.v = u, v
-            self._u, self._v = self._live(u, self.row_dead), self._live(v, self.col_dead)
+        self._scores, self._plans = _Kept(), _Kept()
+
+    def at(self, u: Tensor, v: Tensor) -> Tiles:
+        """The same tiles with potentials, augmented: the plan exp(S + u + v). Kept scores are shared."""
+        other = copy.copy(self)
+        other.u, other.v = u, v
+        other._u, other._v = self._live(u, self.row_dead), self._live(v, self.col_dead)
+        other._plans = _Kept()
+        for name in ("log_dustbin_plan", "dustbin_plan"):
+            other.__dict__.pop(name, None)
+        return other
 
     @staticmethod
     def _live(potential: Tensor, dead: Tensor) -> Tensor:
@@ -112,16 +137,13 @@ class Tiles:
 
     def scores(self, i: int, j: int) -> Tensor:
         """S on the tile of row block i and column block j, -inf off the support; not to be written to."""
-        if (i, j) in self._kept_scores:
-            return self._kept_scores[i, j]
+        if (i, j) in self._scores.tiles:
+            return self._scores.tiles[i, j]
         rows, cols = self.row_blocks[i], self.col_blocks[j]
         tile = self._grouped(self.inputs.query, rows, self.problem.scale / self.problem.epsilon)
         tile = self._ungrouped(torch.bmm(tile, self._key(cols).transpose(1, 2)))
         tile = self._masked(tile, rows, cols, interior=self._interior(i, cols))
-        if self._kept_elements + tile.numel() <= KEPT_ELEMENTS:
-            self._kept_scores[i, j] = tile
-            self._kept_elements += tile.numel()
-        return tile
+        return self._scores.keep((i, j), tile)
 
     def _interior(self, i: int, cols: slice) -> bool:
         _, _, lo, hi = self._spans[i]
@@ -156,12 +178,9 @@ class Tiles:
 
     def plan(self, i: int, j: int) -> Tensor:
         """P on the tile; not to be written to."""
-        if self._only_plan is not None:
-            return self._only_plan
-        tile = self.log_plan(i, j).exp_()
-        if len(self.row_blocks) == len(self.col_blocks) == 1:
-            self._only_plan = tile
-        return tile
+        if (i, j) in self._plans.tiles:
+            return self._plans.tiles[i, j]
+        return self._plans.keep((i, j), self.log_plan(i, j).exp_())
 
     def factor(self, factor: Factor, i: int, j: int) -> Tensor:
         """P * exp(row_i + col_j) on the tile, formed in the log domain."""
