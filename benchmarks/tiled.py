@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--largest", type=int, default=16384, help="longest band")
-    arguments = parser.parse_args()
+    arguments, _ = parser.parse_known_args()
     torch.set_num_threads(arguments.threads)
     head = ["support", "N x H x L x E", "ms", "us/token", "dense is", "softmax x", "peak MiB", "error", "error dQ"]
     print(f"torch {torch.__version__}, {arguments.threads} threads, T = 20, R = 2, forward + backward")

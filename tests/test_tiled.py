@@ -10,7 +10,7 @@ import torch
 from memory import PeakMemory
 from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin, sinkhorn_attention
+from torch_sinkhorn_attn import Dustbin, certify, sinkhorn_attention
 from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import tiled, tiles
 from torch_sinkhorn_attn.problem import OutputGrads
@@ -48,6 +48,17 @@ def test_peak_memory_is_linear_and_no_square_tensor_exists() -> None:
     inputs_growth = 4 * 16384 * WIDTH
     assert growth < 16 * inputs_growth  # output, gradients, accumulators, duals; a plan would add 3 GiB
     assert large.peak < 2.05 * small.peak
+
+
+def test_certificates_take_linear_memory() -> None:
+    peaks = []
+    for n in (8192, 16384):
+        q, k, _ = (x.detach() for x in inputs(n))
+        with PeakMemory() as memory:
+            certificate = certify(q, k, window=(16, 16), base_iters=1)
+        assert 0 < certificate.rate.item() < 1
+        peaks.append(memory.peak)
+    assert peaks[1] < 2.05 * peaks[0] and peaks[1] < 16384**2 / 4
 
 
 def test_the_meter_would_see_a_plan() -> None:

@@ -59,9 +59,8 @@ def sinkhorn_attention(
         key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`.
         value: `(..., Hk, S, Ev)`.
         attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
-            divided by epsilon; entries at or below half the dtype's lowest value forbid the pair. A token left without
-            any pair
-            is inactive: output 0, gradient 0, no mass. A float mask may require grad.
+            divided by epsilon; -inf, and anything at or below half the dtype's lowest value, forbids the pair. A token
+            left without any pair is inactive: output 0, gradient 0, no mass. A float mask may require grad.
         scale: default 1/sqrt(E).
         epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
         window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
@@ -77,7 +76,7 @@ def sinkhorn_attention(
         base_iters: T, stopped iterations. Default 20.
         tail_iters: R, differentiated iterations. Default 2. T = R = 0 is softmax attention.
         gradient: "tail" differentiates the R last iterations, "unrolled" all T + R, "implicit" the fixed point (exact
-            if converged), by conjugate gradients.
+            if converged), by conjugate gradients; beside a nearly hard plan its float32 result is mostly rounding.
         initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
         dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).

@@ -5,11 +5,13 @@ At a converged plan the score cotangent is dS = P * (D - x_i - y_j) with
     [diag(P 1)/rho_r   P               ] [x]   [row sums of P*D   ]
     [P^T               diag(P^T 1)/rho_c] [y] = [column sums of P*D]
 
-(P's own sums on the diagonal: with a and b instead the error off convergence is 100 times larger). x is eliminated,
-which
-halves the iterations: (diag(c)/rho_c - rho_r P^T diag(1/r) P) y = g - rho_r P^T (f / r), r and c the row and column
-sums. Symmetrised by sqrt(c), it is the identity minus a contraction; balanced problems have one null vector, sqrt(c),
-per connected component, projected out.
+(P's own sums on the diagonal: with a and b instead the error off convergence is 100 times larger). With f and g the
+right-hand sides and r and c the row and column sums, x is eliminated, which halves the iterations:
+
+    (diag(c)/rho_c - rho_r P^T diag(1/r) P) y = g - rho_r P^T (f / r)
+
+Symmetrised by sqrt(c), this is the identity minus a contraction; balanced problems have one null vector, sqrt(c), per
+connected component, projected out.
 """
 
 from __future__ import annotations

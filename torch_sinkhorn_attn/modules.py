@@ -31,9 +31,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             `[num_heads, 1]`, zeros at first.
 
     Masks have the module's polarity: in a bool mask True means *ignore*. In self-attention (`query is key`) a padded
-    key is
-    also an inactive query: it gives no mass and its output is `out_proj.bias`. With `base_iters=0, tail_iters=0`
-    (softmax mode) rows stay active, as in `torch.nn.MultiheadAttention`.
+    key is also an inactive query: it gives no mass and its output is `out_proj.bias`. In softmax mode
+    (`base_iters=0, tail_iters=0`) rows stay active, as in `torch.nn.MultiheadAttention`.
 
     Raises:
         ValueError: for options that contradict each other; see `sinkhorn_attention` for the rest.

@@ -1,11 +1,10 @@
 """The adjoint by hand, dense: one reference plan tile P times a modifier field, for every R and every option.
 
 With D = dL/dP, every half-step of the tail contributes one plan factor, and each factor is P times row and column
-exponentials of dual differences (the staircase):
+exponentials of dual differences (the staircase), A^r for a row and B^r for a column half-step:
 
-    row factor     A^r = exp(S + v^r + u^r/rho_r - log a)      = P * exp(u^r/rho_r - log a - u^R)_i * exp(v^r - v^R)_j
-    column factor  B^r = exp(S + u^(r-1) + v^r/rho_c - log b)  = P * exp(u^(r-1) - u^R)_i * exp(v^r/rho_c - log b -
-    v^R)_j
+    A^r = exp(S + v^r + u^r/rho_r - log a)      = P * exp(u^r/rho_r - log a - u^R)_i * exp(v^r - v^R)_j
+    B^r = exp(S + u^(r-1) + v^r/rho_c - log b)  = P * exp(u^(r-1) - u^R)_i * exp(v^r/rho_c - log b - v^R)_j
 
     dS = P*D - sum_r rho_r z^r_i A^r - sum_r rho_c w^r_j B^r                   r = R..1
     z^R = rowsum(P*D),  w^R = colsum(P*D) - rho_r A^R^T z^R,  z^(r-1) = -rho_c B^r w^r,  w^r = -rho_r A^r^T z^r
