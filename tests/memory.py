@@ -15,8 +15,8 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = self.largest = 0
+        self.seen: set[int] = set()
+        self.alive = self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -26,10 +26,14 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.alive or storage.nbytes() == 0:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen or size == 0:
             return
-        self.alive[key] = storage.nbytes()
-        weakref.finalize(storage, self.alive.pop, key, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        self.largest = max(self.largest, storage.nbytes())
+        self.seen.add(key)
+        self.alive += size
+        weakref.finalize(storage, self._forget, key, size)
+        self.peak, self.largest = max(self.peak, self.alive), max(self.largest, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.alive -= size
