@@ -247,5 +247,5 @@ def potentials(
         x = constant(name, x, (*batch, heads, n), query)
         if x is None:
             raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
-        pair.append(x.to(compute_dtype(query.dtype)).reshape(-1, heads, n))
+        pair.append(x.to(compute_dtype(query.dtype)).reshape(math.prod(batch), heads, n))
     return pair[0], pair[1]

@@ -148,7 +148,10 @@ def prepare(
 
     groups = max(1, min(length, size)) if packed else 1
     mass_dtype = torch.float64 if look else dtype
-    row_given, col_given = (None if x is None else x.to(mass_dtype).reshape(num, heads, -1) for x in masses)
+    row_given, col_given = (
+        None if x is None else x.to(mass_dtype).reshape(num, heads, n)
+        for x, n in zip(masses, (length, size), strict=True)
+    )
     if look:
         data_checks.check_positive_mass("row_mass", row_given, row_active)
         data_checks.check_positive_mass("col_mass", col_given, col_active)

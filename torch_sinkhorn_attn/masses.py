@@ -135,5 +135,5 @@ def given_capacities(
         if x is not None and not isinstance(x, Tensor):
             x = torch.full((), float(x), dtype=torch.float64, device=query.device)
         x = constant(f"Dustbin {name}", x, (*batch, heads, n), query)
-        pair.append(None if x is None else x.reshape(-1, heads, n))
+        pair.append(None if x is None else x.reshape(math.prod(batch), heads, n))
     return pair[0], pair[1]
