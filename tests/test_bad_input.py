@@ -215,6 +215,11 @@ def test_there_are_at_least_thirty_kinds() -> None:
             "embed_dim=10 must be a positive multiple of num_heads=4",
             lambda: SinkhornMultiheadAttention(10, 4),
         ),
+        (
+            TypeError,
+            "dustbin must be True or False, got Dustbin",
+            lambda: SinkhornMultiheadAttention(8, 4, dustbin=Dustbin(0.0, 0.0)),
+        ),
         (ValueError, "dropout=1.5 must lie", lambda: SinkhornMultiheadAttention(8, 4, dropout=1.5)),
         (
             ValueError,

@@ -89,9 +89,10 @@ def sinkhorn_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument with a wrong shape, device or value, or a problem without a plan (unequal masses, a
-            window that leaves keys uncovered or forces the identity). The message names the argument and a way out.
-            Checks that must look at data follow `set_checks`.
+        ValueError: an argument with a wrong shape, device or value, or a problem without a plan that is
+            positive on its support (unequal masses, a window that leaves keys uncovered, or allows more than the
+            identity but forces it). The message names the argument and a way out. Checks that must look at data follow
+            `set_checks`.
 
     Examples:
         >>> import torch

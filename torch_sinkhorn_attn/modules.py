@@ -75,6 +75,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"embed_dim={embed_dim} must be a positive multiple of num_heads={num_heads}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1).")
+        if not isinstance(dustbin, bool):
+            raise TypeError(f"dustbin must be True or False, got {dustbin!r}: the module learns its own scores.")
         super().__init__(
             embed_dim, num_heads, dropout=dropout, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
             kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype,
