@@ -7,6 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn.engines import tiled
+from torch_sinkhorn_attn.problem import OutputGrads
 
 X = torch.randn(1, 2, 6, 4)
 
@@ -45,6 +48,32 @@ def test_auto_does_not_look_at_fake_tensors() -> None:
         options = {"query_segment_ids": ids, "key_segment_ids": ids, "dustbin": Dustbin(1.0, torch.zeros(4, 1))}
         assert sinkhorn_attention(x, x, x, row_mass=torch.ones(6), **options).shape == x.shape
         assert sinkhorn_plan(x, x, **options).shape == (2, 4, 7, 7)
+
+
+META = torch.empty(2, 4, 70, 8, device="meta")
+META_IDS = torch.empty(2, 70, dtype=torch.int64, device="meta")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (9, 9)},
+        {"query_lengths": META_IDS[:, 0], "key_lengths": META_IDS[:, 0], "window": (9, 9)},
+        {"query_segment_ids": META_IDS, "key_segment_ids": META_IDS, "dustbin": Dustbin(1.0, 0.0)},
+        {"gradient": "implicit"},
+        {"relaxation": 1.0, "dropout_p": 0.1, "tail_iters": 0},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_off_the_cpu_the_tiled_engine_never_looks_at_data(options: dict) -> None:
+    """Meta tensors have no data, so any look raises, as it would force an accelerator to synchronise."""
+    prepared = prepare(META, META, META, torch.empty(70, 70, device="meta"), **options)
+    inputs, problem = prepared.inputs, prepared.problem
+    result = tiled.forward(inputs, problem)
+    grads = tiled.backward(inputs, problem, result.output, result.potentials, OutputGrads(result.output, mask=True))
+    assert [x.shape for x in grads.inputs[:4]] == [META.shape] * 3 + [(1, 1, 70, 70)]
+    with pytest.raises(RuntimeError):  # meta tensors do raise
+        bool(result.output.sum())
 
 
 def test_always_and_auto_check_on_the_cpu() -> None:
