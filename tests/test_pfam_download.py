@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.pfam.cli import main
+from examples.pfam.cli import _command, main
 from examples.pfam.config import HELDOUT_SAMPLE
 from examples.pfam.download import DownloadError, download
 
@@ -106,8 +106,13 @@ def test_the_command_says_what_went_wrong(server: Server, tmp_path: Path, capsys
     assert main(["download", "--url", url(server, "/absent"), "--out", str(out), "--quiet"]) == 1
     assert "could not download" in capsys.readouterr().err
     assert main(["download", "--url", url(server), "--out", str(out), "--quiet"]) == 0
-    assert f"train --data {out}" in capsys.readouterr().out
+    assert f"{_command()} train --data {out}\n" in capsys.readouterr().out
     assert gzip.decompress(out.read_bytes()).startswith(b"# STOCKHOLM 1.0")
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: --out {tmp_path} is a folder; give the name of a file\n"
 
 
 def test_no_server(tmp_path: Path) -> None:

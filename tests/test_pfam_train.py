@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from examples.pfam import checkpoint
+from examples.pfam import checkpoint, cli, plots, train
 from examples.pfam.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from examples.pfam.cli import main
 from examples.pfam.config import HELDOUT_SAMPLE, TRAIN_SAMPLE, Config
 from examples.pfam.dataset import load_dataset
+from examples.pfam.evaluate import Scores
 from examples.pfam.train import History, Trainer, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,13 @@ def test_a_run_stopped_during_an_evaluation_makes_up_for_it(tmp_path: Path) -> N
     assert [step for step, _ in resumed.history.evaluations] == [0]
 
 
+def test_evaluations_start_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "EARLY", 1)
+    trainer = Trainer(dataclasses.replace(SMALL, eval_every=2), tmp_path)
+    trainer.run(until=3, progress=False)
+    assert [step for step, _ in trainer.history.evaluations] == [0, 1, 2]
+
+
 def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"config": {}, "model": {}, "optimizer": {}, "step": 1, "history": {}}
     save_checkpoint(tmp_path, state)
@@ -81,34 +90,83 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatc
 def test_unreadable_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        load_checkpoint(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": torch.zeros(1000)}, path)
+    for damaged in (b"", b"not a checkpoint", path.read_bytes()[:2000]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(tmp_path)
+        assert str(error.value) == f"{path} is not a readable checkpoint; it is damaged, or not one"
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="it lacks config"):
         load_checkpoint(tmp_path)
 
 
-def test_starting_over_sets_an_unfinished_run_aside(tmp_path: Path) -> None:
-    state = {"config": {"steps": 5}, "model": {}, "optimizer": {}, "step": 4, "history": {}}
-    assert set_aside(tmp_path) is None
-    save_checkpoint(tmp_path, state)
-    assert set_aside(tmp_path) == tmp_path / "checkpoint.1.pt"
-    assert not (tmp_path / "checkpoint.pt").exists()
-    (tmp_path / "checkpoint.pt").write_text("somebody else's")
-    assert set_aside(tmp_path) == tmp_path / "checkpoint.2.pt"
-    save_checkpoint(tmp_path, {**state, "step": 5})
-    assert set_aside(tmp_path) is None
-    assert (tmp_path / "checkpoint.pt").exists()
+def test_an_earlier_run_is_set_aside_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    assert set_aside(run) is None
+    run.mkdir()
+    (run / "notes.txt").write_text("not a run's")
+    assert set_aside(run) is None
+    for number, name in enumerate(("checkpoint.pt", "report.txt"), start=1):
+        (run / name).write_text(f"run {number}")
+        (run / "plan.png").write_text(f"picture {number}")
+        assert set_aside(run) == tmp_path / f"run-{number}"
+        assert list(run.iterdir()) == []
+        assert (tmp_path / f"run-{number}" / name).read_text() == f"run {number}"
+        assert (tmp_path / f"run-{number}" / "plan.png").read_text() == f"picture {number}"
+    (run / "report.txt").touch()
+    monkeypatch.chdir(run)
+    with pytest.raises(OSError, match=r"--out \. holds an earlier run .* \(it is the current folder"):
+        set_aside(".")
+    assert [path.name for path in run.iterdir()] == ["report.txt"]
 
 
 def test_config_round_trips_and_refuses_nonsense() -> None:
     assert Config.from_dict(SMALL.to_dict()) == SMALL
     with pytest.raises(ValueError, match="unknown settings in the checkpoint: wings"):
         Config.from_dict({"wings": 2})
-    for bad in ({"steps": 0}, {"holdout": 1.0}, {"dropout": -0.1}, {"learning_rate": float("nan")}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            dataclasses.replace(SMALL, **bad)
+
+
+@pytest.mark.parametrize(
+    "option, value, allowed",
+    [
+        ("--threads", "-1", "at least 1 and at most 1024"),
+        ("--threads", "0", "at least 1 and at most 1024"),
+        ("--steps", "0", "at least 1"),
+        ("--holdout", "1.0", "above 0 and below 1"),
+        ("--decode-threshold", "5.0", "at least 0 and below 1"),
+        ("--indels", "-1.0", "at least 0 and at most 100"),
+        ("--barycentre-weight", "nan", "at least 0"),
+        ("--barycentre-weight", "-1.0", "at least 0"),
+        ("--max-families", "0", "at least 1"),
+        ("--max-sequences", "0", "at least 2"),
+        ("--max-sequences", "1", "at least 2"),
+        ("--cap", "1", "at least 16"),
+        ("--seed", "-1", "at least 0 and at most 4294967295"),
+        ("--dropout", "1.0", "at least 0 and below 1"),
+        ("--mutation-rate", "-0.1", "at least 0 and below 1"),
+        ("--learning-rate", "nan", "above 0 and at most 1"),
+        ("--learning-rate", "0.0", "above 0 and at most 1"),
+        ("--weight-decay", "inf", "at least 0"),
+        ("--warmup", "-1", "at least 0"),
+        ("--tail-iters", "-1", "at least 0"),
+        ("--dim", "20", "at least 21"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_any_work(
+    option: str, value: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", option, value, "--data", str(tmp_path / "absent"), "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"error: {option} must be {allowed}, got {value}\n"
+    assert not out.exists()
+
+
+def test_evaluation_settings_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(SMALL, tmp_path).save()
+    assert main(["eval", str(tmp_path), "--eval-pairs", "0"]) == 1
+    assert capsys.readouterr().err == "error: --eval-pairs must be at least 1, got 0\n"
 
 
 def test_history_round_trips(tmp_path: Path) -> None:
@@ -145,52 +203,190 @@ def test_a_share_of_the_data_is_held_out_by_family() -> None:
 
 
 def test_the_demo_runs_from_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
     threads = torch.get_num_threads()
     try:
-        assert main(["--steps", "3", "--out", str(tmp_path), "--quiet", *SMALL_FLAGS.split()]) == 0
-        text = capsys.readouterr().out
-        assert main(["eval", str(tmp_path), "--data", str(HELDOUT_SAMPLE), "--eval-pairs", "2", "--quiet"]) == 0
+        for _ in range(2):
+            assert main(["--steps", "3", "--out", str(run), *SMALL_FLAGS.split()]) == 0
+        assert main(["eval", str(run), "--data", str(HELDOUT_SAMPLE), "--eval-pairs", "2", "--quiet"]) == 0
     finally:
         torch.set_num_threads(threads)
+    text, bars = capsys.readouterr()
     for words in ("Sinkhorn aligner", "Needleman-Wunsch", "scaled diagonal", "sparse cross-entropy", "fn3", "COX2_TM"):
         assert words in text
     assert "pairs per second" in text
-    assert "Needleman-Wunsch" in (tmp_path / "report.txt").read_text()
-    for name in ("plan_fn3.png", "plan_COX2_TM.png", "learning.png", "residuals.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    evaluation = capsys.readouterr().out
-    assert "4 pairs, 2 skipped for length" in evaluation
-    assert "Sinkhorn aligner" in evaluation
+    assert f"the earlier run in {run} is now in {run}-1\n" in text
+    for stage in ("training", "evaluating", "certifying", "drawing plans", "residuals of the last attention"):
+        assert f"{stage}: " in bars
+    for folder in (run, tmp_path / "run-1"):
+        report = (folder / "report.txt").read_text()
+        assert "Needleman-Wunsch" in report
+        for shown in (report, text):
+            assert (
+                shown.index("col residual: the largest") < shown.index("not certified: ") < shown.index("row residual")
+            )
+        assert load_checkpoint(folder)["step"] == 3
+        for name in ("plan_fn3.png", "plan_COX2_TM.png", "learning.png", "residuals.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert "4 pairs, 2 skipped for length" in text
+
+
+def test_barycentre_errors_are_drawn_on_a_log_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    names = ("f1", "barycentre", "reconstruction", "sparse cross-entropy")
+    scores = Scores(dict.fromkeys(names, 0.5), {})
+    levels = dict.fromkeys(("a", "b", "c"), scores)
+    plots.plot_learning(History([1.0], [1], [1.0], [(0, scores)]), levels, tmp_path / "learning.png")
+    assert [axis.get_yscale() for axis in figures[0].axes] == ["linear", "linear", "linear", "log"]
+    plots.plt.close(figures[0])
 
 
 def test_plain_errors_end_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.sto"
     bad.write_text("# STOCKHOLM 1.0\na ACD\n")
-    assert main(["train", "--data", str(bad), "--out", str(tmp_path)]) == 1
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", "--data", str(bad), *out]) == 1
     assert f"error: {bad}:2: the file ends inside" in capsys.readouterr().err
-    assert main(["train", "--data", str(tmp_path / "absent")]) == 1
+    assert main(["train", "--data", str(tmp_path / "absent"), *out]) == 1
     assert main(["train", "--resume", str(tmp_path / "absent")]) == 1
     assert "no checkpoint at" in capsys.readouterr().err
 
 
-def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "examples.pfam", "train", "--steps", "100000", "--save-every", "1"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path), *SMALL_FLAGS.split()],
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "Trainer", None)  # calling it would be a TypeError
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        assert main(["train", "--out", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: cannot write to --out {out} (") and error.count("\n") == 1
+
+    def full(**options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", full)
+    assert main(["train", "--out", str(tmp_path)]) == 1
+    assert "(No space left on device); choose another folder" in capsys.readouterr().err
+
+
+def test_an_os_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(options: object) -> int:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cli, "_train", fail)
+    assert main([]) == 1
+    assert capsys.readouterr().err == "error: disk full\n"
+
+
+@pytest.mark.parametrize(
+    "settings", [["--seed", "0"], ["--steps", "9"], ["--data", "x"], ["--eval-data", "x"], ["--out", "runs/pfam"]]
+)
+def test_resume_refuses_settings(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--resume", str(tmp_path), "--quiet", "--threads", "1", *settings])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {settings[0]}: --resume goes on with" in last and "leave out --resume" in last
+
+
+def test_resume_goes_on_with_threads_and_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(dataclasses.replace(SMALL, steps=1), tmp_path).save()
+    threads = torch.get_num_threads()
+    try:
+        assert main(["train", "--resume", str(tmp_path), "--quiet", "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert f"resuming {tmp_path} at step 0" in capsys.readouterr().out
+
+
+def test_hints_name_the_interpreter_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert cli._command() == ".venv/bin/python -m examples.pfam"
+    monkeypatch.setattr(sys, "executable", "/opt/a b/python")
+    assert cli._command() == "'/opt/a b/python' -m examples.pfam"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "download"])
+def test_every_option_says_what_it_is(command: str) -> None:
+    subparsers = next(action for action in cli._parser()._actions if isinstance(action.choices, dict))
+    for action in subparsers.choices[command]._actions:
+        assert action.help and "config.py" not in action.help, action.option_strings
+        assert action.nargs == 0 or action.metavar == {int: "N", float: "X"}.get(
+            action.type, "URL" if action.dest == "url" else "PATH"
+        )
+
+
+def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "examples.pfam", *arguments],
         cwd=ROOT,
+        env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_training(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A process in the middle of training, its first checkpoint written."""
+    process = start("train", "--steps=100000", "--save-every=1", "--out", str(folder), *SMALL_FLAGS.split(), *arguments)
     deadline = time.monotonic() + 50
-    while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
+    process = start_training(tmp_path)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=50)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert "stopping after this step; Ctrl-C again stops now\n" in err
     assert "Sinkhorn aligner" in out and "evaluated at step 0" in out
     assert f"python -m examples.pfam train --resume {tmp_path}" in out
     resumed = Trainer.resume(tmp_path)
     assert resumed.step == len(resumed.history.loss) >= 1
     assert f"stopped at step {resumed.step};" in out
+
+
+def test_a_second_ctrl_c_still_says_how_to_go_on(tmp_path: Path) -> None:
+    # Steps so long that the second signal cannot come too late.
+    process = start_training(tmp_path, "--base-iters=3000")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "stopping after this step" not in (line := process.stderr.readline()) and line:
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=50)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"stopped; from the last checkpoint: {cli._command()} train --resume {tmp_path}\n" in out
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_cut_short_says_what_is_left(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(trainer: Trainer, progress: bool) -> bool:
+        if saved:
+            trainer.save()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "run", stop)
+    assert main(["train", "--out", str(tmp_path), "--quiet"]) == 130
+    hint = f"stopped; from the last checkpoint: {cli._command()} train --resume {tmp_path}\n"
+    assert capsys.readouterr().out.endswith(hint if saved else "stopped before the first checkpoint\n")
+
+
+def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(50)\n")
+    process = start(environment={"PYTHONPATH": str(tmp_path)})
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=50)
+    assert (process.returncode, err) == (130, "stopped\n")

@@ -17,6 +17,7 @@ from torch_sinkhorn_attn.checks import data_checks_enabled
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.mask_scan import scan_mask
 from torch_sinkhorn_attn.masses import (
+    Side,
     dustbin_capacities,
     dustbin_tensors,
     given_capacities,
@@ -92,99 +93,138 @@ def prepare(
     """Check and canonicalise; `value` is None when only the plan is wanted."""
     query, key, value = tokens(query, key, value, enable_gqa)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
-    num, device, dtype = math.prod(batch), query.device, compute_dtype(query.dtype)
+    num, dtype = math.prod(batch), compute_dtype(query.dtype)
     o = solver(features, dtype, scale, epsilon, window, relaxation, base_iters, tail_iters, gradient, engine)
     dropout_p = number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p} must lie in [0, 1).")
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
-
-    mask = score_mask(attn_mask, (*batch, heads, length, size), query)
-    lengths = [
-        integers(name, x, batch, device) for name, x in (("query_lengths", query_lengths), ("key_lengths", key_lengths))
-    ]
-    segments = [
-        integers(name, x, (*batch, n), device)
-        for name, x, n in (("query_segment_ids", query_segment_ids, length), ("key_segment_ids", key_segment_ids, size))
-    ]
-    if (segments[0] is None) != (segments[1] is None):
-        raise ValueError(
-            "query_segment_ids and key_segment_ids belong together: pass both (the same tensor in self-attention)."
-        )
-    masses = [
-        constant(name, x, (*batch, heads, n), query)
-        for name, x, n in (("row_mass", row_mass, length), ("col_mass", col_mass, size))
-    ]
-    packed = segments[0] is not None
-    num_bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
-    scores = dustbin_tensors(dustbin, batch, heads, length, size, value, query)
-    capacities = given_capacities(dustbin, batch, heads, length, size, query)
-    initial = potentials(initial_potentials, batch, heads, length + num_bins, size + num_bins, query)
-    balanced = o.rho == (1.0, 1.0)
-    softmax_mode = o.base_iters == o.tail_iters == 0 and balanced and dustbin is None
+    given = _given(
+        query, key, value, attn_mask, (query_lengths, key_lengths), (query_segment_ids, key_segment_ids),
+        (row_mass, col_mass), dustbin, initial_potentials,
+    )  # fmt: skip
+    softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
     softmax_mode = softmax_mode and row_mass is None and col_mass is None
-
-    constants = [*lengths, *segments, *masses, *capacities, *initial, *scores]
-    look = data_checks_enabled(query, key, value, mask, *constants)
+    look = data_checks_enabled(query, key, value, *given.tensors())
     if look:
-        data_checks.check_lengths(lengths[0], "query_lengths", length)
-        data_checks.check_lengths(lengths[1], "key_lengths", size)
-        data_checks.check_mask(mask, dtype, softmax_mode)
+        data_checks.check_lengths(given.lengths[0], "query_lengths", length)
+        data_checks.check_lengths(given.lengths[1], "key_lengths", size)
+        data_checks.check_mask(given.mask, dtype, softmax_mode)
         data_checks.check_dustbin_scores(dustbin)
-        data_checks.check_potentials(initial)
+        data_checks.check_potentials(given.initial)
 
-    row_ids, col_ids = (
-        token_ids(num, n, None if x is None else x.reshape(num), None if ids is None else ids.reshape(num, n), device)
-        for n, x, ids in zip((length, size), lengths, segments, strict=True)
-    )
-    if look and packed:
-        data_checks.check_segments(row_ids, col_ids)
-    support = build_support(row_ids, col_ids, o.window, packed)
-    scan = None if mask is None else scan_mask(mask, support, packed, dtype)
+    ids = [
+        token_ids(num, n, lengths, segments, query.device)
+        for n, lengths, segments in zip((length, size), given.lengths, given.segments, strict=True)
+    ]
+    if look and given.packed:
+        data_checks.check_segments(ids[0], ids[1])
+    support = build_support(ids[0], ids[1], o.window, given.packed)
+    scan = None if given.mask is None else scan_mask(given.mask, support, given.packed, dtype)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
     col_active = (support.col_active[:, None] if scan is None else scan.col_active).expand(num, heads, size)
-    row_segment, col_segment = (support.row_segment, support.col_segment) if packed else (None, None)
+    row_segment, col_segment = (support.row_segment, support.col_segment) if given.packed else (None, None)
 
-    groups = max(1, min(length, size)) if packed else 1
+    groups = max(1, min(length, size)) if given.packed else 1
     mass_dtype = torch.float64 if look else dtype
-    row_given, col_given = (
-        None if x is None else x.to(mass_dtype).reshape(num, heads, n)
-        for x, n in zip(masses, (length, size), strict=True)
-    )
     if look:
-        data_checks.check_positive_mass("row_mass", row_given, row_active)
-        data_checks.check_positive_mass("col_mass", col_given, col_active)
-    a, b = marginal_masses(
-        row_given, col_given, row_active, col_active, row_segment, col_segment, groups, dustbin, mass_dtype
-    )
-    row_capacity, col_capacity = dustbin_capacities(capacities, a, b, row_segment, col_segment, num_bins, mass_dtype)
+        data_checks.check_positive_mass("row_mass", given.masses[0], row_active)
+        data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
+    rows = Side(given.masses[0], row_active, row_segment)
+    cols = Side(given.masses[1], col_active, col_segment)
+    a, b = marginal_masses(rows, cols, groups, dustbin, mass_dtype)
+    capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins, mass_dtype)
     if look and not softmax_mode:
         data_checks.check_feasibility(
-            a, b, row_capacity, col_capacity, support, scan, capacities,
+            a, b, *capacities, support, scan, given.capacities,
             row_segment=row_segment, col_segment=col_segment, groups=groups, rho=o.rho,
-            full=not packed and o.window is None and mask is None, request=_request(o.window, mask),
+            full=not given.packed and o.window is None and given.mask is None, request=_request(o.window, given.mask),
         )  # fmt: skip
 
     problem = Problem(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
         row_segment=row_segment, col_segment=col_segment,
         log_row_mass=log_mass(a, dtype), log_col_mass=log_mass(b, dtype),
-        log_row_capacity=None if row_capacity is None else log_mass(row_capacity, dtype),
-        log_col_capacity=None if col_capacity is None else log_mass(col_capacity, dtype),
-        initial_row=initial[0], initial_col=initial[1],
-        dropout_seed=_dropout_seed(dropout_p, device),
+        log_row_capacity=None if capacities[0] is None else log_mass(capacities[0], dtype),
+        log_col_capacity=None if capacities[1] is None else log_mass(capacities[1], dtype),
+        initial_row=given.initial[0], initial_col=given.initial[1],
+        dropout_seed=_dropout_seed(dropout_p, query.device),
         scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1],
         base_iters=o.base_iters, tail_iters=o.tail_iters, gradient=o.gradient, dropout_p=dropout_p,
-        banded=packed or o.window is not None,
+        banded=given.packed or o.window is not None,
         window_left=-1 if o.window is None else o.window[0], window_right=-1 if o.window is None else o.window[1],
-        uniform=not packed and query_lengths is None and key_lengths is None,
+        uniform=not given.packed and query_lengths is None and key_lengths is None,
     )  # fmt: skip
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
-    if mask is not None or not problem.uniform:
+    if given.mask is not None or not problem.uniform:
         flat = _without_inactive(flat, row_active, col_active, look)
-    inputs = Inputs(*flat, mask, *scores)  # type: ignore[arg-type, call-arg]
+    inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     return Prepared(inputs, problem, batch, query.dtype, engine)
+
+
+Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side
+
+
+class _Given(NamedTuple):
+    """The user's tensors beside query, key and value: types, shapes and devices checked, batch flattened to N."""
+
+    mask: Tensor | None
+    lengths: Pair  # [N]
+    segments: Pair  # [N, L], [N, S]
+    masses: Pair  # [N, H, L], [N, H, S]
+    dustbin: tuple[Tensor | None, ...]  # the last four fields of Inputs
+    capacities: Pair  # [N, H, L], [N, H, S]
+    initial: Pair
+    packed: bool
+    bins: int  # dustbins per head, G, or 0
+
+    def tensors(self) -> list[Tensor | None]:
+        return [self.mask, *self.lengths, *self.segments, *self.masses, *self.dustbin, *self.capacities, *self.initial]
+
+
+def _given(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    lengths: Pair,
+    segments: Pair,
+    masses: Pair,
+    dustbin: Dustbin | None,
+    initial: Pair | None,
+) -> _Given:
+    batch, (heads, length, _), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
+    num, device = math.prod(batch), query.device
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(num, *x.shape[len(batch) :])
+
+    query_segments = flat(integers("query_segment_ids", segments[0], (*batch, length), device))
+    key_segments = flat(integers("key_segment_ids", segments[1], (*batch, size), device))
+    if (query_segments is None) != (key_segments is None):
+        raise ValueError(
+            "query_segment_ids and key_segment_ids belong together: pass both (the same tensor in self-attention)."
+        )
+    packed = query_segments is not None
+    bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
+    return _Given(
+        mask=score_mask(attn_mask, (*batch, heads, length, size), query),
+        lengths=(
+            flat(integers("query_lengths", lengths[0], batch, device)),
+            flat(integers("key_lengths", lengths[1], batch, device)),
+        ),
+        segments=(query_segments, key_segments),
+        masses=(
+            flat(constant("row_mass", masses[0], (*batch, heads, length), query)),
+            flat(constant("col_mass", masses[1], (*batch, heads, size), query)),
+        ),
+        dustbin=dustbin_tensors(dustbin, batch, heads, length, size, value, query),
+        capacities=given_capacities(dustbin, batch, heads, length, size, query),
+        initial=potentials(initial, batch, heads, length + bins, size + bins, query),
+        packed=packed,
+        bins=bins,
+    )
 
 
 def _without_inactive(

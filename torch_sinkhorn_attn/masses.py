@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,35 +14,39 @@ from torch_sinkhorn_attn.problem import compute_dtype
 from torch_sinkhorn_attn.support import by_segment, segment_sum
 
 
+class Side(NamedTuple):
+    """Rows or columns: the masses given `[N, H, n]` or None, who is active, and the segment of each token or None."""
+
+    given: Tensor | None
+    active: Tensor
+    segment: Tensor | None
+
+    def total(self, x: Tensor, groups: int) -> Tensor:
+        """`[N, H, n]` summed over each problem, `[N, H, G]`."""
+        return segment_sum(x, self._index(), groups)
+
+    def spread(self, total: Tensor, on: Tensor) -> Tensor:
+        """The mass `[N, H, G]` of each problem shared evenly by its active tokens; `on` is 1 where active, else 0."""
+        share = total / self.total(on, total.shape[-1]).clamp(min=1)
+        return on * by_segment(share, self._index(), on.shape[-1])
+
+    def _index(self) -> Tensor | None:  # a method: torch.compile does not trace properties of tuples
+        return None if self.segment is None else self.segment[:, None]
+
+
 def marginal_masses(
-    row: Tensor | None,
-    col: Tensor | None,
-    row_active: Tensor,
-    col_active: Tensor,
-    row_segment: Tensor | None,
-    col_segment: Tensor | None,
-    groups: int,
-    dustbin: Dustbin | None,
-    dtype: torch.dtype,
+    rows: Side, cols: Side, groups: int, dustbin: Dustbin | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """a [N, H, L] and b [N, H, S]: the given ones, 0 where inactive, or the default: uniform with the other side's
-    total in each problem; 1 with a dustbin."""
-    row_on, col_on = row_active.to(dtype), col_active.to(dtype)
-    a, b = (None if x is None else torch.where(on, x, 0.0) for x, on in ((row, row_active), (col, col_active)))
+    total in each problem (1 and n/m if neither is given); 1 with a dustbin."""
+    row_on, col_on = rows.active.to(dtype), cols.active.to(dtype)
+    a, b = (None if x.given is None else torch.where(x.active, x.given.to(dtype), 0.0) for x in (rows, cols))
     if dustbin is not None:
         return row_on if a is None else a, col_on if b is None else b
     if a is None:
-        a = row_on
-        if b is not None:
-            share = segment_sum(b, _heads(col_segment), groups) / segment_sum(
-                row_on, _heads(row_segment), groups
-            ).clamp(min=1)
-            a = row_on * by_segment(share, _heads(row_segment), row_on.shape[-1])
+        a = row_on if b is None else rows.spread(cols.total(b, groups), row_on)
     if b is None:
-        share = segment_sum(a, _heads(row_segment), groups) / segment_sum(col_on, _heads(col_segment), groups).clamp(
-            min=1
-        )
-        b = col_on * by_segment(share, _heads(col_segment), col_on.shape[-1])
+        b = cols.spread(rows.total(a, groups), col_on)
     return a, b
 
 
@@ -50,20 +54,19 @@ def dustbin_capacities(
     given: tuple[Tensor | None, Tensor | None],
     a: Tensor,
     b: Tensor,
-    row_segment: Tensor | None,
-    col_segment: Tensor | None,
+    rows: Side,
+    cols: Side,
     num_bins: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(row_capacity, col_capacity) [N, H, G], 0 for segments that do not exist."""
     if num_bins == 0:
         return None, None
-    row_total = segment_sum(a, _heads(row_segment), num_bins)
-    col_total = segment_sum(b, _heads(col_segment), num_bins)
+    row_total, col_total = rows.total(a, num_bins), cols.total(b, num_bins)
     live = (row_total > 0) & (col_total > 0)
     row, col = (
-        None if x is None else _per_problem(x.to(dtype), on > 0, segment, num_bins)
-        for x, on, segment in ((given[0], a, row_segment), (given[1], b, col_segment))
+        None if x is None else _per_problem(x.to(dtype), mass > 0, side.segment, num_bins)
+        for x, mass, side in ((given[0], a, rows), (given[1], b, cols))
     )
     if row is None:
         row = col_total if col is None else col_total + col - row_total
@@ -77,10 +80,6 @@ def _per_problem(x: Tensor, active: Tensor, segment: Tensor | None, count: int) 
     index = torch.zeros_like(x, dtype=torch.int64) if segment is None else segment[:, None].expand(x.shape)
     out = torch.zeros(*x.shape[:-1], count, dtype=x.dtype, device=x.device)
     return out.scatter_reduce(-1, index, torch.where(active, x, 0.0), "amax")
-
-
-def _heads(segment: Tensor | None) -> Tensor | None:
-    return None if segment is None else segment[:, None]
 
 
 def log_mass(mass: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, REPORT = "checkpoint.pt", "report.txt"
 
 
 def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> Path:
@@ -48,29 +49,47 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen unrelated types on damaged files
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a readable checkpoint; it is damaged, or not one") from error
     missing = {"config", "model", "optimizer", "step", "history", "rng"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this example: it lacks {', '.join(sorted(missing))}")
     return dict(state)
 
 
-def set_aside(folder: str | Path) -> Path | None:
-    """Rename an unfinished run's checkpoint out of a new run's way, so that starting over loses nothing.
+def prepare_folder(folder: str | Path, option: str = "--out") -> None:
+    """Make a run's folder and write to it once: better to fail before the training than after it.
 
-    A finished run can be had again from its settings; its checkpoint is left to be overwritten.
+    Raises:
+        OSError: it cannot be made or written to; the message names ``option``.
     """
-    path = Path(folder) / CHECKPOINT
-    if not path.exists():
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {option} {folder} ({error.strerror}); choose another folder") from error
+
+
+def set_aside(folder: str | Path) -> Path | None:
+    """Rename the folder of an earlier run to a free name, so that a new run there loses nothing; None if there is none.
+
+    Raises:
+        OSError: it cannot be renamed; the message names ``--out``.
+    """
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in (CHECKPOINT, REPORT)):
         return None
-    with contextlib.suppress(ValueError):  # a file that cannot be read is not ours to overwrite either
-        state = load_checkpoint(path)
-        if state["step"] >= state["config"].get("steps", 0):
-            return None
     number = 1
-    while (aside := path.with_name(f"checkpoint.{number}.pt")).exists():
-        number += 1
-    os.replace(path, aside)
+    try:
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise OSError(errno.EBUSY, "it is the current folder")
+        while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    except OSError as error:
+        reason = f"--out {folder} holds an earlier run and cannot be renamed ({error.strerror})"
+        raise OSError(f"{reason}; choose another folder") from error
+    folder.mkdir()
     return aside
 
 

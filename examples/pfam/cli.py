@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_checkpoint, set_aside
-from .config import Config
+from .checkpoint import CHECKPOINT, load_checkpoint, prepare_folder, set_aside
+from .config import Config, Range, option_name
 from .dataset import load_dataset
 from .download import PFAM_SEED_URL, DownloadError, download
 from .evaluate import score_baselines, score_model
@@ -22,23 +23,25 @@ from .tables import alignment_table, family_table
 from .train import Trainer
 
 INTERRUPTED = 130
-_COMMAND = "python -m examples.pfam"
 # The settings that are numbers, each an option of `train`.
-_KINDS = {"int": int, "int | None": int, "float": float}
-_NUMBERS = {field.name: _KINDS[str(field.type)] for field in fields(Config) if str(field.type) in _KINDS}
+_NUMBERS = {setting.name: setting for setting in fields(Config) if setting.metadata}
+_EVALUATION = ("eval_pairs", "eval_cap")
+_THREADS = Range(1, 1024)
+_FOLDER = "runs/pfam"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; the exit status is 0, 1 after a plain error message, or 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0].startswith("--"):
-        arguments = arguments if {"--help"} & set(arguments) else ["train", *arguments]
+    if not arguments or (arguments[0].startswith("--") and arguments[0] != "--help"):
+        arguments = ["train", *arguments]
     options = _parser().parse_args(arguments)
-    if getattr(options, "threads", None):
-        torch.set_num_threads(options.threads)
     try:
+        if getattr(options, "threads", None) is not None:
+            _THREADS.check("--threads", options.threads)
+            torch.set_num_threads(options.threads)
         return int(options.run(options))
-    except (ValueError, FileNotFoundError, DownloadError, FloatingPointError) as error:
+    except (ValueError, OSError, DownloadError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -46,27 +49,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _command() -> str:
+    """What runs this example again in the user's shell: .venv need not be activated."""
+    python, here = Path(sys.executable), Path.cwd()
+    return f"{shlex.quote(str(python.relative_to(here) if python.is_relative_to(here) else python))} -m examples.pfam"
+
+
 def _train(options: argparse.Namespace) -> int:
     began = time.perf_counter()
-    if options.resume:
+    if options.resume is not None:
+        _refuse_settings(options)
         trainer = Trainer.resume(options.resume)
         print(f"resuming {options.resume} at step {trainer.step} with the settings of its checkpoint")
     else:
-        trainer = Trainer(_config(options, Config()), options.out)
-        aside = set_aside(options.out)
+        config, folder = _config(options, Config()), options.out or _FOLDER
+        prepare_folder(folder)
+        trainer = Trainer(config, folder)
+        aside = set_aside(folder)
         if aside:
-            print(f"the unfinished run that was there is now {aside}")
-    print(trainer.dataset.summary())
-    finished = trainer.run(progress=not options.quiet)
-    print("\n" + write_tables(trainer))
-    if not finished:
-        print(f"\nstopped at step {trainer.step}; nothing is lost: {_COMMAND} train --resume {trainer.folder}")
+            print(f"the earlier run in {folder} is now in {aside}")
+    hint = f"{_command()} train --resume {shlex.quote(str(trainer.folder))}"
+    try:
+        print(trainer.dataset.summary())
+        finished = trainer.run(progress=not options.quiet)
+        print("\n" + write_tables(trainer))
+        if not finished:
+            print(f"\nstopped at step {trainer.step}; nothing is lost: {hint}")
+            return INTERRUPTED
+        print("\n" + write_certificates(trainer, progress=not options.quiet))
+        for path in write_pictures(trainer, progress=not options.quiet):
+            print(f"wrote {path}")
+    except KeyboardInterrupt:
+        saved = (trainer.folder / CHECKPOINT).exists()
+        print(f"\nstopped; from the last checkpoint: {hint}" if saved else "\nstopped before the first checkpoint")
         return INTERRUPTED
-    print("\n" + write_certificates(trainer))
-    for path in write_pictures(trainer):
-        print(f"wrote {path}")
     print(f"done in {time.perf_counter() - began:.0f} s")
     return 0
+
+
+def _refuse_settings(options: argparse.Namespace) -> None:
+    names = {"data", "eval_data", "out", *_NUMBERS}
+    given = [option_name(name) for name in sorted(names) if getattr(options, name) is not None]
+    if given:
+        options.error(
+            f"{', '.join(given)}: --resume goes on with the settings of its checkpoint; leave them out, or leave out "
+            "--resume to start a new run"
+        )
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -75,8 +103,8 @@ def _eval(options: argparse.Namespace) -> int:
     if options.data:
         # The training data stays: families that were trained on are named, so that nobody reports them as unseen.
         config = replace(config, eval_data=options.data)
-    config = replace(config, eval_pairs=options.eval_pairs or config.eval_pairs)
-    config = replace(config, eval_cap=options.eval_cap or config.eval_cap)
+    given = {name: getattr(options, name) for name in _EVALUATION if getattr(options, name) is not None}
+    config = replace(config, **given)
     dataset = load_dataset(config)
     model = Aligner(config)
     model.load_state_dict(state["model"])
@@ -91,7 +119,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _download(options: argparse.Namespace) -> int:
     path = download(options.url, options.out, progress=not options.quiet)
-    print(f"{path} is ready: {_COMMAND} train --data {path}")
+    print(f"{path} is ready: {_command()} train --data {shlex.quote(str(path))}")
     return 0
 
 
@@ -105,36 +133,61 @@ def _config(options: argparse.Namespace, config: Config) -> Config:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=_COMMAND, description=f"A protein-pair aligner trained on Pfam. {__doc__}")
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(
+        prog=_command(),
+        description="Train a protein-pair aligner on Pfam, score a trained one, or download more data. "
+        "Without a command it trains.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train on the shipped sample or on --data, and report")
-    train.set_defaults(run=_train)
-    train.add_argument("--data", help="Stockholm file or directory, plain or gzip (default: the shipped sample)")
-    train.add_argument("--eval-data", help="held-out families (default: the shipped ones, or a share of --data)")
-    train.add_argument("--out", default="runs/pfam", help="folder for checkpoints, tables and pictures")
-    train.add_argument("--resume", metavar="FOLDER", help="go on with the run whose checkpoint is in FOLDER")
-    for name, kind in _NUMBERS.items():
-        default = getattr(Config(), name)
-        shown = "all" if default is None else default
-        train.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"see config.py (default: {shown})"
-        )
+    text = "Train on the shipped sample or on --data, and report"
+    train = commands.add_parser("train", help=text, description=f"{text}.")
+    train.usage = f"{train.prog} [OPTIONS]"
+    train.set_defaults(run=_train, error=train.error)
+    train.add_argument(
+        "--data", metavar="PATH", help="Stockholm file or directory, plain or gzip (default: the shipped sample)"
+    )
+    train.add_argument(
+        "--eval-data", metavar="PATH", help="held-out families (default: the shipped ones, or a share of --data)"
+    )
+    train.add_argument(
+        "--out", metavar="PATH", help=f"folder for the checkpoint, tables and pictures (default: {_FOLDER})"
+    )
+    train.add_argument("--resume", metavar="PATH", help="go on with the run in this folder; its settings stay")
+    for name in _NUMBERS:
+        _add_number(train, name, "all" if _NUMBERS[name].default is None else str(_NUMBERS[name].default))
 
-    evaluate = commands.add_parser("eval", help="score a checkpoint beside the baselines")
+    text = "Score a checkpoint beside the baselines"
+    evaluate = commands.add_parser("eval", help=text, description=f"{text}.")
     evaluate.set_defaults(run=_eval)
-    evaluate.add_argument("checkpoint", help="a run's folder or checkpoint file")
-    evaluate.add_argument("--data", help="Stockholm file or directory (default: the run's held-out families)")
-    evaluate.add_argument("--eval-pairs", type=int, help="pairs per family (default: the run's)")
-    evaluate.add_argument("--eval-cap", type=int, help="longest side of a pair (default: the run's)")
+    evaluate.add_argument("checkpoint", metavar="PATH", help="a run's folder or checkpoint file")
+    evaluate.add_argument(
+        "--data", metavar="PATH", help="Stockholm file or directory (default: the run's held-out families)"
+    )
+    for name in _EVALUATION:
+        _add_number(evaluate, name, "the run's")
 
-    fetch = commands.add_parser("download", help="fetch all Pfam seed alignments (about 200 MB)")
+    text = "Fetch all Pfam seed alignments (about 200 MB)"
+    fetch = commands.add_parser("download", help=text, description=f"{text}.")
     fetch.set_defaults(run=_download)
-    fetch.add_argument("--url", default=PFAM_SEED_URL)
-    fetch.add_argument("--out", type=Path, default=Path("Pfam-A.seed.gz"))
+    fetch.add_argument("--url", metavar="URL", default=PFAM_SEED_URL, help="gzip file to fetch (default: %(default)s)")
+    fetch.add_argument(
+        "--out",
+        metavar="PATH",
+        type=Path,
+        default=Path("Pfam-A.seed.gz"),
+        help="file to write; one that exists is kept (default: %(default)s)",
+    )
 
     for command in (train, evaluate, fetch):
         command.add_argument("--quiet", action="store_true", help="no progress bars")
     for command in (train, evaluate):
-        command.add_argument("--threads", type=int, help="threads for PyTorch")
+        command.add_argument("--threads", type=int, metavar="N", help="threads for PyTorch (default: PyTorch's choice)")
     return parser
+
+
+def _add_number(parser: argparse.ArgumentParser, name: str, default: str) -> None:
+    setting = _NUMBERS[name]
+    kind, metavar = (float, "X") if setting.type == "float" else (int, "N")
+    text = f"{setting.metadata['meaning']} (default: {default})"
+    parser.add_argument(option_name(name), type=kind, metavar=metavar, help=text)

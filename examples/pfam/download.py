@@ -29,6 +29,8 @@ def download(url: str, path: str | Path, timeout: float = 60.0, progress: bool =
         DownloadError: the server could not be reached, broke off, or sent something that is not a gzip file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DownloadError(f"--out {path} is a folder; give the name of a file")
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,14 +66,16 @@ def plot_learning(history: History, baselines: Mapping[str, Scores], path: Path)
     axes[0, 1].legend(frameon=False)
     for axis, metric, title in (
         (axes[1, 0], "f1", "held-out F1 of residue pairs"),
-        (axes[1, 1], "barycentre", "held-out barycentre error, residues"),
+        (axes[1, 1], "barycentre", "held-out barycentre error, residues (log scale)"),
     ):
         axis.plot(steps, [s.macro[metric] for _, s in history.evaluations], color=_INK, marker="o", markersize=3)
         _levels(axis, baselines, metric)
         axis.set_title(title, loc="left", fontsize=10)
+    axes[1, 1].set_yscale("log")  # it starts dozens of times above the baselines
     for axis in axes.flat:
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
+        if axis is not axes[1, 1]:
+            axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1, 0].set_ylim(0, 1)
     _save(figure, path)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from torch_sinkhorn_attn import certify, sinkhorn_attention
 
+from .checkpoint import REPORT
 from .evaluate import align_pairs, score_baselines
 from .model import Aligner, AttentionProblem
 from .pairs import Pair
@@ -16,7 +18,9 @@ from .sampler import collate
 from .tables import alignment_table, family_table, plan_table
 from .train import Trainer
 
-REPORT = "report.txt"
+LEGEND = """certificates of the attention that aligns
+col residual: the largest absolute column error, dustbin included (its mass is about the length)
+not certified: the active block has zeros or kappa rounds to 1, so no Birkhoff bound exists"""
 
 
 def write_tables(trainer: Trainer) -> str:
@@ -40,32 +44,35 @@ def write_tables(trainer: Trainer) -> str:
     return text
 
 
-def write_pictures(trainer: Trainer) -> list[Path]:
+def write_pictures(trainer: Trainer, progress: bool = True) -> list[Path]:
     """A plan for each of the first held-out families, the learning curves, the residuals."""
     folder, threshold = trainer.folder, trainer.config.decode_threshold
     paths = []
     examples = representative_pairs(trainer.dataset.heldout.pairs)[:3]
-    for pair, plan in align_pairs(trainer.model, examples, batch_size=1):
+    plans = align_pairs(trainer.model, examples, batch_size=1)
+    for pair, plan in tqdm(plans, "drawing plans", len(examples), leave=False, disable=not progress):
         path = folder / f"plan_{pair.family.split(' ')[0]}.png"
         plot_plan(pair, plan, threshold, path)
         paths.append(path)
     paths += [folder / "learning.png", folder / "residuals.png"]
     plot_learning(trainer.history, score_baselines(trainer.dataset.heldout.pairs), paths[-2])
     iterations = trainer.config.base_iters + trainer.config.tail_iters
-    plot_residuals(residual_curves(trainer.model, examples[0], 3 * iterations), iterations, paths[-1])
+    curves = residual_curves(trainer.model, examples[0], 3 * iterations, progress)
+    plot_residuals(curves, iterations, paths[-1])
     return paths
 
 
-def write_certificates(trainer: Trainer) -> str:
+def write_certificates(trainer: Trainer, progress: bool = True) -> str:
     """``certify`` on the last attention of one pair per held-out family."""
-    parts = []
-    for pair in representative_pairs(trainer.dataset.heldout.pairs)[:3]:
+    parts = [LEGEND]
+    pairs = representative_pairs(trainer.dataset.heldout.pairs)[:3]
+    for pair in tqdm(pairs, "certifying", leave=False, disable=not progress):
         problem = attention_problems(trainer.model, pair)["last attention"]
         certificate = certify(problem.query, problem.key, problem.attn_mask, **problem.options)
         parts.append(f"{pair.family}: {pair.names[0]} x {pair.names[1]}\n{certificate}")
     text = "\n\n".join(parts)
     with open(trainer.folder / REPORT, "a") as file:
-        file.write(f"\ncertificates of the attention that aligns\n\n{text}\n")
+        file.write(f"\n{text}\n")
     return text
 
 
@@ -87,11 +94,16 @@ def attention_problems(model: Aligner, pair: Pair) -> dict[str, AttentionProblem
     return {"first attention": solved[0][0], "last attention": solved[-1][0]}
 
 
-def residual_curves(model: Aligner, pair: Pair, iterations: int) -> dict[str, list[tuple[int, float]]]:
+def residual_curves(
+    model: Aligner, pair: Pair, iterations: int, progress: bool = True
+) -> dict[str, list[tuple[int, float]]]:
     """Largest column-marginal error after 1, 2, ... iterations: (iterations, error) for each attention."""
     counts = sorted({*range(1, 10), *range(10, iterations + 1, 4)})
     return {
-        name: [(count, _column_residual(problem, count)) for count in counts]
+        name: [
+            (count, _column_residual(problem, count))
+            for count in tqdm(counts, f"residuals of the {name}", leave=False, disable=not progress)
+        ]
         for name, problem in attention_problems(model, pair).items()
     }
 

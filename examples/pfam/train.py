@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,13 +19,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint, restore_rng, save_checkpoint
+from .checkpoint import load_checkpoint, prepare_folder, restore_rng, save_checkpoint
 from .config import Config
 from .dataset import Dataset, load_dataset
 from .evaluate import Interrupted, Scores, score_model
 from .model import Aligner
 from .objective import plan_loss, training_loss
 from .sampler import PairSampler
+
+EARLY = 50
+"""One evaluation more, at this step: most is learned before the second one of the schedule."""
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Trainer:
     def resume(cls, folder: str | Path) -> Trainer:
         """The run whose checkpoint is in ``folder``, where it stood."""
         state = load_checkpoint(folder)
+        prepare_folder(folder, "--resume")
         return cls(Config.from_dict(state["config"]), folder, state)
 
     def run(self, until: int | None = None, progress: bool = True) -> bool:
@@ -144,7 +149,7 @@ class Trainer:
 
     def _evaluate_if_due(self, progress: bool) -> None:
         # Asked before the first step too: a run stopped in the middle of an evaluation makes up for it on resuming.
-        scheduled = self.step % self.config.eval_every == 0 or self.step == self.config.steps
+        scheduled = self.step % self.config.eval_every == 0 or self.step in (EARLY, self.config.steps)
         if not scheduled or (self.history.evaluations and self.history.evaluations[-1][0] == self.step):
             return
         with contextlib.suppress(Interrupted):
@@ -163,6 +168,8 @@ class Trainer:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
+            with contextlib.suppress(RuntimeError):  # the signal came in the middle of another write
+                tqdm.write("stopping after this step; Ctrl-C again stops now", file=sys.stderr)
 
         previous = signal.signal(signal.SIGINT, handler)
         try:
