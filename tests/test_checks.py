@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn import Dustbin, checks, set_checks, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import tiled
 from torch_sinkhorn_attn.problem import OutputGrads
@@ -74,6 +74,15 @@ def test_off_the_cpu_the_tiled_engine_never_looks_at_data(options: dict) -> None
     assert [x.shape for x in grads.inputs[:4]] == [META.shape] * 3 + [(1, 1, 70, 70)]
     with pytest.raises(RuntimeError):  # meta tensors do raise
         bool(result.output.sum())
+
+
+def test_auto_means_the_cpu_and_always_means_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor, taken for one with data, stands for an accelerator's."""
+    monkeypatch.setattr(checks, "_without_data", lambda tensor: False)
+    for mode, on_cpu, elsewhere in (("auto", True, False), ("always", True, True), ("never", False, False)):
+        set_checks(mode)
+        assert checks.data_checks_enabled(X, None) == on_cpu
+        assert checks.data_checks_enabled(X, META) == elsewhere
 
 
 def test_always_and_auto_check_on_the_cpu() -> None:

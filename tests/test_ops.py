@@ -37,6 +37,15 @@ def test_opcheck(seed: int) -> None:
     torch.library.opcheck(lib.plan_backward.default, (torch.ones_like(plan), *potentials, True, *flat))
 
 
+def test_opcheck_of_backward_without_the_masks_gradient() -> None:
+    flat = flat_of(problems.make(11))
+    assert flat[3] is not None and flat[3].is_floating_point()
+    results = lib.forward(*flat, True)
+    grads = (torch.ones_like(results[0]), None, None, False, *results[:3], *flat)
+    torch.library.opcheck(lib.backward.default, grads)
+    assert lib.backward(*grads)[3].numel() == 0
+
+
 def test_opcheck_sees_both_kinds() -> None:
     kinds = {("dustbin" in problems.make(s).options, problems.make(s).mask is not None) for s in (0, 5, 8, 11, 17, 23)}
     assert len(kinds) >= 3
