@@ -200,6 +200,16 @@ def test_certificates_per_segment_equal_separate_ones() -> None:
             ), name
 
 
+def test_packed_certificates_without_any_iteration() -> None:
+    """With T = R = 0 the dropped cotangent lives on columns, whatever the gradient."""
+    q, k, _, _ = pair(6, 5, 9)
+    ids = torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    options = {"query_segment_ids": ids[0], "key_segment_ids": ids[1], "base_iters": 0, "tail_iters": 0}
+    tail, unrolled = (certify(q, k, gradient=g, **options) for g in ("tail", "unrolled"))
+    assert tail.dropped.shape == (1, 2, 5) and torch.equal(tail.dropped, unrolled.dropped)
+    assert (tail.bias_bound == 0).all()  # v = 0 comes from nowhere: nothing was dropped on the way to it
+
+
 def test_page_one_measurements() -> None:
     """n = 128, d = 32, converged, R = 2, epsilon 1: a dense plan has a bias below 1 %, a band of 16 a few percent."""
     g = torch.Generator().manual_seed(0)

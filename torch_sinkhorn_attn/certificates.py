@@ -15,10 +15,10 @@ from typing_extensions import Unpack
 from torch_sinkhorn_attn import reference
 from torch_sinkhorn_attn.arguments import Options, prepare
 from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose
-from torch_sinkhorn_attn.engines.tiled import TiledPasses, marginal_errors, row_divisor
+from torch_sinkhorn_attn.engines.tiled import TiledPasses, attention_output, marginal_errors
 from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
-from torch_sinkhorn_attn.implicit import plan_sums
+from torch_sinkhorn_attn.implicit import NormalPlan
 from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_sum
@@ -171,7 +171,7 @@ def _certificate(tiles: Tiles, potentials: Potentials, grad_output: Tensor, exac
     contraction = torch.where(positive, (diameter / 4).tanh(), 1.0)
     parts = _exact_components(tiles)
     fields = _fields(tiles, potentials, grad_output, parts)
-    rows_dropped = problem.gradient != "tail" or problem.schedule[1] > 0
+    rows_dropped = problem.gradient == "implicit" or problem.schedule[1] > 0
     dropped = by.sum(fields.dropped.abs(), by.row if rows_dropped else by.col)
     bound, implicit_bound = _bias_bounds(dropped, contraction, problem)
     measured, norm = _field_distance(tiles, fields, by)
@@ -242,20 +242,14 @@ def convergence_rate(tiles: Tiles, parts: Components, by: _Segments, max_iters: 
     """Largest eigenvalue of rho_r rho_c N^T N, N = diag(r)^(-1/2) P diag(c)^(-1/2), off the null vectors if
     balanced."""
     problem = tiles.problem
-    r, c = plan_sums(tiles, problem)
-    r_inv = torch.where(r > 0, 1 / r, 0.0)
-    root = c.clamp(min=0).sqrt()
-    root_inv = torch.where(root > 0, 1 / root, 0.0)
-    norm = segment_sum(c, parts.col, parts.number)
-    norm_inv = torch.where(norm > 0, 1 / norm, 0.0)
-    x = _probe(c.shape, c, seed=2) * (root > 0)
-    rate = c.new_zeros(*c.shape[:-1], by.count)
+    normal = NormalPlan(tiles, problem, parts)
+    x = _probe(tiles.v.shape, tiles.v, seed=2) * (normal.root > 0)
+    rate = x.new_zeros(*x.shape[:-1], by.count)
     for _ in range(max_iters):
-        if problem.balanced:
-            x = x - root * by_segment(segment_sum(root * x, parts.col, parts.number) * norm_inv, parts.col, x.shape[-1])
+        x = normal.project(x)
         size = by.sum(x * x, by.col).sqrt()
         x = x * by_segment(torch.where(size > 0, 1 / size, 0.0), by.col, x.shape[-1])
-        image = root_inv * tiles.column_pass(r_inv * tiles.row_pass(root_inv * x))
+        image = normal.gram(x)
         previous, rate = rate, by.sum(x * image, by.col)
         x = image
         if ((rate - previous).abs() <= 1e-6 * rate).all():
@@ -272,11 +266,7 @@ class _Fields(NamedTuple):
 
 def _fields(tiles: Tiles, potentials: Potentials, grad_output: Tensor, parts: Components) -> _Fields:
     """Modifier fields of the gradient asked for and of the implicit one, for the same cotangent."""
-    mass, row_sums = tiles.value_pass()
-    if tiles.inputs.dustbin_value is not None:
-        mass = mass + tiles.dustbin_plan[0][..., None] * tiles.inputs.dustbin_value.to(mass.dtype)[:, :, None]
-    output = mass / row_divisor(tiles, row_sums)[..., None]
-    passes = TiledPasses(tiles, output, OutputGrads(grad_output))
+    passes = TiledPasses(tiles, attention_output(tiles), OutputGrads(grad_output))
     zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
     passes.column(zero.row, zero)
     implicit = implicit_field(tiles, passes.row_sums, passes.column_sums(), tiles.problem, parts)

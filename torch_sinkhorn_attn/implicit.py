@@ -57,11 +57,34 @@ class DensePlan:
         return (self.log_plan + row[..., :, None] + col[..., None, :]).exp()
 
 
-def plan_sums(plan: PlanOperator, problem: Problem) -> tuple[Tensor, Tensor]:
-    """(P 1, P^T 1), augmented."""
-    heads, (length, size) = problem.log_row_mass.shape[:2], augmented_sizes(problem)
-    ones = torch.ones(*heads, max(length, size), dtype=problem.log_row_mass.dtype, device=problem.log_row_mass.device)
-    return plan.row_pass(ones[..., :size]), plan.column_pass(ones[..., :length])
+class NormalPlan:
+    """N = diag(r)^(-1/2) P diag(c)^(-1/2) by passes of P, r and c its row and column sums; lines without mass are 0.
+
+    The singular values of N are at most 1, and 1 is taken once per connected component, by sqrt(c).
+    """
+
+    def __init__(self, plan: PlanOperator, problem: Problem, parts: Components):
+        self.plan, self.balanced, self.parts = plan, problem.balanced, parts
+        heads, (length, size) = problem.log_row_mass.shape[:2], augmented_sizes(problem)
+        like = problem.log_row_mass
+        ones = torch.ones(*heads, max(length, size), dtype=like.dtype, device=like.device)
+        r, c = plan.row_pass(ones[..., :size]), plan.column_pass(ones[..., :length])
+        self.r_inv = torch.where(r > 0, 1 / r, 0.0)
+        self.root = c.clamp(min=0).sqrt()
+        self.root_inv = torch.where(self.root > 0, 1 / self.root, 0.0)
+        mass = segment_sum(c, parts.col, parts.number)
+        self.mass_inv = torch.where(mass > 0, 1 / mass, 0.0)
+
+    def gram(self, s: Tensor) -> Tensor:
+        """N^T N s."""
+        return self.root_inv * self.plan.column_pass(self.r_inv * self.plan.row_pass(self.root_inv * s))
+
+    def project(self, s: Tensor) -> Tensor:
+        """s off the singular vectors of 1, where the problem is balanced; elsewhere s."""
+        if not self.balanced:
+            return s
+        share = segment_sum(self.root * s, self.parts.col, self.parts.number) * self.mass_inv
+        return s - self.root * by_segment(share, self.parts.col, s.shape[-1])
 
 
 def augmented_sizes(problem: Problem) -> tuple[int, int]:
@@ -79,25 +102,14 @@ def implicit_duals(
     without asking the device, converged heads standing still.
     """
     rho_r, rho_c = problem.rho_row, problem.rho_col
-    r, c = plan_sums(plan, problem)
-    r_inv = torch.where(r > 0, 1 / r, 0.0)
-    root = c.clamp(min=0).sqrt()
-    root_inv = torch.where(root > 0, 1 / root, 0.0)
-    norm = segment_sum(c, parts.col, parts.number)
-    norm_inv = torch.where(norm > 0, 1 / norm, 0.0)
-
-    def project(s: Tensor) -> Tensor:
-        if not problem.balanced:
-            return s
-        share = segment_sum(root * s, parts.col, parts.number) * norm_inv
-        return s - root * by_segment(share, parts.col, s.shape[-1])
+    normal = NormalPlan(plan, problem, parts)
+    rhs = normal.root_inv * (col_sums - rho_r * plan.column_pass(normal.r_inv * row_sums))
 
     def matrix(s: Tensor) -> Tensor:
-        return s / rho_c - rho_r * root_inv * plan.column_pass(r_inv * plan.row_pass(root_inv * s))
+        return s / rho_c - rho_r * normal.gram(s)
 
-    rhs = project(root_inv * (col_sums - rho_r * plan.column_pass(r_inv * row_sums)))
-    y = root_inv * conjugate_gradients(matrix, rhs, project)
-    return rho_r * r_inv * (row_sums - plan.row_pass(y)), y
+    y = normal.root_inv * conjugate_gradients(matrix, normal.project(rhs), normal.project)
+    return rho_r * normal.r_inv * (row_sums - plan.row_pass(y)), y
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], rhs: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:

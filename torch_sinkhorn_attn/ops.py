@@ -33,7 +33,6 @@ NAMESPACE = "torch_sinkhorn_attn"
 _NUM_INPUTS = len(Inputs._fields)
 _PROBLEM_FIELDS = tuple(field.name for field in fields(Problem))
 _REQUIRED = {"query", "key", "row_lo", "row_hi", "col_lo", "col_hi", "log_row_mass", "log_col_mass"}
-_SCHEMA_TYPES = {"Tensor": "Tensor", "float": "float", "int": "int", "str": "str", "bool": "bool"}
 
 
 def _schema_arguments() -> str:
@@ -42,7 +41,7 @@ def _schema_arguments() -> str:
     for field in fields(Problem):
         kind = str(field.type).split(" | ")[0]
         optional = "?" if kind == "Tensor" and field.name not in _REQUIRED else ""
-        problem.append(f"{_SCHEMA_TYPES[kind]}{optional} {field.name}")
+        problem.append(f"{kind}{optional} {field.name}")
     return ", ".join([*inputs, *problem, "str engine"])
 
 
@@ -55,7 +54,6 @@ def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
 
 
 _ARGUMENTS = _schema_arguments()
-_GRADS = ", ".join(f"Tensor d{i}" for i in range(_NUM_INPUTS))
 torch.library.define(f"{NAMESPACE}::forward", f"({_ARGUMENTS}, bool residuals) -> ({', '.join(['Tensor'] * 7)})")
 torch.library.define(
     f"{NAMESPACE}::backward",
@@ -159,7 +157,7 @@ def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tens
 def _plan(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
     potentials = ENGINES[engine].solve(inputs, problem)
-    full = reference.plan_of(reference.dense_problem(inputs, problem), potentials)
+    full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
     return _fresh((reference.fold_dustbins(full, problem), *potentials), full)
 
 

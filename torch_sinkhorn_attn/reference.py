@@ -129,15 +129,11 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
     potentials = Potentials(torch.stack(rows).detach(), torch.stack(cols).detach())
     if implicit:
         return _ImplicitPlan.apply(dense.scores, u, v, problem, parts), potentials
-    return _exp_plan(dense, u, v), potentials
+    return plan_of(dense, u, v), potentials
 
 
-def plan_of(dense: Dense, potentials: Potentials) -> Tensor:
-    """The augmented plan exp(S + u^R + v^R)."""
-    return _exp_plan(dense, potentials.row[-1], potentials.col[-1])
-
-
-def _exp_plan(dense: Dense, u: Tensor, v: Tensor) -> Tensor:
+def plan_of(dense: Dense, u: Tensor, v: Tensor) -> Tensor:
+    """The augmented plan exp(S + u + v)."""
     return torch.exp(dense.scores + u[..., :, None] + v[..., None, :])
 
 

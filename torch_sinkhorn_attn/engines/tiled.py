@@ -58,26 +58,25 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     potentials = iterate(scores)
     u, v = potentials.row[-1], potentials.col[-1]
     tiles = scores.at(u, v)
-    mass, row_sums = tiles.value_pass()
     to_bin, from_bin, _ = tiles.dustbin_plan
-    if inputs.dustbin_value is not None:
-        mass = mass + to_bin[..., None] * inputs.dustbin_value.to(mass.dtype)[:, :, None]
-    output = mass / row_divisor(tiles, row_sums)[..., None]
     row_residual = col_residual = u.new_full(u.shape[:2], torch.nan)
     if residuals:
         row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
-    return Result(output, potentials, row_residual, col_residual, to_bin, from_bin)
+    return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
 
 
-def row_divisor(tiles: Tiles, row_sums: Tensor) -> Tensor:
-    """a_i, which rows of P are divided by. Balanced rows sum to it exactly, so their own sum is used: that cancels the
-    rounding of scores that are large."""
-    mass = mass_of(tiles.problem.log_row_mass).to(tiles.dtype)
-    if tiles.problem.rho_row < 1:
-        return mass
+def attention_output(tiles: Tiles) -> Tensor:
+    """O_i = (1/a_i) sum_j P_ij V_j, the dustbin's value included. Balanced rows of P sum to a_i exactly, so they are
+    divided by their own sum: that cancels the rounding of scores that are large."""
+    mass, row_sums = tiles.value_pass()
     if tiles.dustbin is not None:
         row_sums = row_sums + tiles.dustbin_plan[0]
-    return torch.where(row_sums > 0, row_sums, mass)
+    if tiles.inputs.dustbin_value is not None:
+        mass = mass + tiles.dustbin_plan[0][..., None] * tiles.inputs.dustbin_value.to(mass.dtype)[:, :, None]
+    divisor = mass_of(tiles.problem.log_row_mass).to(mass.dtype)
+    if tiles.problem.rho_row == 1:
+        divisor = torch.where(row_sums > 0, row_sums, divisor)
+    return mass / divisor[..., None]
 
 
 def marginal_errors(tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -96,6 +95,8 @@ class Cotangent(NamedTuple):
 
 class TiledPasses:
     """The passes of `staircase.tail_field` over tiles, gathering the cotangents of value, key, query and mask."""
+
+    may_scale = True
 
     def __init__(self, tiles: Tiles, output: Tensor, grads: OutputGrads):
         self.tiles, self.wants_mask = tiles, grads.mask
@@ -122,8 +123,6 @@ class TiledPasses:
         self.deferred_key: Tensor | None = None
         self.grad_query: Tensor | None = None
         self.grad_mask: Tensor | None = None
-
-    may_scale = True
 
     def column(self, x: Tensor, factor: Factor, field: Field | None = None, deferred: Factor | None = None) -> Tensor:
         """factor^T x; dV rides in the first pass, dK (all but the `deferred` factor) in the one with a field."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -116,10 +115,10 @@ class Tiles:
             spans.append((int(outer[0]), int(outer[1]), int(low.max()), int(high.min())))
         return spans
 
-    def columns(self, i: int) -> Iterator[int]:
+    def columns(self, i: int) -> range:
         """Indices of the column blocks that row block i touches."""
         lo, hi, _, _ = self._spans[i]
-        return iter(range(lo // self.block, -(-hi // self.block))) if lo < hi else iter(())
+        return range(lo // self.block, -(-hi // self.block)) if lo < hi else range(0)
 
     def rows(self, j: int) -> list[int]:
         """Indices of the row blocks that touch column block j."""
