@@ -89,25 +89,6 @@ def test_gradcheck(name: str, engine: str) -> None:
     assert torch.autograd.gradcheck(function, (q, k, v, mask, *bins), atol=1e-6)
 
 
-def test_double_backward_is_right_on_the_reference_and_refused_on_the_tiled_engine() -> None:
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 4, 3, generator=g, dtype=D).requires_grad_() for _ in range(3))
-
-    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sinkhorn_attention(q, k, v, base_iters=0, tail_iters=1, engine="reference")
-
-    assert torch.autograd.gradgradcheck(reference, (q, k, v))
-    for make in (lambda: sinkhorn_attention(q, k, v, engine="tiled"), lambda: sinkhorn_plan(q, k, engine="tiled")):
-        (first,) = torch.autograd.grad(make().sin().sum(), q, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"engine='tiled' has no double backward.*engine='reference'"):
-            torch.autograd.grad(first.sum(), q)
-    first = torch.autograd.grad(
-        sinkhorn_attention(q, k, v, gradient="implicit", engine="reference").sin().sum(), q, create_graph=True
-    )[0]
-    with pytest.raises(RuntimeError, match="gradient='implicit' has no double backward"):
-        torch.autograd.grad(first.sum(), q)
-
-
 def test_only_asked_for_gradients_are_returned() -> None:
     q, k, v = torch.randn(1, 4, 3), torch.randn(1, 5, 3, requires_grad=True), torch.randn(1, 5, 3)
     out = sinkhorn_attention(q, k, v, torch.zeros(4, 5))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torch_sinkhorn_attn import ops, reference
+from torch_sinkhorn_attn import autograd, reference
 from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
@@ -81,7 +81,8 @@ def sinkhorn_attention(
         dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
         engine: None takes the fastest that can; "tiled" is O(n + m) memory on any device; "reference" is the dense
-            definition, differentiable twice.
+            definition. Derivatives beyond the first, and forward mode, are taken densely (L x S memory) on every
+            engine; the implicit gradient has none.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass).
 
     Returns:
@@ -125,7 +126,7 @@ def run(prepared: Prepared, residuals: bool) -> Result:
     if engine == REFERENCE:
         with full_precision(inputs.query.device):
             return reference.forward(inputs, problem)
-    results = ops.SinkhornAttention.apply(*ops.flatten(inputs, problem, engine), residuals)
+    results = autograd.attention(inputs, problem, engine, residuals)
     return Result(results[0], Potentials(*results[1:3]), *results[3:])
 
 
@@ -169,7 +170,7 @@ def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, *
         with full_precision(inputs.query.device):
             plan = reference.plan(inputs, problem)
     else:
-        plan, _, _ = ops.SinkhornPlan.apply(*ops.flatten(inputs, problem, engine))
+        plan = autograd.plan(inputs, problem, engine)
     return prepared.unflatten(plan).to(prepared.dtype)
 
 

@@ -27,6 +27,10 @@ from torch_sinkhorn_attn.support import Components, by_segment, segment_sum
 
 MAX_ITERS = 500  # on CPU tensors, where convergence can be looked at; each iteration takes two passes
 FIXED_ITERS = 32  # elsewhere, where looking would force a synchronisation
+FIRST_ONLY = (
+    "gradient='implicit' has no derivative beyond the first, nor forward mode: its backward solves a linear system. "
+    "Use gradient='unrolled'."
+)
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-14}  # relative residual, both near the dtype's rounding
 
 

@@ -1,14 +1,13 @@
-"""The opaque ops and the autograd.Functions around them.
+"""The opaque ops; `autograd.py` differentiates them.
 
 Four ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan` and
 `plan_backward` of the plan itself. Their arguments are the fields of `Inputs` and `Problem`, flat and in order, and the
-name of the engine that computes them.
+name of the engine that computes them. Under vmap the mapped dimension is folded into N.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines import ENGINES
-from torch_sinkhorn_attn.once import differentiable_once
 from torch_sinkhorn_attn.problem import (
     Inputs,
     OutputGrads,
@@ -30,8 +28,8 @@ from torch_sinkhorn_attn.problem import (
 )
 
 NAMESPACE = "torch_sinkhorn_attn"
-_NUM_INPUTS = len(Inputs._fields)
-_PROBLEM_FIELDS = tuple(field.name for field in fields(Problem))
+NUM_INPUTS = len(Inputs._fields)
+PROBLEM_FIELDS = tuple(field.name for field in fields(Problem))
 _REQUIRED = {"query", "key", "row_lo", "row_hi", "col_lo", "col_hi", "log_row_mass", "log_col_mass"}
 
 
@@ -46,11 +44,11 @@ def _schema_arguments() -> str:
 
 
 def flatten(inputs: Inputs, problem: Problem, engine: str) -> list[Any]:
-    return [*inputs, *(getattr(problem, name) for name in _PROBLEM_FIELDS), engine]
+    return [*inputs, *(getattr(problem, name) for name in PROBLEM_FIELDS), engine]
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
-    return Inputs(*flat[:_NUM_INPUTS]), Problem(*flat[_NUM_INPUTS:-1]), flat[-1]
+    return Inputs(*flat[:NUM_INPUTS]), Problem(*flat[NUM_INPUTS:-1]), flat[-1]
 
 
 _ARGUMENTS = _schema_arguments()
@@ -58,13 +56,13 @@ torch.library.define(f"{NAMESPACE}::forward", f"({_ARGUMENTS}, bool residuals) -
 torch.library.define(
     f"{NAMESPACE}::backward",
     f"(Tensor grad_output, Tensor? grad_to_bin, Tensor? grad_from_bin, bool mask_grad, Tensor output, "
-    f"Tensor row_potentials, Tensor col_potentials, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * _NUM_INPUTS)})",
+    f"Tensor row_potentials, Tensor col_potentials, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * NUM_INPUTS)})",
 )
 torch.library.define(f"{NAMESPACE}::plan", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     f"{NAMESPACE}::plan_backward",
     f"(Tensor grad_plan, Tensor row_potentials, Tensor col_potentials, bool mask_grad, {_ARGUMENTS}) "
-    f"-> ({', '.join(['Tensor'] * _NUM_INPUTS)})",
+    f"-> ({', '.join(['Tensor'] * NUM_INPUTS)})",
 )
 
 
@@ -189,128 +187,79 @@ def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(unflatten(args[4:])[0]._replace(value=None, dustbin_value=None), mask_grad, grad_plan)
 
 
-def _input_grads(ctx: Any, op: Any, leading: tuple[Any, ...], flat: list[Any]) -> list[Tensor | None]:
-    """Run a backward op and hand its results to the inputs that want them, in their dtypes."""
-    mask = flat[3]
-    mask_grad = mask is not None and mask.dtype != torch.bool and ctx.needs_input_grad[3]
-    with torch.no_grad():
-        grads = op(*[mask_grad if x is Ellipsis else x for x in leading], *flat)
-    result: list[Tensor | None] = []
-    for i, (x, grad) in enumerate(zip(flat[:_NUM_INPUTS], grads, strict=True)):
-        result.append(grad.to(x.dtype) if x is not None and ctx.needs_input_grad[i] else None)
-    sources = [x for x in (*leading, *flat) if isinstance(x, Tensor)]
-    result = differentiable_once(
-        result,
-        sources,
-        f"engine={flat[-1]!r} has no double backward (its backward is derived by hand); for second derivatives use "
-        "engine='reference', which autograd differentiates any number of times.",
-    )
-    return result + [None] * (len(flat) - _NUM_INPUTS)
-
-
-def _save(ctx: Any, flat: Sequence[Any], extra: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(*extra, *(x for x in flat if isinstance(x, Tensor)))
-    ctx.num_extra = len(extra)
-    ctx.template = [Ellipsis if isinstance(x, Tensor) else x for x in flat]
-
-
-def _load(ctx: Any) -> tuple[list[Tensor], list[Any]]:
-    saved = ctx.saved_tensors
-    rest = iter(saved[ctx.num_extra :])
-    return list(saved[: ctx.num_extra]), [next(rest) if x is Ellipsis else x for x in ctx.template]
-
-
-def _folded(info: Any, in_dims: tuple[Any, ...], args: Sequence[Any]) -> list[Any]:
-    """Arguments of a vmapped call with the mapped dimension folded into N, which every tensor but the seed starts with
-    (a mask may have 1 there, and is expanded)."""
-    seed = _NUM_INPUTS + _PROBLEM_FIELDS.index("dropout_seed")
-    mask = Inputs._fields.index("mask")
-    folded: list[Any] = []
-    for k, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
-        if not isinstance(x, Tensor) or (k == seed and dim is None):
-            folded.append(x)
-            continue
-        if k == seed:
-            raise NotImplementedError("vmap over attention with dropout needs randomness='same'.")
-        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        if k == mask:
-            x = x.expand(-1, folded[0].shape[0] // info.batch_size, -1, -1, -1)
-        folded.append(x.flatten(0, 1))
+def _fold(info: Any, in_dims: Sequence[int | None], args: Sequence[Any], position: int = 0) -> list[Any]:
+    """Arguments of a vmapped call with the mapped dimension folded into dimension `position` of each: N, which every
+    tensor of a problem but the dropout seed has there (a mask may have 1, and is expanded)."""
+    folded = []
+    for x, dim in zip(args, in_dims, strict=True):
+        if isinstance(x, Tensor):
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = x.movedim(0, position).flatten(position, position + 1)
+        folded.append(x)
     return folded
 
 
-def _unfolded(info: Any, x: Tensor, dim: int) -> Tensor:
-    """The mapped dimension back in front of N, which is dimension `dim` of x."""
-    return x.unflatten(dim, (info.batch_size, -1)) if x.ndim > 1 else x
+def _fold_problem(info: Any, in_dims: Sequence[int | None], flat: Sequence[Any]) -> list[Any]:
+    """`_fold` for the arguments of a problem."""
+    seed, mask = NUM_INPUTS + PROBLEM_FIELDS.index("dropout_seed"), Inputs._fields.index("mask")
+    if isinstance(flat[seed], Tensor) and in_dims[seed] is not None:
+        raise NotImplementedError("vmap over attention with dropout needs randomness='same'.")
+    folded = _fold(info, in_dims, flat)
+    folded[seed] = flat[seed]
+    num = folded[0].shape[0]
+    if isinstance(flat[mask], Tensor) and folded[mask].shape[0] != num:
+        per_call = folded[mask].unflatten(0, (info.batch_size, 1))
+        folded[mask] = per_call.expand(-1, num // info.batch_size, *per_call.shape[2:]).flatten(0, 1)
+    return folded
 
 
-def _spelled_out(*extra: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a `forward(*args)` the signature of the op's arguments: torch.compile tells by their number that it takes no
-    ctx."""
-    names = [*Inputs._fields, *_PROBLEM_FIELDS, "engine", *extra]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-        return function
-
-    return decorate
+def _unfold(info: Any, results: Sequence[Tensor], positions: Sequence[int]) -> tuple[tuple[Tensor, ...], Any]:
+    """Results with the mapped dimension back in front of N, and where it is; empty ones are not mapped."""
+    pairs = [
+        (x, None) if x.ndim == 1 else (x.unflatten(dim, (info.batch_size, x.shape[dim] // info.batch_size)), dim)
+        for x, dim in zip(results, positions, strict=True)
+    ]
+    return tuple(x for x, _ in pairs), tuple(dim for _, dim in pairs)
 
 
-class SinkhornAttention(torch.autograd.Function):
-    """`apply(*flat, residuals)` -> the seven results of the forward op."""
-
-    @staticmethod
-    @_spelled_out("residuals")
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.torch_sinkhorn_attn.forward(*args)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        results = SinkhornAttention.apply(*_folded(info, in_dims, args))
-        dims = [0, 1, 1, 0, 0, *(0 if x.ndim > 1 else None for x in results[5:])]
-        found = tuple(x if d is None else _unfolded(info, x, d) for x, d in zip(results, dims, strict=True))
-        return found, tuple(dims)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, inputs[:-1], output[:3])
-        ctx.mark_non_differentiable(*output[1:5])
-        ctx.has_dustbin = output[5].ndim > 1
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_output, _, _, _, _, grad_to_bin, grad_from_bin = grads
-        (output, row, col), flat = _load(ctx)
-        if not ctx.has_dustbin:
-            grad_to_bin = grad_from_bin = None
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        leading = (grad_output, grad_to_bin, grad_from_bin, Ellipsis, output, row, col)
-        return *_input_grads(ctx, torch.ops.torch_sinkhorn_attn.backward, leading, flat), None
+def _unfold_gradients(info: Any, results: Sequence[Tensor], mask: Tensor | None, dim: int | None) -> Any:
+    """`_unfold` for the cotangents of the inputs; that of a mask shared by all of N is summed over them."""
+    tensors, dims = _unfold(info, results, [0] * len(results))
+    where = Inputs._fields.index("mask")
+    if mask is None or dims[where] is None:
+        return tensors, dims
+    leading = mask.shape[1 if dim == 0 else 0]  # N or 1
+    found = tensors[where].sum(1, keepdim=True) if leading == 1 else tensors[where]
+    return (*tensors[:where], found, *tensors[where + 1 :]), dims
 
 
-class SinkhornPlan(torch.autograd.Function):
-    """`apply(*flat)` -> (plan, row potentials, column potentials)."""
+@torch.library.register_vmap(f"{NAMESPACE}::forward")
+def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    results = torch.ops.torch_sinkhorn_attn.forward(*_fold_problem(info, in_dims[:-1], args[:-1]), args[-1])
+    return _unfold(info, results, (0, 1, 1, 0, 0, 0, 0))
 
-    @staticmethod
-    @_spelled_out()
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.torch_sinkhorn_attn.plan(*args)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        plan, row, col = SinkhornPlan.apply(*_folded(info, in_dims, args))
-        return tuple(_unfolded(info, x, d) for x, d in ((plan, 0), (row, 1), (col, 1))), (0, 1, 1)
+@torch.library.register_vmap(f"{NAMESPACE}::backward")
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    grads = _fold(info, in_dims[:5], args[:5])
+    duals = _fold(info, in_dims[5:7], args[5:7], position=1)
+    flat = _fold_problem(info, in_dims[7:], args[7:])
+    results = torch.ops.torch_sinkhorn_attn.backward(*grads, *duals, *flat)
+    mask = 7 + Inputs._fields.index("mask")
+    return _unfold_gradients(info, results, args[mask], in_dims[mask])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, inputs, output[1:])
-        ctx.mark_non_differentiable(*output[1:])
 
-    @staticmethod
-    def backward(ctx: Any, grad_plan: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (row, col), flat = _load(ctx)
-        leading = (grad_plan, row, col, Ellipsis)
-        return tuple(_input_grads(ctx, torch.ops.torch_sinkhorn_attn.plan_backward, leading, flat))
+@torch.library.register_vmap(f"{NAMESPACE}::plan")
+def _plan_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    results = torch.ops.torch_sinkhorn_attn.plan(*_fold_problem(info, in_dims, args))
+    return _unfold(info, results, (0, 1, 1))
+
+
+@torch.library.register_vmap(f"{NAMESPACE}::plan_backward")
+def _plan_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    (grad_plan,) = _fold(info, in_dims[:1], args[:1])
+    duals = _fold(info, in_dims[1:3], args[1:3], position=1)
+    flat = _fold_problem(info, in_dims[4:], args[4:])
+    results = torch.ops.torch_sinkhorn_attn.plan_backward(grad_plan, *duals, args[3], *flat)
+    mask = 4 + Inputs._fields.index("mask")
+    return _unfold_gradients(info, results, args[mask], in_dims[mask])

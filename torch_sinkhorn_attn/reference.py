@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.dropout import keep_mask
-from torch_sinkhorn_attn.implicit import DensePlan, implicit_duals
+from torch_sinkhorn_attn.implicit import FIRST_ONLY, DensePlan, implicit_duals
 from torch_sinkhorn_attn.once import differentiable_once
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem, Result, compute_dtype
 from torch_sinkhorn_attn.support import Components, centre_gauge, components, largest, mass_of, with_dustbin
@@ -111,9 +111,10 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
     with torch.no_grad():
         u = _initial(problem.initial_row, dense.log_a)
         v = _initial(problem.initial_col, dense.log_b)
+        held = dense.scores.detach()  # no_grad alone would let forward-mode tangents through
         for _ in range(stopped):
-            v = half_step(dense.scores, u, dense.log_b, rho_c, dim=-2)
-            u = half_step(dense.scores, v, dense.log_a, rho_r, dim=-1)
+            v = half_step(held, u, dense.log_b, rho_c, dim=-2)
+            u = half_step(held, v, dense.log_a, rho_r, dim=-1)
         if problem.balanced and stopped:
             u, v = centre_gauge(u, v, problem, parts)
     rows, cols = [u], [v]
@@ -128,7 +129,8 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
             rows = [u]
     potentials = Potentials(torch.stack(rows).detach(), torch.stack(cols).detach())
     if implicit:
-        return _ImplicitPlan.apply(dense.scores, u, v, problem, parts), potentials
+        function = _ImplicitPlan if torch.compiler.is_compiling() else _EagerImplicitPlan
+        return function.apply(dense.scores, u, v, problem, parts), potentials
     return plan_of(dense, u, v), potentials
 
 
@@ -167,23 +169,36 @@ def kept(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class _ImplicitPlan(torch.autograd.Function):
     """exp(S + u + v) whose gradient is that of the converged plan: dS = P * (D - x - y), x and y by CG."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
-        log_plan = scores + u[..., :, None] + v[..., None, :]
-        ctx.save_for_backward(scores, log_plan)
-        ctx.problem, ctx.parts = problem, parts
-        return log_plan.exp()
+    def forward(scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
+        return (scores + u[..., :, None] + v[..., None, :]).exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.problem, ctx.parts = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scores, log_plan = ctx.saved_tensors
+        scores, u, v = ctx.saved_tensors
         with torch.no_grad():
-            plan = DensePlan(log_plan)
+            plan = DensePlan(scores + u[..., :, None] + v[..., None, :])
             weighted = plan.plan * grad
             x, y = implicit_duals(plan, weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
             grad_scores = weighted - plan.plan * (x[..., :, None] + y[..., None, :])
-        reason = "gradient='implicit' has no double backward; use gradient='unrolled' with engine='reference'."
-        return *differentiable_once([grad_scores], [scores, grad], reason), None, None, None, None
+        return *differentiable_once([grad_scores], [scores, grad], FIRST_ONLY), None, None, None, None
+
+
+class _EagerImplicitPlan(_ImplicitPlan):
+    """torch.compile takes no Function with a jvp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(FIRST_ONLY)
 
 
 def _with_dustbin_scores(scores: Tensor, support: Tensor, inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:

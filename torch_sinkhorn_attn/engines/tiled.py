@@ -59,9 +59,10 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     u, v = potentials.row[-1], potentials.col[-1]
     tiles = scores.at(u, v)
     to_bin, from_bin, _ = tiles.dustbin_plan
-    row_residual = col_residual = u.new_full(u.shape[:2], torch.nan)
     if residuals:
         row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
+    else:
+        row_residual, col_residual = (u.new_full(u.shape[:2], torch.nan) for _ in range(2))
     return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
 
 
