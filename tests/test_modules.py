@@ -234,7 +234,7 @@ def test_dustbin_parameters_learn_and_copies_work() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
-        (TypeError, "query must be a dense tensor", {"query": [1.0]}),
+        (TypeError, "query must be a tensor, got list", {"query": [1.0]}),
         (ValueError, r"key has shape \(7, 12\)", {"key": torch.zeros(S, E, dtype=D)}),
         (ValueError, "value has 3 features; the module was built for 12", {"value": torch.zeros(N, S, 3, dtype=D)}),
         (

@@ -330,13 +330,6 @@ def test_module_options_are_checked_at_construction() -> None:
             SinkhornMultiheadAttention(16, 4, **options)
 
 
-def test_nested_tensors_get_advice() -> None:
-    module = SinkhornMultiheadAttention(8, 2, batch_first=True)
-    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged)
-    with pytest.raises(TypeError, match="enable_nested_tensor=False"):
-        module(nested, nested, nested)
-
-
 def test_tiny_epsilon_that_overflows_is_refused() -> None:
     with pytest.raises(ValueError, match="epsilon=1e-42 is too small"):
         sinkhorn_attention(*qkv(1, 2, 8, 8), epsilon=1e-42)

@@ -4,6 +4,8 @@ from torch_sinkhorn_attn.certificates import Certificate, certify
 from torch_sinkhorn_attn.checks import set_checks
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
+from torch_sinkhorn_attn.integrations.transformers import register_transformers
 from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
 from torch_sinkhorn_attn.problem import SinkhornAux
 
@@ -12,9 +14,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "Dustbin",
+    "ReplacementReport",
     "SinkhornAux",
     "SinkhornMultiheadAttention",
     "certify",
+    "register_transformers",
+    "replace_attention",
+    "restore_attention",
     "set_checks",
     "sinkhorn_attention",
     "sinkhorn_plan",

@@ -35,15 +35,16 @@ def data_checks_enabled(*tensors: Tensor | None) -> bool:
     if _mode == "never" or torch.compiler.is_compiling():
         return False
     given = [t for t in tensors if t is not None]
-    if any(_without_data(t) for t in given):
+    if any(without_data(t) for t in given):
         return False
     return _mode == "always" or all(t.device.type == "cpu" for t in given)
 
 
 def can_look(x: Tensor) -> bool:
     """Whether looking at the data costs nothing: an eager CPU tensor."""
-    return not torch.compiler.is_compiling() and not _without_data(x) and x.device.type == "cpu"
+    return not torch.compiler.is_compiling() and not without_data(x) and x.device.type == "cpu"
 
 
-def _without_data(t: Tensor) -> bool:
+def without_data(t: Tensor) -> bool:
+    """Whether the tensor has no memory to look at: fake, meta, or inside a transform of torch.func."""
     return isinstance(t, FakeTensor) or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t)

@@ -8,12 +8,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import solver, window_sides
-from torch_sinkhorn_attn.checks import can_look
+from torch_sinkhorn_attn.argument_checks import solver
+from torch_sinkhorn_attn.checks import without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
+from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.reference import kept
-from torch_sinkhorn_attn.support import build_support
+from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
+from torch_sinkhorn_attn.nested import pad, unpad
+
+DUSTBIN_PARAMETERS = ("dustbin_row_score", "dustbin_col_score")
+
+
+class ModuleOptions(NamedTuple):
+    """The options of `SinkhornMultiheadAttention` that `nn.MultiheadAttention` does not have, and their defaults."""
+
+    epsilon: float = 1.0
+    window: tuple[int, int] | None = None
+    base_iters: int = 20
+    tail_iters: int = 2
+    dustbin: bool = False
+    relaxation: float | tuple[float | None, float | None] | None = None
+    gradient: str = "tail"
+    engine: str | None = None
+
+    @property
+    def softmax_mode(self) -> bool:
+        """T = R = 0, balanced, no dustbin: softmax attention."""
+        return self.base_iters == self.tail_iters == 0 and self.relaxation is None and not self.dustbin
+
+    def check(self, module: nn.MultiheadAttention) -> None:
+        """ValueError or TypeError for what cannot work on this module, now rather than at the first call."""
+        if not isinstance(self.dustbin, bool):
+            raise TypeError(f"dustbin must be True or False, got {self.dustbin!r}: the module learns its own scores.")
+        if not 0 <= module.dropout < 1:
+            raise ValueError(f"dropout={module.dropout} must lie in [0, 1).")
+        solver(
+            module.head_dim, torch.float32, None, self.epsilon, self.window, self.relaxation,
+            self.base_iters, self.tail_iters, self.gradient, self.engine,
+        )  # fmt: skip
+        check_name(self.engine)
+        if self.window is not None and not self.softmax_mode and (module.bias_k is not None or module.add_zero_attn):
+            raise ValueError(
+                f"window={self.window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no "
+                "place on the diagonal. Drop one of them."
+            )
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -24,15 +62,20 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
-            `torch.nn.MultiheadAttention`. The keys added by `add_bias_kv` and `add_zero_attn` are ordinary keys with
-            their share of the mass, visible to every query.
+            `torch.nn.MultiheadAttention`. The keys added by `add_bias_kv` and `add_zero_attn` are keys like any other:
+            visible to every query, with a share of the mass, and left to the dustbin at the head's
+            `dustbin_col_score` where there is one. Outside softmax mode they cannot be combined with a window.
         epsilon, window, base_iters, tail_iters, relaxation, gradient, engine: as `sinkhorn_attention`.
         dustbin: give every head a learnable dustbin: parameters `dustbin_row_score` and `dustbin_col_score`,
-            `[num_heads, 1]`, zeros at first.
+            `[num_heads, 1]`, zeros at first. A state_dict without them (of `torch.nn.MultiheadAttention`, say) loads
+            strictly and leaves them as they are.
 
     Masks have the module's polarity: in a bool mask True means *ignore*. In self-attention (`query is key`) a padded
     key is also an inactive query: it gives no mass and its output is `out_proj.bias`. In softmax mode
     (`base_iters=0, tail_iters=0`) rows stay active, as in `torch.nn.MultiheadAttention`.
+
+    `torch.nn.TransformerEncoderLayer` never takes its fused softmax path with this module. `torch.jit.script` is
+    refused; use `torch.compile` or `torch.export`.
 
     Raises:
         ValueError: for options that contradict each other; see `sinkhorn_attention` for the rest.
@@ -73,28 +116,29 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} must be a positive multiple of num_heads={num_heads}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} must lie in [0, 1).")
-        if not isinstance(dustbin, bool):
-            raise TypeError(f"dustbin must be True or False, got {dustbin!r}: the module learns its own scores.")
         super().__init__(
             embed_dim, num_heads, dropout=dropout, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
             kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype,
         )  # fmt: skip
-        solver(
-            self.head_dim, torch.float32, None, epsilon, window, relaxation, base_iters, tail_iters, gradient, engine
-        )  # refuses what cannot work now rather than at the first call
-        self.epsilon, self.window, self.relaxation = epsilon, window, relaxation
-        self.base_iters, self.tail_iters = base_iters, tail_iters
-        self.gradient, self.engine = gradient, engine
-        if window is not None and not self.softmax_mode and (add_bias_kv or add_zero_attn):
-            raise ValueError(
-                f"window={window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no place "
-                "on the diagonal. Drop one of them."
-            )
-        for name in ("dustbin_row_score", "dustbin_col_score"):
-            score = nn.Parameter(torch.zeros(num_heads, 1, device=device, dtype=dtype)) if dustbin else None
+        self._configure(ModuleOptions(epsilon, window, base_iters, tail_iters, dustbin, relaxation, gradient, engine))
+
+    window: tuple[int, int] | None  # nn.Module says of its attributes that they are tensors or modules
+
+    def _configure(self, options: ModuleOptions) -> None:
+        """Add to what nn.MultiheadAttention's constructor made what this class has more: options and dustbin scores.
+        `replace_attention` does it to modules that exist."""
+        options.check(self)
+        for name, option in options._asdict().items():
+            if name != "dustbin":
+                setattr(self, name, option)
+        for name in DUSTBIN_PARAMETERS:
+            score = nn.Parameter(self.out_proj.weight.new_zeros(self.num_heads, 1)) if options.dustbin else None
             self.register_parameter(name, score)
+
+    @property
+    def options(self) -> ModuleOptions:
+        """What was chosen at construction beside nn.MultiheadAttention's arguments."""
+        return ModuleOptions(**{name: getattr(self, name) for name in ModuleOptions._fields})
 
     # nn.TransformerEncoderLayer's fused softmax path asks for this name and stays closed while it reads False. Only
     # nn.MultiheadAttention's constructor sees the value it wrote, to decide which projections to make.
@@ -111,15 +155,45 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self.__dict__.pop("_packed_in_construction")
-        for score in (getattr(self, "dustbin_row_score", None), getattr(self, "dustbin_col_score", None)):
+        for name in DUSTBIN_PARAMETERS:
+            score = getattr(self, name, None)
             if score is not None:
                 nn.init.zeros_(score)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        if not self.dustbin or self.dustbin_row_score.is_meta:
+            return
+        own = {prefix + name for name in DUSTBIN_PARAMETERS}
+        if f"{prefix}out_proj.weight" in state_dict and not own & state_dict.keys():  # made without a dustbin
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            "torch.jit.script cannot compile SinkhornMultiheadAttention; use torch.compile or torch.export."
+        )
+
+    def extra_repr(self) -> str:
+        shown = (f"{name}={option!r}" for name, option in self.options._asdict().items() if option is not None)
+        return ", ".join([f"{self.embed_dim}, {self.num_heads}", *shown])
+
+    @property
+    def dustbin(self) -> bool:
+        """Whether the heads have a dustbin."""
+        return self.dustbin_row_score is not None
 
     @property
     def softmax_mode(self) -> bool:
         """T = R = 0, balanced, no dustbin: softmax attention."""
-        no_dustbin = getattr(self, "dustbin_row_score", None) is None
-        return self.base_iters == self.tail_iters == 0 and self.relaxation is None and no_dustbin
+        return self.options.softmax_mode
 
     def forward(
         self,
@@ -137,7 +211,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         """Attend; arguments and results as `torch.nn.MultiheadAttention.forward`.
 
         Args:
-            query: `(L, E)`, `(L, N, E)`, or `(N, L, E)` with `batch_first`; key and value likewise with S tokens.
+            query: `(L, E)`, `(L, N, E)`, or `(N, L, E)` with `batch_first`; key and value likewise with S tokens. All
+                three may be nested tensors (`batch_first`, no masks); the output is then nested like the query.
             key_padding_mask: `(N, S)` or `(S)`; bool, True = ignore, or float added to the scores, -inf = ignore.
                 Padded keys leave the problem: positions, counts and masses are those of the others.
             need_weights: also return the weights (this materialises L x S).
@@ -145,8 +220,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: average the weights over heads.
             is_causal: hint that `attn_mask` is causal. A causal plan exists only with a dustbin or relaxation.
             query_padding_mask: `(N, L)` or `(L)` bool, True = inactive query. Default: the key padding in
-                self-attention outside softmax mode, else none. Pass it under reentrant activation checkpointing, where
-                `query is key` is lost on recomputation.
+                self-attention outside softmax mode, else none. Self-attention is seen by `query is key` or both being
+                the same memory; pass this where a wrapper copies its arguments (FSDP with input casts around this
+                very module, say).
 
         Returns:
             The output, shaped as the query with `embed_dim` features, and the weights `(N, L, S)`, `(N, H, L, S)`
@@ -155,12 +231,43 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: for inputs or masks of the wrong type, shape or value.
         """
-        same = query is key
+        nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
+        if not any(nested):
+            return self._attend_dense(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
+                query_padding_mask,
+            )  # fmt: skip
+        if not all(nested) or not self.batch_first:
+            raise TypeError(
+                "nested tensors: query, key and value must all be nested, and the module batch_first; else pad them "
+                "and pass key_padding_mask (nn.TransformerEncoder makes them unless enable_nested_tensor=False)."
+            )
+        if not (key_padding_mask is attn_mask is query_padding_mask is None):
+            raise ValueError("nested tensors say themselves which tokens there are: pass no mask with them.")
+        padded = {id(x): pad(x) for x in (query, key, value)}
+        q, k, v = (padded[id(x)] for x in (query, key, value))
+        output, weights = self._attend_dense(
+            q.dense, k.dense, v.dense, k.padding, need_weights, None, average_attn_weights, is_causal, q.padding
+        )
+        return unpad(output, q, query), weights
+
+    def _attend_dense(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+        query_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         batch_first = self.batch_first
         unbatched = self._check_inputs(query, key, value)
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask: pass attn_mask too.")
-        if is_causal and not self.softmax_mode and self.relaxation is None and self.dustbin_row_score is None:
+        if is_causal and not self.softmax_mode and self.relaxation is None and not self.dustbin:
             raise ValueError(
                 "is_causal=True: the only balanced causal plan is the identity (each query can only take its own key). "
                 "Give the module dustbin=True or relaxation=tau, or use base_iters=0, tail_iters=0 (softmax)."
@@ -170,7 +277,10 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             q, k, v = q[None], k[None], v[None]
         elif not batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        masks = self._masks(q, k, key_padding_mask, attn_mask, query_padding_mask, same)
+        masks = convert(
+            attn_mask, key_padding_mask, query_padding_mask, (q.shape[0], self.num_heads, q.shape[1], k.shape[1]),
+            q.device, queries_as_keys=not self.softmax_mode and _same_tokens(query, key),
+        )  # fmt: skip
         k, v, masks = self._extra_keys(k, v, masks, q.shape[1])
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         output, weights = self._attend(q, k, v, masks, need_weights)
@@ -186,7 +296,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         return output, weights[0] if unbatched else weights
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: _Masks, need_weights: bool
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Per-head attention: output `[N, H, L, D]` and weights `[N, H, L, S]` or None."""
         dustbin = None
@@ -213,11 +323,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         """Shapes; returns whether the inputs are unbatched."""
         widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
-            if not isinstance(x, Tensor) or x.is_nested:
-                raise TypeError(
-                    f"{name} must be a dense tensor. Pad nested tensors and pass key_padding_mask; "
-                    "nn.TransformerEncoder makes them unless built with enable_nested_tensor=False."
-                )
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
             if x.ndim not in (2, 3) or x.ndim != query.ndim:
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}; query, key and value must all be 2-D (unbatched) or 3-D."
@@ -245,59 +352,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
         return q, k, v
 
-    def _masks(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_padding: Tensor | None,
-        attn_mask: Tensor | None,
-        query_padding: Tensor | None,
-        same: bool,
-    ) -> _Masks:
-        """The module's masks in the functional's polarity, `[N, ...]`, with padding turned into inactive ids."""
-        num, length, size = q.shape[0], q.shape[1], k.shape[1]
-        scores = self._score_mask(attn_mask, num, length, size)
-        key_off, added = _padding("key_padding_mask", key_padding, num, size)
-        query_off, query_added = _padding("query_padding_mask", query_padding, num, length)
-        if query_added is not None or (query_padding is not None and query_padding.dtype != torch.bool):
-            raise TypeError("query_padding_mask must be a bool tensor, True = inactive.")
-        if query_off is None and same and not self.softmax_mode:
-            query_off = key_off
-        if added is not None:
-            scores = added[:, None, None, :] + (0.0 if scores is None else _as_float(scores, added.dtype))
-        if key_off is None and query_off is None:
-            return _Masks(None, None, scores)
-        key_ids, query_ids = (
-            torch.zeros(num, n, dtype=torch.int64, device=q.device) if off is None else -off.to(torch.int64)
-            for off, n in ((key_off, size), (query_off, length))
-        )
-        return _Masks(query_ids, key_ids, scores)
-
-    def _score_mask(self, mask: Tensor | None, num: int, length: int, size: int) -> Tensor | None:
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"attn_mask must be a bool (True = ignore) or float tensor, got {kind}.")
-        shapes = [(length, size), (num * self.num_heads, length, size)]
-        if tuple(mask.shape) not in shapes:
-            raise ValueError(f"attn_mask has shape {tuple(mask.shape)}; {shapes[0]} or {shapes[1]} is needed.")
-        mask = mask if mask.ndim == 2 else mask.view(num, self.num_heads, length, size)
-        return ~mask if mask.dtype == torch.bool else mask
-
-    def _window_mask(self, masks: _Masks, length: int, size: int, device: torch.device) -> Tensor:
-        """The window as a bool mask `[N, 1, L, S]` or `[1, 1, L, S]`, for softmax mode with extra keys, which it must
-        not hide."""
-        ids = [torch.zeros(1, n, dtype=torch.int64, device=device) for n in (length, size)]
-        if masks.query_ids is not None and masks.key_ids is not None:
-            ids = [masks.query_ids, masks.key_ids]
-        support = build_support(ids[0], ids[1], window_sides(self.window), packed=True)
-        column = torch.arange(size, device=device)
-        lo, hi = support.row_lo[:, None, :, None], support.row_hi[:, None, :, None]
-        return (column >= lo) & (column < hi)
-
-    def _extra_keys(self, k: Tensor, v: Tensor, masks: _Masks, length: int) -> tuple[Tensor, Tensor, _Masks]:
-        """Append the learned key of add_bias_kv and the zero key of add_zero_attn, visible to every query."""
+    def _extra_keys(self, k: Tensor, v: Tensor, masks: Masks, length: int) -> tuple[Tensor, Tensor, Masks]:
+        """Append the learned key of add_bias_kv and the zero key of add_zero_attn."""
         extra = []
         if self.bias_k is not None and self.bias_v is not None:
             extra.append((self.bias_k, self.bias_v))
@@ -305,51 +361,19 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             extra.append((k.new_zeros(1, 1, k.shape[-1]), v.new_zeros(1, 1, v.shape[-1])))
         if not extra:
             return k, v, masks
-        if self.window is not None:
-            band = self._window_mask(masks, length, k.shape[1], k.device)
-            masks = masks._replace(scores=band if masks.scores is None else _both(band, masks.scores))
-        num, count = k.shape[0], len(extra)
+        num, size = k.shape[:2]
+        masks = with_extra_keys(masks, len(extra), self.window, length, size, k.device)
         k = torch.cat([k, *(x.to(k.dtype).expand(num, 1, -1) for x, _ in extra)], 1)
         v = torch.cat([v, *(x.to(v.dtype).expand(num, 1, -1) for _, x in extra)], 1)
-        ids = None if masks.key_ids is None else F.pad(masks.key_ids, (0, count))
-        scores = masks.scores
-        if scores is not None:
-            scores = F.pad(scores, (0, count), value=True if scores.dtype == torch.bool else 0.0)
-        return k, v, _Masks(masks.query_ids, ids, scores)
+        return k, v, masks
 
 
-class _Masks(NamedTuple):
-    query_ids: Tensor | None  # [N, L], 0 active, -1 inactive
-    key_ids: Tensor | None  # [N, S]
-    scores: Tensor | None  # bool True = keep, or float; broadcasts to [N, H, L, S]
-
-
-def _padding(name: str, mask: Any, num: int, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """(inactive `[N, n]` bool, what to add to the scores `[N, n]` or None) of a padding mask."""
-    if mask is None:
-        return None, None
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool (True = ignore) or float tensor, got {kind}.")
-    if tuple(mask.shape) not in ((num, length), *([(length,)] if num == 1 else [])):
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; {(num, length)} is needed.")
-    mask = mask.view(num, length)
-    if mask.dtype == torch.bool:
-        return mask, None
-    off = ~kept(mask, mask.dtype) & ~mask.isnan()
-    added = mask.masked_fill(off, 0.0)
-    if can_look(mask) and not added.any():  # nothing but -inf, what nn.TransformerEncoderLayer makes of a bool mask
-        return off, None
-    return off, added
-
-
-def _both(keep: Tensor, mask: Tensor) -> Tensor:
-    """A mask that keeps what a bool mask and another mask keep."""
-    return keep & mask if mask.dtype == torch.bool else mask + _as_float(keep, mask.dtype)
-
-
-def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to another of `dtype`: what it forbids becomes -inf, which no promotion of dtypes revives."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    return mask.masked_fill(~kept(mask, mask.dtype) & ~mask.isnan(), -torch.inf)
+def _same_tokens(query: Tensor, key: Tensor) -> bool:
+    """Whether key is query: the same object or, where that can be seen, another one over the same memory, as reentrant
+    checkpointing makes."""
+    if query is key:
+        return True
+    if torch.compiler.is_compiling() or without_data(query) or without_data(key):
+        return False
+    layouts = [(x.shape, x.stride(), x.dtype, x.device, x.storage_offset()) for x in (query, key)]
+    return layouts[0] == layouts[1] and torch._C._is_alias_of(query, key)  # type: ignore[attr-defined]

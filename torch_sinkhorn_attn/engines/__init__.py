@@ -12,17 +12,22 @@ ENGINES: dict[str, ModuleType] = {tiled.NAME: tiled}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
 
 
+def check_name(name: str | None) -> None:
+    """ValueError for a name that no engine has."""
+    if name is not None and name != REFERENCE and name not in ENGINES:
+        known = ", ".join(repr(x) for x in (*ENGINES, REFERENCE))
+        raise ValueError(f"engine={name!r} is unknown; choose one of {known}, or None for the fastest that can.")
+
+
 def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
     """The engine that runs the problem: the one named, or the first that can.
 
     Raises:
         ValueError: the name is unknown, or the engine named cannot run the problem (with its reason).
     """
+    check_name(name)
     if name == REFERENCE:
         return name
-    if name is not None and name not in ENGINES:
-        known = ", ".join(repr(x) for x in (*ENGINES, REFERENCE))
-        raise ValueError(f"engine={name!r} is unknown; choose one of {known}, or None for the fastest that can.")
     reasons = []
     for candidate in [name] if name else ENGINES:
         reason = ENGINES[candidate].refusal(inputs, problem)

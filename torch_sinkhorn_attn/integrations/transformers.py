@@ -1,0 +1,201 @@
+"""Sinkhorn attention as an `attn_implementation` of Hugging Face transformers, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_sinkhorn_attn.argument_checks import solver
+from torch_sinkhorn_attn.dustbin import Dustbin
+from torch_sinkhorn_attn.engines import check_name
+from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.reference import kept
+
+_OPTIONS = ("epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "gradient", "engine")
+_OWN = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+# What some models pass beside the mask, and this attention does not compute.
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask", "cache", "block_indices", "indices")
+# Arguments of a module's forward that bring tokens of their own to attend to.
+_OTHER_TOKENS = {"key", "context", "latents", "encoder_hidden_states", "context_hidden_states", "key_hidden_states"}
+
+
+def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
+    r"""Register Sinkhorn attention with Hugging Face transformers: `attn_implementation=name` then selects it.
+
+    Both the attention function and its mask function are registered, globally, for models built or switched
+    (`model.set_attn_implementation(name)`) from then on. Registering a name again replaces its options.
+
+    Padded tokens leave the problem: in self-attention a key that no query may see is also an inactive query, and its
+    output is zero. Grouped-query attention, sliding windows, packed sequences and position biases work;
+    `output_attentions=True` returns the weights P/a.
+
+    Args:
+        name: any but those of transformers itself.
+        options: epsilon, window, relaxation, dustbin, base_iters, tail_iters, gradient, engine, as
+            `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold parameters, `(H, 1)` or
+            scalars: give them to the optimizer.
+
+    Causal decoders have no balanced plan but the identity: their attention raises ValueError, unless there is a
+    `dustbin` or `relaxation`, or it is softmax (`base_iters=0, tail_iters=0`). With a dustbin or relaxation a query
+    still takes nothing from later keys, but later queries compete with it for earlier ones: outputs depend on later
+    tokens, so there is no generation token by token, and `use_cache=True` is refused.
+
+    Raises:
+        ImportError: transformers is not installed, or too old to register masks (before 4.53).
+        TypeError, ValueError: for a wrong name or option, before anything is registered; and from the model, where it
+            asks for what this attention does not compute (soft-capping, attention sinks).
+
+    >>> register_transformers("sinkhorn", epsilon=0.5)
+    >>> from transformers import ViTConfig, ViTModel
+    >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    ...                    image_size=16, patch_size=4, attn_implementation="sinkhorn")
+    >>> ViTModel(config)(torch.randn(1, 3, 16, 16)).last_hidden_state.shape
+    torch.Size([1, 17, 32])
+    """
+    if not isinstance(name, str) or not name or "|" in name or "/" in name:
+        raise TypeError(f"register_transformers needs a name without '|' and '/', got {name!r}.")
+    if name in _OWN:
+        raise ValueError(f"name={name!r} is an attention of transformers itself; choose another, such as 'sinkhorn'.")
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise TypeError(f"register_transformers() got unknown option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}.")
+    chosen = _checked(options)
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return sinkhorn_attention_forward(chosen, module, *args, **kwargs)
+
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "register_transformers needs Hugging Face transformers 4.53 or newer: pip install transformers"
+        ) from error
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sinkhorn_mask)
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    dustbin = options.get("dustbin")
+    if dustbin is not None and not isinstance(dustbin, Dustbin):
+        raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
+    defaults = {name: inspect.signature(sinkhorn_attention).parameters[name].default for name in _OPTIONS}
+    given = defaults | options
+    solver(
+        1, torch.float32, None, given["epsilon"], given["window"], given["relaxation"], given["base_iters"],
+        given["tail_iters"], given["gradient"], given["engine"],
+    )  # fmt: skip
+    check_name(given["engine"])
+    return given
+
+
+def sinkhorn_mask(*, allow_is_bidirectional_skip: bool = False, **kwargs: Any) -> Tensor | None:
+    """The mask as transformers makes it for SDPA, bool, True = keep, `(B, 1, L, S)`; but never left out in favour of an
+    is_causal flag, and `(B, 1, 1, S)` where it is nothing but padding. None where nothing is masked."""
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": allow_is_bidirectional_skip}
+    mask: Tensor | None = sdpa_mask(**kwargs)
+    only_padding = kwargs.get("mask_function") is bidirectional_mask_function and allow_is_bidirectional_skip
+    return mask[:, :, :1] if mask is not None and only_padding else mask
+
+
+def sinkhorn_attention_forward(
+    options: dict[str, Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`(B, H, L, E)`, `(B, Hk, S, E)`, `(B, Hk, S, Ev)` to `(B, L, H, Ev)` and the weights `(B, H, L, S)` or None."""
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for {name}, which Sinkhorn attention does not compute.")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length, size = query.shape[-2], key.shape[-2]
+    softmax = _is_softmax(options)
+    if causal and not softmax:
+        _refuse_causal(options, module, length, size)
+    same = not softmax and _is_self_attention(module, length == size, causal)
+    mask, ids = _mask_and_ids(attention_mask, position_bias, query, key, causal, same)
+    given = options | ids | {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    output = sinkhorn_attention(query, key, value, mask, dropout_p=dropout, **given)
+    assert isinstance(output, Tensor)
+    weights = None
+    if kwargs.get("output_attentions"):
+        weights = sinkhorn_plan(query, key, mask, **given)[..., :length, :size]
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _is_softmax(options: dict[str, Any]) -> bool:
+    return options["base_iters"] == options["tail_iters"] == 0 and options["relaxation"] is options["dustbin"] is None
+
+
+def _refuse_causal(options: dict[str, Any], module: nn.Module, length: int, size: int) -> None:
+    if options["relaxation"] is None and options["dustbin"] is None:
+        raise ValueError(
+            f"{type(module).__name__} is causal: the only balanced causal plan is the identity (each query can only "
+            "take its own key). Use a bidirectional model, register_transformers with dustbin=Dustbin(...) or "
+            "relaxation=tau, or base_iters=0, tail_iters=0 (softmax)."
+        )
+    if length != size:
+        raise ValueError(
+            f"{type(module).__name__} has {length} queries for {size} keys: a plan needs all queries of a causal "
+            "problem at once. Pass use_cache=False."
+        )
+
+
+def _mask_and_ids(
+    mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, causal: bool, same: bool
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The mask of the scores, and padding as inactive ids where the mask is nothing else, which takes no L x S memory.
+    In self-attention (`same`) padded keys are padded queries."""
+    num, length, size = query.shape[0], query.shape[-2], key.shape[-2]
+    ids = {}
+    if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and length > 1:
+        key_ids = mask[:, 0, 0].expand(num, size).long() - 1
+        ids = {"key_segment_ids": key_ids, "query_segment_ids": key_ids if same else key_ids.new_zeros(num, length)}
+        mask = None
+    elif mask is not None and same:
+        keep = kept(mask, mask.dtype).any(-2, keepdim=True).transpose(-1, -2)
+        mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
+    elif mask is None and causal and length > 1:
+        mask = torch.ones(length, size, dtype=torch.bool, device=query.device).tril()
+    if bias is not None:
+        mask = bias if mask is None else _biased(bias, mask)
+    return mask, ids
+
+
+def _biased(bias: Tensor, mask: Tensor) -> Tensor:
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _is_self_attention(module: nn.Module, square: bool, causal: bool) -> bool:
+    """Whether queries and keys are the same tokens. Modules do not say so; what they are does, and in doubt they are
+    not (padded queries then stay active, which changes little; real ones must never be taken for padding)."""
+    if not square or "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False):
+        return False
+    parameters = _forward_parameters(type(module))
+    if "key_value_states" in parameters:  # one class for all three attentions of an encoder-decoder
+        return hasattr(module, "is_decoder") and (causal or not module.is_decoder)
+    return not parameters & _OTHER_TOKENS
+
+
+def _forward_parameters(cls: type[nn.Module]) -> frozenset[str]:
+    if cls not in _PARAMETERS:
+        forward: Callable[..., Any] = cls.forward
+        _PARAMETERS[cls] = frozenset(inspect.signature(forward).parameters)
+    return _PARAMETERS[cls]
+
+
+_PARAMETERS: dict[type[nn.Module], frozenset[str]] = {}

@@ -1,0 +1,122 @@
+"""The masks of nn.MultiheadAttention, which forbid, turned into the functional's, which keep."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_sinkhorn_attn.argument_checks import window_sides
+from torch_sinkhorn_attn.checks import can_look
+from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.support import build_support
+
+
+class Masks(NamedTuple):
+    """Padding as inactive ids, everything else as a mask of the scores."""
+
+    query_ids: Tensor | None  # [N, L], 0 active, -1 inactive
+    key_ids: Tensor | None  # [N, S]
+    scores: Tensor | None  # bool True = keep, or float; broadcasts to [N, H, L, S]
+
+
+def convert(
+    attn_mask: Tensor | None,
+    key_padding: Tensor | None,
+    query_padding: Tensor | None,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    queries_as_keys: bool,
+) -> Masks:
+    """The module's three masks, True = ignore, for a problem of `shape` (N, H, L, S).
+
+    `queries_as_keys`: without `query_padding`, the padded keys are inactive queries too.
+    """
+    num, _, length, size = shape
+    scores = _score_mask(attn_mask, shape)
+    key_off, added = _padding("key_padding_mask", key_padding, num, size)
+    query_off, query_added = _padding("query_padding_mask", query_padding, num, length)
+    if query_added is not None or (query_padding is not None and query_padding.dtype != torch.bool):
+        raise TypeError("query_padding_mask must be a bool tensor, True = inactive.")
+    if query_off is None and queries_as_keys:
+        query_off = key_off
+    if added is not None:
+        scores = added[:, None, None, :] + (0.0 if scores is None else _as_float(scores, added.dtype))
+    if key_off is None and query_off is None:
+        return Masks(None, None, scores)
+    key_ids, query_ids = (
+        torch.zeros(num, n, dtype=torch.int64, device=device) if off is None else -off.to(torch.int64)
+        for off, n in ((key_off, size), (query_off, length))
+    )
+    return Masks(query_ids, key_ids, scores)
+
+
+def with_extra_keys(
+    masks: Masks, count: int, window: tuple[int, int] | None, length: int, size: int, device: torch.device
+) -> Masks:
+    """`count` more keys, visible to every query; a window becomes part of the mask, so that it cannot hide them."""
+    scores = masks.scores
+    if window is not None:
+        band = _window_mask(masks, window, length, size, device)
+        scores = band if scores is None else _both(band, scores)
+    if scores is not None:
+        scores = F.pad(scores, (0, count), value=True if scores.dtype == torch.bool else 0.0)
+    return Masks(masks.query_ids, None if masks.key_ids is None else F.pad(masks.key_ids, (0, count)), scores)
+
+
+def _window_mask(masks: Masks, window: tuple[int, int], length: int, size: int, device: torch.device) -> Tensor:
+    """The window as a bool mask `[N, 1, L, S]` or `[1, 1, L, S]`."""
+    ids = [torch.zeros(1, n, dtype=torch.int64, device=device) for n in (length, size)]
+    if masks.query_ids is not None and masks.key_ids is not None:
+        ids = [masks.query_ids, masks.key_ids]
+    support = build_support(ids[0], ids[1], window_sides(window), packed=True)
+    column = torch.arange(size, device=device)
+    lo, hi = support.row_lo[:, None, :, None], support.row_hi[:, None, :, None]
+    return (column >= lo) & (column < hi)
+
+
+def _score_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"attn_mask must be a bool (True = ignore) or float tensor, got {kind}.")
+    num, heads, length, size = shape
+    shapes = [(length, size), (num * heads, length, size)]
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}; {shapes[0]} or {shapes[1]} is needed.")
+    mask = mask if mask.ndim == 2 else mask.reshape(num, heads, length, size)
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _padding(name: str, mask: Any, num: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """(inactive `[N, n]` bool, what to add to the scores `[N, n]` or None) of a padding mask."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool (True = ignore) or float tensor, got {kind}.")
+    if tuple(mask.shape) not in ((num, length), *([(length,)] if num == 1 else [])):
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; {(num, length)} is needed.")
+    mask = mask.reshape(num, length)
+    if mask.dtype == torch.bool:
+        return mask, None
+    off = ~kept(mask, mask.dtype) & ~mask.isnan()
+    added = mask.masked_fill(off, 0.0)
+    if can_look(mask) and not added.any():  # nothing but -inf, what nn.TransformerEncoderLayer makes of a bool mask
+        return off, None
+    return off, added
+
+
+def _both(keep: Tensor, mask: Tensor) -> Tensor:
+    """A mask that keeps what a bool mask and another mask keep."""
+    return keep & mask if mask.dtype == torch.bool else mask + _as_float(keep, mask.dtype)
+
+
+def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to another of `dtype`: what it forbids becomes -inf, which no promotion of dtypes revives."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    return mask.masked_fill(~kept(mask, mask.dtype) & ~mask.isnan(), -torch.inf)

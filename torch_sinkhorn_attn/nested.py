@@ -1,0 +1,41 @@
+"""Nested tensors in and out of the module: nn.TransformerEncoder makes them of padded batches in evaluation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Padded(NamedTuple):
+    """A nested tensor's dense form."""
+
+    dense: Tensor  # [N, longest, E], zeros beyond the lengths
+    lengths: Tensor  # [N] int64, on the tensor's device
+
+    @property
+    def padding(self) -> Tensor:
+        """`[N, longest]` bool, True beyond the lengths."""
+        return torch.arange(self.dense.shape[1], device=self.lengths.device) >= self.lengths[:, None]
+
+
+def pad(x: Any) -> Padded:
+    """Dense form of a nested `[N, *, E]`, of either layout."""
+    dense = torch.nested.to_padded_tensor(x, 0.0)
+    if x.layout == torch.jagged:
+        lengths = x.lengths()
+        return Padded(dense, x.offsets().diff() if lengths is None else lengths)
+    return Padded(dense, x._nested_tensor_size()[:, 0].to(dense.device))
+
+
+def unpad(dense: Tensor, padded: Padded, like: Any) -> Tensor:
+    """The nested tensor of `dense` `[N, longest, E]`, with the layout and the lengths of `like`, whose form is
+    `padded`."""
+    keep = ~padded.padding
+    if like.layout == torch.jagged:
+        offsets = like.offsets() if like.lengths() is None else None
+        return torch.nested.nested_tensor_from_jagged(
+            dense[keep], offsets, None if offsets is not None else padded.lengths
+        )
+    return torch._nested_tensor_from_mask(dense, keep, mask_check=False)
