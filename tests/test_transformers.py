@@ -255,6 +255,19 @@ def test_transformers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         register_transformers()
 
 
+def test_transformers_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
+    with pytest.raises(ImportError, match=r"transformers 5 or newer, found 4\.57\.6"):
+        register_transformers()
+
+
+def test_models_that_keep_their_own_attention_can_be_told() -> None:
+    """As the docstring says."""
+    own = [name for name in ("DebertaModel", "XLNetModel", "LongformerModel", "BertModel", "ViTModel", "T5EncoderModel")
+           if not getattr(hf, name)._can_set_attn_implementation()]  # fmt: skip
+    assert own == ["DebertaModel", "XLNetModel", "LongformerModel"]
+
+
 def test_compiles_without_graph_breaks() -> None:
     model = encoder("bert", "sinkhorn")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

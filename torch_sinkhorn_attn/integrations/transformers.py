@@ -39,13 +39,16 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
             `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold parameters, `(H, 1)` or
             scalars: give them to the optimizer.
 
+    Models that do not go through transformers' AttentionInterface (DeBERTa, XLNet, Longformer, ...) silently keep their
+    own attention, whatever `attn_implementation` says; `model._can_set_attn_implementation()` is False for them.
+
     Causal decoders have no balanced plan but the identity: their attention raises ValueError, unless there is a
     `dustbin` or `relaxation`, or it is softmax (`base_iters=0, tail_iters=0`). With a dustbin or relaxation a query
     still takes nothing from later keys, but later queries compete with it for earlier ones: outputs depend on later
     tokens, so there is no generation token by token, and `use_cache=True` is refused.
 
     Raises:
-        ImportError: transformers is not installed, or too old to register masks (before 4.53).
+        ImportError: transformers is not installed, or older than 5.
         TypeError, ValueError: for a wrong name or option, before anything is registered; and from the model, where it
             asks for what this attention does not compute (soft-capping, attention sinks).
 
@@ -69,12 +72,15 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
         return sinkhorn_attention_forward(chosen, module, *args, **kwargs)
 
     try:
-        from transformers import AttentionInterface
+        from transformers import AttentionInterface, __version__
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError as error:
+        raise ImportError("register_transformers needs Hugging Face transformers: pip install transformers") from error
+    if int(__version__.split(".")[0]) < 5:
         raise ImportError(
-            "register_transformers needs Hugging Face transformers 4.53 or newer: pip install transformers"
-        ) from error
+            f"register_transformers needs transformers 5 or newer, found {__version__}: in older ones BERT, T5 and "
+            "others do not ask which attention to use. pip install --upgrade transformers"
+        )
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, sinkhorn_mask)
 
