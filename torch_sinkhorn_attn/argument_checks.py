@@ -91,7 +91,7 @@ def solver(
 ) -> Solver:
     """Everything about the iteration that can be checked without tensors; `dtype` is the compute dtype."""
     epsilon = positive("epsilon", epsilon)
-    scale = 1 / math.sqrt(features) if scale is None else number("scale", scale)
+    scale = 1 / math.sqrt(int(features)) if scale is None else number("scale", scale)
     if not abs(scale) / epsilon < torch.finfo(dtype).max:
         raise ValueError(
             f"epsilon={epsilon} is too small: scale / epsilon overflows {dtype}; the plan needs epsilon > 0."
@@ -112,6 +112,11 @@ def solver(
     )
 
 
+def is_softmax(base_iters: int, tail_iters: int, relaxation: Any, dustbin: Any) -> bool:
+    """T = R = 0, balanced, no dustbin: softmax attention (unless masses are given)."""
+    return base_iters == tail_iters == 0 and relaxation is None and not dustbin
+
+
 def number(name: str, x: Any) -> float:
     if isinstance(x, Tensor):
         if x.requires_grad:
@@ -123,7 +128,7 @@ def number(name: str, x: Any) -> float:
         value = None
     if value is None:
         raise TypeError(f"{name} must be a number, got {x!r}.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value} must be finite.")
     return value
 

@@ -1,9 +1,12 @@
-"""The autograd.Functions around the ops: first derivatives by the engine's backward, all others by `higher_order`."""
+"""The derivatives of the ops: the first by the engine's backward, all others by `higher_order`.
+
+In eager mode autograd.Functions stand around the ops. torch.compile and torch.export see the ops themselves, with the
+same backward registered for them: they take no Function with a jvp, and export none over dynamic shapes.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,15 +21,15 @@ _MASK = Inputs._fields.index("mask")
 
 def attention(inputs: Inputs, problem: Problem, engine: str, residuals: bool) -> tuple[Tensor, ...]:
     """The seven results of the forward op, differentiable."""
-    function = _Attention if torch.compiler.is_compiling() else _AttentionWithForwardMode
-    output, *constants, to_bin, from_bin = function.apply(*ops.flatten(inputs, problem, engine), residuals)
+    function = torch.ops.torch_sinkhorn_attn.forward if torch.compiler.is_compiling() else _Attention.apply
+    output, *constants, to_bin, from_bin = function(*ops.flatten(inputs, problem, engine), residuals)
     return output, *(x.detach() for x in constants), to_bin, from_bin
 
 
 def plan(inputs: Inputs, problem: Problem, engine: str) -> Tensor:
     """The plan, differentiable."""
-    function = _Plan if torch.compiler.is_compiling() else _PlanWithForwardMode
-    return function.apply(*ops.flatten(inputs, problem, engine))[0]
+    function = torch.ops.torch_sinkhorn_attn.plan if torch.compiler.is_compiling() else _Plan.apply
+    return function(*ops.flatten(inputs, problem, engine))[0]
 
 
 def _save(ctx: Any, *arguments: Any) -> None:
@@ -55,24 +58,13 @@ def _to_inputs(ctx: Any, flat: Sequence[Any], grads: Sequence[Tensor], padding: 
     return (*found, *[None] * (len(flat) - ops.NUM_INPUTS + padding))
 
 
-def _spelled_out(*extra: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a `forward(*args)` the signature of the op's arguments: torch.compile tells by their number that it takes no
-    ctx."""
-    names = [*Inputs._fields, *ops.PROBLEM_FIELDS, "engine", *extra]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-        return function
-
-    return decorate
-
-
 class _Attention(torch.autograd.Function):
+    """The forward op. Its duals and residuals are constants, but not marked so: torch.func loses the mark under vmap,
+    and then wants tangents for them."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    @_spelled_out("residuals")
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.forward(*args)
 
@@ -93,16 +85,6 @@ class _Attention(torch.autograd.Function):
             found = torch.ops.torch_sinkhorn_attn.backward(*arguments)
         return _to_inputs(ctx, flat, found, padding=1)
 
-
-class _AttentionWithForwardMode(_Attention):
-    """torch.compile takes no Function with a jvp.
-
-    The duals and residuals are constants, but are not marked so: torch.func loses the mark under vmap, and then
-    wants tangents for them.
-    """
-
-    generate_vmap_rule = True
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _, row, col, *flat = _load(ctx)
@@ -116,7 +98,6 @@ class _Plan(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_spelled_out()
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.torch_sinkhorn_attn.plan(*args)
 
@@ -136,10 +117,6 @@ class _Plan(torch.autograd.Function):
             found = torch.ops.torch_sinkhorn_attn.plan_backward(*arguments)
         return _to_inputs(ctx, flat, found)
 
-
-class _PlanWithForwardMode(_Plan):
-    generate_vmap_rule = True
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         row, col, *flat = _load(ctx)
@@ -155,6 +132,12 @@ def _pushed(
     given = dict(zip(Inputs._fields, tangents, strict=False))
     moved = or_zeros([given[name] for name in surrogate.names], surrogate.primals)
     return pushforward(surrogate, surrogate.primals, moved)
+
+
+torch.library.register_autograd(
+    f"{ops.NAMESPACE}::forward", _Attention.backward, setup_context=_Attention.setup_context
+)
+torch.library.register_autograd(f"{ops.NAMESPACE}::plan", _Plan.backward, setup_context=_Plan.setup_context)
 
 
 class _AttentionGradients(torch.autograd.Function):

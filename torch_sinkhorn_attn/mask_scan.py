@@ -26,6 +26,46 @@ class MaskScan(NamedTuple):
 def scan_mask(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) -> MaskScan:
     """Read `mask` (4-D, broadcasting to [N, H, L, S]) once; temporaries are O(block), results O(n). `dtype` is the one
     it is added in."""
+    mask = mask.detach()
+    if not torch.compiler.is_compiling():
+        return _scan(mask, support, packed, dtype)
+    names = ("row_active", "col_active", "row_segment", "col_segment", "row_lo", "row_hi")
+    return MaskScan(*_scan_op(mask, *(getattr(support, name) for name in names), packed, dtype))
+
+
+@torch.library.custom_op("torch_sinkhorn_attn::scan_mask", mutates_args=())
+def _scan_op(
+    mask: Tensor,
+    row_active: Tensor,
+    col_active: Tensor,
+    row_segment: Tensor,
+    col_segment: Tensor,
+    row_lo: Tensor,
+    row_hi: Tensor,
+    packed: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_scan` for compiled programs: its loop over blocks would tie them to one length."""
+    support = Support(
+        row_active=row_active, col_active=col_active, row_segment=row_segment, col_segment=col_segment,
+        row_lo=row_lo, row_hi=row_hi, col_lo=row_lo, col_hi=row_hi,
+    )  # fmt: skip
+    row, col, lo, hi, covered = _scan(mask, support, packed, dtype)
+    return row, col, lo, hi.clone(), covered.clone()
+
+
+@_scan_op.register_fake
+def _scan_fake(
+    mask: Tensor, row_active: Tensor, col_active: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, col = (
+        mask.new_empty(x.shape[0], mask.shape[1], x.shape[1], dtype=torch.bool) for x in (row_active, col_active)
+    )
+    lo, hi = (torch.empty_like(row, dtype=torch.int64) for _ in range(2))
+    return row, col, lo, hi, torch.empty_like(col)
+
+
+def _scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) -> MaskScan:
     length, size = support.row_active.shape[-1], support.col_active.shape[-1]
     num, heads = max(mask.shape[0], support.row_active.shape[0]), mask.shape[1]
     step = max(1, _BLOCK_ELEMENTS // max(1, num * heads * size))

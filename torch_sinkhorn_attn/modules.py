@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import solver
+from torch_sinkhorn_attn.argument_checks import is_softmax, solver
 from torch_sinkhorn_attn.checks import without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import check_name
@@ -31,11 +31,6 @@ class ModuleOptions(NamedTuple):
     gradient: str = "tail"
     engine: str | None = None
 
-    @property
-    def softmax_mode(self) -> bool:
-        """T = R = 0, balanced, no dustbin: softmax attention."""
-        return self.base_iters == self.tail_iters == 0 and self.relaxation is None and not self.dustbin
-
     def check(self, module: nn.MultiheadAttention) -> None:
         """ValueError or TypeError for what cannot work on this module, now rather than at the first call."""
         if not isinstance(self.dustbin, bool):
@@ -47,7 +42,8 @@ class ModuleOptions(NamedTuple):
             self.base_iters, self.tail_iters, self.gradient, self.engine,
         )  # fmt: skip
         check_name(self.engine)
-        if self.window is not None and not self.softmax_mode and (module.bias_k is not None or module.add_zero_attn):
+        softmax = is_softmax(self.base_iters, self.tail_iters, self.relaxation, self.dustbin)
+        if self.window is not None and not softmax and (module.bias_k is not None or module.add_zero_attn):
             raise ValueError(
                 f"window={self.window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no "
                 "place on the diagonal. Drop one of them."
@@ -122,7 +118,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         self._configure(ModuleOptions(epsilon, window, base_iters, tail_iters, dustbin, relaxation, gradient, engine))
 
-    window: tuple[int, int] | None  # nn.Module says of its attributes that they are tensors or modules
+    base_iters: int  # nn.Module says of its attributes that they are tensors or modules
+    tail_iters: int
+    window: tuple[int, int] | None
 
     def _configure(self, options: ModuleOptions) -> None:
         """Add to what nn.MultiheadAttention's constructor made what this class has more: options and dustbin scores.
@@ -193,7 +191,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
     @property
     def softmax_mode(self) -> bool:
         """T = R = 0, balanced, no dustbin: softmax attention."""
-        return self.options.softmax_mode
+        return is_softmax(self.base_iters, self.tail_iters, self.relaxation, self.dustbin)
 
     def forward(
         self,

@@ -66,7 +66,7 @@ def _match(ids: Tensor, other_ids: Tensor) -> _Side:
     count = torch.searchsorted(sorted_other, ids, right=True) - first
     own_first = torch.searchsorted(sorted_own, ids)
     own_count = torch.searchsorted(sorted_own, ids, right=True) - own_first
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(ids.shape[-1], device=ids.device).expand_as(order))
+    place = torch.zeros_like(order).scatter(-1, order, torch.arange(ids.shape[-1], device=ids.device).expand_as(order))
     return _Side(order, first, count, place - own_first, own_count)
 
 
@@ -106,7 +106,7 @@ def transpose_intervals(row_lo: Tensor, row_hi: Tensor, num_cols: int) -> tuple[
     empty = row_lo >= row_hi
     reach = torch.where(empty, 0, row_hi).cummax(-1).values
     start = torch.where(empty, num_cols, row_lo).flip(-1).cummin(-1).values.flip(-1)
-    column = torch.arange(num_cols, device=row_lo.device).expand(row_lo.shape[0], num_cols).contiguous()
+    column = torch.arange(num_cols, device=row_lo.device) + row_lo.new_zeros(row_lo.shape[0], 1)
     col_lo = torch.searchsorted(reach.contiguous(), column, right=True)
     col_hi = torch.searchsorted(start.contiguous(), column, right=True)
     return col_lo, torch.maximum(col_hi, col_lo)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import solver
+from torch_sinkhorn_attn.argument_checks import is_softmax, solver
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
@@ -129,7 +129,7 @@ def sinkhorn_attention_forward(
             raise ValueError(f"{type(module).__name__} asks for {name}, which Sinkhorn attention does not compute.")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length, size = query.shape[-2], key.shape[-2]
-    softmax = _is_softmax(options)
+    softmax = is_softmax(*(options[name] for name in ("base_iters", "tail_iters", "relaxation", "dustbin")))
     if causal and not softmax:
         _refuse_causal(options, module, length, size)
     same = not softmax and _is_self_attention(module, length == size, causal)
@@ -141,10 +141,6 @@ def sinkhorn_attention_forward(
     if kwargs.get("output_attentions"):
         weights = sinkhorn_plan(query, key, mask, **given)[..., :length, :size]
     return output.transpose(1, 2).contiguous(), weights
-
-
-def _is_softmax(options: dict[str, Any]) -> bool:
-    return options["base_iters"] == options["tail_iters"] == 0 and options["relaxation"] is options["dustbin"] is None
 
 
 def _refuse_causal(options: dict[str, Any], module: nn.Module, length: int, size: int) -> None:
