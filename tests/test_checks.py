@@ -78,7 +78,7 @@ def test_off_the_cpu_the_tiled_engine_never_looks_at_data(options: dict) -> None
 
 def test_auto_means_the_cpu_and_always_means_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A meta tensor, taken for one with data, stands for an accelerator's."""
-    monkeypatch.setattr(checks, "_without_data", lambda tensor: False)
+    monkeypatch.setattr(checks, "without_data", lambda tensor: False)
     for mode, on_cpu, elsewhere in (("auto", True, False), ("always", True, True), ("never", False, False)):
         set_checks(mode)
         assert checks.data_checks_enabled(X, None) == on_cpu

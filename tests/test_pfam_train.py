@@ -348,7 +348,7 @@ def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in err
     assert "stopping after this step; Ctrl-C again stops now\n" in err
     assert "Sinkhorn aligner" in out and "evaluated at step 0" in out
-    assert f"python -m examples.pfam train --resume {tmp_path}" in out
+    assert f" -m examples.pfam train --resume {tmp_path}" in out
     resumed = Trainer.resume(tmp_path)
     assert resumed.step == len(resumed.history.loss) >= 1
     assert f"stopped at step {resumed.step};" in out
