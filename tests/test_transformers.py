@@ -218,7 +218,19 @@ def test_modules_that_may_be_cross_attention_are_not_self_attention() -> None:
     class Perceiver(nn.Module):
         def forward(self, latents: Tensor, context: Tensor) -> None: ...
 
+    class CrossAttention(Plain): ...
+
+    class Either(nn.Module):
+        def __init__(self, is_cross_attention: bool):
+            super().__init__()
+            self.is_cross_attention = is_cross_attention
+
+        def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None: ...
+
     assert integration._is_self_attention(Plain(), True, False)
+    assert not integration._is_self_attention(CrossAttention(), True, False)
+    assert integration._is_self_attention(Either(False), True, True)
+    assert not integration._is_self_attention(Either(True), True, False)
     assert not integration._is_self_attention(Plain(), False, False)
     assert not integration._is_self_attention(Perceiver(), True, False)
 

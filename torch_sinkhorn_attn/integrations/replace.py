@@ -58,9 +58,9 @@ def replace_attention(
 
     The modules stay the same objects with the same parameters, so an optimizer goes on training them, and device,
     dtype, hooks, `requires_grad`, the training flag, sharing, parametrisations and LoRA adapters that work with
-    `nn.MultiheadAttention` are kept. `nn.TransformerEncoder` modules stop making nested tensors. Do it before
-    `torch.jit.script` and `fully_shard`, and with `dustbin=True`, which adds parameters, before any wrapper that lists
-    parameters (DistributedDataParallel).
+    `nn.MultiheadAttention` are kept. `nn.TransformerEncoder` modules stop making nested tensors. Do it after adding LoRA
+    adapters, before `torch.jit.script` and `fully_shard`, and with `dustbin=True`, which adds parameters, before any
+    wrapper that lists parameters (DistributedDataParallel).
 
     Args:
         model: the model, or an `nn.MultiheadAttention` itself.

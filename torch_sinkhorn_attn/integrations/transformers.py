@@ -185,8 +185,10 @@ def _biased(bias: Tensor, mask: Tensor) -> Tensor:
 def _is_self_attention(module: nn.Module, square: bool, causal: bool) -> bool:
     """Whether queries and keys are the same tokens. Modules do not say so; what they are does, and in doubt they are
     not (padded queries then stay active, which changes little; real ones must never be taken for padding)."""
-    if not square or "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False):
+    if not square or "cross" in type(module).__name__.lower():
         return False
+    if hasattr(module, "is_cross_attention"):
+        return not module.is_cross_attention
     parameters = _forward_parameters(type(module))
     if "key_value_states" in parameters:  # one class for all three attentions of an encoder-decoder
         return hasattr(module, "is_decoder") and (causal or not module.is_decoder)
