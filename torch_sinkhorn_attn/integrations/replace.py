@@ -58,9 +58,9 @@ def replace_attention(
 
     The modules stay the same objects with the same parameters, so an optimizer goes on training them, and device,
     dtype, hooks, `requires_grad`, the training flag, sharing, parametrisations and LoRA adapters that work with
-    `nn.MultiheadAttention` are kept. `nn.TransformerEncoder` modules stop making nested tensors. Do it after adding LoRA
-    adapters, before `torch.jit.script` and `fully_shard`, and with `dustbin=True`, which adds parameters, before any
-    wrapper that lists parameters (DistributedDataParallel).
+    `nn.MultiheadAttention` are kept. `nn.TransformerEncoder` modules stop making nested tensors. Do it after adding
+    LoRA adapters, before `torch.jit.script` and `fully_shard`, and with `dustbin=True`, which adds parameters, before
+    any wrapper that lists parameters (DistributedDataParallel).
 
     Args:
         model: the model, or an `nn.MultiheadAttention` itself.
@@ -130,7 +130,8 @@ def replace_attention(
 def restore_attention(model_or_report: nn.Module | ReplacementReport) -> tuple[str, ...]:
     """Undo `replace_attention`: the modules are `nn.MultiheadAttention` again, with the parameters they have now.
 
-    Dustbin scores are dropped. Modules that were built as `SinkhornMultiheadAttention` are left alone.
+    Weights that were trained with Sinkhorn attention have adapted to it: going back is exact for the modules, not free for
+    the model. Dustbin scores are dropped. Modules that were built as `SinkhornMultiheadAttention` are left alone.
 
     Args:
         model_or_report: a model (or a copy of one), for everything that was replaced in it; or the report of one

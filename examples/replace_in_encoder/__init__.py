@@ -1,0 +1,1 @@
+"""Softmax attention of a trained nn.TransformerEncoder swapped for optimal-transport attention, and back."""
