@@ -130,8 +130,8 @@ def replace_attention(
 def restore_attention(model_or_report: nn.Module | ReplacementReport) -> tuple[str, ...]:
     """Undo `replace_attention`: the modules are `nn.MultiheadAttention` again, with the parameters they have now.
 
-    Weights that were trained with Sinkhorn attention have adapted to it: going back is exact for the modules, not free for
-    the model. Dustbin scores are dropped. Modules that were built as `SinkhornMultiheadAttention` are left alone.
+    Weights that were trained with Sinkhorn attention have adapted to it: going back is exact for the modules, not free
+    for the model. Dustbin scores are dropped. Modules that were built as `SinkhornMultiheadAttention` are left alone.
 
     Args:
         model_or_report: a model (or a copy of one), for everything that was replaced in it; or the report of one
