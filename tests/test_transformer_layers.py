@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import SinkhornMultiheadAttention, replace_attention, restore_attention
+from torch_sinkhorn_attn.engines import ENGINES, REFERENCE
 
 E, H, LAYERS = 16, 4, 2
 G = torch.Generator().manual_seed(0)
@@ -215,7 +216,7 @@ def test_a_causal_decoder_without_dustbin_says_why() -> None:
     assert len(report.replaced) == LAYERS and run(model, "decoder", "bool").isfinite().all()
 
 
-@pytest.mark.parametrize("engine", ["tiled", "reference"])
+@pytest.mark.parametrize("engine", [*ENGINES, REFERENCE])
 def test_thirty_two_training_steps_are_the_same_on_every_engine(engine: str) -> None:
     """Mini encoder, float32, against float64 of the definition."""
     losses = {}

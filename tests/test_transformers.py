@@ -127,6 +127,30 @@ def test_bert_trains() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_position_biases_and_a_dustbin_of_parameters_learn() -> None:
+    score = nn.Parameter(torch.zeros(4, 1, dtype=D))
+    register_transformers("sinkhorn_learned", dustbin=Dustbin(score, score))
+    model = encoder("position bias", "sinkhorn_learned")
+    model(input_ids=IDS, attention_mask=PADDING)[0].sin().sum().backward()
+    bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    assert score.grad is not None and score.grad.abs().min() > 0
+    assert bias.grad.isfinite().all() and bias.grad.abs().max() > 0
+
+
+def test_gradient_checkpointing() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = encoder("bert", "sinkhorn").train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model(input_ids=IDS, attention_mask=PADDING)[0][PADDING == 1].sin().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
+
+
 def test_vision_encoder_runs_and_trains(calls: list[Tensor]) -> None:
     config = {"image_size": 16, "patch_size": 4, **SIZES}
     images = torch.rand(4, 3, 16, 16, dtype=D)
