@@ -437,6 +437,9 @@ def test_nested_tensors_refused_with_advice() -> None:
     module, dense = SinkhornMultiheadAttention(E, H, batch_first=True), torch.randn(2, 5, E)
     with pytest.raises(TypeError, match="must all be nested"):
         module(dense, x, x)
+    other = torch.nested.nested_tensor([torch.randn(n, E) for n in (5, 3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"key and value must have equal lengths.*3, 5.*5, 3"):
+        module(x, x, other)
     with pytest.raises(ValueError, match="pass no mask with them"):
         module(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
 

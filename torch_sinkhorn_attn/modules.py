@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn.argument_checks import is_softmax, solver
-from torch_sinkhorn_attn.checks import without_data
+from torch_sinkhorn_attn.checks import can_look, without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
@@ -244,6 +244,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             raise ValueError("nested tensors say themselves which tokens there are: pass no mask with them.")
         padded = {id(x): pad(x) for x in (query, key, value)}
         q, k, v = (padded[id(x)] for x in (query, key, value))
+        if can_look(k.lengths) and not (len(k.lengths) == len(v.lengths) and torch.equal(k.lengths, v.lengths)):
+            raise ValueError(f"nested key and value must have equal lengths, got {k.lengths} and {v.lengths}.")
         output, weights = self._attend_dense(
             q.dense, k.dense, v.dense, k.padding, need_weights, None, average_attn_weights, is_causal, q.padding
         )
