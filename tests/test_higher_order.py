@@ -199,6 +199,18 @@ def test_half_inputs_have_second_derivatives_in_their_dtype() -> None:
     first = torch.autograd.grad(loss("tiled", "tail")(q.requires_grad_(), k, v, mask), q, create_graph=True)[0]
     (second,) = torch.autograd.grad(first.float().sum(), q)
     assert first.dtype == second.dtype == torch.bfloat16 and second.isfinite().all()
+    truth = torch.autograd.grad(loss("reference", "tail")(q, k, v, mask), q, create_graph=True)[0]
+    assert torch.allclose(second, torch.autograd.grad(truth.float().sum(), q)[0], atol=0.05)
+
+
+def test_second_derivatives_beside_a_mask_that_is_constant() -> None:
+    q, k, v, mask = tensors()
+    results = []
+    for engine in ENGINES:
+        leaf = q.clone().requires_grad_()
+        first = torch.autograd.grad(loss(engine, "tail")(leaf, k, v, mask), leaf, create_graph=True)[0]
+        results.append(torch.autograd.grad(first.sin().sum(), leaf)[0])
+    assert close(*results)
 
 
 def test_plain_first_gradients_stay_linear_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,17 @@ def test_ensembles_of_modules() -> None:
         assert torch.allclose(found[i], module(x, x, x)[0], atol=1e-5)
 
 
+def test_compiled_forward_mode_keeps_its_tangents() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 5, 4, generator=g, dtype=torch.float64) for _ in range(3))
+
+    def slope(x: Tensor) -> Tensor:
+        return jvp(lambda x: sinkhorn_attention(x, k, v).sin().sum(), (x,), (k,))[1]
+
+    truth = slope(q)
+    assert truth.abs() > 1e-2 and torch.allclose(torch.compile(slope, backend="eager")(q), truth, atol=1e-12)
+
+
 def test_forward_mode_through_the_module() -> None:
     module, x = Alone(attention()), torch.randn(2, 8, E)
     for need in (padding(8, 5), padding(8, 8)):
@@ -266,6 +277,23 @@ def test_checkpointed_layers(reentrant: bool) -> None:
         results.append([x.grad, *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_second_derivatives_inside_a_checkpoint() -> None:
+    """Its recomputed tensors may be unpacked once."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    results = []
+    for engine in ("tiled", "reference"):
+
+        def force(q: Tensor, engine: str = engine) -> Tensor:
+            out = sinkhorn_attention(q, k, v, engine=engine)
+            return torch.autograd.grad(out.sin().sum(), q, create_graph=True)[0]
+
+        leaf = q.clone().requires_grad_()
+        checkpoint(force, leaf * 1.0, use_reentrant=False).square().sum().backward()
+        results.append(leaf.grad)
+    assert torch.allclose(*results, atol=1e-12)
 
 
 def test_dropout_is_the_same_when_recomputed() -> None:

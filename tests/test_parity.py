@@ -140,8 +140,12 @@ def test_checkpoints_without_dustbin_scores_load_strictly_and_keep_them() -> Non
     del state["a.dustbin_row_score"]
     with pytest.raises(RuntimeError, match=r"Missing key.*dustbin_row_score"):  # half of them is a mistake
         ours.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*dustbin_row_score"):
         ours.load_state_dict({})
+    plain, parametrised = nn.MultiheadAttention(E, H), SinkhornMultiheadAttention(E, H, dustbin=True)
+    for module in (plain, parametrised):
+        torch.nn.utils.parametrizations.weight_norm(module.out_proj)
+    parametrised.load_state_dict(plain.state_dict())
     with torch.device("meta"):
         meta = SinkhornMultiheadAttention(E, H, dustbin=True)
     with pytest.raises(RuntimeError, match=r"Missing key.*dustbin_row_score"):  # they have no values to keep
@@ -245,6 +249,89 @@ def test_masks(form: str, padding_form: str, per_head: bool, extra: bool) -> Non
                 m(q, k, v, need_weights=need_weights, average_attn_weights=False, **masks) for m in (ours, theirs)
             )
             assert same(found[0], truth[0]) and same(found[1], truth[1])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("first", ["zeros", "zeros and -inf", "values"])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_float_masks_learn(first: str, softmax: bool, need_weights: bool) -> None:
+    """From zeros too, as a learned bias begins. (Of a balanced plan a score per key changes nothing.)"""
+    ours, theirs = pair(batch_first=True)
+    if not softmax:
+        theirs = SinkhornMultiheadAttention(E, H, batch_first=True, dtype=D, relaxation=1.0, engine="reference")
+        ours = SinkhornMultiheadAttention(E, H, batch_first=True, dtype=D, relaxation=1.0)
+        ours.load_state_dict(theirs.state_dict())
+    q, k, v = tokens(L, S, S)
+    gradients = []
+    for module in (ours, theirs):
+        padding = torch.zeros(N, S, dtype=D) if first != "values" else torch.linspace(-1, 1, N * S, dtype=D).view(N, S)
+        if first == "zeros and -inf":
+            padding[1, 5:] = -torch.inf
+        masks = [padding.requires_grad_(), torch.zeros(L, S, dtype=D, requires_grad=True)]
+        out = module(q, k, v, masks[0], need_weights, masks[1])[0]
+        gradients.append(torch.autograd.grad(out.sin().sum(), masks))
+    for found, truth in zip(*gradients, strict=True):
+        assert same(found, truth.nan_to_num()) and found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low"),
+    [(torch.float32, torch.finfo(torch.float32).min), (torch.float32, -torch.inf), (D, torch.finfo(D).min),
+     (D, torch.finfo(torch.float32).min), (torch.float16, torch.finfo(torch.float16).min)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("beside", ["nothing", "float", "half"])
+def test_float_masks_forbid_in_their_dtype_or_the_scores(dtype: torch.dtype, low: float, beside: str) -> None:
+    """-inf and the lowest numbers, in masks of other dtypes than the module's, alone and added to another mask."""
+    module = SinkhornMultiheadAttention(E, H, batch_first=True)
+    (x,) = tokens(L, dtype=torch.float32)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    forbid = torch.zeros(L, L, dtype=torch.bool)
+    forbid[:, 4] = True
+    half = torch.zeros(L, L, dtype=torch.float16)
+    other = {
+        "nothing": None,
+        "float": torch.zeros(L, L).masked_fill(forbid, -torch.inf),
+        "half": half.masked_fill(forbid, torch.finfo(torch.float16).min),
+    }[beside]
+    given = torch.zeros(N, L, dtype=dtype).masked_fill(padding, low)
+    given[0, 0] = 0.25  # so that it is not taken for a bool mask
+    truth = torch.zeros(N, L).masked_fill(padding, -torch.inf)
+    truth[0, 0] = 0.25
+    plain = None if other is None else torch.zeros(L, L).masked_fill(forbid, -torch.inf)
+    found = module(x, x, x, given, attn_mask=other)[0]
+    assert torch.allclose(found, module(x, x, x, truth, attn_mask=plain)[0], atol=1e-6)
+    assert torch.equal(found[1, 3:], module.out_proj.bias.expand(2, -1))
+
+
+def test_overlapping_slices_are_not_self_attention() -> None:
+    module = SinkhornMultiheadAttention(E, H, batch_first=True, dtype=D)
+    (x,) = tokens(L + 1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    query, key = x[:, :-1], x[:, 1:]
+    found = module(query, key, key, padding)[0]
+    assert torch.equal(found, module(query.clone(), key.clone(), key.clone(), padding)[0])
+    again = module(key, key.view_as(key), key, padding)[0]  # the same memory is
+    assert torch.equal(again, module(key, key, key, padding)[0])
+
+
+def test_masks_elsewhere_are_refused_by_name() -> None:
+    module = SinkhornMultiheadAttention(E, H, batch_first=True, dtype=D)
+    (x,) = tokens(L)
+    for name, shape in (("key_padding_mask", (N, L)), ("query_padding_mask", (N, L)), ("attn_mask", (L, L))):
+        with pytest.raises(ValueError, match=f"{name} is on meta but the query on cpu"):
+            module(x, x, x, **{name: torch.zeros(shape, dtype=torch.bool, device="meta")})
+
+
+def test_equivalent_options_are_one() -> None:
+    def options(**given: Any) -> Any:
+        return SinkhornMultiheadAttention(E, H, **given).options
+
+    assert options(window=[2, 2]) == options(window=(2, 2)) and options(relaxation=(1.0, 1.0)) == options(
+        relaxation=1.0
+    )
+    balanced = SinkhornMultiheadAttention(E, H, relaxation=(None, float("inf")), **SOFTMAX)
+    assert balanced.softmax_mode and balanced.relaxation is None
 
 
 def test_unbatched_padding() -> None:
@@ -440,6 +527,12 @@ def test_nested_tensors_refused_with_advice() -> None:
     other = torch.nested.nested_tensor([torch.randn(n, E) for n in (5, 3)], layout=torch.jagged)
     with pytest.raises(ValueError, match=r"key and value must have equal lengths.*3, 5.*5, 3"):
         module(x, x, other)
+    with pytest.raises(TypeError, match=r"with holes.*x\.contiguous\(\)"):
+        holes = torch.nested.narrow(dense, 1, torch.tensor([0, 1]), torch.tensor([3, 4]), layout=torch.jagged)
+        module(holes, holes, holes)
+    ragged = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(4, E - 2)])
+    with pytest.raises(ValueError, match="must have one number of features"):
+        module(ragged, ragged, ragged)
     with pytest.raises(ValueError, match="pass no mask with them"):
         module(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
 

@@ -273,6 +273,54 @@ def test_bad_options_change_nothing(error: type[Exception], message: str, option
     assert all(type(m) is nn.MultiheadAttention for m in attention(model)) and model.use_nested_tensor
 
 
+def test_nothing_changes_if_one_module_cannot_have_a_dustbin() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H)])
+    model[1].out_proj.weight = nn.Parameter(torch.zeros(E, E, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"^1: dustbin=True needs floating.*out_proj is torch.int8"):
+        replace_attention(model, dustbin=True)
+    assert all(type(m) is nn.MultiheadAttention for m in model)
+
+
+def test_dustbin_scores_made_in_inference_mode_can_be_trained() -> None:
+    model = encoder()
+    with torch.inference_mode():
+        replace_attention(model, dustbin=True)
+    model(X).square().sum().backward()
+    assert model.layers[0].self_attn.dustbin_row_score.grad is not None
+
+
+def test_attributes_of_the_user_s_come_back() -> None:
+    module = nn.MultiheadAttention(E, H)
+    module.window = 7
+    replace_attention(module, window=(2, 2))
+    assert module.window == (2, 2)
+    restore_attention(module)
+    assert module.window == 7 and not hasattr(module, "epsilon")
+
+
+def test_a_report_restores_what_its_own_call_replaced() -> None:
+    model = encoder()
+    first = replace_attention(model)
+    restore_attention(model)
+    second = replace_attention(model, epsilon=0.5)
+    assert restore_attention(first) == () and len(restore_attention(second)) == 2
+
+
+def test_an_encoder_with_attention_of_its_own_gets_its_flag_back() -> None:
+    model = encoder()
+    model.layers[1].self_attn = SinkhornMultiheadAttention(E, H, batch_first=True)
+    replace_attention(model)
+    assert not model.use_nested_tensor
+    restore_attention(model)
+    assert model.use_nested_tensor and "_nested_tensors_before_sinkhorn" not in model.__dict__
+
+
+def test_equivalent_options_are_no_other_options() -> None:
+    model = encoder()
+    replace_attention(model, window=[2, 2], relaxation=(1.0, 1.0))
+    assert replace_attention(model, window=(2, 2), relaxation=1.0).replaced == ()
+
+
 def test_a_module_that_cannot_take_the_options_stops_all() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H, add_zero_attn=True)])
     with pytest.raises(ValueError, match=r"^1: window=\(2, 2\) cannot be combined.*filter"):

@@ -31,6 +31,11 @@ MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {
         lambda: hf.ModernBertConfig(local_attention=4, cls_token_id=1, sep_token_id=2, **TEXT, **SIZES),
     ),
     "position bias": (hf.T5EncoderModel, lambda: hf.T5Config(**T5)),
+    "position bias in every layer": (hf.UMT5EncoderModel, lambda: hf.UMT5Config(**T5)),
+    "proteins": (
+        hf.EsmModel,
+        lambda: hf.EsmConfig(position_embedding_type="rotary", mask_token_id=3, initializer_range=0.2, **TEXT, **SIZES),
+    ),
 }
 ENCODERS = pytest.mark.parametrize("name", MODELS)
 IDS = torch.arange(14).view(2, 7) + 4
@@ -173,6 +178,54 @@ def test_vision_encoder_runs_and_trains(calls: list[Tensor]) -> None:
     assert len(calls) == 40 and losses[-1] < 0.6 * losses[0]
 
 
+def test_models_that_do_not_say_whether_they_are_causal_are_not() -> None:
+    config = {**TEXT, **SIZES, "initializer_range": 0.2}
+    eager = build(hf.SplinterModel, hf.SplinterConfig(**config), "eager")
+    assert not hasattr(eager.encoder.layer[0].attention.self, "is_causal")
+    for mask in (None, torch.ones_like(IDS), PADDING):
+        truth = eager(input_ids=IDS, attention_mask=mask)[0]
+        softmax = build(hf.SplinterModel, hf.SplinterConfig(**config), "sinkhorn_softmax")
+        assert torch.allclose(softmax(input_ids=IDS, attention_mask=mask)[0], truth, atol=1e-5)  # eager is in float32
+    sinkhorn = build(hf.SplinterModel, hf.SplinterConfig(**config), "sinkhorn")
+    assert (sinkhorn(input_ids=IDS)[0] - eager(input_ids=IDS)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["bert", "position bias"])
+@pytest.mark.parametrize(
+    ("dtype", "low"),
+    [(D, -torch.inf), (D, torch.finfo(D).min), (D, torch.finfo(torch.float32).min),
+     (torch.float32, torch.finfo(torch.float32).min), (torch.float16, torch.finfo(torch.float16).min)],
+    ids=str,
+)  # fmt: skip
+def test_float_masks_forbid_as_bool_masks_do(name: str, dtype: torch.dtype, low: float) -> None:
+    model = encoder(name, "sinkhorn").float()
+    keep = (PADDING == 1)[:, None, None, :].expand(2, 1, 7, 7)
+    mask = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, low)
+    truth, found = (model(input_ids=IDS, attention_mask=m)[0] for m in (PADDING, mask))
+    assert torch.allclose(found[PADDING == 1], truth[PADDING == 1], atol=1e-5)
+
+
+def test_float_masks_are_added() -> None:
+    mask = torch.randn(2, 1, 7, 7, dtype=D, generator=torch.Generator().manual_seed(0))
+    for name in ("bert", "position bias"):
+        found, truth = (
+            encoder(name, kind)(input_ids=IDS, attention_mask=mask)[0] for kind in ("sinkhorn_softmax", "sdpa")
+        )
+        assert torch.allclose(found, truth, atol=1e-12)
+
+
+def test_dropout_in_training_only() -> None:
+    cls, config = MODELS["bert"]
+    given = config()
+    given.attention_probs_dropout_prob, given.hidden_dropout_prob = 0.5, 0.0
+    model = build(cls, given, "sinkhorn")
+    first, second = (model(input_ids=IDS)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    model.train()
+    first, second = (model(input_ids=IDS)[0] for _ in range(2))
+    assert (first - second).abs().max() > 1e-2
+
+
 def test_an_existing_model_can_be_switched_and_switched_back() -> None:
     model = encoder("bert", "sdpa")
     truth = model(input_ids=IDS)[0]
@@ -244,6 +297,12 @@ def test_modules_that_may_be_cross_attention_are_not_self_attention() -> None:
 
     class CrossAttention(Plain): ...
 
+    class Decoder(Perceiver):
+        is_decoder = True
+
+    class Encoder(Perceiver):
+        is_decoder = False
+
     class Either(nn.Module):
         def __init__(self, is_cross_attention: bool):
             super().__init__()
@@ -251,12 +310,12 @@ def test_modules_that_may_be_cross_attention_are_not_self_attention() -> None:
 
         def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None: ...
 
-    assert integration._is_self_attention(Plain(), True, False)
-    assert not integration._is_self_attention(CrossAttention(), True, False)
-    assert integration._is_self_attention(Either(False), True, True)
-    assert not integration._is_self_attention(Either(True), True, False)
-    assert not integration._is_self_attention(Plain(), False, False)
-    assert not integration._is_self_attention(Perceiver(), True, False)
+    modules = {Plain(): True, CrossAttention(): False, Either(False): True, Either(True): False, Encoder(): True,
+               Decoder(): False, Perceiver(): False}  # fmt: skip
+    for module, same in modules.items():
+        assert integration._is_self_attention(module, masked=False) == same
+    with pytest.warns(UserWarning, match="Perceiver may be self-attention or not, so its padded queries"):
+        assert not integration._is_self_attention(Perceiver(), masked=True)
 
 
 def test_what_is_not_computed_is_refused() -> None:
@@ -270,6 +329,8 @@ def test_what_is_not_computed_is_refused() -> None:
     ("error", "message", "name", "options"),
     [
         (ValueError, "name='sdpa' is an attention of transformers itself", "sdpa", {}),
+        (ValueError, "name='my_flash_attention' is an attention of transformers", "my_flash_attention", {}),
+        (ValueError, "Dustbin row_score holds NaN", "mine", {"dustbin": Dustbin(torch.tensor(torch.nan), 0.0)}),
         (TypeError, "needs a name", "", {}),
         (TypeError, "needs a name", "a|b", {}),
         (TypeError, "unknown option 'scale'; it takes epsilon", "mine", {"scale": 1.0}),
@@ -283,6 +344,12 @@ def test_bad_registrations(error: type[Exception], message: str, name: str, opti
     with pytest.raises(error, match=message):
         register_transformers(name, **options)
     assert name == "sdpa" or name not in hf.AttentionInterface()
+
+
+def test_causal_means_what_relaxation_says() -> None:
+    register_transformers("sinkhorn_balanced_after_all", relaxation=(None, float("inf")))
+    with pytest.raises(ValueError, match="LlamaAttention is causal"):
+        llama("sinkhorn_balanced_after_all")(IDS)
 
 
 def test_transformers_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,12 @@ def relaxation_pair(relaxation: Any) -> tuple[float, float]:
     return taus[0], taus[1]
 
 
+def plain_relaxation(relaxation: Any) -> float | tuple[float | None, float | None] | None:
+    """The shortest form of the same relaxation: None where balanced, one number for two equal ones."""
+    row, col = (None if tau == math.inf else tau for tau in relaxation_pair(relaxation))
+    return row if row == col else (row, col)
+
+
 def broadcasts(shape: tuple[int, ...] | torch.Size, target: tuple[int, ...]) -> bool:
     if len(shape) > len(target):
         return False

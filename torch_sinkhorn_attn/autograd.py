@@ -155,15 +155,15 @@ class _AttentionGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *cotangents, wants_mask, _, row, col = _load(ctx)[:7]
-        again = _Gradients(_load(ctx)[7:], Potentials(row, col), cotangents, wants_mask, plan=False)
+        output, to_bin, from_bin, wants_mask, _, row, col, *flat = _load(ctx)
+        again = _Gradients(flat, Potentials(row, col), [output, to_bin, from_bin], wants_mask, plan=False)
         given, inputs = again.pulled(grads)
         return (*given, None, None, None, None, *inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        *cotangents, wants_mask, _, row, col = _load(ctx)[:7]
-        again = _Gradients(_load(ctx)[7:], Potentials(row, col), cotangents, wants_mask, plan=False)
+        output, to_bin, from_bin, wants_mask, _, row, col, *flat = _load(ctx)
+        again = _Gradients(flat, Potentials(row, col), [output, to_bin, from_bin], wants_mask, plan=False)
         return again.pushed(tangents[:3], tangents[7:])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 _MODES = ("auto", "always", "never")
 _mode = "auto"
@@ -43,6 +44,12 @@ def data_checks_enabled(*tensors: Tensor | None) -> bool:
 def can_look(x: Tensor) -> bool:
     """Whether looking at the data costs nothing: an eager CPU tensor."""
     return not torch.compiler.is_compiling() and not without_data(x) and x.device.type == "cpu"
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether the tensor carries a tangent of forward-mode differentiation (outside torch.func)."""
+    level = forward_ad._current_level
+    return level >= 0 and forward_ad.unpack_dual(x, level=level).tangent is not None
 
 
 def without_data(t: Tensor) -> bool:

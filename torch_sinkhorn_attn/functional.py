@@ -82,7 +82,7 @@ def sinkhorn_attention(
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
         engine: None takes the fastest that can; "tiled" is O(n + m) memory on any device; "reference" is the dense
             definition. Derivatives beyond the first, and forward mode, are taken densely (L x S memory) on every
-            engine; the implicit gradient has none.
+            engine; the implicit gradient has none, and programs of `torch.export` have no forward mode.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass).
 
     Returns:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_sinkhorn_attn.argument_checks import window_sides
-from torch_sinkhorn_attn.checks import can_look
+from torch_sinkhorn_attn.checks import can_look, has_tangent
+from torch_sinkhorn_attn.problem import compute_dtype
 from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import build_support
 
@@ -27,23 +28,29 @@ def convert(
     key_padding: Tensor | None,
     query_padding: Tensor | None,
     shape: tuple[int, int, int, int],
-    device: torch.device,
+    query: Tensor,
     queries_as_keys: bool,
 ) -> Masks:
-    """The module's three masks, True = ignore, for a problem of `shape` (N, H, L, S).
+    """The module's three masks, True = ignore, for a problem of `shape` (N, H, L, S) on the device and in the dtype of
+    `query`.
 
     `queries_as_keys`: without `query_padding`, the padded keys are inactive queries too.
     """
     num, _, length, size = shape
-    scores = _score_mask(attn_mask, shape)
-    key_off, added = _padding("key_padding_mask", key_padding, num, size)
-    query_off, query_added = _padding("query_padding_mask", query_padding, num, length)
-    if query_added is not None or (query_padding is not None and query_padding.dtype != torch.bool):
+    device, dtype = query.device, compute_dtype(query.dtype)
+    if query_padding is not None and not (isinstance(query_padding, Tensor) and query_padding.dtype == torch.bool):
         raise TypeError("query_padding_mask must be a bool tensor, True = inactive.")
+    given = {"attn_mask": attn_mask, "key_padding_mask": key_padding, "query_padding_mask": query_padding}
+    for name, mask in given.items():
+        if isinstance(mask, Tensor) and mask.device != device:
+            raise ValueError(f"{name} is on {mask.device} but the query on {device}; move it there.")
+    scores = _score_mask(attn_mask, shape)
+    key_off, added = _padding("key_padding_mask", key_padding, num, size, dtype)
+    query_off, _ = _padding("query_padding_mask", query_padding, num, length, dtype)
     if query_off is None and queries_as_keys:
         query_off = key_off
     if added is not None:
-        scores = added[:, None, None, :] + (0.0 if scores is None else _as_float(scores, added.dtype))
+        scores = added[:, None, None, :] + (0.0 if scores is None else as_float(scores, added.dtype, dtype))
     if key_off is None and query_off is None:
         return Masks(None, None, scores)
     key_ids, query_ids = (
@@ -60,7 +67,7 @@ def with_extra_keys(
     scores = masks.scores
     if window is not None:
         band = _window_mask(masks, window, length, size, device)
-        scores = band if scores is None else _both(band, scores)
+        scores = band if scores is None else both(band, scores)
     if scores is not None:
         scores = F.pad(scores, (0, count), value=True if scores.dtype == torch.bool else 0.0)
     return Masks(masks.query_ids, None if masks.key_ids is None else F.pad(masks.key_ids, (0, count)), scores)
@@ -91,8 +98,8 @@ def _score_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor
     return ~mask if mask.dtype == torch.bool else mask
 
 
-def _padding(name: str, mask: Any, num: int, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """(inactive `[N, n]` bool, what to add to the scores `[N, n]` or None) of a padding mask."""
+def _padding(name: str, mask: Any, num: int, length: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """(inactive `[N, n]` bool, what to add to the scores, of `dtype`, `[N, n]` or None) of a padding mask."""
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
@@ -103,20 +110,22 @@ def _padding(name: str, mask: Any, num: int, length: int) -> tuple[Tensor | None
     mask = mask.reshape(num, length)
     if mask.dtype == torch.bool:
         return mask, None
-    off = ~kept(mask, mask.dtype) & ~mask.isnan()
+    off = ~kept(mask, dtype) & ~mask.isnan()
     added = mask.masked_fill(off, 0.0)
-    if can_look(mask) and not added.any():  # nothing but -inf, what nn.TransformerEncoderLayer makes of a bool mask
+    # Nothing but -inf is what nn.TransformerEncoderLayer makes of a bool mask; zeros that learn are something else.
+    if can_look(mask) and not (mask.requires_grad or has_tangent(mask) or added.any()):
         return off, None
     return off, added
 
 
-def _both(keep: Tensor, mask: Tensor) -> Tensor:
+def both(keep: Tensor, mask: Tensor) -> Tensor:
     """A mask that keeps what a bool mask and another mask keep."""
-    return keep & mask if mask.dtype == torch.bool else mask + _as_float(keep, mask.dtype)
+    return keep & mask if mask.dtype == torch.bool else mask + as_float(keep, mask.dtype, mask.dtype)
 
 
-def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to another of `dtype`: what it forbids becomes -inf, which no promotion of dtypes revives."""
+def as_float(mask: Tensor, dtype: torch.dtype, compute: torch.dtype) -> Tensor:
+    """A mask to add to another of `dtype`: what it forbids, judged in its own dtype or in that of the scores, becomes
+    -inf, which no promotion of dtypes revives."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    return mask.masked_fill(~kept(mask, mask.dtype) & ~mask.isnan(), -torch.inf)
+    return mask.masked_fill(~kept(mask, compute) & ~mask.isnan(), -torch.inf)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import is_softmax, solver
+from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
 from torch_sinkhorn_attn.checks import can_look, without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import check_name
@@ -31,10 +31,18 @@ class ModuleOptions(NamedTuple):
     gradient: str = "tail"
     engine: str | None = None
 
-    def check(self, module: nn.MultiheadAttention) -> None:
-        """ValueError or TypeError for what cannot work on this module, now rather than at the first call."""
+    def checked(self, module: nn.MultiheadAttention) -> ModuleOptions:
+        """The options in their plainest form.
+
+        Raises:
+            TypeError, ValueError: for what cannot work on this module, now rather than at the first call.
+        """
         if not isinstance(self.dustbin, bool):
             raise TypeError(f"dustbin must be True or False, got {self.dustbin!r}: the module learns its own scores.")
+        if self.dustbin and not module.out_proj.weight.is_floating_point():
+            raise TypeError(
+                f"dustbin=True needs floating-point parameters, but out_proj is {module.out_proj.weight.dtype}."
+            )
         if not 0 <= module.dropout < 1:
             raise ValueError(f"dropout={module.dropout} must lie in [0, 1).")
         solver(
@@ -42,12 +50,15 @@ class ModuleOptions(NamedTuple):
             self.base_iters, self.tail_iters, self.gradient, self.engine,
         )  # fmt: skip
         check_name(self.engine)
-        softmax = is_softmax(self.base_iters, self.tail_iters, self.relaxation, self.dustbin)
+        relaxation = plain_relaxation(self.relaxation)
+        softmax = is_softmax(self.base_iters, self.tail_iters, relaxation, self.dustbin)
         if self.window is not None and not softmax and (module.bias_k is not None or module.add_zero_attn):
             raise ValueError(
                 f"window={self.window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no "
                 "place on the diagonal. Drop one of them."
             )
+        window = None if self.window is None else (int(self.window[0]), int(self.window[1]))
+        return self._replace(relaxation=relaxation, window=window)
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -125,13 +136,16 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
     def _configure(self, options: ModuleOptions) -> None:
         """Add to what nn.MultiheadAttention's constructor made what this class has more: options and dustbin scores.
         `replace_attention` does it to modules that exist."""
-        options.check(self)
-        for name, option in options._asdict().items():
+        for name, option in options.checked(self)._asdict().items():
             if name != "dustbin":
                 setattr(self, name, option)
+        like = self.out_proj.weight
         for name in DUSTBIN_PARAMETERS:
-            score = nn.Parameter(self.out_proj.weight.new_zeros(self.num_heads, 1)) if options.dustbin else None
-            self.register_parameter(name, score)
+            with torch.inference_mode(False):  # parameters made in inference mode could not be trained
+                score = (
+                    torch.zeros(self.num_heads, 1, device=like.device, dtype=like.dtype) if options.dustbin else None
+                )
+                self.register_parameter(name, None if score is None else nn.Parameter(score))
 
     @property
     def options(self) -> ModuleOptions:
@@ -171,7 +185,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         if not self.dustbin or self.dustbin_row_score.is_meta:
             return
         own = {prefix + name for name in DUSTBIN_PARAMETERS}
-        if f"{prefix}out_proj.weight" in state_dict and not own & state_dict.keys():  # made without a dustbin
+        present = any(key.startswith(f"{prefix}out_proj.") for key in state_dict)
+        if present and not own & state_dict.keys():  # made without a dustbin
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -218,9 +233,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: average the weights over heads.
             is_causal: hint that `attn_mask` is causal. A causal plan exists only with a dustbin or relaxation.
             query_padding_mask: `(N, L)` or `(L)` bool, True = inactive query. Default: the key padding in
-                self-attention outside softmax mode, else none. Self-attention is seen by `query is key` or both being
-                the same memory; pass this where a wrapper copies its arguments (FSDP with input casts around this
-                very module, say).
+                self-attention outside softmax mode, else none. Self-attention is seen by `query is key`, or in eager
+                mode by both being the same memory; pass this where a wrapper copies its arguments (FSDP with input
+                casts around this very module, say).
 
         Returns:
             The output, shaped as the query with `embed_dim` features, and the weights `(N, L, S)`, `(N, H, L, S)`
@@ -279,7 +294,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         masks = convert(
             attn_mask, key_padding_mask, query_padding_mask, (q.shape[0], self.num_heads, q.shape[1], k.shape[1]),
-            q.device, queries_as_keys=not self.softmax_mode and _same_tokens(query, key),
+            q, queries_as_keys=not self.softmax_mode and _same_tokens(query, key),
         )  # fmt: skip
         k, v, masks = self._extra_keys(k, v, masks, q.shape[1])
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))

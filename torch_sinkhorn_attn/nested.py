@@ -22,11 +22,15 @@ class Padded(NamedTuple):
 
 def pad(x: Any) -> Padded:
     """Dense form of a nested `[N, *, E]`, of either layout."""
-    dense = torch.nested.to_padded_tensor(x, 0.0)
     if x.layout == torch.jagged:
-        lengths = x.lengths()
-        return Padded(dense, x.offsets().diff() if lengths is None else lengths)
-    return Padded(dense, x._nested_tensor_size()[:, 0].to(dense.device))
+        if x.lengths() is not None:
+            raise TypeError("nested tensors with holes (made by narrow) are not supported; pass x.contiguous().")
+        return Padded(torch.nested.to_padded_tensor(x, 0.0), x.offsets().diff())
+    sizes = x._nested_tensor_size()
+    if (sizes[:, 1:] != sizes[:1, 1:]).any():
+        raise ValueError(f"nested tensors must have one number of features, got components of sizes {sizes.tolist()}.")
+    dense = torch.nested.to_padded_tensor(x, 0.0)
+    return Padded(dense, sizes[:, 0].to(dense.device))
 
 
 def unpad(dense: Tensor, padded: Padded, like: Any) -> Tensor:
@@ -34,8 +38,5 @@ def unpad(dense: Tensor, padded: Padded, like: Any) -> Tensor:
     `padded`."""
     keep = ~padded.padding
     if like.layout == torch.jagged:
-        offsets = like.offsets() if like.lengths() is None else None
-        return torch.nested.nested_tensor_from_jagged(
-            dense[keep], offsets, None if offsets is not None else padded.lengths
-        )
+        return torch.nested.nested_tensor_from_jagged(dense[keep], like.offsets())
     return torch._nested_tensor_from_mask(dense, keep, mask_check=False)

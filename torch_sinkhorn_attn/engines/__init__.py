@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+from torch.autograd import forward_ad
+
 from torch_sinkhorn_attn.engines import tiled
 from torch_sinkhorn_attn.problem import Inputs, Problem
 
@@ -26,8 +29,8 @@ def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
         ValueError: the name is unknown, or the engine named cannot run the problem (with its reason).
     """
     check_name(name)
-    if name == REFERENCE:
-        return name
+    if name == REFERENCE or (torch.compiler.is_compiling() and forward_ad._current_level >= 0):
+        return REFERENCE  # a compiled op drops the tangents of forward mode; the definition is traced through
     reasons = []
     for candidate in [name] if name else ENGINES:
         reason = ENGINES[candidate].refusal(inputs, problem)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from torch_sinkhorn_attn.modules import DUSTBIN_PARAMETERS, ModuleOptions, SinkhornMultiheadAttention
 
-_REPLACED = "_replaced_by_sinkhorn"  # on a module: its class was changed here
+_REPLACED = "_replaced_by_sinkhorn"  # on a module whose class was changed here: by which call, and what it had before
 _NESTED = "_nested_tensors_before_sinkhorn"  # on an nn.TransformerEncoder: use_nested_tensor was switched off here
 
 
@@ -38,6 +39,7 @@ class ReplacementReport:
     new_parameters: dict[str, nn.Parameter] = field(repr=False)
     options: ModuleOptions
     model: nn.Module = field(repr=False)
+    call: str = field(repr=False)
 
     def __str__(self) -> str:
         rows = [(name, "replaced") for name in self.replaced]
@@ -114,9 +116,11 @@ def replace_attention(
         )
     for name, module in wanted.items():
         _check(name, module, chosen, model)
+    call = uuid4().hex
     for module in {id(module): module for module in wanted.values()}.values():
+        before = {name: module.__dict__[name] for name in ModuleOptions._fields if name in module.__dict__}
         _change_class(module, SinkhornMultiheadAttention)
-        setattr(module, _REPLACED, True)
+        module.__dict__[_REPLACED] = (call, before)
         SinkhornMultiheadAttention._configure(module, chosen)  # type: ignore[arg-type]
     new = {
         f"{name}.{score}".removeprefix("."): getattr(module, score)
@@ -124,7 +128,7 @@ def replace_attention(
         for score in DUSTBIN_PARAMETERS
         if chosen.dustbin
     }
-    return ReplacementReport(tuple(wanted), skipped, _without_nested_tensors(model), new, chosen, model)
+    return ReplacementReport(tuple(wanted), skipped, _without_nested_tensors(model), new, chosen, model, call)
 
 
 def restore_attention(model_or_report: nn.Module | ReplacementReport) -> tuple[str, ...]:
@@ -145,9 +149,9 @@ def restore_attention(model_or_report: nn.Module | ReplacementReport) -> tuple[s
         ValueError: a module was wrapped by `fully_shard` since.
     """
     if isinstance(model_or_report, ReplacementReport):
-        model, chosen = model_or_report.model, set(model_or_report.replaced)
+        model, call = model_or_report.model, model_or_report.call
     elif isinstance(model_or_report, nn.Module):
-        model, chosen = model_or_report, None
+        model, call = model_or_report, None
     else:
         raise TypeError(
             f"restore_attention needs a model or a ReplacementReport, got {type(model_or_report).__name__}."
@@ -155,7 +159,7 @@ def restore_attention(model_or_report: nn.Module | ReplacementReport) -> tuple[s
     found = [
         (names, module)
         for names, module in _attention_modules(model)
-        if _REPLACED in module.__dict__ and (chosen is None or chosen & set(names))
+        if _REPLACED in module.__dict__ and call in (None, module.__dict__[_REPLACED][0])
     ]
     for names, module in found:
         if not _is_plain(module, SinkhornMultiheadAttention):
@@ -165,12 +169,14 @@ def restore_attention(model_or_report: nn.Module | ReplacementReport) -> tuple[s
             )
     for _, module in found:
         _change_class(module, nn.MultiheadAttention)
-        for name in (_REPLACED, *ModuleOptions._fields):
+        _, before = module.__dict__.pop(_REPLACED)
+        for name in ModuleOptions._fields:
             module.__dict__.pop(name, None)
+        module.__dict__.update(before)
         for name in DUSTBIN_PARAMETERS:
             del module._parameters[name]
     for encoder in model.modules():
-        if _NESTED in encoder.__dict__ and not _holds_sinkhorn(encoder):
+        if _NESTED in encoder.__dict__ and not any(_REPLACED in m.__dict__ for m in encoder.modules()):
             encoder.use_nested_tensor = encoder.__dict__.pop(_NESTED)
     return tuple(name for names, _ in found for name in names)
 
@@ -205,7 +211,7 @@ def _reason_to_skip(
     if isinstance(module, SinkhornMultiheadAttention):
         if _REPLACED not in module.__dict__:
             return "was built as SinkhornMultiheadAttention"
-        if module.options != options:
+        if module.options != options.checked(module):
             raise ValueError(
                 f"{names[0] or _ROOT} was replaced before with other options: {module.options}. "
                 "restore_attention(model) first, or leave it out with filter."
@@ -227,7 +233,7 @@ def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 def _check(name: str, module: nn.MultiheadAttention, options: ModuleOptions, model: nn.Module) -> None:
     try:
-        options.check(module)
+        options.checked(module)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name or _ROOT}: {error} Or leave the module out with filter.") from error
     if options.dustbin and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
@@ -245,15 +251,12 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def _holds_sinkhorn(module: nn.Module) -> bool:
-    return any(isinstance(m, SinkhornMultiheadAttention) for m in module.modules())
-
-
 def _without_nested_tensors(model: nn.Module) -> tuple[str, ...]:
     """nn.TransformerEncoder hands nested tensors to its layers in evaluation, where their fused path is expected."""
     names = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and _holds_sinkhorn(module):
+        holds = any(isinstance(m, SinkhornMultiheadAttention) for m in module.modules())
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and holds:
             setattr(module, _NESTED, True)
             module.use_nested_tensor = False
             names.append(name)

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import is_softmax, solver
+from torch_sinkhorn_attn import data_checks
+from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.module_masks import as_float, both
+from torch_sinkhorn_attn.problem import compute_dtype
 
 _OPTIONS = ("epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "gradient", "engine")
 _OWN = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # What some models pass beside the mask, and this attention does not compute.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask", "cache", "block_indices", "indices")
 # Arguments of a module's forward that bring tokens of their own to attend to.
-_OTHER_TOKENS = {"key", "context", "latents", "encoder_hidden_states", "context_hidden_states", "key_hidden_states"}
+_OTHER_TOKENS = {
+    "key",
+    "key_value_states",
+    "context",
+    "latents",
+    "encoder_hidden_states",
+    "context_hidden_states",
+    "key_hidden_states",
+}
 
 
 def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
@@ -30,8 +41,9 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
     (`model.set_attn_implementation(name)`) from then on. Registering a name again replaces its options.
 
     Padded tokens leave the problem: in self-attention a key that no query may see is also an inactive query, and its
-    output is zero. Grouped-query attention, sliding windows, packed sequences and position biases work;
-    `output_attentions=True` returns the weights P/a.
+    output is zero. (Where a module does not show whether it is self-attention, its padded queries stay active, with a
+    warning.) Grouped-query attention, sliding windows and position biases work, and packed sequences, which are
+    separate but for a dustbin, which they share. `output_attentions=True` returns the weights P/a.
 
     Args:
         name: any but those of transformers itself.
@@ -45,7 +57,7 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
     Causal decoders have no balanced plan but the identity: their attention raises ValueError, unless there is a
     `dustbin` or `relaxation`, or it is softmax (`base_iters=0, tail_iters=0`). With a dustbin or relaxation a query
     still takes nothing from later keys, but later queries compete with it for earlier ones: outputs depend on later
-    tokens, so there is no generation token by token, and `use_cache=True` is refused.
+    tokens, so there is no generation token by token: pass `use_cache=False`, a step with a cache is refused.
 
     Raises:
         ImportError: transformers is not installed, or older than 5.
@@ -61,7 +73,7 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
     """
     if not isinstance(name, str) or not name or "|" in name or "/" in name:
         raise TypeError(f"register_transformers needs a name without '|' and '/', got {name!r}.")
-    if name in _OWN:
+    if name in _OWN or "flash" in name.lower() or "paged" in name.lower():
         raise ValueError(f"name={name!r} is an attention of transformers itself; choose another, such as 'sinkhorn'.")
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
@@ -96,6 +108,8 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         given["tail_iters"], given["gradient"], given["engine"],
     )  # fmt: skip
     check_name(given["engine"])
+    data_checks.check_dustbin_scores(dustbin)
+    given["relaxation"] = plain_relaxation(given["relaxation"])
     return given
 
 
@@ -127,12 +141,12 @@ def sinkhorn_attention_forward(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} asks for {name}, which Sinkhorn attention does not compute.")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     length, size = query.shape[-2], key.shape[-2]
     softmax = is_softmax(*(options[name] for name in ("base_iters", "tail_iters", "relaxation", "dustbin")))
     if causal and not softmax:
         _refuse_causal(options, module, length, size)
-    same = not softmax and _is_self_attention(module, length == size, causal)
+    same = not softmax and length == size and (causal or _is_self_attention(module, attention_mask is not None))
     mask, ids = _mask_and_ids(attention_mask, position_bias, query, key, causal, same)
     given = options | ids | {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     output = sinkhorn_attention(query, key, value, mask, dropout_p=dropout, **given)
@@ -164,35 +178,41 @@ def _mask_and_ids(
     In self-attention (`same`) padded keys are padded queries."""
     num, length, size = query.shape[0], query.shape[-2], key.shape[-2]
     ids = {}
+    if mask is None and causal and length > 1:  # a model that leaves it to the flag; sinkhorn_mask never does
+        mask = torch.ones(length, size, dtype=torch.bool, device=query.device).tril()
+    if mask is not None and mask.dtype != torch.bool:
+        mask = as_float(mask, mask.dtype, compute_dtype(query.dtype))  # now -inf is all that forbids
     if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and length > 1:
         key_ids = mask[:, 0, 0].expand(num, size).long() - 1
         ids = {"key_segment_ids": key_ids, "query_segment_ids": key_ids if same else key_ids.new_zeros(num, length)}
         mask = None
     elif mask is not None and same:
-        keep = kept(mask, mask.dtype).any(-2, keepdim=True).transpose(-1, -2)
-        mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
-    elif mask is None and causal and length > 1:
-        mask = torch.ones(length, size, dtype=torch.bool, device=query.device).tril()
+        keep = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-2, keepdim=True).transpose(-1, -2)
+        mask = both(keep, mask)
     if bias is not None:
-        mask = bias if mask is None else _biased(bias, mask)
+        mask = bias if mask is None else both(mask, bias) if mask.dtype == torch.bool else mask + bias
     return mask, ids
 
 
-def _biased(bias: Tensor, mask: Tensor) -> Tensor:
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-
-
-def _is_self_attention(module: nn.Module, square: bool, causal: bool) -> bool:
-    """Whether queries and keys are the same tokens. Modules do not say so; what they are does, and in doubt they are
-    not (padded queries then stay active, which changes little; real ones must never be taken for padding)."""
-    if not square or "cross" in type(module).__name__.lower():
+def _is_self_attention(module: nn.Module, masked: bool) -> bool:
+    """Whether the queries of a bidirectional module are the tokens of its keys. Modules do not say so, but what they
+    are does. In doubt they are not, which is said if there is a mask: padded queries then stay active, but no real
+    query is ever taken for padding."""
+    kind = type(module)
+    if "cross" in kind.__name__.lower():
         return False
     if hasattr(module, "is_cross_attention"):
         return not module.is_cross_attention
-    parameters = _forward_parameters(type(module))
-    if "key_value_states" in parameters:  # one class for all three attentions of an encoder-decoder
-        return hasattr(module, "is_decoder") and (causal or not module.is_decoder)
-    return not parameters & _OTHER_TOKENS
+    if not _forward_parameters(kind) & _OTHER_TOKENS:
+        return True
+    if hasattr(module, "is_decoder"):  # one class for all attentions of an encoder-decoder; a causal one is not asked
+        return not module.is_decoder
+    if masked and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{kind.__name__} may be self-attention or not, so its padded queries take part in its transport plan.",
+            stacklevel=2,
+        )
+    return False
 
 
 def _forward_parameters(cls: type[nn.Module]) -> frozenset[str]:
