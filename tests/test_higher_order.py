@@ -211,6 +211,8 @@ def test_second_derivatives_beside_a_mask_that_is_constant() -> None:
         first = torch.autograd.grad(loss(engine, "tail")(leaf, k, v, mask), leaf, create_graph=True)[0]
         results.append(torch.autograd.grad(first.sin().sum(), leaf)[0])
     assert close(*results)
+    found, truth = (hessian(lambda q, e=e: loss(e, "tail")(q, k, v, mask))(q) for e in ENGINES)
+    assert close(found, truth)
 
 
 def test_plain_first_gradients_stay_linear_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

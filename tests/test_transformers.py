@@ -271,6 +271,21 @@ def test_causal_decoders_are_refused_unless_softmax_or_relaxed() -> None:
         model(IDS, use_cache=False)[0].sum().backward()
 
 
+def test_a_causal_model_may_leave_the_mask_to_the_flag() -> None:
+    """Ours never does: its mask function gives the mask that SDPA's leaves out."""
+    mask = integration.sinkhorn_mask(batch_size=2, q_length=5, kv_length=5)
+    assert mask is not None and torch.equal(mask[0, 0], torch.ones(5, 5, dtype=torch.bool).tril())
+
+    class Causal(nn.Module):
+        is_causal = True
+
+    q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=D)
+    options = {"base_iters": 0, "tail_iters": 0, "relaxation": None, "dustbin": None}
+    found = integration.sinkhorn_attention_forward(options, Causal(), q, k, v)[0]
+    truth = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(found, truth.transpose(1, 2), atol=1e-12)
+
+
 def test_cross_attention_does_not_take_decoder_queries_for_padding() -> None:
     """As many decoder tokens as padded encoder tokens."""
     model = build(hf.BartModel, hf.BartConfig(**BART), "sinkhorn_dustbin")
