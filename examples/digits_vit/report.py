@@ -54,7 +54,8 @@ def differences(outcomes: Mapping[str, Sequence[Outcome]], size: int) -> list[st
             ]
             each = ", ".join(f"{gap:+.2f}" for gap in gaps)
             lines.append(
-                f"{name} minus {SOFTMAX}, seed by seed: {each} points of accuracy (one image is {100 / size:.2f})"
+                f"{name} minus {SOFTMAX}: {spread(gaps, 2)} points of accuracy (seed by seed {each}; "
+                f"one image is {100 / size:.2f})"
             )
     return lines
 
