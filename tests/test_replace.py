@@ -217,7 +217,8 @@ def test_pruned_and_old_style_weight_norm_projections_work() -> None:
 
 
 def test_lora_adapters_keep_working_and_training() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = encoder()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False))
     truth = adapted(X)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.problem import compute_dtype
 
 WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
@@ -101,6 +102,7 @@ def solver(
         raise ValueError(f"gradient={gradient!r} is unknown; choose one of {', '.join(map(repr, GRADIENTS))}.")
     if engine is not None and not isinstance(engine, str):
         raise TypeError(f"engine must be a name or None, got {engine!r}.")
+    check_name(engine)
     return Solver(
         scale,
         epsilon,

@@ -14,7 +14,7 @@ _BLOCK_ELEMENTS = 1 << 21
 
 
 class MaskScan(NamedTuple):
-    """Shapes `[N or more, h, L]` and `[.., S]` with h the mask's heads (1 or H)."""
+    """Shapes `[N, h, L]` and `[N, h, S]` with h the mask's heads (1 or H)."""
 
     row_active: Tensor  # some active key of its problem is kept
     col_active: Tensor
@@ -67,7 +67,7 @@ def _scan_fake(
 
 def _scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) -> MaskScan:
     length, size = support.row_active.shape[-1], support.col_active.shape[-1]
-    num, heads = max(mask.shape[0], support.row_active.shape[0]), mask.shape[1]
+    num, heads = support.row_active.shape[0], mask.shape[1]
     step = max(1, _BLOCK_ELEMENTS // max(1, num * heads * size))
     column = torch.arange(size, device=mask.device)
     rows: list[tuple[Tensor, ...]] = []

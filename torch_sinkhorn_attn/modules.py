@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
 from torch_sinkhorn_attn.checks import can_look, without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.nested import pad, unpad
@@ -45,11 +44,10 @@ class ModuleOptions(NamedTuple):
             )
         if not 0 <= module.dropout < 1:
             raise ValueError(f"dropout={module.dropout} must lie in [0, 1).")
-        solver(
+        checked = solver(
             module.head_dim, torch.float32, None, self.epsilon, self.window, self.relaxation,
             self.base_iters, self.tail_iters, self.gradient, self.engine,
         )  # fmt: skip
-        check_name(self.engine)
         relaxation = plain_relaxation(self.relaxation)
         softmax = is_softmax(self.base_iters, self.tail_iters, relaxation, self.dustbin)
         if self.window is not None and not softmax and (module.bias_k is not None or module.add_zero_attn):
@@ -57,8 +55,7 @@ class ModuleOptions(NamedTuple):
                 f"window={self.window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no "
                 "place on the diagonal. Drop one of them."
             )
-        window = None if self.window is None else (int(self.window[0]), int(self.window[1]))
-        return self._replace(relaxation=relaxation, window=window)
+        return self._replace(relaxation=relaxation, window=checked.window)
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):

@@ -44,16 +44,26 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen unrelated types on damaged files
-        raise ValueError(f"{path} is not a readable checkpoint; it is damaged, or not one") from error
+    state = read_file(path)
     missing = {"config", "model", "optimizer", "step", "history", "rng"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this example: it lacks {', '.join(sorted(missing))}")
     return dict(state)
+
+
+def read_file(path: Path) -> Any:
+    """What torch.save put into a file, tensors and plain containers alone.
+
+    Raises:
+        FileNotFoundError: no file there.
+        ValueError: the file is not readable as that.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen unrelated types on damaged files
+        raise ValueError(f"{path} is not a readable checkpoint; it is damaged, or not one") from error
 
 
 def prepare_folder(folder: str | Path, option: str = "--out") -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
+
+from examples.pfam.checkpoint import read_file
 
 from .data import LONGEST, TOKENS
 
@@ -46,12 +47,7 @@ def load_model(path: str | Path, families: int) -> FamilyClassifier:
         ValueError: the file is not a checkpoint of this model.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen unrelated types on damaged files
-        raise ValueError(f"{path} is not a readable checkpoint; it is damaged, or not one") from error
+    state = read_file(path)
     model = FamilyClassifier(families)
     try:
         model.load_state_dict(state)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch_sinkhorn_attn import data_checks
 from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import as_float, both
 from torch_sinkhorn_attn.problem import compute_dtype
@@ -107,7 +106,6 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         1, torch.float32, None, given["epsilon"], given["window"], given["relaxation"], given["base_iters"],
         given["tail_iters"], given["gradient"], given["engine"],
     )  # fmt: skip
-    check_name(given["engine"])
     data_checks.check_dustbin_scores(dustbin)
     given["relaxation"] = plain_relaxation(given["relaxation"])
     return given
