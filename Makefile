@@ -8,13 +8,14 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test bench lint wheel clean
+.PHONY: help demo test bench lint sanitize wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
 	@echo "make test    lint, then every test and documentation example (PYTEST_ARGS=... are passed on)"
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
+	@echo "make sanitize the C++ kernels, instrumented, through the tests of engines (Linux, GCC; some minutes)"
 	@echo "make wheel   the sdist and the wheel, into dist/"
 	@echo "make clean   remove what building and testing left; .venv stays"
 	@echo "PYTHON=...   the Python that .venv is made with, 3.10 to 3.13 (now: $(PYTHON))"
@@ -31,6 +32,17 @@ test: lint
 lint: $(PACKAGE)
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
+
+# The interpreter itself is not instrumented, so the runtime is preloaded; what Python and torch never free is theirs.
+SANITIZED := build/sanitized/lib
+sanitize: $(PACKAGE)
+	rm -rf build/sanitized
+	TORCH_SINKHORN_ATTN_BUILD_CPU=1 TORCH_SINKHORN_ATTN_SANITIZE=address,undefined \
+	    $(RUN) setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitized/temp
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	    $(RUN) -m pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k cpu \
+	    tests/test_conformance.py tests/test_cpu.py $(PYTEST_ARGS)
 
 wheel: $(PACKAGE)
 	rm -rf build
@@ -53,7 +65,7 @@ $(REQUIREMENTS): requirements.txt
 	@$(RUN) -m pip install --quiet --requirement requirements.txt
 	@rm $(VENV)/.incomplete && touch $@
 
-$(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py torch_sinkhorn_attn/__init__.py
-	@echo "Installing torch_sinkhorn_attn into $(VENV), editable."
+$(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py torch_sinkhorn_attn/__init__.py $(wildcard csrc/*)
+	@echo "Installing torch_sinkhorn_attn into $(VENV), editable; its C++ kernels take a minute or two to compile."
 	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -1,3 +1,134 @@
-from setuptools import setup
+"""Builds the package and, where torch and a C++ compiler are at hand, the kernels of csrc/ (engine "cpu").
 
-setup()
+The kernels are one shared library of torch ops, free of the Python ABI. Its hot translation unit is compiled once for
+each instruction set and chosen at run time, so no flag names the machine it is built on. Without torch or a compiler
+the package installs all the same, and says why that engine is missing. Environment:
+
+    TORCH_SINKHORN_ATTN_BUILD_CPU   "0" leaves the kernels out, "1" makes a failure an error (default: try)
+    TORCH_SINKHORN_ATTN_SANITIZE    e.g. "address,undefined": instrument them (see `make sanitize`)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+NAME = "torch_sinkhorn_attn.engines._cpu"
+MISSING = "_cpu_missing.txt"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+BUILD = os.environ.get("TORCH_SINKHORN_ATTN_BUILD_CPU", "")
+SANITIZE = os.environ.get("TORCH_SINKHORN_ATTN_SANITIZE", "")
+
+CAPABILITIES = {"DEFAULT": []}  # the instruction sets, with the flags PyTorch builds its own kernels with
+if X86:
+    CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+
+
+class BuildKernels(build_ext):
+    """build_ext with flags per translation unit, compiled side by side."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        missing = target.with_name(MISSING)
+        missing.unlink(missing_ok=True)
+        reason = self._compile(ext, target)
+        if reason is None:
+            return
+        if BUILD == "1":
+            raise RuntimeError(f'engine "cpu" was not built: {reason}')
+        target.unlink(missing_ok=True)
+        missing.write_text(reason + "\n")
+        print(f'warning: engine "cpu" is left out: {reason}', file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        folder = Path(self.get_ext_fullpath(NAME)).parent
+        return [str(path) for path in (folder / "_cpu.so", folder / MISSING) if path.exists()]
+
+    def _compile(self, ext: Extension, target: Path) -> str | None:
+        """None, or why it could not be built."""
+        if BUILD == "0":
+            return "the package was built with TORCH_SINKHORN_ATTN_BUILD_CPU=0"
+        try:
+            import torch
+        except ImportError:
+            return "torch could not be imported when the package was built"
+        if self.compiler.compiler_type != "unix":
+            return f"the kernels are built with GCC or Clang, not {self.compiler.compiler_type}"
+        compiler = self.compiler.compiler_so_cxx or self.compiler.compiler_so
+        if shutil.which(compiler[0]) is None:
+            return f"the C++ compiler {compiler[0]!r} was not found when the package was built"
+        objects = Path(self.build_temp) / "csrc"
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                built = list(pool.map(lambda unit: self._object(torch, objects, *unit), self._units(ext.sources)))
+            self._link(torch, built, target)
+        except Exception as error:  # distutils raises its own
+            return f"{type(error).__name__} when the package was built: {error}"
+        return None
+
+    @staticmethod
+    def _units(sources: list[str]) -> list[tuple[str, str, list[str]]]:
+        """(name, source, flags) of every translation unit, the slowest first."""
+        kernels = "csrc/kernels.cpp"
+        units = [
+            (f"kernels_{name}", kernels, [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *flags])
+            for name, flags in reversed(CAPABILITIES.items())
+        ]
+        return units + [(Path(source).stem, source, []) for source in sources if source != kernels]
+
+    def _flags(self) -> list[str]:
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+        flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # torch's headers, seen by GCC
+        if X86:
+            flags.append("-DSINKHORN_X86")
+        if sys.platform.startswith("linux"):
+            flags.append("-fopenmp")  # of at::parallel_for
+        if SANITIZE:
+            flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+        return flags
+
+    def _object(self, torch, folder: Path, name: str, source: str, flags: list[str]) -> str:
+        from torch.utils.cpp_extension import include_paths
+
+        compiler = self.compiler.compiler_so_cxx or self.compiler.compiler_so
+        output = folder / f"{name}.o"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        headers = [x for path in include_paths() for x in ("-isystem", path)]
+        command = [*compiler, *self._flags(), abi, *headers, *flags, "-c", str(ROOT / source), "-o", str(output)]
+        self.compiler.spawn(command)
+        return str(output)
+
+    def _link(self, torch, objects: list[str], target: Path) -> None:
+        """Without -fopenmp: the OpenMP runtime must be the one torch has loaded, or its thread count would not hold."""
+        from torch.utils.cpp_extension import library_paths
+
+        linker = self.compiler.linker_so_cxx or self.compiler.linker_so
+        libraries = [x for path in library_paths() for x in (f"-L{path}",)] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+        extra = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+        self.compiler.spawn([*linker, *objects, *libraries, *extra, "-o", str(target)])
+
+
+class PlatformWheel(bdist_wheel):
+    """The library needs torch and the platform, not one version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+setup(ext_modules=[Extension(NAME, sources)], cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel})

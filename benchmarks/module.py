@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from lib.measure import print_rows
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import SinkhornMultiheadAttention, sinkhorn_attention
@@ -104,8 +105,7 @@ def main() -> None:
         lines.append(row(shape, window, False, arguments.repeat))
         lines.append(row(shape, window, True, arguments.repeat))
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    for line in lines:
-        print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
+    print_rows(lines, widths)
 
 
 if __name__ == "__main__":

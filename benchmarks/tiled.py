@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from lib.measure import best_times, leaves, print_rows, relative, step
 
 from torch_sinkhorn_attn import sinkhorn_attention
 from torch_sinkhorn_attn.arguments import prepare
@@ -40,37 +38,12 @@ def cases(largest: int) -> list[Case]:
     return found
 
 
-def leaves(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=g).to(dtype).requires_grad_() for _ in range(3)]
-
-
-def step(inputs: list[Tensor], function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    out = function(*inputs)
-    return out.detach(), torch.autograd.grad(out.sin().sum(), inputs)[0]
-
-
-def best_times(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Seconds, the best of `repeat` rounds in which the functions take turns."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(repeat):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
 def peak_bytes(shape: tuple[int, ...], options: dict) -> int:
     prepared = prepare(*(x.detach() for x in leaves(shape)), **options)
     with PeakMemory() as memory:
         result = tiled.forward(prepared.inputs, prepared.problem)
         tiled.backward(prepared.inputs, prepared.problem, result.output, result.potentials, OutputGrads(result.output))
     return memory.peak
-
-
-def relative(x: Tensor, y: Tensor) -> float:
-    return float((x.double() - y).norm() / y.norm())
 
 
 def row(case: Case, repeat: int) -> list[str]:
@@ -105,8 +78,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {arguments.threads} threads, T = 20, R = 2, forward + backward")
     widths = [max(9, len(x)) for x in head]
     widths[1] = 14
-    for line in chain([head], (row(case, arguments.repeat) for case in cases(arguments.largest))):
-        print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)), flush=True)
+    print_rows(chain([head], (row(case, arguments.repeat) for case in cases(arguments.largest))), widths)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def _uniform(g: torch.Generator, *shape: int) -> Tensor:
     return 0.5 + torch.rand(shape, generator=g, dtype=DTYPE)
 
 
-def make(seed: int, dtype: torch.dtype = DTYPE, dropout: bool = True, largest: int = 12) -> Call:
-    """A feasible problem drawn from `seed`."""
+def make(
+    seed: int, dtype: torch.dtype = DTYPE, dropout: bool = True, largest: int = 12, base_options: bool = True
+) -> Call:
+    """A feasible problem drawn from `seed`. Without `base_options` nothing stops early, which rounding may decide."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -116,6 +118,9 @@ def make(seed: int, dtype: torch.dtype = DTYPE, dropout: bool = True, largest: i
             randn(*batch, heads, length + bins).detach(),
             randn(*batch, heads, size + bins).detach(),
         )
+    if base_options and o["gradient"] != "unrolled":
+        o["tolerance"] = _choice(g, [None, None, None, None, 1e-1, 1e-2])
+        o["over_relaxation"] = _choice(g, [1.0, 1.0, 1.0, 1.0, 1.3, 0.8])
     call.leaves += [x for x in (call.query, call.key, call.value, call.mask) if x is not None and x.requires_grad]
     return call
 

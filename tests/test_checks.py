@@ -62,6 +62,7 @@ META_IDS = torch.empty(2, 70, dtype=torch.int64, device="meta")
         {"query_segment_ids": META_IDS, "key_segment_ids": META_IDS, "dustbin": Dustbin(1.0, 0.0)},
         {"gradient": "implicit"},
         {"relaxation": 1.0, "dropout_p": 0.1, "tail_iters": 0},
+        {"tolerance": 1e-2, "over_relaxation": 1.3},
     ],
     ids=lambda options: "-".join(options),
 )

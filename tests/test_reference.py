@@ -167,7 +167,7 @@ def test_warm_start_continues_the_iteration() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_all_gradients_share_one_forward(seed: int) -> None:
-    call = problems.make(seed, dropout=False)
+    call = problems.make(seed, dropout=False, base_options=False)
     outputs = [
         attention(call.query, call.key, call.value, call.mask, **(call.options | {"gradient": gradient}))
         for gradient in ("tail", "unrolled", "implicit")

@@ -75,6 +75,8 @@ class Solver(NamedTuple):
     rho: tuple[float, float]  # (row, column) damping
     base_iters: int
     tail_iters: int
+    tolerance: float  # 0: never
+    over_relaxation: float
     gradient: str
 
 
@@ -87,6 +89,8 @@ def solver(
     relaxation: Any,
     base_iters: Any,
     tail_iters: Any,
+    tolerance: Any,
+    over_relaxation: Any,
     gradient: Any,
     engine: Any,
 ) -> Solver:
@@ -110,8 +114,26 @@ def solver(
         (rho[0], rho[1]),
         count("base_iters", base_iters),
         count("tail_iters", tail_iters),
+        *base_options(tolerance, over_relaxation, gradient),
         gradient,
     )
+
+
+def base_options(tolerance: Any, over_relaxation: Any, gradient: str) -> tuple[float, float]:
+    """(tolerance, 0 for None; omega): what only a stopped base can have."""
+    threshold = 0.0 if tolerance is None else number("tolerance", tolerance)
+    if threshold < 0:
+        raise ValueError(f"tolerance={threshold} must be 0 or more; None and 0 never stop early.")
+    omega = number("over_relaxation", over_relaxation)
+    if not 0 < omega < 2:
+        raise ValueError(f"over_relaxation={omega} must lie between 0 and 2, both excluded; 1 is the plain iteration.")
+    if gradient == "unrolled" and (tolerance is not None or omega != 1):
+        given = f"over_relaxation={omega}" if tolerance is None else f"tolerance={threshold}"
+        raise ValueError(
+            f"{given} needs a stopped base, and gradient='unrolled' has none: it differentiates every iteration. Use "
+            "gradient='tail' or 'implicit', or leave tolerance=None and over_relaxation=1."
+        )
+    return threshold, omega
 
 
 def is_softmax(base_iters: int, tail_iters: int, relaxation: Any, dustbin: Any) -> bool:

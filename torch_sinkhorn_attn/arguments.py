@@ -44,6 +44,8 @@ class Options(TypedDict, total=False):
     dustbin: Dustbin | None
     base_iters: int
     tail_iters: int
+    tolerance: float | None
+    over_relaxation: float
     gradient: str
     initial_potentials: tuple[Tensor, Tensor] | None
     dropout_p: float
@@ -84,6 +86,8 @@ def prepare(
     dustbin: Dustbin | None = None,
     base_iters: int = 20,
     tail_iters: int = 2,
+    tolerance: float | None = None,
+    over_relaxation: float = 1.0,
     gradient: str = "tail",
     initial_potentials: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
@@ -94,7 +98,10 @@ def prepare(
     query, key, value = tokens(query, key, value, enable_gqa)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
-    o = solver(features, dtype, scale, epsilon, window, relaxation, base_iters, tail_iters, gradient, engine)
+    o = solver(
+        features, dtype, scale, epsilon, window, relaxation,
+        base_iters, tail_iters, tolerance, over_relaxation, gradient, engine,
+    )  # fmt: skip
     dropout_p = number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p} must lie in [0, 1).")
@@ -151,7 +158,8 @@ def prepare(
         initial_row=given.initial[0], initial_col=given.initial[1],
         dropout_seed=_dropout_seed(dropout_p, query.device),
         scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1],
-        base_iters=o.base_iters, tail_iters=o.tail_iters, gradient=o.gradient, dropout_p=dropout_p,
+        base_iters=o.base_iters, tail_iters=o.tail_iters, tolerance=o.tolerance, over_relaxation=o.over_relaxation,
+        gradient=o.gradient, dropout_p=dropout_p,
         banded=given.packed or o.window is not None,
         window_left=-1 if o.window is None else o.window[0], window_right=-1 if o.window is None else o.window[1],
         uniform=not given.packed and query_lengths is None and key_lengths is None,

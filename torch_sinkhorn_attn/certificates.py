@@ -21,7 +21,7 @@ from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.implicit import NormalPlan
 from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
-from torch_sinkhorn_attn.support import Components, by_segment, components, segment_sum
+from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
 
 POWER_ITERS = 100
 
@@ -38,13 +38,14 @@ class Certificate:
             not positive.
         contraction: Birkhoff-Hopf factor kappa = tanh(Delta/4) of one half-step in Hilbert's metric, at any iterate;
             1 = not certified.
-        rate: a-posteriori rate per iteration near the fixed point: second singular value squared of
+        rate: a-posteriori rate per plain iteration near the fixed point: second singular value squared of
             diag(P1)^(-1/2) P diag(P^T 1)^(-1/2) (relaxed: rho_r rho_c times the first), by power iteration, which
             approaches it from below.
         dropped: L1 norm of the cotangent the surrogate drops, for the probe's or your cotangent.
-        bias_bound: certified bound of ||dS_unrolled - dS_tail||_1; inf = not certified (a zero in the block, kappa = 1,
-            or a relaxed side).
-        implicit_bias_bound: the same against the implicit gradient; holds at converged duals.
+        bias_bound: certified bound of ||dS_unrolled - dS_tail||_1, unrolled through the iterations that were taken, at
+            most T; inf = not certified (a zero in the block, kappa = 1, a relaxed side, or an over-relaxed base, whose
+            half-steps kappa does not bound).
+        implicit_bias_bound: the same against the implicit gradient, whatever the base; holds at converged duals.
         measured_bias: ||dS_tail - dS_implicit||_1, both evaluated at the returned plan, with your options' gradient in
             place of the tail.
         implicit_norm: ||dS_implicit||_1, what to divide `measured_bias` by.
@@ -145,21 +146,13 @@ class _Segments:
     """Sums and maxima of augmented row or column vectors by problem, `[N, H, n(+G)]` to `[N, H, G]`."""
 
     def __init__(self, problem: Problem):
-        bins = problem.num_dustbins
-        if problem.row_segment is None or problem.col_segment is None:
-            self.row, self.col, self.count = None, None, 1
-            return
-        own = torch.arange(bins, device=problem.row_segment.device).expand(problem.row_segment.shape[0], bins)
-        self.row, self.col = (torch.cat([s, own], -1)[:, None] for s in (problem.row_segment, problem.col_segment))
-        self.count = max(1, min(problem.row_segment.shape[-1], problem.col_segment.shape[-1]))
+        self.row, self.col, self.count = segments(problem)
 
     def sum(self, x: Tensor, index: Tensor | None) -> Tensor:
         return segment_sum(x, index, self.count)
 
     def max(self, x: Tensor, index: Tensor | None) -> Tensor:
-        start = x.new_full((*x.shape[:-1], self.count), -torch.inf)
-        where = torch.zeros_like(x, dtype=torch.int64) if index is None else index.expand_as(x)
-        return start.scatter_reduce(-1, where, x, "amax")
+        return segment_max(x, index, self.count)
 
 
 def _certificate(tiles: Tiles, potentials: Potentials, grad_output: Tensor, exact_diameter: bool) -> tuple[Tensor, ...]:
@@ -184,7 +177,8 @@ def _certificate(tiles: Tiles, potentials: Potentials, grad_output: Tensor, exac
 
 
 def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """||z0||_1 (1 - kappa^h) / (1 - kappa) for the h dropped half-steps (2T, or 2T - 1 for R = 0), and for h -> inf."""
+    """||z0||_1 (1 - kappa^h) / (1 - kappa) for the h dropped half-steps (2T, or 2T - 1 for R = 0), and for h -> inf.
+    A base that stopped early dropped fewer, which the bound for T covers; kappa is not that of over-relaxed ones."""
     base, tail = problem.schedule
     half_steps = 2 * base - (tail == 0 and base > 0)
     certified = kappa < 1 if problem.balanced else torch.zeros_like(kappa, dtype=torch.bool)
@@ -194,8 +188,9 @@ def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tens
     against_unrolled = dropped * (1 - kappa**half_steps) * geometric
     if half_steps == 0:  # nothing is dropped on the way to u = 0
         against_unrolled = torch.zeros_like(dropped)
+    plain = certified & (problem.over_relaxation == 1)
     return (
-        torch.where(certified | (half_steps == 0), against_unrolled, torch.inf),
+        torch.where(plain | (half_steps == 0), against_unrolled, torch.inf),
         torch.where(certified, dropped * geometric, torch.inf),
     )
 

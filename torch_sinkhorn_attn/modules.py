@@ -25,6 +25,8 @@ class ModuleOptions(NamedTuple):
     window: tuple[int, int] | None = None
     base_iters: int = 20
     tail_iters: int = 2
+    tolerance: float | None = None
+    over_relaxation: float = 1.0
     dustbin: bool = False
     relaxation: float | tuple[float | None, float | None] | None = None
     gradient: str = "tail"
@@ -46,7 +48,7 @@ class ModuleOptions(NamedTuple):
             raise ValueError(f"dropout={module.dropout} must lie in [0, 1).")
         checked = solver(
             module.head_dim, torch.float32, None, self.epsilon, self.window, self.relaxation,
-            self.base_iters, self.tail_iters, self.gradient, self.engine,
+            self.base_iters, self.tail_iters, self.tolerance, self.over_relaxation, self.gradient, self.engine,
         )  # fmt: skip
         relaxation = plain_relaxation(self.relaxation)
         softmax = is_softmax(self.base_iters, self.tail_iters, relaxation, self.dustbin)
@@ -55,7 +57,7 @@ class ModuleOptions(NamedTuple):
                 f"window={self.window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no "
                 "place on the diagonal. Drop one of them."
             )
-        return self._replace(relaxation=relaxation, window=checked.window)
+        return self._replace(relaxation=relaxation, window=checked.window, tolerance=checked.tolerance or None)
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -69,7 +71,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             `torch.nn.MultiheadAttention`. The keys added by `add_bias_kv` and `add_zero_attn` are keys like any other:
             visible to every query, with a share of the mass, and left to the dustbin at the head's
             `dustbin_col_score` where there is one. Outside softmax mode they cannot be combined with a window.
-        epsilon, window, base_iters, tail_iters, relaxation, gradient, engine: as `sinkhorn_attention`.
+        epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, relaxation, gradient, engine: as
+            `sinkhorn_attention`.
         dustbin: give every head a learnable dustbin: parameters `dustbin_row_score` and `dustbin_col_score`,
             `[num_heads, 1]`, zeros at first. A state_dict without them (of `torch.nn.MultiheadAttention`, say) loads
             strictly and leaves them as they are.
@@ -113,6 +116,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         window: tuple[int, int] | None = None,
         base_iters: int = 20,
         tail_iters: int = 2,
+        tolerance: float | None = None,
+        over_relaxation: float = 1.0,
         dustbin: bool = False,
         relaxation: float | tuple[float | None, float | None] | None = None,
         gradient: str = "tail",
@@ -124,7 +129,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout=dropout, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
             kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype,
         )  # fmt: skip
-        self._configure(ModuleOptions(epsilon, window, base_iters, tail_iters, dustbin, relaxation, gradient, engine))
+        self._configure(ModuleOptions(
+            epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, dustbin, relaxation, gradient, engine,
+        ))  # fmt: skip
 
     base_iters: int  # nn.Module says of its attributes that they are tensors or modules
     tail_iters: int
@@ -317,9 +324,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             dustbin = Dustbin(row_score, col_score)
         extra_keys = self.bias_k is not None or self.add_zero_attn  # then the window is part of the mask
         options: dict[str, Any] = {
-            "epsilon": self.epsilon, "window": None if extra_keys else self.window,
-            "base_iters": self.base_iters, "tail_iters": self.tail_iters,
-            "relaxation": self.relaxation, "gradient": self.gradient, "engine": self.engine, "dustbin": dustbin,
+            **{name: getattr(self, name) for name in ModuleOptions._fields},
+            "window": None if extra_keys else self.window, "dustbin": dustbin,
             "query_segment_ids": masks.query_ids, "key_segment_ids": masks.key_ids,
         }  # fmt: skip
         dropout = self.dropout if self.training else 0.0

@@ -108,6 +108,8 @@ class Problem:
         scale, epsilon: scores are `scale * q.k / epsilon + mask`.
         rho_row, rho_col: damping of the half-steps, `tau / (tau + epsilon)`; 1 is balanced.
         base_iters, tail_iters: T and R.
+        tolerance: a problem's base ends early once the next plain column half-step would move no v_j by more; 0: never.
+        over_relaxation: omega; a half-step of the base gives (1 - omega) * old + omega * plain.
         gradient: "tail", "implicit" or "unrolled".
         dropout_p: probability of dropping a real entry of P/a.
         banded: False if every pair of active tokens is in the support before the mask, so intervals need no test.
@@ -134,6 +136,8 @@ class Problem:
     rho_col: float
     base_iters: int
     tail_iters: int
+    tolerance: float
+    over_relaxation: float
     gradient: str
     dropout_p: float
     banded: bool

@@ -11,16 +11,28 @@ Formulas: D. Forde, arXiv:2605.08123, in the order columns first, rows last.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dropout import keep_mask
 from torch_sinkhorn_attn.implicit import FIRST_ONLY, DensePlan, implicit_duals
 from torch_sinkhorn_attn.once import differentiable_once
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem, Result, compute_dtype
-from torch_sinkhorn_attn.support import Components, centre_gauge, components, largest, mass_of, with_dustbin
+from torch_sinkhorn_attn.support import (
+    Components,
+    by_segment,
+    centre_gauge,
+    components,
+    largest,
+    mass_of,
+    segment_max,
+    segments,
+    with_dustbin,
+)
 
 
 class Dense(NamedTuple):
@@ -106,15 +118,17 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
     """Solve and return the augmented plan, differentiable as `problem.gradient` says, with the tail's duals."""
     parts = components(problem)
     stopped, differentiated = problem.schedule
-    rho_r, rho_c = problem.rho_row, problem.rho_col
+    rho_r, rho_c, omega = problem.rho_row, problem.rho_col, problem.over_relaxation
     implicit = problem.gradient == "implicit"
     with torch.no_grad():
-        u = _initial(problem.initial_row, dense.log_a)
-        v = _initial(problem.initial_col, dense.log_b)
         held = dense.scores.detach()  # no_grad alone would let forward-mode tangents through
-        for _ in range(stopped):
-            v = half_step(held, u, dense.log_b, rho_c, dim=-2)
-            u = half_step(held, v, dense.log_a, rho_r, dim=-1)
+        u, v = stopped_base(
+            _initial(problem.initial_row, dense.log_a),
+            _initial(problem.initial_col, dense.log_b),
+            lambda u, v: half_step(held, u, dense.log_b, rho_c, dim=-2, old=v, omega=omega),
+            lambda v, u: half_step(held, v, dense.log_a, rho_r, dim=-1, old=u, omega=omega),
+            problem,
+        )
         if problem.balanced and stopped:
             u, v = centre_gauge(u, v, problem, parts)
     rows, cols = [u], [v]
@@ -139,15 +153,54 @@ def plan_of(dense: Dense, u: Tensor, v: Tensor) -> Tensor:
     return torch.exp(dense.scores + u[..., :, None] + v[..., None, :])
 
 
-def half_step(scores: Tensor, other: Tensor, log_mass: Tensor, rho: float, dim: int) -> Tensor:
+HalfStep = Callable[[Tensor, Tensor], Tensor]
+
+
+def stopped_base(u: Tensor, v: Tensor, column: HalfStep, row: HalfStep, problem: Problem) -> tuple[Tensor, Tensor]:
+    """T iterations v = column(u, v), u = row(v, u): half-steps, over-relaxed by omega from the potential they replace.
+
+    With a tolerance each problem (batch element, head, segment) ends at the first (u^t, v^t), t >= 1, from which the
+    next column half-step, before over-relaxation, would move no v_j by more: max_j |v_plain_j - v_j| <= tolerance. It
+    stands still from then on; the loop itself ends when all do, where looking costs nothing (eager CPU tensors).
+    """
+    own, done = segments(problem), None
+    for t in range(problem.schedule[0]):
+        next_v = column(u, v)
+        if t and problem.tolerance:
+            change = segment_max((next_v - v).abs() / problem.over_relaxation, own.col, own.number)  # of the plain step
+            done = change <= problem.tolerance if done is None else done | (change <= problem.tolerance)
+            if can_look(done) and done.all():
+                break
+            next_v = torch.where(by_segment(done, own.col, v.shape[-1]), v, next_v)
+        next_u = row(next_v, u)
+        if done is not None:
+            next_u = torch.where(by_segment(done, own.row, u.shape[-1]), u, next_u)
+        u, v = next_u, next_v
+    return u, v
+
+
+def half_step(
+    scores: Tensor,
+    other: Tensor,
+    log_mass: Tensor,
+    rho: float,
+    dim: int,
+    old: Tensor | None = None,
+    omega: float = 1.0,
+) -> Tensor:
     """rho (log mass - LSE_dim(scores + other)); 0 on a line without support, whose plan is 0 whatever its potential.
 
-    `dim=-2` is the column half-step (sums over rows, `other` = u), `dim=-1` the row half-step (`other` = v).
+    `dim=-2` is the column half-step (sums over rows, `other` = u), `dim=-1` the row half-step (`other` = v). With an
+    omega other than 1 it is over-relaxed from the old potential, (1 - omega) * old + omega * plain (A. Thibault, L.
+    Chizat, C. Dossal, N. Papadakis, Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport, Algorithms
+    14(5), 2021, arXiv:1711.01851).
     """
     dead = (scores == -torch.inf).all(dim)
     shifted = scores + other.unsqueeze(-1 if dim == -2 else -2)
     shifted = shifted.masked_fill(dead.unsqueeze(dim), 0.0)
     potential = rho * (log_mass.masked_fill(dead, 0.0) - torch.logsumexp(shifted, dim))
+    if old is not None and omega != 1:
+        potential = (1 - omega) * old + omega * potential
     return potential.masked_fill(dead, 0.0)
 
 

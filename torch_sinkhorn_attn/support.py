@@ -154,6 +154,16 @@ def segment_sum(x: Tensor, index: Tensor | None, count: int) -> Tensor:
     return out.scatter_add(-1, index.expand_as(x), x)
 
 
+def segment_max(x: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """Maximum likewise; -inf over none.
+
+    >>> segment_max(torch.tensor([1., 2., 3.]), torch.tensor([0, 1, 1]), 3)
+    tensor([1., 3., -inf])
+    """
+    where = torch.zeros_like(x, dtype=torch.int64) if index is None else index.expand_as(x)
+    return x.new_full((*x.shape[:-1], count), -torch.inf).scatter_reduce(-1, where, x, "amax")
+
+
 def by_segment(x: Tensor, index: Tensor | None, length: int) -> Tensor:
     """The inverse look-up: `x [..., G]` read at each of `length` tokens, `[..., length]`."""
     if index is None or x.shape[-1] == 1:
@@ -162,15 +172,26 @@ def by_segment(x: Tensor, index: Tensor | None, length: int) -> Tensor:
 
 
 class Components(NamedTuple):
-    """Connected components of the support: one gauge freedom each. Labels `[N, H, L(+G)]` and `[N, H, S(+G)]`."""
+    """A partition of the lines, by labels that broadcast to `[N, H, L(+G)]` and `[N, H, S(+G)]`; None: all in one."""
 
     row: Tensor | None
     col: Tensor | None
     number: int
 
 
+def segments(problem: Problem) -> Components:
+    """Which problem of its batch element and head each line belongs to, the dustbins' lines included."""
+    if problem.row_segment is None or problem.col_segment is None:
+        return Components(None, None, 1)
+    batch, bins = problem.row_segment.shape[0], problem.num_dustbins
+    own = torch.arange(bins, device=problem.row_segment.device).expand(batch, bins)
+    row, col = (torch.cat([s, own], -1)[:, None] for s in (problem.row_segment, problem.col_segment))
+    return Components(row, col, max(1, min(problem.row_segment.shape[-1], problem.col_segment.shape[-1])))
+
+
 def components(problem: Problem) -> Components:
-    """Connected components of the intervals with active ends; a dustbin joins all tokens of its segment.
+    """Connected components of the intervals with active ends, one gauge freedom each; a dustbin joins all tokens of its
+    segment.
 
     An attn_mask may split them further; that is not looked for (it would take O(n m)): a gauge shared by several
     components is still a gauge.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.reference import stopped_base
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.support import centre_gauge, components, largest, mass_of
 
@@ -34,10 +35,7 @@ def iterate(tiles: Tiles) -> Potentials:
     """The half-steps of `solve`."""
     problem = tiles.problem
     stopped, kept = problem.schedule
-    u, v = tiles.initial_potentials()
-    for _ in range(stopped):
-        v = tiles.column_half_step(u)
-        u = tiles.row_half_step(v)
+    u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem)
     if problem.balanced and stopped:
         u, v = centre_gauge(u, v, problem, components(problem))
     rows, cols = [u], [v]

@@ -267,8 +267,8 @@ class Tiles:
         )
         return u.masked_fill(self.row_dead, 0.0), v.masked_fill(self.col_dead, 0.0)
 
-    def column_half_step(self, u: Tensor) -> Tensor:
-        """v = rho_c (log b - LSE_i(S + u)), augmented."""
+    def column_half_step(self, u: Tensor, old: Tensor | None = None) -> Tensor:
+        """v = rho_c (log b - LSE_i(S + u)), augmented; over-relaxed where the old v is given."""
         live = self._live(u, self.row_dead)
         lse = u.new_full((self.num, self.heads, self.size), -torch.inf)
         for j, cols in enumerate(self.col_blocks):
@@ -277,10 +277,10 @@ class Tiles:
                 lse[..., cols] = torch.logaddexp(lse[..., cols], logsumexp_(tile, -2))
         if self.dustbin is not None:
             lse = self.dustbin.column_lse(lse, live)
-        return potential(lse, self.log_b, self.problem.rho_col)
+        return potential(lse, self.log_b, self.problem.rho_col, old, self.problem.over_relaxation)
 
-    def row_half_step(self, v: Tensor) -> Tensor:
-        """u = rho_r (log a - LSE_j(S + v)), augmented."""
+    def row_half_step(self, v: Tensor, old: Tensor | None = None) -> Tensor:
+        """u = rho_r (log a - LSE_j(S + v)), augmented; over-relaxed where the old u is given."""
         live = self._live(v, self.col_dead)
         lse = v.new_full((self.num, self.heads, self.length), -torch.inf)
         for i, rows in enumerate(self.row_blocks):
@@ -289,7 +289,7 @@ class Tiles:
                 lse[..., rows] = torch.logaddexp(lse[..., rows], logsumexp_(tile, -1))
         if self.dustbin is not None:
             lse = self.dustbin.row_lse(lse, live)
-        return potential(lse, self.log_a, self.problem.rho_row)
+        return potential(lse, self.log_a, self.problem.rho_row, old, self.problem.over_relaxation)
 
     # Passes of the plan
 
@@ -355,9 +355,13 @@ class Tiles:
         return real if self.dustbin is None else self.dustbin.complete_cols(real, self._dustbin_factor(factor), x)
 
 
-def potential(lse: Tensor, log_mass: Tensor, rho: float) -> Tensor:
-    """rho (log mass - LSE), 0 on inactive lines and on lines without support."""
-    return (rho * (log_mass - lse)).masked_fill((lse == -torch.inf) | (log_mass == -torch.inf), 0.0)
+def potential(lse: Tensor, log_mass: Tensor, rho: float, old: Tensor | None = None, omega: float = 1.0) -> Tensor:
+    """rho (log mass - LSE), over-relaxed from the old potential where given, 0 on inactive lines and on lines without
+    support."""
+    found = rho * (log_mass - lse)
+    if old is not None and omega != 1:
+        found = (1 - omega) * old + omega * found
+    return found.masked_fill((lse == -torch.inf) | (log_mass == -torch.inf), 0.0)
 
 
 def logsumexp_(x: Tensor, dim: int) -> Tensor:

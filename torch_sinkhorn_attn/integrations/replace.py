@@ -68,8 +68,8 @@ def replace_attention(
         model: the model, or an `nn.MultiheadAttention` itself.
         filter: `filter(name, module) -> bool`, which modules to replace. Default: all. A causal self-attention needs
             `dustbin=True` or `relaxation`, or is left out here.
-        options: as `SinkhornMultiheadAttention`: epsilon, window, base_iters, tail_iters, dustbin, relaxation,
-            gradient, engine.
+        options: as `SinkhornMultiheadAttention`: epsilon, window, base_iters, tail_iters, tolerance, over_relaxation,
+            dustbin, relaxation, gradient, engine.
 
     Returns:
         A `ReplacementReport`. Modules replaced before with the same options are skipped, so repeating a call does

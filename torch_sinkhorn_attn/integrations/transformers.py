@@ -17,7 +17,10 @@ from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import as_float, both
 from torch_sinkhorn_attn.problem import compute_dtype
 
-_OPTIONS = ("epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "gradient", "engine")
+_OPTIONS = (
+    "epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "tolerance", "over_relaxation",
+    "gradient", "engine",
+)  # fmt: skip
 _OWN = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # What some models pass beside the mask, and this attention does not compute.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask", "cache", "block_indices", "indices")
@@ -46,9 +49,9 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
 
     Args:
         name: any but those of transformers itself.
-        options: epsilon, window, relaxation, dustbin, base_iters, tail_iters, gradient, engine, as
-            `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold parameters, `(H, 1)` or
-            scalars: give them to the optimizer.
+        options: epsilon, window, relaxation, dustbin, base_iters, tail_iters, tolerance, over_relaxation, gradient,
+            engine, as `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold parameters,
+            `(H, 1)` or scalars: give them to the optimizer.
 
     Models that do not go through transformers' AttentionInterface (DeBERTa, XLNet, Longformer, ...) silently keep their
     own attention, whatever `attn_implementation` says; `model._can_set_attn_implementation()` is False for them.
@@ -104,7 +107,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     given = defaults | options
     solver(
         1, torch.float32, None, given["epsilon"], given["window"], given["relaxation"], given["base_iters"],
-        given["tail_iters"], given["gradient"], given["engine"],
+        given["tail_iters"], given["tolerance"], given["over_relaxation"], given["gradient"], given["engine"],
     )  # fmt: skip
     data_checks.check_dustbin_scores(dustbin)
     given["relaxation"] = plain_relaxation(given["relaxation"])

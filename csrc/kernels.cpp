@@ -1,0 +1,58 @@
+// The kernels of one capability; compiled once for each, with CPU_CAPABILITY naming it.
+#include "backward.h"
+#include "forward.h"
+
+namespace sinkhorn {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+void run_nothing(const Team&, int64_t, void (*)(void*, int64_t, int64_t), void*) {}
+
+template <typename T, typename Work>
+int64_t bytes(const Problem<T>& problem, const Job& job, int64_t threads) {
+  Arena arena(nullptr);
+  const Team team{threads, run_nothing};
+  Work work(problem, job, team, arena);
+  return arena.used();
+}
+
+template <typename T>
+int64_t forward_bytes(const Problem<T>& problem, const Job& job, int64_t threads) {
+  return bytes<T, Solver<T>>(problem, job, threads);
+}
+
+template <typename T>
+void forward(const Problem<T>& problem, const Job& job, int64_t index, const ForwardResult<T>& result, const Team& team,
+             void* workspace) {
+  Arena arena(workspace);
+  Solver<T>(problem, job, team, arena).run(index, result);
+}
+
+template <typename T>
+int64_t backward_bytes(const Problem<T>& problem, const Job& job, int64_t threads) {
+  return problem.implicit ? bytes<T, ImplicitAdjoint<T>>(problem, job, threads)
+                          : bytes<T, TailAdjoint<T>>(problem, job, threads);
+}
+
+template <typename T>
+void backward(const Problem<T>& problem, const Job& job, const BackwardGiven<T>& given, const BackwardResult<T>& result,
+              const Team& team, void* workspace) {
+  Arena arena(workspace);
+  if (problem.implicit)
+    ImplicitAdjoint<T>(problem, job, team, arena).run(given, result);
+  else
+    TailAdjoint<T>(problem, job, team, arena).run(given, result);
+}
+
+template <typename T>
+constexpr Kernels<T> kernels{forward_bytes<T>, forward<T>, backward_bytes<T>, backward<T>};
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+
+#define SINKHORN_JOIN(a, b) a##b
+#define SINKHORN_NAME(capability) SINKHORN_JOIN(kernels_, capability)
+extern const KernelTable SINKHORN_NAME(CPU_CAPABILITY);
+const KernelTable SINKHORN_NAME(CPU_CAPABILITY) = {kernels<float>, kernels<double>};
+
+}  // namespace sinkhorn

@@ -1,0 +1,268 @@
+// The ops that torch_sinkhorn_attn/engines/cpu.py calls: tensors in, `Problem` and pointers out. Everything was checked
+// before; tensors named contiguous are.
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "capability.h"
+#include "schedule.h"
+
+namespace sinkhorn {
+namespace {
+
+using at::Tensor;
+using MaybeTensors = c10::List<std::optional<Tensor>>;
+
+constexpr int64_t kInterface = 1;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
+
+// Places in the lists of `cpu_forward` and `cpu_backward`, as in engines/cpu.py.
+enum Tensors : size_t {
+  kQuery, kKey, kValue, kMask, kRowScore, kColScore, kCornerScore, kDustbinValue, kRowLo, kRowHi, kRowSegment,
+  kColSegment, kLogRowMass, kLogColMass, kLogRowCapacity, kLogColCapacity, kInitialRow, kInitialCol, kDropoutSeed,
+  kTensorCount,
+};
+enum Numbers : size_t { kScale, kEpsilon, kRhoRow, kRhoCol, kTolerance, kOverRelaxation, kDropoutP, kNumberCount };
+enum Counts : size_t { kStopped, kKept, kImplicit, kBanded, kBudget, kCountCount };
+
+Kind kind_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble: return Kind::float64;
+    case at::kFloat: return Kind::float32;
+    case at::kHalf: return Kind::float16;
+    case at::kBFloat16: return Kind::bfloat16;
+    case at::kBool: return Kind::boolean;
+    default: TORCH_CHECK(false, "the CPU engine does not read tensors of dtype ", x.scalar_type());
+  }
+}
+
+// A tensor [N, H, rows, cols] or one that broadcasts to it.
+Operand operand(const std::optional<Tensor>& x) {
+  Operand found;
+  if (!x.has_value()) return found;
+  const auto step = [&](int64_t dim) { return x->size(dim) == 1 ? 0 : x->stride(dim); };
+  found.data = x->const_data_ptr();
+  found.kind = kind_of(*x);
+  found.batch = step(0), found.head = step(1), found.row = step(2), found.col = x->stride(3);
+  return found;
+}
+
+template <typename T>
+const T* pointer(const std::optional<Tensor>& x) {
+  if (!x.has_value()) return nullptr;
+  TORCH_CHECK(x->is_contiguous(), "the CPU engine expects contiguous vectors");
+  return x->const_data_ptr<T>();
+}
+
+double lowest(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return std::numeric_limits<double>::lowest();
+    case at::kHalf: return -65504.0;
+    case at::kBFloat16: return -3.3895313892515355e38;
+    default: return std::numeric_limits<float>::lowest();
+  }
+}
+
+// What the ops are given, alive as long as the pointers into it.
+struct Given {
+  explicit Given(const MaybeTensors& list, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts)
+      : numbers(numbers), counts(counts) {
+    TORCH_CHECK(list.size() == kTensorCount && numbers.size() == kNumberCount && counts.size() == kCountCount,
+                "engines/cpu.py and csrc/ops.cpp disagree: reinstall the package");
+    for (size_t k = 0; k < list.size(); ++k) tensors.push_back(list.get(k));
+  }
+
+  const Tensor& operator[](size_t k) const { return *tensors[k]; }
+  bool has(size_t k) const { return tensors[k].has_value(); }
+
+  template <typename T>
+  Problem<T> problem() const {
+    Problem<T> p;
+    p.query = operand(tensors[kQuery]), p.key = operand(tensors[kKey]), p.value = operand(tensors[kValue]);
+    p.mask = operand(tensors[kMask]);
+    if (p.mask && p.mask.kind != Kind::boolean)
+      p.mask_floor = std::max(lowest((*this)[kMask].scalar_type()),
+                              static_cast<double>(std::numeric_limits<T>::lowest())) / 2;
+    if (p.mask && (*this)[kMask].size(3) == 1) p.mask.col = 0;
+    p.row_score = pointer<T>(tensors[kRowScore]), p.col_score = pointer<T>(tensors[kColScore]);
+    p.corner_score = pointer<T>(tensors[kCornerScore]), p.dustbin_value = pointer<T>(tensors[kDustbinValue]);
+    p.row_lo = pointer<int64_t>(tensors[kRowLo]), p.row_hi = pointer<int64_t>(tensors[kRowHi]);
+    p.log_row_mass = pointer<T>(tensors[kLogRowMass]), p.log_col_mass = pointer<T>(tensors[kLogColMass]);
+    p.log_row_capacity = pointer<T>(tensors[kLogRowCapacity]);
+    p.log_col_capacity = pointer<T>(tensors[kLogColCapacity]);
+    p.initial_row = pointer<T>(tensors[kInitialRow]), p.initial_col = pointer<T>(tensors[kInitialCol]);
+    if (has(kDropoutSeed)) {
+      const auto* seed = pointer<int64_t>(tensors[kDropoutSeed]);
+      p.dropout = true;
+      p.seed[0] = static_cast<uint32_t>(seed[0]), p.seed[1] = static_cast<uint32_t>(seed[1]);
+    }
+    const auto &query = (*this)[kQuery], &key = (*this)[kKey];
+    p.num = query.size(0), p.heads = query.size(1), p.length = query.size(2), p.features = query.size(3);
+    p.key_heads = key.size(1), p.size = key.size(2);
+    p.value_features = has(kValue) ? (*this)[kValue].size(3) : 0;
+    p.bins = has(kLogRowCapacity) ? (*this)[kLogRowCapacity].size(2) : 0;
+    p.epsilon = numbers[kEpsilon], p.score_factor = numbers[kScale] / numbers[kEpsilon];
+    p.rho_row = numbers[kRhoRow], p.rho_col = numbers[kRhoCol];
+    p.balanced = p.rho_row == 1 && p.rho_col == 1;
+    p.tolerance = numbers[kTolerance], p.over_relaxation = numbers[kOverRelaxation];
+    p.dropout_p = numbers[kDropoutP];
+    p.stopped = counts[kStopped], p.kept = counts[kKept], p.implicit = counts[kImplicit] != 0;
+    p.banded = counts[kBanded] != 0;
+    p.budget = counts[kBudget];
+    return p;
+  }
+
+  template <typename T>
+  std::vector<Job> jobs(const Problem<T>& p) const {
+    return find_jobs(p, pointer<int64_t>(tensors[kRowSegment]), pointer<int64_t>(tensors[kColSegment]));
+  }
+
+  std::vector<std::optional<Tensor>> tensors;
+  c10::ArrayRef<double> numbers;
+  c10::ArrayRef<int64_t> counts;
+};
+
+template <typename T>
+const Kernels<T>& kernels_of();
+template <>
+const Kernels<float>& kernels_of() { return kernels().f32; }
+template <>
+const Kernels<double>& kernels_of() { return kernels().f64; }
+
+// Largest of `per_job` by batch element and head.
+template <typename T>
+Tensor by_head(const std::vector<Job>& jobs, const Tensor& per_job, const Problem<T>& p) {
+  Tensor found = at::zeros({p.num, p.heads}, per_job.options());
+  T* to = found.data_ptr<T>();
+  const T* from = per_job.const_data_ptr<T>();
+  for (size_t k = 0; k < jobs.size(); ++k) {
+    T& most = to[jobs[k].batch * p.heads + jobs[k].head];
+    most = std::isnan(from[k]) || from[k] > most ? from[k] : most;
+  }
+  return found;
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+Results forward_as(const Given& given, bool residuals) {
+  const Problem<T> p = given.problem<T>();
+  const auto jobs = given.jobs(p);
+  const auto options = given[kLogRowMass].options();
+  const auto none = [&] { return at::zeros({0}, options); };
+  const auto count = static_cast<int64_t>(jobs.size());
+  Tensor output = given.has(kValue) ? at::zeros({p.num, p.heads, p.length, p.value_features}, options) : none();
+  Tensor row = at::zeros({p.kept + 1, p.num, p.heads, p.length + p.bins}, options);
+  Tensor col = at::zeros({p.kept + 1, p.num, p.heads, p.size + p.bins}, options);
+  Tensor to_bin = p.bins ? at::zeros({p.num, p.heads, p.length}, options) : none();
+  Tensor from_bin = p.bins ? at::zeros({p.num, p.heads, p.size}, options) : none();
+  Tensor row_residual = residuals ? at::zeros({count}, options) : none(), col_residual = row_residual.clone();
+  ForwardResult<T> result;
+  result.output = given.has(kValue) ? output.data_ptr<T>() : nullptr;
+  result.row_potentials = row.data_ptr<T>(), result.col_potentials = col.data_ptr<T>();
+  if (p.bins) result.to_bin = to_bin.data_ptr<T>(), result.from_bin = from_bin.data_ptr<T>();
+  if (residuals) result.row_residual = row_residual.data_ptr<T>(), result.col_residual = col_residual.data_ptr<T>();
+  const auto& k = kernels_of<T>();
+  run_jobs(p, jobs, {}, {
+    [&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
+    [&](const Job& job, int64_t index, const Team& team, void* workspace) {
+      k.forward(p, job, index, result, team, workspace);
+    }});
+  if (residuals) row_residual = by_head(jobs, row_residual, p), col_residual = by_head(jobs, col_residual, p);
+  return {output, row, col, row_residual, col_residual, to_bin, from_bin};
+}
+
+Results cpu_forward(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts,
+                    bool residuals) {
+  const Given given(tensors, numbers, counts);
+  return given[kLogRowMass].scalar_type() == at::kDouble ? forward_as<double>(given, residuals)
+                                                         : forward_as<float>(given, residuals);
+}
+
+// Jobs that add to the same entries of the mask's gradient.
+template <typename T>
+std::vector<int64_t> mask_groups(const std::vector<Job>& jobs, const Problem<T>& p, const Tensor& mask) {
+  std::vector<int64_t> groups;
+  for (const auto& job : jobs)
+    groups.push_back((mask.size(0) == 1 ? 0 : job.batch) * p.heads + (mask.size(1) == 1 ? 0 : job.head));
+  return groups;
+}
+
+template <typename T>
+std::vector<Tensor> backward_as(const Given& given, const Tensor& grad_output, const std::optional<Tensor>& grad_to_bin,
+                                const std::optional<Tensor>& grad_from_bin, const Tensor& output, const Tensor& row,
+                                const Tensor& col, bool mask_grad) {
+  const Problem<T> p = given.problem<T>();
+  const auto jobs = given.jobs(p);
+  const auto options = given[kLogRowMass].options();
+  const auto made = [&](bool wanted, c10::IntArrayRef shape) {
+    return wanted ? at::zeros(shape, options) : at::zeros({0}, options);
+  };
+  const bool bins = p.bins > 0;
+  Tensor query = made(true, {p.num, p.heads, p.length, p.features}), key = made(true, {p.num, p.heads, p.size, p.features});
+  Tensor value = made(true, {p.num, p.heads, p.size, p.value_features});
+  Tensor mask = mask_grad ? at::zeros(given[kMask].sizes(), options) : made(false, {});
+  Tensor row_score = made(bins, {p.num, p.heads, p.length}), col_score = made(bins, {p.num, p.heads, p.size});
+  Tensor corner = made(bins, {p.num, p.heads, p.bins});
+  Tensor stored = made(given.has(kDustbinValue), {p.num, p.heads, p.bins, p.value_features});
+  Tensor dropped = made(true, {p.num, p.heads, (p.kept || p.implicit ? p.length : p.size) + p.bins});
+  BackwardGiven<T> cotangents;
+  cotangents.grad_output = operand(grad_output);
+  cotangents.output = pointer<T>(output);
+  cotangents.row_potentials = pointer<T>(row), cotangents.col_potentials = pointer<T>(col);
+  cotangents.grad_to_bin = pointer<T>(grad_to_bin), cotangents.grad_from_bin = pointer<T>(grad_from_bin);
+  BackwardResult<T> result;
+  result.query = query.data_ptr<T>(), result.key = key.data_ptr<T>(), result.value = value.data_ptr<T>();
+  if (mask_grad) {
+    const auto step = [&](int64_t dim) { return mask.size(dim) == 1 ? 0 : mask.stride(dim); };
+    result.mask = mask.data_ptr<T>();
+    result.mask_batch = step(0), result.mask_head = step(1), result.mask_row = step(2), result.mask_col = step(3);
+  }
+  if (bins) {
+    result.row_score = row_score.data_ptr<T>(), result.col_score = col_score.data_ptr<T>();
+    result.corner_score = corner.data_ptr<T>();
+  }
+  if (given.has(kDustbinValue)) result.dustbin_value = stored.data_ptr<T>();
+  if (!p.implicit) result.dropped = dropped.data_ptr<T>();
+  const auto& k = kernels_of<T>();
+  run_jobs(p, jobs, mask_grad ? mask_groups(jobs, p, given[kMask]) : std::vector<int64_t>{}, {
+    [&](const Job& job, int64_t threads) { return k.backward_bytes(p, job, threads); },
+    [&](const Job& job, int64_t, const Team& team, void* workspace) {
+      k.backward(p, job, cotangents, result, team, workspace);
+    }});
+  return {query, key, value, mask, row_score, col_score, corner, stored, dropped};
+}
+
+std::vector<Tensor> cpu_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_to_bin,
+                                 const std::optional<Tensor>& grad_from_bin, const Tensor& output, const Tensor& row,
+                                 const Tensor& col, const MaybeTensors& tensors, c10::ArrayRef<double> numbers,
+                                 c10::ArrayRef<int64_t> counts, bool mask_grad) {
+  const Given given(tensors, numbers, counts);
+  const auto run = given[kLogRowMass].scalar_type() == at::kDouble ? backward_as<double> : backward_as<float>;
+  return run(given, grad_output, grad_to_bin, grad_from_bin, output, row, col, mask_grad);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(torch_sinkhorn_attn, m) {
+  m.def("cpu_forward(Tensor?[] tensors, float[] numbers, int[] counts, bool residuals) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_backward(Tensor grad_output, Tensor? grad_to_bin, Tensor? grad_from_bin, Tensor output, "
+        "Tensor row_potentials, Tensor col_potentials, Tensor?[] tensors, float[] numbers, int[] counts, "
+        "bool mask_grad) -> Tensor[]");
+  m.def("cpu_interface() -> int", [] { return kInterface; });
+  m.def("cpu_capabilities() -> str[]", capabilities);
+  m.def("cpu_capability() -> str", capability);
+  m.def("cpu_set_capability(str name) -> ()", set_capability);
+  m.def("cpu_last_workspace() -> int", last_workspace);
+  m.def("cpu_retain_workspace(int num_bytes) -> ()", retain_workspace);
+}
+
+TORCH_LIBRARY_IMPL(torch_sinkhorn_attn, CPU, m) {
+  m.impl("cpu_forward", cpu_forward);
+  m.impl("cpu_backward", cpu_backward);
+}
+
+}  // namespace sinkhorn

@@ -1,0 +1,31 @@
+// Which problems there are and who works on them: one after the other with all threads where there are few and long
+// ones, one to a thread where there are many. Results do not depend on it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "problem.h"
+
+namespace sinkhorn {
+
+// The jobs with at least one active row and column. Segments are given by [N, L] and [N, S] ids that never decrease, or
+// null: one problem per batch element and head.
+template <typename T>
+std::vector<Job> find_jobs(const Problem<T>& problem, const int64_t* row_segment, const int64_t* col_segment);
+
+struct Work {
+  std::function<int64_t(const Job&, int64_t threads)> bytes;
+  std::function<void(const Job&, int64_t index, const Team&, void* workspace)> run;
+};
+
+// Runs every job. Jobs of one `group` (one number per job, or none) run one after the other, in order.
+template <typename T>
+void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std::vector<int64_t>& group,
+              const Work& work);
+
+int64_t last_workspace();                // bytes that the last call of this process took beside its results
+void retain_workspace(int64_t bytes);  // how many of them may be kept for the next call
+
+}  // namespace sinkhorn

@@ -1,0 +1,181 @@
+"""The CPU engine: the C++ kernels of csrc/, Sinkhorn attention at matrix-vector speed.
+
+Within one problem (batch element, head and segment) the plan's tiles are kept as absorbed exponentials (B. Schmitzer's
+stabilised scaling, 2019), so that a half-step is a matrix-vector product and a row and a column half-step take one
+reading of the tiles. They are workspace of the problem being solved: between forward and backward only the inputs, the
+output and the duals live. Tiles beyond `workspace_budget()` are computed again in each pass.
+
+Results do not depend on the number of threads or on the budget, and are the same to the bit on a rerun. The kernels are
+built for several instruction sets; `capability()` says which run here, and TORCH_SINKHORN_ATTN_CPU_CAPABILITY chooses
+(default, avx2 or avx512) before the package is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result, compute_dtype
+
+NAME = "cpu"
+DEFAULT_BUDGET = 64 << 20
+INTERFACE = 1  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+_FOLDER = Path(__file__).parent
+_REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
+_TENSORS = (
+    "row_lo", "row_hi", "row_segment", "col_segment", "log_row_mass", "log_col_mass", "log_row_capacity",
+    "log_col_capacity", "initial_row", "initial_col", "dropout_seed",
+)  # fmt: skip
+
+
+def _load() -> str | None:
+    """Load the kernels; the reason if that fails."""
+    library = next((path for suffix in ("so", "pyd") for path in _FOLDER.glob(f"_cpu*.{suffix}")), None)
+    if library is None:
+        reason = _REASON.read_text().strip() if _REASON.exists() else "the C++ kernels were not built"
+        return f"{reason}. To build them: pip install --no-build-isolation . (needs a C++17 compiler)"
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return f"the C++ kernels do not load with torch {torch.__version__} ({error}); install the package again"
+    found = getattr(torch.ops.torch_sinkhorn_attn, "cpu_interface", None)
+    if found is None or found() != INTERFACE:
+        return "the C++ kernels are of another version of the package; install it again"
+    return None
+
+
+_unavailable = _load()
+_budget = 0
+
+
+def capability() -> str:
+    """The instruction set in use: "default", "avx2" or "avx512"; "default" is NEON on 64-bit ARM.
+
+    Raises:
+        RuntimeError: the kernels are not there, with the reason.
+    """
+    _require()
+    return torch.ops.torch_sinkhorn_attn.cpu_capability()
+
+
+def capabilities() -> list[str]:
+    """Those this processor has, the narrowest vectors first."""
+    _require()
+    return torch.ops.torch_sinkhorn_attn.cpu_capabilities()
+
+
+def set_capability(name: str) -> None:
+    """Choose the instruction set for all following calls of this process.
+
+    Raises:
+        ValueError: this processor does not have it.
+    """
+    if name not in capabilities():
+        raise ValueError(f"capability={name!r} is not usable on this processor; choose one of {capabilities()}.")
+    torch.ops.torch_sinkhorn_attn.cpu_set_capability(name)
+
+
+def workspace_budget() -> int:
+    """Bytes of plan tiles that may be kept while a problem is worked on; 64 MiB, which holds one head of 4096 tokens in
+    float32, or a window of (128, 128) over 55,000. Small problems are worked on one to a thread, and then each thread
+    has its own; so there may be that many bytes a thread, and O(n) memory beside.
+
+    Up to so many bytes of workspace stay allocated from one call to the next. They hold nothing: to map fresh pages
+    takes as long as the work of a narrow band. TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB sets the budget at import."""
+    return _budget
+
+
+def set_workspace_budget(num_bytes: int) -> None:
+    """Set `workspace_budget()`, and free the workspace kept if it is larger; 0 keeps nothing.
+
+    Raises:
+        ValueError: negative.
+    """
+    global _budget
+    if num_bytes < 0:
+        raise ValueError(f"num_bytes={num_bytes} must be 0 or more.")
+    _budget = int(num_bytes)
+    if _unavailable is None:
+        torch.ops.torch_sinkhorn_attn.cpu_retain_workspace(_budget)
+
+
+def _require() -> None:
+    if _unavailable is not None:
+        raise RuntimeError(f"engine='cpu' is not available: {_unavailable}.")
+
+
+def refusal(inputs: Inputs, problem: Problem) -> str | None:
+    """Why this engine cannot run the problem: it has no kernels, or the tensors are elsewhere."""
+    if _unavailable is not None:
+        return _unavailable
+    device = inputs.query.device.type
+    return None if device == "cpu" else f"it runs on CPU tensors, and query is on {device}"
+
+
+def solve(inputs: Inputs, problem: Problem) -> Potentials:
+    """T stopped and R kept iterations: the stacked duals."""
+    return forward(inputs._replace(value=None), problem, residuals=False).potentials
+
+
+def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
+    """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
+    output, row, col, row_residual, col_residual, to_bin, from_bin = torch.ops.torch_sinkhorn_attn.cpu_forward(
+        *_arguments(inputs, problem), residuals
+    )
+    if not residuals:
+        row_residual, col_residual = (row.new_full(row.shape[1:3], torch.nan) for _ in range(2))
+    return Result(output, Potentials(row, col), row_residual, col_residual, to_bin, from_bin)
+
+
+def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
+    """The adjoint: 2R passes for the tail in R + 1 readings of the plan; conjugate gradients when it is implicit."""
+    dtype = compute_dtype(inputs.query.dtype)
+    query, key, value, mask, row_score, col_score, corner, stored, dropped = (
+        torch.ops.torch_sinkhorn_attn.cpu_backward(
+            grads.output.to(dtype), _vector(grads.to_bin, dtype), _vector(grads.from_bin, dtype), output.contiguous(),
+            *(x.contiguous() for x in potentials), *_arguments(inputs, problem), grads.mask,
+        )
+    )  # fmt: skip
+    key_heads = inputs.key.shape[1]
+    found = Inputs(
+        query, _by_key_head(key, key_heads), _by_key_head(value, key_heads), mask if grads.mask else None,
+        row_score, col_score, corner.sum(-1), stored.sum(2) if inputs.dustbin_value is not None else None,
+    ) if problem.has_dustbin else Inputs(
+        query, _by_key_head(key, key_heads), _by_key_head(value, key_heads), mask if grads.mask else None
+    )  # fmt: skip
+    return Gradients(found, dropped)
+
+
+def _by_key_head(grad: Tensor, key_heads: int) -> Tensor:
+    """`[N, H, S, E]` summed over the query heads of each key head."""
+    heads = grad.shape[1]
+    return grad if heads == key_heads else grad.unflatten(1, (key_heads, heads // key_heads)).sum(2)
+
+
+def _vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def _arguments(inputs: Inputs, problem: Problem) -> tuple[list[Tensor | None], list[float], list[int]]:
+    """The lists of csrc/ops.cpp, whose places are named there."""
+    dtype = compute_dtype(inputs.query.dtype)
+    stopped, kept = problem.schedule
+    tensors: list[Tensor | None] = [*inputs[:4], *(_vector(x, dtype) for x in inputs[4:])]
+    for name in _TENSORS:
+        x = getattr(problem, name)
+        tensors.append(_vector(x, dtype) if x is not None and x.is_floating_point() else _integers(x))
+    numbers = [
+        problem.scale, problem.epsilon, problem.rho_row, problem.rho_col, problem.tolerance, problem.over_relaxation,
+        problem.dropout_p,
+    ]  # fmt: skip
+    return tensors, numbers, [stopped, kept, int(problem.gradient == "implicit"), int(problem.banded), _budget]
+
+
+def _integers(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+set_workspace_budget(int(os.environ.get("TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB", DEFAULT_BUDGET >> 20)) << 20)
