@@ -140,7 +140,9 @@ def test_bad_settings_are_refused() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0, 30.0, 100.0])
-@pytest.mark.parametrize("options", [{}, {"window": (8, 8)}, {"dustbin": Dustbin(0.0, 1.0)}, {"relaxation": (None, 2.0)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (8, 8)}, {"dustbin": Dustbin(0.0, 1.0)}, {"relaxation": (None, 2.0)}], ids=str
+)
 def test_scalings_beyond_the_safe_range_are_absorbed(scale: float, options: dict) -> None:
     """Scores whose potentials move by far more than 20 (float32) and 200 (float64) from one iteration to the next."""
     g = torch.Generator().manual_seed(1)

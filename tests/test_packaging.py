@@ -76,6 +76,50 @@ def test_wheel_holds_the_package_alone(distributions):
     assert package <= names, package - names
 
 
+def test_wheel_holds_the_kernels_and_fits_every_python(distributions):
+    wheel = distributions[1]
+    python, abi, platform = wheel.stem.split("-")[2:]
+    assert (python, abi) == ("py3", "none") and platform != "any"
+    with zipfile.ZipFile(wheel) as archive:
+        assert "torch_sinkhorn_attn/engines/_cpu.so" in archive.namelist()
+
+
+def build(target, **environment):
+    """Build the package alone, without the sdist, into `target`."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", target, "--build-temp", f"{target}-temp"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/nowhere/c++"}, "the C++ compiler '/nowhere/c++' was not found when the package was built"),
+        ({"TORCH_SINKHORN_ATTN_BUILD_CPU": "0"}, "the package was built with TORCH_SINKHORN_ATTN_BUILD_CPU=0"),
+        ({"CXX": "false"}, "when the package was built: "),
+    ],
+)
+def test_without_the_kernels_it_installs_and_says_why(tmp_path, environment, reason):
+    done = build(tmp_path / "lib", **environment)
+    assert done.returncode == 0, done.stderr
+    assert 'engine "cpu" is left out' in done.stderr and reason in done.stderr
+    program = """
+import torch, torch_sinkhorn_attn as package
+x = torch.randn(1, 4, 3)
+assert package.sinkhorn_attention(x, x, x).shape == x.shape
+try:
+    package.sinkhorn_attention(x, x, x, engine="cpu")
+except ValueError as error:
+    print(error)
+"""
+    said = run("-c", program, cwd=tmp_path, path=[tmp_path / "lib"])
+    assert reason in said and "pip install --no-build-isolation" in said
+
+
+def test_the_kernels_can_be_demanded(tmp_path):
+    done = build(tmp_path / "lib", CXX="/nowhere/c++", TORCH_SINKHORN_ATTN_BUILD_CPU="1")
+    assert done.returncode != 0 and "was not built: the C++ compiler '/nowhere/c++' was not found" in done.stderr
+
+
 def test_wheel_requires_the_torch_it_was_tested_with(distributions):
     with zipfile.ZipFile(distributions[1]) as wheel:
         (metadata,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA"))
