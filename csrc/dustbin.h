@@ -6,8 +6,6 @@
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
 
-inline constexpr float kCoarse = 16;  // the rounding of larger potentials shows in float32
-
 // log(sum(exp(x))) of a stream of numbers.
 template <typename T>
 class LogSumExp {
