@@ -7,8 +7,7 @@
 // torch_sinkhorn_attn/staircase.py, where the derivation is.
 #pragma once
 
-#include "dropout.h"
-#include "dustbin.h"
+#include "cotangents.h"
 
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
@@ -31,21 +30,20 @@ template <typename T>
 inline constexpr T kLargestExponent = sizeof(T) == 4 ? T(30) : T(300);  // of LARGEST_EXPONENT in staircase.py
 
 template <typename T>
-class Adjoint {
+class Adjoint : public Cotangents<T> {
  public:
+  using Base = Cotangents<T>;
+  using Base::h, Base::bin, Base::p, Base::out, Base::job, Base::grad, Base::cotangent_tile, Base::gathered, Base::wide;
+  using Base::u, Base::log_a, Base::row_sums, Base::read, Base::v, Base::log_b, Base::col_sums, Base::from_grad;
+  using Base::grad_plan, Base::corner_grad, Base::value_panels;
+
   Adjoint(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, int64_t factor_count)
-      : h(problem, job, team, arena, /*keep_tiles=*/true), bin(h, arena), p(problem), count(factor_count) {
-    for (T** side : {&u, &log_a, &row_sums, &read}) *side = arena.take<T>(h.rows + 1);
-    for (T** side : {&v, &log_b, &col_sums, &from_grad}) *side = arena.take<T>(h.cols + 1);
-    grad = arena.take<T>(h.rows * h.value_width);
-    value_panels = arena.take<T>(h.cols * p.value_features);
+      : Base(problem, job, team, arena), count(factor_count) {
     field_rows = arena.take<T>(h.rows * count);
     field_panels = arena.take<T>(h.cols * count);
     accumulators = arena.take<T>(h.part_columns());
-    wide = std::max(h.width, h.value_width);
+    sum_accumulators = arena.take<T>(h.part_columns());
     wide_accumulators = arena.take<T>(h.part_columns() * wide);
-    gathered = arena.take<T>(h.cols * wide);
-    cotangents = arena.take<T>(team.threads * h.largest_tile);
     copies = arena.take<T>(team.threads * h.largest_tile);
     lines = arena.take<T>(team.threads * 64 * wide);
     mask_columns = arena.take<T>(h.part_columns());
@@ -56,34 +54,16 @@ class Adjoint {
     }
   }
 
-  // Reads everything; P's row sums of P*D are <dO, O>, without a pass.
-  void start(const BackwardGiven<T>& given, const BackwardResult<T>& result, int64_t last) {
-    out = &result;
-    h.pack();
-    bin.pack();
-    load(given.row_potentials, last, p.length, job().row0, h.n, h.rows, p.log_row_mass, p.log_row_capacity, log_a, u);
-    load(given.col_potentials, last, p.size, job().col0, h.m, h.cols, p.log_col_mass, p.log_col_capacity, log_b, v);
-    bin.plan(u, v);
-    // V, packed where dV will be gathered, only to be transposed
-    h.pack_side(p.value, h.key_head, job().col0, h.m, h.cols, p.value_features, h.value_width, T(1), gathered,
-                value_panels);
-    read_cotangents(given);
+  // The first visit: P is made and kept; then there are row_sums and col_sums of P*D. `also` runs on every tile.
+  template <typename Also>
+  void first_visit(const Also& also) {
+    if (grad_plan)
+      sum_visit(also);
+    else
+      value_visit(also);
   }
 
-  // u or v number k, -inf on dead lines and on padding; or (dead 0) as it was stored.
-  void load(const T* potentials, int64_t k, int64_t length, int64_t first, int64_t active, int64_t padded,
-            const T* log_mass, const T* capacity, T* log_to, T* to) const {
-    const int64_t heads = p.num * p.heads;
-    const T* from = potentials + (k * heads + h.head_index()) * (length + p.bins);
-    for (int64_t i = 0; i <= padded; ++i) {
-      T mass = i < active ? log_mass[h.head_index() * length + first + i] : -kInf<T>;
-      if (i == padded && bin.present()) mass = capacity[h.head_index() * p.bins + job().bin];
-      log_to[i] = mass;
-      to[i] = mass == -kInf<T> ? -kInf<T> : from[i == padded ? length + job().bin : first + i];
-    }
-  }
-
-  // The first visit: P is made and kept, dV gathered; then col_sums, P's column sums of P*D. `also` runs on every tile.
+  // Of attention: dV is gathered, and gives the column sums.
   template <typename Also>
   void value_visit(const Also& also) {
     const int64_t width = h.value_width;
@@ -119,21 +99,48 @@ class Adjoint {
     for (int64_t i = 0; i < h.n; ++i) col_sums[h.cols] += bin.to[i] * read[i];
   }
 
+  // Of the plan itself: P*D is summed.
+  template <typename Also>
+  void sum_visit(const Also& also) {
+    constexpr int64_t W = kWidth<T>;
+    std::fill(sum_accumulators, sum_accumulators + h.part_columns(), T(0));
+    h.each_block([&](const Block<T>& b, int64_t part, int64_t slot) {
+      T* tile = h.own_tile(b, slot);
+      h.scores(b, tile);
+      h.exponentiate(b, tile, u, v);
+      const T* d = cotangent_tile(b, slot);
+      T* columns = sum_accumulators + h.parts[part].offset + b.col - h.parts[part].col;
+      for (int64_t i = 0; i < b.rows; ++i) {
+        Vec<T> total(T(0));
+        for (int64_t j = 0; j < b.cols; j += W) {
+          const Vec<T> entry = Vec<T>::loadu(tile + i * b.stride + j) * Vec<T>::loadu(d + i * b.stride + j);
+          total = total + entry;
+          (Vec<T>::loadu(columns + j) + entry).store(columns + j);
+        }
+        row_sums[b.row + i] = sum_of(total) + (bin.present() ? bin.to[b.row + i] * read[b.row + i] : T(0));
+      }
+      also(b, tile, part, slot);
+    });
+    h.reduce(sum_accumulators, 1, col_sums);
+    col_sums[h.cols] = 0;
+    if (!bin.present()) return;
+    for (int64_t j = 0; j < h.m; ++j) col_sums[j] += bin.from[j] * from_grad[j];
+    for (int64_t i = 0; i < h.n; ++i) col_sums[h.cols] += bin.to[i] * read[i];
+    col_sums[h.cols] += bin.corner * corner_grad;
+  }
+
   // The last visit, given the field: dQ, dK, dmask, and the dustbin's scores; `also` runs on every tile first.
   template <typename Also>
   void score_visit(bool scaled, const Also& also) {
     pack_field(scaled);
-    const int64_t width = h.width, inner = p.value_features;
+    const int64_t width = h.width;
     constexpr int64_t W = kWidth<T>;
     std::fill(wide_accumulators, wide_accumulators + h.part_columns() * width, T(0));
     std::fill(mask_columns, mask_columns + h.part_columns(), T(0));
     h.each_block([&](const Block<T>& b, int64_t part, int64_t slot) {
       T* tile = h.plan(b, slot, u, v);
       also(b, tile, part, slot);
-      T* d = cotangents + slot * h.largest_tile;
-      matmul(d, b.stride, grad + b.row * h.value_width, h.value_width, 1, value_panels + b.col * inner, inner * W, W,
-             b.rows, b.cols, inner, false);
-      if (p.dropout) drop_out(h, b, d, d);
+      T* d = cotangent_tile(b, slot);
       if (scaled)  // the field is of low rank: -X Y^T
         matmul(d, b.stride, field_rows + b.row * count, count, 1, field_panels + b.col * count, count * W, W, b.rows,
                b.cols, count, true);
@@ -197,54 +204,11 @@ class Adjoint {
     row_column_pass<false, true>(b, own, y, columns, [&](int64_t i, T) { return images[i - b.row]; });
   }
 
-  const Job& job() const { return h.job; }
-
-  Head<T> h;
-  Dustbin<T> bin;
-  const Problem<T>& p;
-  const int64_t count;                // factors
-  T *u, *log_a, *row_sums, *read;     // [rows + 1]; read: cotangent of the mass sent to the dustbin
-  T *v, *log_b, *col_sums, *from_grad;  // [cols + 1]; from_grad: cotangent of the mass received from it
+  const int64_t count;  // factors
   std::vector<Factor<T>> factors;
-  T* accumulators;
-  const BackwardResult<T>* out = nullptr;
+  T *accumulators, *sum_accumulators;  // of the parts
 
  private:
-  void read_cotangents(const BackwardGiven<T>& given) {
-    const int64_t at = h.head_index(), width = h.value_width, features = p.value_features;
-    const T *to = given.grad_to_bin ? given.grad_to_bin + at * p.length + job().row0 : nullptr,
-            *from = given.grad_from_bin ? given.grad_from_bin + at * p.size + job().col0 : nullptr,
-            *stored = p.dustbin_value ? p.dustbin_value + at * features : nullptr;
-    h.pack_side(given.grad_output, job().head, job().row0, h.n, h.rows, features, width, T(1), grad);
-    for (int64_t i = 0; i <= h.rows; ++i) row_sums[i] = read[i] = 0;
-    for (int64_t j = 0; j <= h.cols; ++j) from_grad[j] = from && j < h.m && v[j] > -kInf<T> ? from[j] : T(0);
-    h.each_range(h.n, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        T* line = grad + i * width;
-        if (log_a[i] == -kInf<T>) {
-          std::fill(line, line + width, T(0));
-          continue;
-        }
-        const T* output = given.output + (at * p.length + job().row0 + i) * features;
-        const T share = std::exp(-log_a[i]);
-        for (int64_t k = 0; k < features; ++k) row_sums[i] += line[k] * output[k];
-        for (int64_t k = 0; k < features; ++k) line[k] *= share;
-        if (!bin.present()) continue;
-        const T direct = to ? to[i] : T(0);
-        row_sums[i] += bin.to[i] * direct;
-        read[i] = direct;
-        if (stored)
-          for (int64_t k = 0; k < features; ++k) read[i] += line[k] * stored[k];
-      }
-    });
-    if (!bin.present()) return;
-    for (int64_t j = 0; j < h.m; ++j) row_sums[h.rows] += bin.from[j] * from_grad[j];
-    if (!out->dustbin_value) return;
-    T* bin_value = out->dustbin_value + (at * p.bins + job().bin) * features;
-    for (int64_t i = 0; i < h.n; ++i)
-      for (int64_t k = 0; k < features; ++k) bin_value[k] += bin.to[i] * grad[i * width + k];
-  }
-
   void factor_tile(const Block<T>& b, T* tile, const Factor<T>& f) const {
     h.scores(b, tile);
     if (f.of_columns)
@@ -317,7 +281,7 @@ class Adjoint {
     const int64_t at = h.head_index();
     const T share = static_cast<T>(1 / p.epsilon);
     T *to = out->row_score + at * p.length + job().row0, *from = out->col_score + at * p.size + job().col0;
-    T corner = 0;
+    T corner = bin.corner * corner_grad;
     for (int64_t i = 0; i < h.n; ++i) to[i] = bin.to[i] * read[i];
     for (int64_t j = 0; j < h.m; ++j) from[j] = bin.from[j] * from_grad[j];
     for (const auto& f : factors) {
@@ -332,13 +296,9 @@ class Adjoint {
     out->corner_score[at * p.bins + job().bin] = corner * share;
   }
 
-  int64_t wide;                       // of a line of queries or values
-  T *grad;                            // dO / a [rows, value_width]
-  T *value_panels;                    // V^T in panels
-  T *field_rows, *field_panels;       // -X [rows, count], Y^T in panels
-  T *wide_accumulators, *gathered;    // of the parts, and their sum [cols, wide]
-  T *cotangents, *copies, *lines;     // of each thread
-  T *mask_columns;
+  T *field_rows, *field_panels;      // -X [rows, count], Y^T in panels
+  T *wide_accumulators;              // of the parts
+  T *copies, *lines, *mask_columns;  // of each thread; of the parts
 };
 
 }  // namespace CPU_CAPABILITY

@@ -31,14 +31,14 @@ class TailAdjoint : public Adjoint<T> {
     const T rho_r = static_cast<T>(p.rho_row), rho_c = static_cast<T>(p.rho_col);
     // factors[2 (R - r)] = A^r with weights (rho_r z^r, 1), factors[2 (R - r) + 1] = B^r with (1, rho_c w^r)
     auto* a = &factors[0];
-    for (int64_t i = 0; i <= h.rows; ++i) a->x[i] = rho_r * this->row_sums[i];
+    a->x[h.rows] = rho_r * this->row_sums[h.rows];
     fill_ones(a->y, h.cols, v);
     std::fill(this->accumulators, this->accumulators + h.part_columns(), T(0));
-    const auto weight = [&](const Factor<T>& f) {
-      return [&](int64_t i, T) { return scaled ? f.x[i] * f.row_exp[i] : f.x[i]; };
-    };
-    this->value_visit([&](const Block<T>& b, const T* tile, int64_t part, int64_t slot) {
-      this->tile_pass(b, tile, part, slot, nullptr, nullptr, a, image, scaled, weight(*a));
+    this->first_visit([&](const Block<T>& b, const T* tile, int64_t part, int64_t slot) {
+      this->tile_pass(b, tile, part, slot, nullptr, nullptr, a, image, scaled, [&](int64_t i, T) {
+        a->x[i] = rho_r * this->row_sums[i];
+        return scaled ? a->x[i] * a->row_exp[i] : a->x[i];
+      });
     });
     h.reduce(this->accumulators, 1, image);
     complete_columns(*a);
@@ -195,7 +195,7 @@ class ImplicitAdjoint : public Adjoint<T> {
     // P 1 and P^T 1 ride in the first visit
     for (int64_t j = 0; j <= h.cols; ++j) inner[j] = v[j] > -kInf<T> ? T(1) : T(0);
     std::fill(this->accumulators, this->accumulators + h.part_columns(), T(0));
-    this->value_visit([&](const Block<T>& b, const T* tile, int64_t part, int64_t slot) {
+    this->first_visit([&](const Block<T>& b, const T* tile, int64_t part, int64_t slot) {
       this->tile_pass(b, tile, part, slot, nullptr, inner, nullptr, product, true, [&](int64_t i, T sum) {
         if (bin.present()) sum += bin.to[i] * inner[h.cols];
         row_inverse[i] = sum > 0 ? 1 / sum : T(0);

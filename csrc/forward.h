@@ -29,6 +29,7 @@ class Solver : Scalings<T> {
       h.pack_side(p.value, h.key_head, job().col0, h.m, h.cols, p.value_features, h.value_width, T(1), value);
     iterate();
     if (result.row_residual) this->residuals(result.row_residual[index], result.col_residual[index]);
+    if (bin.present() && result.plan) emit_dustbin();
     if (bin.present() && result.to_bin) {
       T *to = result.to_bin + h.head_index() * p.length + job().row0,
         *from = result.from_bin + h.head_index() * p.size + job().col0;
@@ -96,8 +97,8 @@ class Solver : Scalings<T> {
   // One reading of the support: K is built or read, rows are finished and their part of the next column sums gathered.
   // False, without effect, if a row scaling leaves the safe range.
   bool visit(Pass pass, bool last, bool want_columns) {
-    const bool emits = last && out->output;
-    if (emits) scale_value();
+    const bool emits = last && (out->output || out->plan);
+    if (last && out->output) scale_value();
     if (pass == Pass::build) bin.plan(alpha, beta);
     if (pass == Pass::absorb && bin.present()) {
       alpha[h.rows] = next_potential(bin.row_lse(beta), h.rows);
@@ -132,7 +133,7 @@ class Solver : Scalings<T> {
       else
         row_column_pass<true, false>(block, tile, y + block.col, columns, next);
       if (pass == Pass::sweep) failed[part] |= bad;
-      if (emits && !failed[part]) emit(block, tile, slot);
+      if (emits && !failed[part]) out->plan ? emit_plan(block, tile) : emit(block, tile, slot);
     });
     if (bin.present() && pass != Pass::build && pass != Pass::columns) {
       sums[h.rows] = bin.row_sum(y);
@@ -245,6 +246,28 @@ class Solver : Scalings<T> {
         for (int64_t k = 0; k < h.value_width; ++k)
           scaled_value[j * h.value_width + k] = y[j] * value[j * h.value_width + k];
     });
+  }
+
+  T* plan_line(int64_t row) const {
+    const int64_t extra = bin.present();
+    return out->plan + (h.head_index() * (p.length + extra) + row) * (p.size + extra) + job().col0;
+  }
+
+  void emit_plan(const Block<T>& block, const T* tile) const {
+    const int64_t reached = std::min(block.cols, h.m - block.col);
+    for (int64_t i = 0; i < std::min(block.rows, h.n - block.row); ++i) {
+      T* to = plan_line(job().row0 + block.row + i) + block.col;
+      const T* line = tile + i * block.stride;
+      for (int64_t j = 0; j < reached; ++j) to[j] = x_new[block.row + i] * line[j] * y[block.col + j];
+    }
+  }
+
+  // The plan's last column and row, summed over segments, whose tokens differ; and the corner, which is summed later.
+  void emit_dustbin() const {
+    for (int64_t i = 0; i < h.n; ++i)
+      plan_line(job().row0 + i)[p.size - job().col0] = bin.to[i] * x[i] * y[h.cols];
+    for (int64_t j = 0; j < h.m; ++j) plan_line(p.length)[j] = bin.from[j] * x[h.rows] * y[j];
+    out->corner[h.head_index() * p.bins + job().bin] = bin.corner * x[h.rows] * y[h.cols];
   }
 
   // O_i = x_i (K y V)_i / a_i. Balanced rows of the plan sum to a_i exactly, so those are divided by their own sum: that

@@ -16,7 +16,7 @@ namespace {
 using at::Tensor;
 using MaybeTensors = c10::List<std::optional<Tensor>>;
 
-constexpr int64_t kInterface = 1;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
+constexpr int64_t kInterface = 2;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
 
 // Places in the lists of `cpu_forward` and `cpu_backward`, as in engines/cpu.py.
 enum Tensors : size_t {
@@ -181,6 +181,36 @@ Results cpu_forward(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, 
                                                          : forward_as<float>(given, residuals);
 }
 
+using PlanResults = std::tuple<Tensor, Tensor, Tensor>;
+
+template <typename T>
+PlanResults plan_as(const Given& given) {
+  const Problem<T> p = given.problem<T>();
+  const auto jobs = given.jobs(p);
+  const auto options = given[kLogRowMass].options();
+  const int64_t extra = p.bins > 0;
+  Tensor plan = at::zeros({p.num, p.heads, p.length + extra, p.size + extra}, options);
+  Tensor corner = at::zeros({p.num, p.heads, p.bins}, options);
+  Tensor row = at::zeros({p.kept + 1, p.num, p.heads, p.length + p.bins}, options);
+  Tensor col = at::zeros({p.kept + 1, p.num, p.heads, p.size + p.bins}, options);
+  ForwardResult<T> result;
+  result.plan = plan.data_ptr<T>(), result.corner = corner.data_ptr<T>();
+  result.row_potentials = row.data_ptr<T>(), result.col_potentials = col.data_ptr<T>();
+  const auto& k = kernels_of<T>();
+  run_jobs(p, jobs, {}, {
+    [&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
+    [&](const Job& job, int64_t index, const Team& team, void* workspace) {
+      k.forward(p, job, index, result, team, workspace);
+    }});
+  if (extra) plan.select(3, p.size).select(2, p.length).copy_(corner.sum(-1));
+  return {plan, row, col};
+}
+
+PlanResults cpu_plan(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts) {
+  const Given given(tensors, numbers, counts);
+  return given[kLogRowMass].scalar_type() == at::kDouble ? plan_as<double>(given) : plan_as<float>(given);
+}
+
 // Jobs that add to the same entries of the mask's gradient.
 template <typename T>
 std::vector<int64_t> mask_groups(const std::vector<Job>& jobs, const Problem<T>& p, const Tensor& mask) {
@@ -191,9 +221,8 @@ std::vector<int64_t> mask_groups(const std::vector<Job>& jobs, const Problem<T>&
 }
 
 template <typename T>
-std::vector<Tensor> backward_as(const Given& given, const Tensor& grad_output, const std::optional<Tensor>& grad_to_bin,
-                                const std::optional<Tensor>& grad_from_bin, const Tensor& output, const Tensor& row,
-                                const Tensor& col, bool mask_grad) {
+std::vector<Tensor> backward_as(const Given& given, const BackwardGiven<T>& cotangents, bool mask_grad) {
+  mask_grad &= given.has(kMask);
   const Problem<T> p = given.problem<T>();
   const auto jobs = given.jobs(p);
   const auto options = given[kLogRowMass].options();
@@ -202,19 +231,14 @@ std::vector<Tensor> backward_as(const Given& given, const Tensor& grad_output, c
   };
   const bool bins = p.bins > 0;
   Tensor query = made(true, {p.num, p.heads, p.length, p.features}), key = made(true, {p.num, p.heads, p.size, p.features});
-  Tensor value = made(true, {p.num, p.heads, p.size, p.value_features});
+  Tensor value = made(given.has(kValue), {p.num, p.heads, p.size, p.value_features});
   Tensor mask = mask_grad ? at::zeros(given[kMask].sizes(), options) : made(false, {});
   Tensor row_score = made(bins, {p.num, p.heads, p.length}), col_score = made(bins, {p.num, p.heads, p.size});
   Tensor corner = made(bins, {p.num, p.heads, p.bins});
   Tensor stored = made(given.has(kDustbinValue), {p.num, p.heads, p.bins, p.value_features});
   Tensor dropped = made(true, {p.num, p.heads, (p.kept || p.implicit ? p.length : p.size) + p.bins});
-  BackwardGiven<T> cotangents;
-  cotangents.grad_output = operand(grad_output);
-  cotangents.output = pointer<T>(output);
-  cotangents.row_potentials = pointer<T>(row), cotangents.col_potentials = pointer<T>(col);
-  cotangents.grad_to_bin = pointer<T>(grad_to_bin), cotangents.grad_from_bin = pointer<T>(grad_from_bin);
   BackwardResult<T> result;
-  result.query = query.data_ptr<T>(), result.key = key.data_ptr<T>(), result.value = value.data_ptr<T>();
+  result.query = query.data_ptr<T>(), result.key = key.data_ptr<T>(), result.value = given.has(kValue) ? value.data_ptr<T>() : nullptr;
   if (mask_grad) {
     const auto step = [&](int64_t dim) { return mask.size(dim) == 1 ? 0 : mask.stride(dim); };
     result.mask = mask.data_ptr<T>();
@@ -235,13 +259,26 @@ std::vector<Tensor> backward_as(const Given& given, const Tensor& grad_output, c
   return {query, key, value, mask, row_score, col_score, corner, stored, dropped};
 }
 
-std::vector<Tensor> cpu_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_to_bin,
-                                 const std::optional<Tensor>& grad_from_bin, const Tensor& output, const Tensor& row,
-                                 const Tensor& col, const MaybeTensors& tensors, c10::ArrayRef<double> numbers,
-                                 c10::ArrayRef<int64_t> counts, bool mask_grad) {
+// The cotangents of attention (`output` given) or of the plan.
+template <typename T>
+std::vector<Tensor> backward_of(const Given& given, const Tensor& grad, const std::optional<Tensor>& grad_to_bin,
+                                const std::optional<Tensor>& grad_from_bin, const std::optional<Tensor>& output,
+                                const Tensor& row, const Tensor& col, bool mask_grad) {
+  BackwardGiven<T> cotangents;
+  (output.has_value() ? cotangents.grad_output : cotangents.grad_plan) = operand(grad);
+  cotangents.output = pointer<T>(output);
+  cotangents.row_potentials = pointer<T>(row), cotangents.col_potentials = pointer<T>(col);
+  cotangents.grad_to_bin = pointer<T>(grad_to_bin), cotangents.grad_from_bin = pointer<T>(grad_from_bin);
+  return backward_as<T>(given, cotangents, mask_grad);
+}
+
+std::vector<Tensor> cpu_backward(const Tensor& grad, const std::optional<Tensor>& grad_to_bin,
+                                 const std::optional<Tensor>& grad_from_bin, const std::optional<Tensor>& output,
+                                 const Tensor& row, const Tensor& col, const MaybeTensors& tensors,
+                                 c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts, bool mask_grad) {
   const Given given(tensors, numbers, counts);
-  const auto run = given[kLogRowMass].scalar_type() == at::kDouble ? backward_as<double> : backward_as<float>;
-  return run(given, grad_output, grad_to_bin, grad_from_bin, output, row, col, mask_grad);
+  const auto run = given[kLogRowMass].scalar_type() == at::kDouble ? backward_of<double> : backward_of<float>;
+  return run(given, grad, grad_to_bin, grad_from_bin, output, row, col, mask_grad);
 }
 
 }  // namespace
@@ -249,7 +286,8 @@ std::vector<Tensor> cpu_backward(const Tensor& grad_output, const std::optional<
 TORCH_LIBRARY_FRAGMENT(torch_sinkhorn_attn, m) {
   m.def("cpu_forward(Tensor?[] tensors, float[] numbers, int[] counts, bool residuals) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpu_backward(Tensor grad_output, Tensor? grad_to_bin, Tensor? grad_from_bin, Tensor output, "
+  m.def("cpu_plan(Tensor?[] tensors, float[] numbers, int[] counts) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_backward(Tensor grad, Tensor? grad_to_bin, Tensor? grad_from_bin, Tensor? output, "
         "Tensor row_potentials, Tensor col_potentials, Tensor?[] tensors, float[] numbers, int[] counts, "
         "bool mask_grad) -> Tensor[]");
   m.def("cpu_interface() -> int", [] { return kInterface; });
@@ -262,6 +300,7 @@ TORCH_LIBRARY_FRAGMENT(torch_sinkhorn_attn, m) {
 
 TORCH_LIBRARY_IMPL(torch_sinkhorn_attn, CPU, m) {
   m.impl("cpu_forward", cpu_forward);
+  m.impl("cpu_plan", cpu_plan);
   m.impl("cpu_backward", cpu_backward);
 }
 

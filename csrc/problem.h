@@ -55,11 +55,14 @@ struct ForwardResult {
   T *row_potentials = nullptr, *col_potentials = nullptr;  // [R+1, N, H, L+G], [R+1, N, H, S+G]
   T *to_bin = nullptr, *from_bin = nullptr;                // [N, H, L], [N, H, S]; null without a dustbin
   T *row_residual = nullptr, *col_residual = nullptr;      // [jobs]; null where not wanted
+  T* plan = nullptr;    // [N, H, L, S], or [N, H, L+1, S+1] with a dustbin; null unless wanted
+  T* corner = nullptr;  // [N, H, G] the plan's corners, with `plan`
 };
 
 template <typename T>
 struct BackwardGiven {
   Operand grad_output;  // [N, H, L, Ev]
+  Operand grad_plan;    // or this alone: [N, H, L, S], or [N, H, L+1, S+1] with a dustbin
   const T* output = nullptr;
   const T *row_potentials = nullptr, *col_potentials = nullptr;
   const T *grad_to_bin = nullptr, *grad_from_bin = nullptr;  // null: zero

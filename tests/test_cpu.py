@@ -68,7 +68,7 @@ LARGE = {
 
 
 def all_results(problem: problems.Call) -> dict[str, torch.Tensor]:
-    return results(problem, "cpu", plan=False)
+    return results(problem, "cpu")
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -90,7 +90,7 @@ def test_large_problems_agree_with_the_definition(name: str) -> None:
     if single.mask is not None:
         double.mask = single.mask.detach().double().requires_grad_()
         double.leaves.append(double.mask)
-    assert_agrees(double, "cpu", plan=False)
+    assert_agrees(double, "cpu")
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -7,6 +7,7 @@ import torch
 
 from torch_sinkhorn_attn import sinkhorn_attention
 from torch_sinkhorn_attn.dropout import keep_tile
+from torch_sinkhorn_attn.engines import ENGINES
 
 
 def mask(seed: int, heads: int = 4, rows: int = 256, cols: int = 256, p: float = 0.3) -> torch.Tensor:
@@ -37,7 +38,7 @@ def test_tiles_see_the_entries_of_the_whole() -> None:
     assert torch.equal(whole[:, 11:30, 7:50], tile)
 
 
-@pytest.mark.parametrize("engine", ["reference", "tiled"])
+@pytest.mark.parametrize("engine", ["reference", *ENGINES])
 def test_manual_seed_governs_and_the_expectation_holds(engine: str) -> None:
     x = torch.randn(1, 2, 12, 4, dtype=torch.float64)
     truth = sinkhorn_attention(x, x, x, engine=engine)

@@ -11,27 +11,29 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, ops, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn.engines import ENGINES
 
 D = torch.float64
 lib = torch.ops.torch_sinkhorn_attn
 
 
-def flat_of(call: problems.Call, value: bool = True) -> list[Any]:
+def flat_of(call: problems.Call, value: bool = True, engine: str = "tiled") -> list[Any]:
     options = call.options if value else {k: v for k, v in call.options.items() if k != "dropout_p"}
     prepared = prepare(call.query, call.key, call.value if value else None, call.mask, **options)
-    flat = ops.flatten(prepared.inputs, prepared.problem, "tiled")
+    flat = ops.flatten(prepared.inputs, prepared.problem, engine)
     return [x.detach() if isinstance(x, Tensor) else x for x in flat]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("seed", [0, 5, 8, 11, 17, 23])
-def test_opcheck(seed: int) -> None:
+def test_opcheck(seed: int, engine: str) -> None:
     call = problems.make(seed)
-    flat = flat_of(call)
+    flat = flat_of(call, engine=engine)
     torch.library.opcheck(lib.forward.default, (*flat, True))
     results = lib.forward(*flat, True)
     bins = (torch.ones_like(results[5]), torch.ones_like(results[6])) if results[5].ndim > 1 else (None, None)
     torch.library.opcheck(lib.backward.default, (torch.ones_like(results[0]), *bins, True, *results[:3], *flat))
-    flat = flat_of(call, value=False)
+    flat = flat_of(call, value=False, engine=engine)
     torch.library.opcheck(lib.plan.default, tuple(flat))
     plan, *potentials = lib.plan(*flat)
     torch.library.opcheck(lib.plan_backward.default, (torch.ones_like(plan), *potentials, True, *flat))
@@ -66,7 +68,7 @@ GRADCHECK: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", GRADCHECK)
-@pytest.mark.parametrize("engine", ["tiled", "reference"])
+@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
 def test_gradcheck(name: str, engine: str) -> None:
     """Numerical derivatives; where the base is stopped they do not see it, so it is 0, unrolled or converged here."""
     options = dict(GRADCHECK[name]) | {"engine": engine}
@@ -100,10 +102,10 @@ def test_only_asked_for_gradients_are_returned() -> None:
 def test_gradients_of_the_dustbin_masses_alone() -> None:
     q, k = torch.randn(1, 4, 3, dtype=D, requires_grad=True), torch.randn(1, 5, 3, dtype=D)
     losses = []
-    for engine in ("reference", "tiled"):
+    for engine in ("reference", *ENGINES):
         _, aux = sinkhorn_attention(q, k, k, dustbin=Dustbin(0.1, 0.2), return_aux=True, engine=engine)
         losses.append(torch.autograd.grad(aux.row_dustbin.square().sum(), q)[0])
-    assert torch.allclose(*losses, atol=1e-12)
+    assert all(torch.allclose(losses[0], x, atol=1e-12) for x in losses[1:])
 
 
 def test_autocast_computes_in_the_lower_dtype_and_keeps_float64() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines import ENGINES
 from torch_sinkhorn_attn.problem import (
     Inputs,
@@ -154,9 +153,8 @@ def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tens
 @_in_full_precision
 def _plan(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
-    potentials = ENGINES[engine].solve(inputs, problem)
-    full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
-    return _fresh((reference.fold_dustbins(full, problem), *potentials), full)
+    plan, potentials = ENGINES[engine].plan(inputs, problem)
+    return _fresh((plan, *potentials), plan)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::plan")
@@ -174,11 +172,10 @@ def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
 def _plan_backward(
     grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
 ) -> tuple[Tensor, ...]:
-    inputs, problem, _ = unflatten(args)
-    dense = reference.dense_problem(inputs, problem)
-    grad_full = reference.unfold_dustbins(grad_plan, problem)
-    cotangent = staircase.backward(dense, grad_full, Potentials(row_potentials, col_potentials), problem).scores
-    return _fresh(staircase.score_gradients(cotangent, inputs, problem, mask_grad), grad_plan)
+    inputs, problem, engine = unflatten(args)
+    potentials = Potentials(row_potentials, col_potentials)
+    result = ENGINES[engine].plan_backward(inputs, problem, potentials, grad_plan, mask_grad)
+    return _fresh(result.inputs, grad_plan)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::plan_backward")

@@ -22,7 +22,7 @@ from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentia
 
 NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
-INTERFACE = 1  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+INTERFACE = 2  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 _FOLDER = Path(__file__).parent
 _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
 _TENSORS = (
@@ -130,22 +130,51 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     return Result(output, Potentials(row, col), row_residual, col_residual, to_bin, from_bin)
 
 
+def plan(inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
+    """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
+    found, row, col = torch.ops.torch_sinkhorn_attn.cpu_plan(*_arguments(inputs._replace(value=None), problem))
+    return found, Potentials(row, col)
+
+
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
     """The adjoint: 2R passes for the tail in R + 1 readings of the plan; conjugate gradients when it is implicit."""
+    return _backward(inputs, problem, potentials, grads.output, grads.mask, (grads.to_bin, grads.from_bin, output))
+
+
+def plan_backward(
+    inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
+) -> Gradients:
+    """The adjoint of `plan`, likewise."""
+    return _backward(inputs._replace(value=None), problem, potentials, grad_plan, mask_grad, (None, None, None))
+
+
+def _backward(
+    inputs: Inputs,
+    problem: Problem,
+    potentials: Potentials,
+    grad: Tensor,
+    mask_grad: bool,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Gradients:
     dtype = compute_dtype(inputs.query.dtype)
+    to_bin, from_bin, output = (_vector(x, dtype) for x in vectors)
     query, key, value, mask, row_score, col_score, corner, stored, dropped = (
         torch.ops.torch_sinkhorn_attn.cpu_backward(
-            grads.output.to(dtype), _vector(grads.to_bin, dtype), _vector(grads.from_bin, dtype), output.contiguous(),
-            *(x.contiguous() for x in potentials), *_arguments(inputs, problem), grads.mask,
+            grad.to(dtype), to_bin, from_bin, output, *(x.contiguous() for x in potentials),
+            *_arguments(inputs, problem), mask_grad,
         )
     )  # fmt: skip
     key_heads = inputs.key.shape[1]
     found = Inputs(
-        query, _by_key_head(key, key_heads), _by_key_head(value, key_heads), mask if grads.mask else None,
-        row_score, col_score, corner.sum(-1), stored.sum(2) if inputs.dustbin_value is not None else None,
-    ) if problem.has_dustbin else Inputs(
-        query, _by_key_head(key, key_heads), _by_key_head(value, key_heads), mask if grads.mask else None
-    )  # fmt: skip
+        query,
+        _by_key_head(key, key_heads),
+        None if inputs.value is None else _by_key_head(value, key_heads),
+        mask if mask_grad and inputs.mask is not None else None,
+    )
+    if problem.has_dustbin:
+        found = found._replace(row_score=row_score, col_score=col_score, corner_score=corner.sum(-1))
+    if inputs.dustbin_value is not None and output is not None:
+        found = found._replace(dustbin_value=stored.sum(2))
     return Gradients(found, dropped)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.reference import stopped_base
@@ -216,6 +217,22 @@ def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Poten
     else:
         field, dropped = tail_field(passes, potentials, problem)
     return _gather(passes, field, dropped)
+
+
+def plan(inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
+    """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
+    potentials = solve(inputs, problem)
+    full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
+    return reference.fold_dustbins(full, problem), potentials
+
+
+def plan_backward(
+    inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
+) -> Gradients:
+    """The adjoint of `plan`: the dense staircase."""
+    dense = reference.dense_problem(inputs, problem)
+    cotangent, dropped = staircase.backward(dense, reference.unfold_dustbins(grad_plan, problem), potentials, problem)
+    return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
 
 
 def _gather(passes: TiledPasses, field: Field, dropped: Tensor) -> Gradients:
