@@ -64,11 +64,13 @@ class BuildKernels(build_ext):
             return "the package was built with TORCH_SINKHORN_ATTN_BUILD_CPU=0"
         try:
             import torch
-        except ImportError:
-            return "torch could not be imported when the package was built"
+        except Exception as error:  # an installed torch may fail to load its libraries
+            return f"torch could not be imported when the package was built ({error})"
         if self.compiler.compiler_type != "unix":
             return f"the kernels are built with GCC or Clang, not {self.compiler.compiler_type}"
         compiler = self.compiler.compiler_so_cxx or self.compiler.compiler_so
+        if compiler[0].startswith("-"):
+            return "CXX was set to nothing when the package was built"
         if shutil.which(compiler[0]) is None:
             return f"the C++ compiler {compiler[0]!r} was not found when the package was built"
         objects = Path(self.build_temp) / "csrc"
@@ -76,6 +78,8 @@ class BuildKernels(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 built = list(pool.map(lambda unit: self._object(torch, objects, *unit), self._units(ext.sources)))
             self._link(torch, built, target)
+            if not SANITIZE:  # a compiler whose OpenMP is another than torch's shows only now
+                self.compiler.spawn([sys.executable, "-c", f"import torch; torch.ops.load_library({str(target)!r})"])
         except Exception as error:  # distutils raises its own
             return f"{type(error).__name__} when the package was built: {error}"
         return None

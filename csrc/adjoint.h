@@ -7,6 +7,8 @@
 // torch_sinkhorn_attn/staircase.py, where the derivation is.
 #pragma once
 
+#include <numeric>
+
 #include "cotangents.h"
 
 namespace sinkhorn {
@@ -72,6 +74,10 @@ class Adjoint : public Cotangents<T> {
       T* tile = h.own_tile(b, slot);
       h.scores(b, tile);
       h.exponentiate(b, tile, u, v);
+      if (p.implicit) {  // its system is singular, so both its sides must come from the same P
+        const T* d = cotangent_tile(b, slot);
+        for (int64_t i = 0; i < b.rows; ++i) sum_row(b, tile, d, i, [](int64_t, const Vec<T>&) {});
+      }
       also(b, tile, part, slot);
       const T* weights = tile;
       if (p.dropout) {
@@ -96,13 +102,12 @@ class Adjoint : public Cotangents<T> {
     if (out->value) store_columns(out->value, p.value_features, width);
     if (!bin.present()) return;
     for (int64_t j = 0; j < h.m; ++j) col_sums[j] += bin.from[j] * from_grad[j];
-    for (int64_t i = 0; i < h.n; ++i) col_sums[h.cols] += bin.to[i] * read[i];
+    col_sums[h.cols] = static_cast<T>(bin.dot(bin.to, read, h.n));
   }
 
   // Of the plan itself: P*D is summed.
   template <typename Also>
   void sum_visit(const Also& also) {
-    constexpr int64_t W = kWidth<T>;
     std::fill(sum_accumulators, sum_accumulators + h.part_columns(), T(0));
     h.each_block([&](const Block<T>& b, int64_t part, int64_t slot) {
       T* tile = h.own_tile(b, slot);
@@ -110,23 +115,27 @@ class Adjoint : public Cotangents<T> {
       h.exponentiate(b, tile, u, v);
       const T* d = cotangent_tile(b, slot);
       T* columns = sum_accumulators + h.parts[part].offset + b.col - h.parts[part].col;
-      for (int64_t i = 0; i < b.rows; ++i) {
-        Vec<T> total(T(0));
-        for (int64_t j = 0; j < b.cols; j += W) {
-          const Vec<T> entry = Vec<T>::loadu(tile + i * b.stride + j) * Vec<T>::loadu(d + i * b.stride + j);
-          total = total + entry;
-          (Vec<T>::loadu(columns + j) + entry).store(columns + j);
-        }
-        row_sums[b.row + i] = sum_of(total) + (bin.present() ? bin.to[b.row + i] * read[b.row + i] : T(0));
-      }
+      for (int64_t i = 0; i < b.rows; ++i)
+        sum_row(b, tile, d, i, [&](int64_t j, const Vec<T>& entry) { (Vec<T>::loadu(columns + j) + entry).store(columns + j); });
       also(b, tile, part, slot);
     });
     h.reduce(sum_accumulators, 1, col_sums);
     col_sums[h.cols] = 0;
     if (!bin.present()) return;
     for (int64_t j = 0; j < h.m; ++j) col_sums[j] += bin.from[j] * from_grad[j];
-    for (int64_t i = 0; i < h.n; ++i) col_sums[h.cols] += bin.to[i] * read[i];
-    col_sums[h.cols] += bin.corner * corner_grad;
+    col_sums[h.cols] = static_cast<T>(bin.dot(bin.to, read, h.n) + bin.corner * corner_grad);
+  }
+
+  // row_sums of P*D for row i of a block; `also` sees every vector of P*D.
+  template <typename Also>
+  void sum_row(const Block<T>& b, const T* tile, const T* d, int64_t i, const Also& also) {
+    Vec<T> total(T(0));
+    for (int64_t j = 0; j < b.cols; j += kWidth<T>) {
+      const Vec<T> entry = Vec<T>::loadu(tile + i * b.stride + j) * Vec<T>::loadu(d + i * b.stride + j);
+      total = total + entry;
+      also(j, entry);
+    }
+    row_sums[b.row + i] = sum_of(total) + (bin.present() ? bin.to[b.row + i] * read[b.row + i] : T(0));
   }
 
   // The last visit, given the field: dQ, dK, dmask, and the dustbin's scores; `also` runs on every tile first.
@@ -263,7 +272,7 @@ class Adjoint : public Cotangents<T> {
       if (out->mask_col)
         for (int64_t j = 0; j < reached; ++j) line[j] += d[i * b.stride + j];
       else
-        for (int64_t j = 0; j < reached; ++j) line[0] += d[i * b.stride + j];
+        line[0] += static_cast<T>(std::accumulate(d + i * b.stride, d + i * b.stride + reached, 0.0));
     }
   }
 

@@ -144,8 +144,9 @@ class TailAdjoint : public Adjoint<T> {
   void bin_row_pass(const Factor<T>& f) {
     bin_image = 0;
     if (!bin.present()) return;
-    for (int64_t j = 0; j < h.m; ++j) bin_image += f.at(bin.from_score[j], h.rows, j) * f.y[j];
-    bin_image += f.at(bin.corner_score, h.rows, h.cols) * f.y[h.cols];
+    double total = static_cast<double>(f.at(bin.corner_score, h.rows, h.cols)) * f.y[h.cols];
+    for (int64_t j = 0; j < h.m; ++j) total += static_cast<double>(f.at(bin.from_score[j], h.rows, j)) * f.y[j];
+    bin_image = static_cast<T>(total);
   }
 
   // image = F^T x from the tiles' sums: column exponentials, the dustbin's row and its own column sum.
@@ -156,9 +157,9 @@ class TailAdjoint : public Adjoint<T> {
     if (!bin.present()) return;
     for (int64_t j = 0; j < h.m; ++j)
       image[j] += f.at(bin.from_score[j], h.rows, j) * f.x[h.rows];
-    for (int64_t i = 0; i < h.n; ++i)
-      image[h.cols] += f.at(bin.to_score[i], i, h.cols) * f.x[i];
-    image[h.cols] += f.at(bin.corner_score, h.rows, h.cols) * f.x[h.rows];
+    double total = static_cast<double>(f.at(bin.corner_score, h.rows, h.cols)) * f.x[h.rows];
+    for (int64_t i = 0; i < h.n; ++i) total += static_cast<double>(f.at(bin.to_score[i], i, h.cols)) * f.x[i];
+    image[h.cols] = static_cast<T>(total);
   }
 
   void store_dropped(const T* from, int64_t active, int64_t padded, int64_t length, int64_t first) {
@@ -206,9 +207,14 @@ class ImplicitAdjoint : public Adjoint<T> {
     normalise();
     // rhs = root^-1 (colsum - rho_r P^T (rowsum / r))
     column_pass(product, [&](int64_t i) { return row_inverse[i] * this->row_sums[i]; });
-    for (int64_t j = 0; j <= h.cols; ++j) residual[j] = root_inverse[j] * (this->col_sums[j] - rho_r * product[j]);
+    double noise = 0;  // what the right-hand side's two terms leave when they cancel
+    for (int64_t j = 0; j <= h.cols; ++j) {
+      const double one = root_inverse[j] * this->col_sums[j], other = root_inverse[j] * rho_r * product[j];
+      residual[j] = static_cast<T>(one - other);
+      noise += (std::abs(one) + std::abs(other)) * (std::abs(one) + std::abs(other));
+    }
     project(residual);
-    conjugate_gradients(rho_r, rho_c);
+    conjugate_gradients(rho_r, rho_c, kRounding * kRounding * noise);
     auto &x = factors[0], &y = factors[1];
     for (auto* f : {&x, &y}) {
       std::copy(u, u + h.rows + 1, f->row);
@@ -227,16 +233,16 @@ class ImplicitAdjoint : public Adjoint<T> {
   }
 
  private:
-  static constexpr int64_t kMaxIters = 500;                              // MAX_ITERS and TOLERANCE of implicit.py
+  static constexpr int64_t kMaxIters = 500;  // MAX_ITERS, TOLERANCE and ROUNDING of implicit.py
   static constexpr double kTolerance = sizeof(T) == 4 ? 1e-7 : 1e-14;
+  static constexpr double kRounding = 8 * std::numeric_limits<T>::epsilon();
 
   // root = sqrt(P^T 1), from the tiles' sums in root, and the dustbin's row.
   void normalise() {
     root[h.cols] = row_inverse[h.rows] = 0;
     if (bin.present()) {
       for (int64_t j = 0; j < h.m; ++j) root[j] += bin.from[j];
-      for (int64_t i = 0; i < h.n; ++i) root[h.cols] += bin.to[i];
-      root[h.cols] += bin.corner;
+      root[h.cols] = static_cast<T>(std::accumulate(bin.to, bin.to + h.n, static_cast<double>(bin.corner)));
       const T sum = bin.row_sum(inner);
       row_inverse[h.rows] = sum > 0 ? 1 / sum : T(0);
     }
@@ -261,9 +267,10 @@ class ImplicitAdjoint : public Adjoint<T> {
     to[h.cols] = 0;
     if (!bin.present()) return;
     for (int64_t j = 0; j < h.m; ++j) to[j] += bin.from[j] * at_bin;
+    double total = static_cast<double>(bin.corner) * at_bin;
     for (int64_t i = 0; i < h.n; ++i)
-      if (u[i] > -kInf<T>) to[h.cols] += bin.to[i] * row(i);
-    to[h.cols] += bin.corner * at_bin;
+      if (u[i] > -kInf<T>) total += static_cast<double>(bin.to[i]) * row(i);
+    to[h.cols] = static_cast<T>(total);
   }
 
   // to = N^T N s, N = diag(r)^(-1/2) P diag(c)^(-1/2), in one visit.
@@ -295,18 +302,18 @@ class ImplicitAdjoint : public Adjoint<T> {
     return total;
   }
 
-  void conjugate_gradients(T rho_r, T rho_c) {
+  void conjugate_gradients(T rho_r, T rho_c, double noise) {
     const int64_t size = h.cols + 1;
     std::fill(solution, solution + size, T(0));
     std::copy(residual, residual + size, direction);
     double energy = dot(residual, residual);
-    const double enough = kTolerance * kTolerance * energy;
+    const double enough = std::max(kTolerance * kTolerance * energy, noise);
     for (int64_t k = 0; k < kMaxIters && energy > enough; ++k) {
       gram(direction, product);
       for (int64_t j = 0; j < size; ++j) product[j] = direction[j] / rho_c - rho_r * product[j];
       project(product);
       const double curvature = dot(direction, product);
-      if (!(curvature > 0)) break;
+      if (!(curvature > kRounding * dot(direction, direction))) break;  // a null vector, to rounding
       const T step = static_cast<T>(energy / curvature);
       for (int64_t j = 0; j < size; ++j) {
         solution[j] += step * direction[j];

@@ -24,7 +24,7 @@ std::vector<Choice> find_usable() {
   std::vector<Choice> found{{"default", &kernels_DEFAULT}};
 #ifdef SINKHORN_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))  // f16c comes with avx2
     found.push_back({"avx2", &kernels_AVX2});
   if (found.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

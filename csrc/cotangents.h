@@ -39,7 +39,7 @@ class Cotangents {
     read_cotangents(given);
   }
 
-  // u or v number k, -inf on dead lines and on padding; or (dead 0) as it was stored.
+  // u or v number k, -inf on dead lines and on padding, and the log masses.
   void load(const T* potentials, int64_t k, int64_t length, int64_t first, int64_t active, int64_t padded,
             const T* log_mass, const T* capacity, T* log_to, T* to) const {
     const int64_t heads = p.num * p.heads;
@@ -100,8 +100,7 @@ class Cotangents {
     for (int64_t i = 0; i < h.n; ++i) read[i] = u[i] > -kInf<T> ? entry(job().row0 + i, p.size) : T(0);
     for (int64_t j = 0; j < h.m; ++j) from_grad[j] = v[j] > -kInf<T> ? entry(p.length, job().col0 + j) : T(0);
     corner_grad = entry(p.length, p.size);
-    for (int64_t j = 0; j < h.m; ++j) row_sums[h.rows] += bin.from[j] * from_grad[j];
-    row_sums[h.rows] += bin.corner * corner_grad;
+    row_sums[h.rows] = static_cast<T>(bin.dot(bin.from, from_grad, h.m) + bin.corner * corner_grad);
   }
 
   void read_cotangents(const BackwardGiven<T>& given) {
@@ -132,11 +131,14 @@ class Cotangents {
       }
     });
     if (!bin.present()) return;
-    for (int64_t j = 0; j < h.m; ++j) row_sums[h.rows] += bin.from[j] * from_grad[j];
+    row_sums[h.rows] = static_cast<T>(bin.dot(bin.from, from_grad, h.m));
     if (!out->dustbin_value) return;
     T* bin_value = out->dustbin_value + (at * p.bins + job().bin) * features;
-    for (int64_t i = 0; i < h.n; ++i)
-      for (int64_t k = 0; k < features; ++k) bin_value[k] += bin.to[i] * grad[i * width + k];
+    for (int64_t k = 0; k < features; ++k) {
+      double total = 0;
+      for (int64_t i = 0; i < h.n; ++i) total += static_cast<double>(bin.to[i]) * grad[i * width + k];
+      bin_value[k] = static_cast<T>(total);
+    }
   }
 };
 

@@ -1,4 +1,5 @@
-// The dustbin of a job as two vectors and a corner beside the tiles.
+// The dustbin of a job as two vectors and a corner beside the tiles. Its sums run over all tokens in one go, so they are
+// taken in double precision.
 #pragma once
 
 #include "head.h"
@@ -6,7 +7,7 @@
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
 
-// log(sum(exp(x))) of a stream of numbers.
+// log(sum(exp(x))) of a stream of numbers; NaN stays.
 template <typename T>
 class LogSumExp {
  public:
@@ -14,14 +15,15 @@ class LogSumExp {
     if (x > top_) {
       sum_ = sum_ * std::exp(top_ - x) + 1;
       top_ = x;
-    } else if (x > -kInf<T>) {
+    } else if (x != -kInf<T>) {
       sum_ += std::exp(x - top_);
     }
   }
-  T value() const { return sum_ > 0 ? top_ + std::log(sum_) : -kInf<T>; }
+  T value() const { return sum_ == 0 ? -kInf<T> : static_cast<T>(top_ + std::log(sum_)); }
 
  private:
-  T top_ = -kInf<T>, sum_ = 0;
+  T top_ = -kInf<T>;
+  double sum_ = 0;
 };
 
 template <typename T>
@@ -75,20 +77,19 @@ class Dustbin {
   }
 
   // Sum of the dustbin's row times y, and of its column times x.
-  T row_sum(const T* y) const { return dot(from, y, h.m) + corner * y[h.cols]; }
-  T column_sum(const T* x) const { return dot(to, x, h.n) + corner * x[h.rows]; }
+  T row_sum(const T* y) const { return static_cast<T>(dot(from, y, h.m) + corner * y[h.cols]); }
+  T column_sum(const T* x) const { return static_cast<T>(dot(to, x, h.n) + corner * x[h.rows]); }
+
+  static double dot(const T* x, const T* y, int64_t count) {
+    double total = 0;
+    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(x[i]) * y[i];
+    return total;
+  }
 
   const Head<T>& h;
   T *to_score = nullptr, *from_score = nullptr;  // scores over epsilon: [rows], [cols]
   T *to = nullptr, *from = nullptr;              // the plan
   T corner_score = 0, corner = 0;
-
- private:
-  static T dot(const T* x, const T* y, int64_t count) {
-    T total = 0;
-    for (int64_t i = 0; i < count; ++i) total += x[i] * y[i];
-    return total;
-  }
 };
 
 }  // namespace CPU_CAPABILITY

@@ -57,17 +57,31 @@ class Solver : Scalings<T> {
     if (!row_only) visit(Pass::build, false, true);
     for (int64_t t = 0; t < p.stopped; ++t) {
       const bool safe = column_half_step(p.over_relaxation);
-      if (t > 0 && p.tolerance > 0 && safe && this->largest_change <= p.tolerance) break;
+      if (!safe) column_lse_in_log_domain();
+      if (t > 0 && p.tolerance > 0 && (safe ? this->largest_change : change_in_log_domain()) <= p.tolerance) break;
       row_half_step(safe, p.over_relaxation, false, true);
     }
     settled = 0;
     if (p.balanced && p.stopped > 0) this->find_gauge();
     settle_columns();
-    if (p.kept == 0) return row_half_step(!row_only, 1, true, wants_residuals(), /*column_first=*/false);
+    if (p.kept == 0) {
+      const bool far = this->far_from_centre();
+      if (far) {
+        for (int64_t i = 0; i <= h.rows; ++i) settle_row(i, x[i]);
+        this->absorb_settled();
+      }
+      return row_half_step(!row_only && !far, 1, true, wants_residuals(), /*column_first=*/false);
+    }
     for (int64_t i = 0; i <= h.rows; ++i) x[i] = settle_row(i, x[i]);
-    if (p.stopped > 0 && this->coarse()) visit(Pass::columns, false, true);
+    if (this->far_from_centre()) {
+      this->absorb_settled();
+      visit(Pass::build, false, true);
+    } else if (p.stopped > 0 && this->coarse()) {
+      visit(Pass::columns, false, true);
+    }
     for (int64_t r = 1; r <= p.kept; ++r) {
       const bool last = r == p.kept, safe = column_half_step(1);
+      if (!safe) column_lse_in_log_domain();
       settled = r;
       row_half_step(safe, 1, last, !last || wants_residuals());
     }
@@ -82,7 +96,7 @@ class Solver : Scalings<T> {
       if (safe)
         std::swap(y, y_new);
       else
-        column_half_step_in_log_domain(omega);
+        take_columns_in_log_domain(omega);
       if (settled >= 0) settle_columns();
     }
     if (safe && visit(Pass::sweep, last, want_columns)) return;
@@ -122,8 +136,8 @@ class Solver : Scalings<T> {
         if (a[i] == 0) return x_new[i] = settled >= 0 ? settle_row(i, T(0)) : T(0);
         if (bin.present()) sum += bin.to[i] * y[h.cols];
         sums[i] = sum;
-        const T scaling = pass == Pass::absorb && row_omega != 1 ? T(1) : row_scaling(i, sum);
-        bad |= !(scaling > std::exp(-kSafe<T>) && scaling < std::exp(kSafe<T>));
+        const T scaling = pass == Pass::absorb ? absorbed_scaling(i, sum) : row_scaling(i, sum);
+        bad |= !in_range(scaling);
         return x_new[i] = settled >= 0 ? settle_row(i, scaling) : scaling;
       };
       if (pass == Pass::build || pass == Pass::columns)
@@ -137,12 +151,10 @@ class Solver : Scalings<T> {
     });
     if (bin.present() && pass != Pass::build && pass != Pass::columns) {
       sums[h.rows] = bin.row_sum(y);
-      x_new[h.rows] = a[h.rows] == 0                            ? T(0)
-                      : pass == Pass::absorb && row_omega != 1 ? T(1)
-                                                               : row_scaling(h.rows, sums[h.rows]);
-      const T made = x_new[h.rows];
-      failed[0] |= pass == Pass::sweep && a[h.rows] > 0 && !(made > std::exp(-kSafe<T>) && made < std::exp(kSafe<T>));
-      if (settled >= 0) x_new[h.rows] = settle_row(h.rows, made);
+      T made = 0;
+      if (a[h.rows] > 0) made = pass == Pass::absorb ? absorbed_scaling(h.rows, sums[h.rows]) : row_scaling(h.rows, sums[h.rows]);
+      failed[0] |= pass == Pass::sweep && a[h.rows] > 0 && !in_range(made);
+      x_new[h.rows] = settled >= 0 ? settle_row(h.rows, made) : made;
     } else {
       x_new[h.rows] = x[h.rows];
     }
@@ -158,6 +170,12 @@ class Solver : Scalings<T> {
       }
     }
     return true;
+  }
+
+  // Once alpha is the row half-step, x is 1; a balanced row takes the rounding of its own sum off, if K did not underflow
+  // (its mass is near the smallest number then; a relaxed one may well have no mass left).
+  T absorbed_scaling(int64_t i, T sum) const {
+    return row_omega == 1 && p.rho_row == 1 && sum > 0 ? a[i] / sum : T(1);
   }
 
   // alpha = the row half-step in the log domain, from the scores of a tile and v = beta.
@@ -185,8 +203,8 @@ class Solver : Scalings<T> {
     }
   }
 
-  // y = 1 and beta = the column half-step in the log domain, from u = alpha + log x.
-  void column_half_step_in_log_domain(double omega) {
+  // y_new = the log-sum-exp of the columns, from u = alpha + log x.
+  void column_lse_in_log_domain() {
     constexpr int64_t W = kWidth<T>;
     for (int64_t i = 0; i <= h.rows; ++i) x_new[i] = a[i] > 0 ? alpha[i] + std::log(x[i]) : -kInf<T>;  // u
     T *tops = accumulators, *totals = accumulators + h.part_columns();
@@ -214,7 +232,7 @@ class Solver : Scalings<T> {
       for (int64_t j = 0; j < part.cols; ++j) {
         LogSumExp<T> lse;
         lse.add(y_new[part.col + j]);
-        if (totals[part.offset + j] > 0) lse.add(tops[part.offset + j] + std::log(totals[part.offset + j]));
+        if (totals[part.offset + j] != 0) lse.add(tops[part.offset + j] + std::log(totals[part.offset + j]));
         y_new[part.col + j] = lse.value();
       }
     if (bin.present()) {
@@ -226,6 +244,19 @@ class Solver : Scalings<T> {
       }
       y_new[h.cols] = bin.column_lse(x_new);
     }
+  }
+
+  // The largest |plain column half-step - v|, from y_new.
+  double change_in_log_domain() const {
+    double most = 0;
+    for (int64_t j = 0; j <= h.cols; ++j)
+      if (b[j] > 0 && y_new[j] > -kInf<T>)
+        most = std::max(most, std::abs(p.rho_col * (log_b[j] - y_new[j]) - beta[j] - std::log(y[j])));
+    return most;
+  }
+
+  // y = 1 and beta = the column half-step, from y_new.
+  void take_columns_in_log_domain(double omega) {
     for (int64_t j = 0; j <= h.cols; ++j) {
       if (b[j] == 0) continue;
       if (y_new[j] == -kInf<T>) {  // no support
@@ -286,7 +317,7 @@ class Solver : Scalings<T> {
     for (int64_t i = 0; i < std::min(block.rows, h.n - block.row); ++i, line += width) {
       const int64_t row = block.row + i;
       if (a[row] == 0) continue;
-      const T factor = p.rho_row == 1 ? 1 / sums[row] : x_new[row] / a[row];
+      const T factor = p.rho_row == 1 && sums[row] != 0 ? 1 / sums[row] : x_new[row] / a[row];
       T* to = out->output + (h.head_index() * p.length + job().row0 + row) * p.value_features;
       for (int64_t k = 0; k < p.value_features; ++k) to[k] = line[k] * factor;
       if (read)

@@ -5,7 +5,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
+#include <optional>
 
 #include "capability.h"
 #include "schedule.h"

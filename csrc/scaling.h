@@ -9,9 +9,13 @@
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
 
-// Scalings stay within e^-kSafe .. e^kSafe: K's entries below the smallest normal number then add nothing to a sum.
+// Whether a scaling is within the safe range, e^-20 .. e^20 (e^-200 .. e^200 for double): K's entries that were flushed
+// to 0 then add nothing to a sum of masses that are not themselves near the smallest number.
 template <typename T>
-inline constexpr T kSafe = sizeof(T) == 4 ? T(20) : T(200);
+inline bool in_range(T scaling) {
+  constexpr T low = sizeof(T) == 4 ? T(2.0611536e-9) : T(1.3838965267367376e-87);
+  return scaling > low && scaling < 1 / low;
+}
 
 inline constexpr float kCoarse = 16;  // the rounding of larger potentials shows in float32
 
@@ -56,14 +60,14 @@ class Scalings {
 
   // y_new = the next column scaling, from the column sums of K x; false where it leaves the safe range.
   bool column_half_step(double omega) {
-    const T rho = static_cast<T>(p.rho_col), low = std::exp(-kSafe<T>), high = std::exp(kSafe<T>);
+    const T rho = static_cast<T>(p.rho_col);
     bool safe = true;
     T least = 1, most = 1;  // of y_new / y before over-relaxation
     for (int64_t j = 0; j <= h.cols; ++j) {
       T next = b[j] / c[j];
       if (b[j] == 0) next = 0;
       if (rho != 1 && b[j] > 0) next = std::exp(rho * (log_b[j] - std::log(c[j])) + (rho - 1) * beta[j]);
-      safe &= (next > low && next < high) || b[j] == 0;
+      safe &= in_range(next) || b[j] == 0;
       if (p.tolerance > 0 && b[j] > 0) {
         least = std::min(least, next / y[j]);
         most = std::max(most, next / y[j]);
@@ -75,7 +79,7 @@ class Scalings {
       for (int64_t j = 0; j <= h.cols; ++j)
         if (b[j] > 0) {
           y_new[j] = relaxed(y[j], y_new[j], omega);
-          safe &= y_new[j] > low && y_new[j] < high;
+          safe &= in_range(y_new[j]);
         }
     return safe;
   }
@@ -132,6 +136,24 @@ class Scalings {
     return sizeof(T) == 4 && most > kCoarse;
   }
 
+  // Whether the gauge is so large, after a warm start, that K's exponents would be rounded more than the potentials are.
+  bool far_from_centre() const {
+    double most = 0;
+    for (int32_t k = 0; centred && k < parts.count; ++k) most = std::max(most, std::abs(parts.total[k]));
+    return sizeof(T) == 4 && most > kCoarse;
+  }
+
+  // alpha, beta = potentials number 0 as they were kept, centred; K is to be built.
+  void absorb_settled() {
+    const T *u = out->row_potentials + h.head_index() * (p.length + p.bins),
+            *v = out->col_potentials + h.head_index() * (p.size + p.bins);
+    for (int64_t i = 0; i <= h.rows; ++i)
+      if (a[i] > 0) alpha[i] = u[row_place(i)], x[i] = 1;
+    for (int64_t j = 0; j <= h.cols; ++j)
+      if (b[j] > 0) beta[j] = v[col_place(j)], y[j] = 1;
+    centred = false;
+  }
+
   int64_t row_place(int64_t i) const { return i == h.rows ? p.length + job().bin : job().row0 + i; }
   int64_t col_place(int64_t j) const { return j == h.cols ? p.size + job().bin : job().col0 + j; }
 
@@ -152,12 +174,11 @@ class Scalings {
   // Largest |P 1 - a| and |P^T 1 - b| at the last duals.
   void residuals(T& row, T& col) const {
     row = col = 0;
+    const auto take = [](T& most, T error) { most = std::abs(error) <= most ? most : std::abs(error); };  // NaN stays
     for (int64_t i = 0; i <= h.rows; ++i)
-      if (log_a[i] > -kInf<T>)
-        row = std::max(row, std::abs((a[i] > 0 ? x[i] * sums[i] : T(0)) - std::exp(log_a[i])));
+      if (log_a[i] > -kInf<T>) take(row, (a[i] > 0 ? x[i] * sums[i] : T(0)) - std::exp(log_a[i]));
     for (int64_t j = 0; j <= h.cols; ++j)
-      if (log_b[j] > -kInf<T>)
-        col = std::max(col, std::abs((b[j] > 0 ? y[j] * c[j] : T(0)) - std::exp(log_b[j])));
+      if (log_b[j] > -kInf<T>) take(col, (b[j] > 0 ? y[j] * c[j] : T(0)) - std::exp(log_b[j]));
   }
 
   Head<T> h;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <mutex>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 
 namespace sinkhorn {
@@ -151,7 +152,7 @@ void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std
   // Alone: one thread per task; a task is the jobs of one group. Shared: all threads on one job after the other.
   std::vector<int64_t> shared;
   std::vector<std::vector<int64_t>> tasks;
-  std::vector<std::pair<int64_t, int64_t>> by_group;  // (group, its task)
+  std::unordered_map<int64_t, size_t> by_group;  // the task of each
   for (int64_t k = 0; k < count; ++k) {
     if (threads > 1 && (cost[k] >= kAlwaysSharedPairs || (cost[k] >= kSharedPairs && cost[k] * 2 * threads > total))) {
       shared.push_back(k);
@@ -161,12 +162,8 @@ void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std
       tasks.push_back({k});
       continue;
     }
-    auto found = std::find_if(by_group.begin(), by_group.end(), [&](const auto& x) { return x.first == group[k]; });
-    if (found == by_group.end()) {
-      by_group.emplace_back(group[k], static_cast<int64_t>(tasks.size()));
-      tasks.emplace_back();
-      found = by_group.end() - 1;
-    }
+    const auto [found, is_new] = by_group.emplace(group[k], tasks.size());
+    if (is_new) tasks.emplace_back();
     tasks[found->second].push_back(k);
   }
   if (!group.empty() && !shared.empty()) {  // sums over a group are taken in the jobs' order, whoever runs them

@@ -82,15 +82,16 @@ inline T max_of(const Vec<T>& x) {
   T lanes[kWidth<T>];
   x.store(lanes);
   T top = lanes[0];
-  for (int64_t i = 1; i < kWidth<T>; ++i) top = lanes[i] > top ? lanes[i] : top;
+  for (int64_t i = 1; i < kWidth<T>; ++i) top = lanes[i] <= top ? top : lanes[i];  // NaN stays
   return top;
 }
 
-// exp, with results below the smallest normal number flushed to 0: subnormal products are slow and carry nothing.
+// exp, with results below the smallest normal number flushed to 0 (subnormal products are slow and carry nothing); NaN
+// stays.
 template <typename T>
 inline Vec<T> exp_of(const Vec<T>& x) {
   const Vec<T> least(std::log(std::numeric_limits<T>::min()));
-  return Vec<T>::blendv(Vec<T>(T(0)), x.exp(), x > least);
+  return Vec<T>::blendv(x.exp(), Vec<T>(T(0)), x <= least);
 }
 
 template <typename T, int64_t Rows, int64_t Vectors>

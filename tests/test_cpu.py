@@ -219,3 +219,118 @@ def test_other_devices_are_refused_with_the_reason() -> None:
     q = torch.randn(1, 5, 3, device="meta")
     with pytest.raises(ValueError, match=r"cpu: it runs on CPU tensors, and query is on meta"):
         sinkhorn_attention(q, q, q, engine="cpu")
+
+
+# What a review found: each of these was wrong once.
+
+
+def agrees_in_float32(tensors: list[torch.Tensor], mask: torch.Tensor | None = None, **options) -> None:
+    """Within 2x (values) and 3x (gradients) of plain float32, plus rounding, of the definition in float64."""
+
+    def run(engine: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        cast = None if mask is None else mask.to(dtype)
+        if cast is not None and mask.requires_grad:
+            leaves.append(cast := cast.detach().requires_grad_())
+        return results(problems.Call(0, *leaves[:3], cast, options, leaves), engine, plan=False)
+
+    truth, plain = run("reference", torch.float64), run("reference", torch.float32)
+    for name, x in run("cpu", torch.float32).items():
+        assert torch.isfinite(x).all(), name
+        if "residual" not in name:
+            allowed = (3 if "gradient" in name else 2) * relative_error(plain[name].double(), truth[name]) + 2e-6
+            assert relative_error(x.double(), truth[name]) <= allowed, name
+
+
+def gaussians(*shape: int, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(3)]
+
+
+@pytest.mark.parametrize("low", [-50.0, -200.0, -1e3])
+@pytest.mark.parametrize("relaxation", [1.0, (1.0, None), (None, 1.0)])
+def test_a_relaxed_token_whose_mass_vanishes_takes_nobody_with_it(low: float, relaxation) -> None:
+    mask = torch.zeros(24, 24, dtype=torch.float64)
+    mask[5] = low
+    tensors = gaussians(1, 24, 4)
+    agrees_in_float32(tensors, mask, relaxation=relaxation)
+    leaves = [x.requires_grad_() for x in tensors]
+    assert_agrees(problems.Call(0, *leaves, mask, {"relaxation": relaxation}, leaves), "cpu")
+
+
+def test_the_smallest_masses_stay_finite() -> None:
+    mass = torch.ones(16)
+    mass[4] = 3e-38
+    for options in ({}, {"dustbin": Dustbin(0.0, 0.0)}, {"relaxation": (1.0, None)}):
+        q, k, v = (x.float() for x in gaussians(1, 16, 4))
+        out = sinkhorn_attention(q, k, v, row_mass=mass, engine="cpu", **options)
+        truth = sinkhorn_attention(q, k, v, row_mass=mass, engine="reference", **options)
+        others = torch.arange(16) != 4
+        assert torch.isfinite(out).all()
+        assert relative_error(out[:, others], truth[:, others]) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"base_iters": 0, "tail_iters": 0}, {"dustbin": Dustbin(0.0, 0.0)}])
+def test_nan_is_not_swallowed(options: dict) -> None:
+    for which in range(2):
+        tensors = [x.float() for x in gaussians(1, 40, 4)]
+        tensors[which][0, 3, 1] = torch.nan
+        assert sinkhorn_attention(*tensors, engine="cpu", **options).isnan().any()
+    tensors = [x.float() for x in gaussians(1, 40, 4)]
+    tensors[1][0, 3, 1] = torch.nan
+    assert sinkhorn_attention(*tensors, engine="cpu", **options).isnan().all()
+
+
+def test_dustbin_sums_are_as_exact_as_plain_ones() -> None:
+    for seed in range(3):
+        agrees_in_float32(gaussians(1, 1, 300, 8, seed=seed), dustbin=Dustbin(0.5, 0.3))
+
+
+def test_the_gradient_of_a_mask_of_rows_is_as_exact_as_plain_ones() -> None:
+    mask = torch.randn(8, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    query, (_, key, value) = gaussians(1, 8, 4)[0], gaussians(1, 8000, 4, seed=1)
+    agrees_in_float32([query, key, value], mask, relaxation=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2), (1, 3, 2)])
+def test_conjugate_gradients_stop_at_rounding(shape: tuple[int, ...], engine: str, dtype: torch.dtype) -> None:
+    """Small systems whose right-hand side is all rounding, or whose directions drift into a null vector."""
+    for seed in range(120):
+        query, key, value = (x.to(dtype).requires_grad_() for x in gaussians(*shape, seed=seed))
+        out = sinkhorn_attention(
+            query, key, value, gradient="implicit", epsilon=0.5, base_iters=2, tail_iters=3, engine=engine
+        )
+        found = torch.autograd.grad(out.sin().sum(), (query, key))
+        assert max(float(x.abs().max()) for x in found) < 100
+
+
+def test_a_short_packed_segment_does_not_explode_beside_a_long_one() -> None:
+    ids = torch.tensor([0] * 1 + [1] * 20)
+    leaves = [x.requires_grad_() for x in gaussians(1, 21, 3, seed=5)]
+    options = {"query_segment_ids": ids, "key_segment_ids": ids, "gradient": "implicit", "base_iters": 5}
+    for engine in ENGINES:
+        assert_agrees(problems.Call(0, *leaves, None, options, leaves), engine, tolerance=1e-9)
+
+
+def test_tolerance_is_looked_at_beyond_the_safe_range_too() -> None:
+    """A column whose scaling crosses e^20 by a small step."""
+    for seed in range(40):
+        mask = torch.zeros(12, 12, dtype=torch.float64)
+        mask[:, 3] = -21 - 0.1 * seed
+        tensors = [x.float() for x in gaussians(1, 12, 4, seed=seed)]
+        for tolerance in (0.3, 0.1):
+            out, truth = (
+                sinkhorn_attention(*tensors, mask.float(), tolerance=tolerance, tail_iters=0, engine=engine)
+                for engine in ("cpu", "reference")
+            )
+            assert relative_error(out, truth) < 1e-4, seed
+
+
+@pytest.mark.parametrize("tail_iters", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"dustbin": Dustbin(0.0, 0.0)}])
+def test_a_warm_start_far_from_the_centre_costs_no_digits(options: dict, tail_iters: int) -> None:
+    extra = int("dustbin" in options)
+    start = torch.full((1, 40 + extra), 1000.0), torch.full((1, 40 + extra), -1000.0)
+    agrees_in_float32(gaussians(1, 40, 4), initial_potentials=start, tail_iters=tail_iters, **options)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.problem import Problem
-from torch_sinkhorn_attn.support import Components, by_segment, segment_sum
+from torch_sinkhorn_attn.support import Components, by_segment, segment_sum, segments
 
 MAX_ITERS = 500  # on CPU tensors, where convergence can be looked at; each iteration takes two passes
 FIXED_ITERS = 32  # elsewhere, where looking would force a synchronisation
@@ -32,6 +32,7 @@ FIRST_ONLY = (
     "Use gradient='unrolled'."
 )
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-14}  # relative residual, both near the dtype's rounding
+ROUNDING = 8  # epsilons: what may be rounding of a right-hand side that cancels, or of a null vector's curvature
 
 
 class PlanOperator(Protocol):
@@ -107,36 +108,50 @@ def implicit_duals(
     """
     rho_r, rho_c = problem.rho_row, problem.rho_col
     normal = NormalPlan(plan, problem, parts)
-    rhs = normal.root_inv * (col_sums - rho_r * plan.column_pass(normal.r_inv * row_sums))
+    image = rho_r * plan.column_pass(normal.r_inv * row_sums)
+    rhs, both = normal.root_inv * (col_sums - image), normal.root_inv * (col_sums.abs() + image.abs())
+    index, count = segments(problem)[1:]
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        return by_segment(segment_sum(x * y, index, count), index, x.shape[-1])
 
     def matrix(s: Tensor) -> Tensor:
         return s / rho_c - rho_r * normal.gram(s)
 
-    y = normal.root_inv * conjugate_gradients(matrix, normal.project(rhs), normal.project)
+    y = normal.root_inv * conjugate_gradients(matrix, normal.project(rhs), normal.project, dot, dot(both, both))
     return rho_r * normal.r_inv * (row_sums - plan.row_pass(y)), y
 
 
-def conjugate_gradients(matrix: Callable[[Tensor], Tensor], rhs: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-    """Solve `matrix(s) = rhs` for every leading index at once, `matrix` symmetric and positive off the projection."""
-    tolerance = TOLERANCE[rhs.dtype] ** 2 * _dot(rhs, rhs)
+def conjugate_gradients(
+    matrix: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    project: Callable[[Tensor], Tensor],
+    dot: Callable[[Tensor, Tensor], Tensor],
+    scale: Tensor,
+) -> Tensor:
+    """Solve `matrix(s) = rhs` for every problem at once, `matrix` symmetric and positive off the projection.
+
+    `dot` is the inner product of each problem, at each of its entries; `scale` is that of the terms `rhs` is the
+    difference of, by which its rounding is judged: a right-hand side that is all rounding has the solution 0, and a
+    direction without curvature is a null vector, along which a step would be as long as rounding is small.
+    """
+    rounding = ROUNDING * torch.finfo(rhs.dtype).eps
+    tolerance = torch.maximum(TOLERANCE[rhs.dtype] ** 2 * dot(rhs, rhs), rounding**2 * scale)
     solution = torch.zeros_like(rhs)
     residual, direction = rhs, rhs
-    energy = _dot(residual, residual)
+    energy = dot(residual, residual)
     may_look = rhs.device.type == "cpu"
     for _ in range(MAX_ITERS if may_look else FIXED_ITERS):
         busy = energy > tolerance
         if may_look and not busy.any():
             break
         image = project(matrix(direction))
-        curvature = _dot(direction, image)
-        step = torch.where(busy & (curvature > 0), energy / curvature, 0.0)
+        curvature = dot(direction, image)
+        busy = busy & (curvature > rounding * dot(direction, direction))
+        step = torch.where(busy, energy / curvature, 0.0)
         solution = solution + step * direction
         residual = residual - step * image
-        new_energy = _dot(residual, residual)
+        new_energy = dot(residual, residual)
         direction = project(residual + torch.where(busy, new_energy / energy, 0.0) * direction)
-        energy = torch.where(step > 0, new_energy, torch.zeros_like(new_energy))
+        energy = torch.where(busy, new_energy, torch.zeros_like(new_energy))
     return solution
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(-1, keepdim=True)

@@ -24,6 +24,7 @@ NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
 INTERFACE = 2  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 _FOLDER = Path(__file__).parent
+_LIBRARY = _FOLDER / "_cpu.so"
 _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
 _TENSORS = (
     "row_lo", "row_hi", "row_segment", "col_segment", "log_row_mass", "log_col_mass", "log_row_capacity",
@@ -33,12 +34,11 @@ _TENSORS = (
 
 def _load() -> str | None:
     """Load the kernels; the reason if that fails."""
-    library = next((path for suffix in ("so", "pyd") for path in _FOLDER.glob(f"_cpu*.{suffix}")), None)
-    if library is None:
+    if not _LIBRARY.exists():
         reason = _REASON.read_text().strip() if _REASON.exists() else "the C++ kernels were not built"
         return f"{reason}. To build them: pip install --no-build-isolation . (needs a C++17 compiler)"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(_LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"the C++ kernels do not load with torch {torch.__version__} ({error}); install the package again"
     found = getattr(torch.ops.torch_sinkhorn_attn, "cpu_interface", None)
