@@ -1,5 +1,5 @@
-// What tail and implicit gradients share: the plan P = exp(S + u + v) at the last duals, passes over it, the first visit
-// (dV) and the last (dQ, dK, dmask), given the modifier field
+// What tail and implicit gradients share: the plan P = exp(S + u + v) at the last duals, passes over it, the first
+// visit (dV) and the last (dQ, dK, dmask), given the modifier field
 //
 //     dS_ij = P_ij D_ij - sum_k X_ki Y_kj exp(S_ij + row_ki + col_kj)
 //
@@ -17,9 +17,9 @@ inline namespace CPU_CAPABILITY {
 // A plan factor exp(S + row + col), its weights X, Y in the field, and its dual differences from the plan.
 template <typename T>
 struct Factor {
-  T *row, *col;          // [rows + 1], [cols + 1]
-  T *x, *y;              // weights
-  T *row_exp, *col_exp;  // exp(row - u), exp(col - v); used where scaled
+  T *row, *col;             // [rows + 1], [cols + 1]
+  T *x, *y;                 // weights
+  T *row_exp, *col_exp;     // exp(row - u), exp(col - v); used where scaled
   bool of_columns = false;  // of a column half-step
 
   // The factor at a score, for row i and column j; the order as in Head::exponentiate.
@@ -35,9 +35,9 @@ template <typename T>
 class Adjoint : public Cotangents<T> {
  public:
   using Base = Cotangents<T>;
+  using Base::grad_plan, Base::corner_grad, Base::value_panels;
   using Base::h, Base::bin, Base::p, Base::out, Base::job, Base::grad, Base::cotangent_tile, Base::gathered, Base::wide;
   using Base::u, Base::log_a, Base::row_sums, Base::read, Base::v, Base::log_b, Base::col_sums, Base::from_grad;
-  using Base::grad_plan, Base::corner_grad, Base::value_panels;
 
   Adjoint(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, int64_t factor_count)
       : Base(problem, job, team, arena), count(factor_count) {
@@ -116,7 +116,8 @@ class Adjoint : public Cotangents<T> {
       const T* d = cotangent_tile(b, slot);
       T* columns = sum_accumulators + h.parts[part].offset + b.col - h.parts[part].col;
       for (int64_t i = 0; i < b.rows; ++i)
-        sum_row(b, tile, d, i, [&](int64_t j, const Vec<T>& entry) { (Vec<T>::loadu(columns + j) + entry).store(columns + j); });
+        sum_row(b, tile, d, i,
+                [&](int64_t j, const Vec<T>& entry) { (Vec<T>::loadu(columns + j) + entry).store(columns + j); });
       also(b, tile, part, slot);
     });
     h.reduce(sum_accumulators, 1, col_sums);
@@ -159,8 +160,7 @@ class Adjoint : public Cotangents<T> {
       if (!scaled) subtract_factors(b, d, slot);
       T* to = wide_accumulators + (h.parts[part].offset + b.col - h.parts[part].col) * width;
       const int64_t real = std::min(b.rows, h.n - b.row);
-      if (out->key)
-        matmul(to, width, d, 1, b.stride, h.query + b.row * width, W, width, b.cols, width, real, true);
+      if (out->key) matmul(to, width, d, 1, b.stride, h.query + b.row * width, W, width, b.cols, width, real, true);
       if (out->query) {
         T* line = lines + slot * 64 * wide;
         matmul(line, width, d, b.stride, 1, h.key + b.col * width, W, width, b.rows, width, b.cols, false);
@@ -182,10 +182,12 @@ class Adjoint : public Cotangents<T> {
   // out [cols + 1] = F^T x and r = F y for one factor each, by one visit: for every row r = (F_r y)_i, then
   // x_i = map(i, r), then out += F_c^T x. Null factors mean the plan itself; a null y or out skips that half.
   template <typename Map>
-  void pass(const Factor<T>* row_factor, const T* y, const Factor<T>* col_factor, T* result, bool scaled, const Map& map) {
+  void pass(const Factor<T>* row_factor, const T* y, const Factor<T>* col_factor, T* result, bool scaled,
+            const Map& map) {
     if (result) std::fill(accumulators, accumulators + h.part_columns(), T(0));
     h.each_block([&](const Block<T>& b, int64_t part, int64_t slot) {
-      tile_pass(b, scaled ? h.plan(b, slot, u, v) : nullptr, part, slot, row_factor, y, col_factor, result, scaled, map);
+      tile_pass(b, scaled ? h.plan(b, slot, u, v) : nullptr, part, slot, row_factor, y, col_factor, result, scaled,
+                map);
     });
     if (result) h.reduce(accumulators, 1, result);
   }
@@ -204,7 +206,8 @@ class Adjoint : public Cotangents<T> {
     T images[64];
     if (y) {
       factor_tile(b, own, *row_factor);
-      row_column_pass<true, false>(b, own, y + b.col, columns, [&](int64_t i, T sum) { return images[i - b.row] = map(i, sum); });
+      row_column_pass<true, false>(b, own, y + b.col, columns,
+                                   [&](int64_t i, T sum) { return images[i - b.row] = map(i, sum); });
     } else {
       for (int64_t i = 0; i < b.rows; ++i) images[i] = map(b.row + i, T(0));
     }
@@ -232,8 +235,7 @@ class Adjoint : public Cotangents<T> {
     for (int64_t k = 0; k < count; ++k) {
       const auto& f = factors[static_cast<size_t>(k)];
       for (int64_t i = 0; i < h.rows; ++i) field_rows[i * count + k] = -f.x[i] * f.row_exp[i];
-      for (int64_t j = 0; j < h.cols; ++j)
-        field_panels[(j / W * count + k) * W + j % W] = f.y[j] * f.col_exp[j];
+      for (int64_t j = 0; j < h.cols; ++j) field_panels[(j / W * count + k) * W + j % W] = f.y[j] * f.col_exp[j];
     }
   }
 
@@ -244,8 +246,7 @@ class Adjoint : public Cotangents<T> {
       factor_tile(b, own, f);
       for (int64_t i = 0; i < b.rows; ++i) {
         const T weight = f.x[b.row + i];
-        for (int64_t j = 0; j < b.cols; ++j)
-          d[i * b.stride + j] -= own[i * b.stride + j] * weight * f.y[b.col + j];
+        for (int64_t j = 0; j < b.cols; ++j) d[i * b.stride + j] -= own[i * b.stride + j] * weight * f.y[b.col + j];
       }
     }
   }
@@ -294,10 +295,8 @@ class Adjoint : public Cotangents<T> {
     for (int64_t i = 0; i < h.n; ++i) to[i] = bin.to[i] * read[i];
     for (int64_t j = 0; j < h.m; ++j) from[j] = bin.from[j] * from_grad[j];
     for (const auto& f : factors) {
-      for (int64_t i = 0; i < h.n; ++i)
-        to[i] -= f.at(bin.to_score[i], i, h.cols) * f.x[i] * f.y[h.cols];
-      for (int64_t j = 0; j < h.m; ++j)
-        from[j] -= f.at(bin.from_score[j], h.rows, j) * f.x[h.rows] * f.y[j];
+      for (int64_t i = 0; i < h.n; ++i) to[i] -= f.at(bin.to_score[i], i, h.cols) * f.x[i] * f.y[h.cols];
+      for (int64_t j = 0; j < h.m; ++j) from[j] -= f.at(bin.from_score[j], h.rows, j) * f.x[h.rows] * f.y[j];
       corner -= f.at(bin.corner_score, h.rows, h.cols) * f.x[h.rows] * f.y[h.cols];
     }
     for (int64_t i = 0; i < h.n; ++i) to[i] *= share;
@@ -306,7 +305,7 @@ class Adjoint : public Cotangents<T> {
   }
 
   T *field_rows, *field_panels;      // -X [rows, count], Y^T in panels
-  T *wide_accumulators;              // of the parts
+  T* wide_accumulators;              // of the parts
   T *copies, *lines, *mask_columns;  // of each thread; of the parts
 };
 

@@ -155,8 +155,7 @@ class TailAdjoint : public Adjoint<T> {
       for (int64_t j = 0; j < h.cols; ++j) image[j] *= f.col_exp[j];
     image[h.cols] = 0;
     if (!bin.present()) return;
-    for (int64_t j = 0; j < h.m; ++j)
-      image[j] += f.at(bin.from_score[j], h.rows, j) * f.x[h.rows];
+    for (int64_t j = 0; j < h.m; ++j) image[j] += f.at(bin.from_score[j], h.rows, j) * f.x[h.rows];
     double total = static_cast<double>(f.at(bin.corner_score, h.rows, h.cols)) * f.x[h.rows];
     for (int64_t i = 0; i < h.n; ++i) total += static_cast<double>(f.at(bin.to_score[i], i, h.cols)) * f.x[i];
     image[h.cols] = static_cast<T>(total);
@@ -227,8 +226,7 @@ class ImplicitAdjoint : public Adjoint<T> {
       if (bin.present()) sum += bin.to[i] * y.y[h.cols];
       return x.x[i] = rho_r * row_inverse[i] * (this->row_sums[i] - sum);
     });
-    if (bin.present())
-      x.x[h.rows] = rho_r * row_inverse[h.rows] * (this->row_sums[h.rows] - bin.row_sum(y.y));
+    if (bin.present()) x.x[h.rows] = rho_r * row_inverse[h.rows] * (this->row_sums[h.rows] - bin.row_sum(y.y));
     this->score_visit(true, [](const Block<T>&, const T*, int64_t, int64_t) {});
   }
 
@@ -327,7 +325,7 @@ class ImplicitAdjoint : public Adjoint<T> {
     }
   }
 
-  T* row_inverse;                                                   // [rows + 1]
+  T* row_inverse;                                                              // [rows + 1]
   T *root, *root_inverse, *solution, *residual, *direction, *product, *inner;  // [cols + 1]
   Components<T> parts;
 };

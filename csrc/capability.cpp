@@ -44,7 +44,8 @@ const Choice* find(const std::string& requested, const std::string& origin) {
     if (requested == choice.name) return &choice;
     known += (known.empty() ? "'" : ", '") + std::string(choice.name) + "'";
   }
-  throw std::invalid_argument(origin + "='" + requested + "' is not usable on this processor; choose one of " + known + ".");
+  throw std::invalid_argument(origin + "='" + requested + "' is not usable on this processor; choose one of " + known +
+                              ".");
 }
 
 const Choice* first_choice() {

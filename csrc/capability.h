@@ -8,8 +8,8 @@
 
 namespace sinkhorn {
 
-std::vector<std::string> capabilities();           // usable here, the narrowest first
-std::string capability();                          // in use
+std::vector<std::string> capabilities();            // usable here, the narrowest first
+std::string capability();                           // in use
 void set_capability(const std::string& requested);  // throws std::invalid_argument if it is not usable
 const KernelTable& kernels();
 

@@ -41,9 +41,9 @@ class Components {
   }
 
   const Head<T>& h;
-  int32_t *row, *col;     // labels [rows + 1], [cols + 1]
+  int32_t *row, *col;  // labels [rows + 1], [cols + 1]
   int32_t count = 1;
-  double *total, *size;   // room for a sum over each
+  double *total, *size;  // room for a sum over each
 
  private:
   int32_t* before;

@@ -1,5 +1,5 @@
-// What a backward is given: the duals, and the cotangent D = dL/dP of the plan P = exp(S + u + v) by tiles, from that of
-// attention's output or from the plan's own, with the dustbin's part as vectors.
+// What a backward is given: the duals, and the cotangent D = dL/dP of the plan P = exp(S + u + v) by tiles, from that
+// of attention's output or from the plan's own, with the dustbin's part as vectors.
 #pragma once
 
 #include "dropout.h"
@@ -12,7 +12,9 @@ template <typename T>
 class Cotangents {
  public:
   Cotangents(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena)
-      : h(problem, job, team, arena, /*keep_tiles=*/true), bin(h, arena), p(problem),
+      : h(problem, job, team, arena, /*keep_tiles=*/true),
+        bin(h, arena),
+        p(problem),
         wide(std::max(h.width, h.value_width)) {
     for (T** side : {&u, &log_a, &row_sums, &read}) *side = arena.take<T>(h.rows + 1);
     for (T** side : {&v, &log_b, &col_sums, &from_grad}) *side = arena.take<T>(h.cols + 1);
@@ -62,7 +64,8 @@ class Cotangents {
         T* line = d + i * b.stride;
         const bool real = b.row + i < h.n;
         if (real)
-          read_line(grad_plan, job().batch, job().head, job().row0 + b.row + i, job().col0 + b.col, reached, T(1), line);
+          read_line(grad_plan, job().batch, job().head, job().row0 + b.row + i, job().col0 + b.col, reached, T(1),
+                    line);
         std::fill(line + (real ? reached : 0), line + b.cols, T(0));
       }
       return d;

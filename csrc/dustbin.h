@@ -1,5 +1,5 @@
-// The dustbin of a job as two vectors and a corner beside the tiles. Its sums run over all tokens in one go, so they are
-// taken in double precision.
+// The dustbin of a job as two vectors and a corner beside the tiles. Its sums run over all tokens in one go, so they
+// are taken in double precision.
 #pragma once
 
 #include "head.h"

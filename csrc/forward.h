@@ -1,6 +1,6 @@
-// The solve and the output. With K = exp(S + alpha + beta) in the tiles a half-step is a matrix-vector product, and a row
-// half-step and the column sums of the next iteration take one reading of it. When a scaling leaves the safe range the
-// half-step is done again in the log domain and its potential absorbed into K.
+// The solve and the output. With K = exp(S + alpha + beta) in the tiles a half-step is a matrix-vector product, and a
+// row half-step and the column sums of the next iteration take one reading of it. When a scaling leaves the safe range
+// the half-step is done again in the log domain and its potential absorbed into K.
 #pragma once
 
 #include "dropout.h"
@@ -40,11 +40,11 @@ class Solver : Scalings<T> {
 
  private:
   using Base = Scalings<T>;
-  using Base::h, Base::bin, Base::p, Base::out, Base::job;
   using Base::alpha, Base::x, Base::x_new, Base::log_a, Base::a, Base::sums;
   using Base::beta, Base::y, Base::y_new, Base::log_b, Base::b, Base::c;
-  using Base::row_omega, Base::settled, Base::settle_row, Base::settle_columns, Base::column_half_step;
+  using Base::h, Base::bin, Base::p, Base::out, Base::job;
   using Base::next_potential, Base::row_scaling;
+  using Base::row_omega, Base::settled, Base::settle_row, Base::settle_columns, Base::column_half_step;
 
   // What a visit does beside multiplying: K is built; rows take their half-step from K, or in the log domain, which
   // absorbs their potential into K; or only the column sums are taken.
@@ -61,6 +61,7 @@ class Solver : Scalings<T> {
       if (t > 0 && p.tolerance > 0 && (safe ? this->largest_change : change_in_log_domain()) <= p.tolerance) break;
       row_half_step(safe, p.over_relaxation, false, true);
     }
+    if (overwritten) visit(Pass::build, false, true);
     settled = 0;
     if (p.balanced && p.stopped > 0) this->find_gauge();
     settle_columns();
@@ -118,6 +119,7 @@ class Solver : Scalings<T> {
       alpha[h.rows] = next_potential(bin.row_lse(beta), h.rows);
       bin.plan_row(alpha[h.rows], beta);
     }
+    if (pass == Pass::build || pass == Pass::absorb) overwritten = false;
     std::fill(accumulators, accumulators + h.part_columns(), T(0));
     std::fill(failed, failed + kMaxParts, uint8_t(0));
     h.each_block([&](const Block<T>& block, int64_t part, int64_t slot) {
@@ -141,7 +143,8 @@ class Solver : Scalings<T> {
         return x_new[i] = settled >= 0 ? settle_row(i, scaling) : scaling;
       };
       if (pass == Pass::build || pass == Pass::columns)
-        row_column_pass<false, true>(block, tile, y + block.col, columns, [&](int64_t i, T) { return x_new[i] = x[i]; });
+        row_column_pass<false, true>(block, tile, y + block.col, columns,
+                                     [&](int64_t i, T) { return x_new[i] = x[i]; });
       else if (want_columns)
         row_column_pass<true, true>(block, tile, y + block.col, columns, next);
       else
@@ -151,8 +154,9 @@ class Solver : Scalings<T> {
     });
     if (bin.present() && pass != Pass::build && pass != Pass::columns) {
       sums[h.rows] = bin.row_sum(y);
+      const T sum = sums[h.rows];
       T made = 0;
-      if (a[h.rows] > 0) made = pass == Pass::absorb ? absorbed_scaling(h.rows, sums[h.rows]) : row_scaling(h.rows, sums[h.rows]);
+      if (a[h.rows] > 0) made = pass == Pass::absorb ? absorbed_scaling(h.rows, sum) : row_scaling(h.rows, sum);
       failed[0] |= pass == Pass::sweep && a[h.rows] > 0 && !in_range(made);
       x_new[h.rows] = settled >= 0 ? settle_row(h.rows, made) : made;
     } else {
@@ -172,11 +176,9 @@ class Solver : Scalings<T> {
     return true;
   }
 
-  // Once alpha is the row half-step, x is 1; a balanced row takes the rounding of its own sum off, if K did not underflow
-  // (its mass is near the smallest number then; a relaxed one may well have no mass left).
-  T absorbed_scaling(int64_t i, T sum) const {
-    return row_omega == 1 && p.rho_row == 1 && sum > 0 ? a[i] / sum : T(1);
-  }
+  // Once alpha is the row half-step, x is 1; a balanced row takes the rounding of its own sum off, if K did not
+  // underflow (its mass is near the smallest number then; a relaxed one may well have no mass left).
+  T absorbed_scaling(int64_t i, T sum) const { return row_omega == 1 && p.rho_row == 1 && sum > 0 ? a[i] / sum : T(1); }
 
   // alpha = the row half-step in the log domain, from the scores of a tile and v = beta.
   void absorb_rows(const Block<T>& block, const T* tile) {
@@ -203,15 +205,16 @@ class Solver : Scalings<T> {
     }
   }
 
-  // y_new = the log-sum-exp of the columns, from u = alpha + log x.
+  // y_new = the log-sum-exp of the columns, from u = alpha + log x. It needs the scores, and leaves them where K was.
   void column_lse_in_log_domain() {
+    overwritten = true;
     constexpr int64_t W = kWidth<T>;
     for (int64_t i = 0; i <= h.rows; ++i) x_new[i] = a[i] > 0 ? alpha[i] + std::log(x[i]) : -kInf<T>;  // u
     T *tops = accumulators, *totals = accumulators + h.part_columns();
     std::fill(tops, totals, -kInf<T>);
     std::fill(totals, totals + h.part_columns(), T(0));
     h.each_block([&](const Block<T>& block, int64_t part, int64_t slot) {
-      T* tile = h.own_tile(block, slot);  // K is built anew by the row half-step
+      T* tile = h.own_tile(block, slot);
       h.scores(block, tile);
       const int64_t at = h.parts[part].offset + block.col - h.parts[part].col;
       for (int64_t j = 0; j < block.cols; j += W) {
@@ -295,14 +298,13 @@ class Solver : Scalings<T> {
 
   // The plan's last column and row, summed over segments, whose tokens differ; and the corner, which is summed later.
   void emit_dustbin() const {
-    for (int64_t i = 0; i < h.n; ++i)
-      plan_line(job().row0 + i)[p.size - job().col0] = bin.to[i] * x[i] * y[h.cols];
+    for (int64_t i = 0; i < h.n; ++i) plan_line(job().row0 + i)[p.size - job().col0] = bin.to[i] * x[i] * y[h.cols];
     for (int64_t j = 0; j < h.m; ++j) plan_line(p.length)[j] = bin.from[j] * x[h.rows] * y[j];
     out->corner[h.head_index() * p.bins + job().bin] = bin.corner * x[h.rows] * y[h.cols];
   }
 
-  // O_i = x_i (K y V)_i / a_i. Balanced rows of the plan sum to a_i exactly, so those are divided by their own sum: that
-  // cancels the rounding of scores that are large.
+  // O_i = x_i (K y V)_i / a_i. Balanced rows of the plan sum to a_i exactly, so those are divided by their own sum:
+  // that cancels the rounding of scores that are large.
   void emit(const Block<T>& block, const T* tile, int64_t slot) {
     if (p.dropout) {
       T* copy = dropped + slot * h.largest_tile;
@@ -325,10 +327,11 @@ class Solver : Scalings<T> {
     }
   }
 
-  T* accumulators;                          // column sums of the parts; twice, for the log domain
-  uint8_t* failed;                          // [parts]
-  T *value, *scaled_value;                  // V and y V, [cols, value_width]
-  T *lines, *dropped = nullptr;             // of each thread
+  T* accumulators;               // column sums of the parts; twice, for the log domain
+  uint8_t* failed;               // [parts]
+  T *value, *scaled_value;       // V and y V, [cols, value_width]
+  T *lines, *dropped = nullptr;  // of each thread
+  bool overwritten = false;      // the tiles hold no K
 };
 
 }  // namespace CPU_CAPABILITY

@@ -44,7 +44,7 @@ inline float float_of_float16(uint16_t bits) {
     wide = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;
   } else if (magnitude >= 0x400u) {
     wide = sign | ((magnitude << 13) + (112u << 23));
-  } else {  // zero and subnormal
+  } else {                                                                       // zero and subnormal
     const float small = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
     std::memcpy(&wide, &small, sizeof wide);
     wide |= sign;
@@ -113,9 +113,15 @@ template <typename T>
 class Head {
  public:
   Head(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, bool keep_tiles)
-      : p(problem), job(job), team(team), n(job.row1 - job.row0), m(job.col1 - job.col0),
-        rows(round_up(n, kRowAlign)), cols(round_up(m, kColAlign<T>)),
-        d(problem.features), width(round_up(problem.features, kWidth<T>)),
+      : p(problem),
+        job(job),
+        team(team),
+        n(job.row1 - job.row0),
+        m(job.col1 - job.col0),
+        rows(round_up(n, kRowAlign)),
+        cols(round_up(m, kColAlign<T>)),
+        d(problem.features),
+        width(round_up(problem.features, kWidth<T>)),
         value_width(round_up(problem.value_features, kWidth<T>)),
         key_head(job.head / (problem.heads / problem.key_heads)) {
     lo = arena.take<int32_t>(rows);
@@ -155,8 +161,7 @@ class Head {
   void each_range(int64_t total, const Body& body) const {
     if (team.threads == 1 || total < 512) return body(int64_t(0), total);
     const int64_t step = round_up((total + team.threads - 1) / team.threads, 64);
-    team.each((total + step - 1) / step,
-              [&](int64_t k, int64_t) { body(k * step, std::min(total, (k + 1) * step)); });
+    team.each((total + step - 1) / step, [&](int64_t k, int64_t) { body(k * step, std::min(total, (k + 1) * step)); });
   }
 
   // S on a tile, -inf off the support. Padding is 0: the potentials hide it.
@@ -229,8 +234,8 @@ class Head {
   const Problem<T>& p;
   const Job& job;
   const Team& team;
-  const int64_t n, m;               // active range
-  const int64_t rows, cols;         // padded
+  const int64_t n, m;                   // active range
+  const int64_t rows, cols;             // padded
   const int64_t d, width, value_width;  // E, and E and Ev in whole vectors
   const int64_t key_head;
   int32_t *lo, *hi;  // [rows] columns of each row

@@ -23,8 +23,25 @@ constexpr int64_t kInterface = 2;  // as INTERFACE in engines/cpu.py: of a libra
 
 // Places in the lists of `cpu_forward` and `cpu_backward`, as in engines/cpu.py.
 enum Tensors : size_t {
-  kQuery, kKey, kValue, kMask, kRowScore, kColScore, kCornerScore, kDustbinValue, kRowLo, kRowHi, kRowSegment,
-  kColSegment, kLogRowMass, kLogColMass, kLogRowCapacity, kLogColCapacity, kInitialRow, kInitialCol, kDropoutSeed,
+  kQuery,
+  kKey,
+  kValue,
+  kMask,
+  kRowScore,
+  kColScore,
+  kCornerScore,
+  kDustbinValue,
+  kRowLo,
+  kRowHi,
+  kRowSegment,
+  kColSegment,
+  kLogRowMass,
+  kLogColMass,
+  kLogRowCapacity,
+  kLogColCapacity,
+  kInitialRow,
+  kInitialCol,
+  kDropoutSeed,
   kTensorCount,
 };
 enum Numbers : size_t { kScale, kEpsilon, kRhoRow, kRhoCol, kTolerance, kOverRelaxation, kDropoutP, kNumberCount };
@@ -32,12 +49,18 @@ enum Counts : size_t { kStopped, kKept, kImplicit, kBanded, kBudget, kCountCount
 
 Kind kind_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kDouble: return Kind::float64;
-    case at::kFloat: return Kind::float32;
-    case at::kHalf: return Kind::float16;
-    case at::kBFloat16: return Kind::bfloat16;
-    case at::kBool: return Kind::boolean;
-    default: TORCH_CHECK(false, "the CPU engine does not read tensors of dtype ", x.scalar_type());
+    case at::kDouble:
+      return Kind::float64;
+    case at::kFloat:
+      return Kind::float32;
+    case at::kHalf:
+      return Kind::float16;
+    case at::kBFloat16:
+      return Kind::bfloat16;
+    case at::kBool:
+      return Kind::boolean;
+    default:
+      TORCH_CHECK(false, "the CPU engine does not read tensors of dtype ", x.scalar_type());
   }
 }
 
@@ -61,10 +84,14 @@ const T* pointer(const std::optional<Tensor>& x) {
 
 double lowest(at::ScalarType type) {
   switch (type) {
-    case at::kDouble: return std::numeric_limits<double>::lowest();
-    case at::kHalf: return -65504.0;
-    case at::kBFloat16: return -3.3895313892515355e38;
-    default: return std::numeric_limits<float>::lowest();
+    case at::kDouble:
+      return std::numeric_limits<double>::lowest();
+    case at::kHalf:
+      return -65504.0;
+    case at::kBFloat16:
+      return -3.3895313892515355e38;
+    default:
+      return std::numeric_limits<float>::lowest();
   }
 }
 
@@ -86,8 +113,8 @@ struct Given {
     p.query = operand(tensors[kQuery]), p.key = operand(tensors[kKey]), p.value = operand(tensors[kValue]);
     p.mask = operand(tensors[kMask]);
     if (p.mask && p.mask.kind != Kind::boolean)
-      p.mask_floor = std::max(lowest((*this)[kMask].scalar_type()),
-                              static_cast<double>(std::numeric_limits<T>::lowest())) / 2;
+      p.mask_floor =
+          std::max(lowest((*this)[kMask].scalar_type()), static_cast<double>(std::numeric_limits<T>::lowest())) / 2;
     if (p.mask && (*this)[kMask].size(3) == 1) p.mask.col = 0;
     p.row_score = pointer<T>(tensors[kRowScore]), p.col_score = pointer<T>(tensors[kColScore]);
     p.corner_score = pointer<T>(tensors[kCornerScore]), p.dustbin_value = pointer<T>(tensors[kDustbinValue]);
@@ -130,9 +157,13 @@ struct Given {
 template <typename T>
 const Kernels<T>& kernels_of();
 template <>
-const Kernels<float>& kernels_of() { return kernels().f32; }
+const Kernels<float>& kernels_of() {
+  return kernels().f32;
+}
 template <>
-const Kernels<double>& kernels_of() { return kernels().f64; }
+const Kernels<double>& kernels_of() {
+  return kernels().f64;
+}
 
 // Largest of `per_job` by batch element and head.
 template <typename T>
@@ -168,11 +199,11 @@ Results forward_as(const Given& given, bool residuals) {
   if (p.bins) result.to_bin = to_bin.data_ptr<T>(), result.from_bin = from_bin.data_ptr<T>();
   if (residuals) result.row_residual = row_residual.data_ptr<T>(), result.col_residual = col_residual.data_ptr<T>();
   const auto& k = kernels_of<T>();
-  run_jobs(p, jobs, {}, {
-    [&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
-    [&](const Job& job, int64_t index, const Team& team, void* workspace) {
-      k.forward(p, job, index, result, team, workspace);
-    }});
+  run_jobs(p, jobs, {},
+           {[&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
+            [&](const Job& job, int64_t index, const Team& team, void* workspace) {
+              k.forward(p, job, index, result, team, workspace);
+            }});
   if (residuals) row_residual = by_head(jobs, row_residual, p), col_residual = by_head(jobs, col_residual, p);
   return {output, row, col, row_residual, col_residual, to_bin, from_bin};
 }
@@ -200,11 +231,11 @@ PlanResults plan_as(const Given& given) {
   result.plan = plan.data_ptr<T>(), result.corner = corner.data_ptr<T>();
   result.row_potentials = row.data_ptr<T>(), result.col_potentials = col.data_ptr<T>();
   const auto& k = kernels_of<T>();
-  run_jobs(p, jobs, {}, {
-    [&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
-    [&](const Job& job, int64_t index, const Team& team, void* workspace) {
-      k.forward(p, job, index, result, team, workspace);
-    }});
+  run_jobs(p, jobs, {},
+           {[&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
+            [&](const Job& job, int64_t index, const Team& team, void* workspace) {
+              k.forward(p, job, index, result, team, workspace);
+            }});
   if (extra) plan.select(3, p.size).select(2, p.length).copy_(corner.sum(-1));
   return {plan, row, col};
 }
@@ -233,7 +264,8 @@ std::vector<Tensor> backward_as(const Given& given, const BackwardGiven<T>& cota
     return wanted ? at::zeros(shape, options) : at::zeros({0}, options);
   };
   const bool bins = p.bins > 0;
-  Tensor query = made(true, {p.num, p.heads, p.length, p.features}), key = made(true, {p.num, p.heads, p.size, p.features});
+  Tensor query = made(true, {p.num, p.heads, p.length, p.features}),
+         key = made(true, {p.num, p.heads, p.size, p.features});
   Tensor value = made(given.has(kValue), {p.num, p.heads, p.size, p.value_features});
   Tensor mask = mask_grad ? at::zeros(given[kMask].sizes(), options) : made(false, {});
   Tensor row_score = made(bins, {p.num, p.heads, p.length}), col_score = made(bins, {p.num, p.heads, p.size});
@@ -241,7 +273,8 @@ std::vector<Tensor> backward_as(const Given& given, const BackwardGiven<T>& cota
   Tensor stored = made(given.has(kDustbinValue), {p.num, p.heads, p.bins, p.value_features});
   Tensor dropped = made(true, {p.num, p.heads, (p.kept || p.implicit ? p.length : p.size) + p.bins});
   BackwardResult<T> result;
-  result.query = query.data_ptr<T>(), result.key = key.data_ptr<T>(), result.value = given.has(kValue) ? value.data_ptr<T>() : nullptr;
+  result.query = query.data_ptr<T>(), result.key = key.data_ptr<T>(),
+  result.value = given.has(kValue) ? value.data_ptr<T>() : nullptr;
   if (mask_grad) {
     const auto step = [&](int64_t dim) { return mask.size(dim) == 1 ? 0 : mask.stride(dim); };
     result.mask = mask.data_ptr<T>();
@@ -254,11 +287,11 @@ std::vector<Tensor> backward_as(const Given& given, const BackwardGiven<T>& cota
   if (given.has(kDustbinValue)) result.dustbin_value = stored.data_ptr<T>();
   if (!p.implicit) result.dropped = dropped.data_ptr<T>();
   const auto& k = kernels_of<T>();
-  run_jobs(p, jobs, mask_grad ? mask_groups(jobs, p, given[kMask]) : std::vector<int64_t>{}, {
-    [&](const Job& job, int64_t threads) { return k.backward_bytes(p, job, threads); },
-    [&](const Job& job, int64_t, const Team& team, void* workspace) {
-      k.backward(p, job, cotangents, result, team, workspace);
-    }});
+  run_jobs(p, jobs, mask_grad ? mask_groups(jobs, p, given[kMask]) : std::vector<int64_t>{},
+           {[&](const Job& job, int64_t threads) { return k.backward_bytes(p, job, threads); },
+            [&](const Job& job, int64_t, const Team& team, void* workspace) {
+              k.backward(p, job, cotangents, result, team, workspace);
+            }});
   return {query, key, value, mask, row_score, col_score, corner, stored, dropped};
 }
 
@@ -287,12 +320,14 @@ std::vector<Tensor> cpu_backward(const Tensor& grad, const std::optional<Tensor>
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torch_sinkhorn_attn, m) {
-  m.def("cpu_forward(Tensor?[] tensors, float[] numbers, int[] counts, bool residuals) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_forward(Tensor?[] tensors, float[] numbers, int[] counts, bool residuals) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_plan(Tensor?[] tensors, float[] numbers, int[] counts) -> (Tensor, Tensor, Tensor)");
-  m.def("cpu_backward(Tensor grad, Tensor? grad_to_bin, Tensor? grad_from_bin, Tensor? output, "
-        "Tensor row_potentials, Tensor col_potentials, Tensor?[] tensors, float[] numbers, int[] counts, "
-        "bool mask_grad) -> Tensor[]");
+  m.def(
+      "cpu_backward(Tensor grad, Tensor? grad_to_bin, Tensor? grad_from_bin, Tensor? output, "
+      "Tensor row_potentials, Tensor col_potentials, Tensor?[] tensors, float[] numbers, int[] counts, "
+      "bool mask_grad) -> Tensor[]");
   m.def("cpu_interface() -> int", [] { return kInterface; });
   m.def("cpu_capabilities() -> str[]", capabilities);
   m.def("cpu_capability() -> str", capability);

@@ -30,7 +30,7 @@ template <typename T>
 struct Problem {
   Operand query, key, value;  // key and value have Hk heads
   Operand mask;
-  double mask_floor = 0;  // a float mask keeps what lies above
+  double mask_floor = 0;                                                        // a float mask keeps what lies above
   const T *row_score = nullptr, *col_score = nullptr, *corner_score = nullptr;  // [N, H, L], [N, H, S], [N, H]
   const T* dustbin_value = nullptr;                                             // [N, H, Ev]
   const int64_t *row_lo = nullptr, *row_hi = nullptr;                           // [N, L]
@@ -86,7 +86,8 @@ struct Team {
 
   template <typename Body>
   void each(int64_t parts, const Body& body) const {
-    run(*this, parts, [](void* b, int64_t part, int64_t slot) { (*static_cast<const Body*>(b))(part, slot); },
+    run(
+        *this, parts, [](void* b, int64_t part, int64_t slot) { (*static_cast<const Body*>(b))(part, slot); },
         const_cast<Body*>(&body));
   }
 };

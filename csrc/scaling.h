@@ -1,6 +1,6 @@
 // The state of a solve in stabilised scaling form (B. Schmitzer, "Stabilized sparse scaling algorithms for entropy
-// regularized transport problems", SIAM J. Sci. Comput. 41(3), 2019): potentials are u = alpha + log x, v = beta + log y,
-// with K = exp(S + alpha + beta) in the tiles.
+// regularized transport problems", SIAM J. Sci. Comput. 41(3), 2019): potentials are u = alpha + log x, v = beta + log
+// y, with K = exp(S + alpha + beta) in the tiles.
 #pragma once
 
 #include "components.h"
@@ -136,7 +136,8 @@ class Scalings {
     return sizeof(T) == 4 && most > kCoarse;
   }
 
-  // Whether the gauge is so large, after a warm start, that K's exponents would be rounded more than the potentials are.
+  // Whether the gauge is so large, after a warm start, that K's exponents would be rounded more than the potentials
+  // are.
   bool far_from_centre() const {
     double most = 0;
     for (int32_t k = 0; centred && k < parts.count; ++k) most = std::max(most, std::abs(parts.total[k]));
@@ -188,9 +189,9 @@ class Scalings {
   const ForwardResult<T>* out = nullptr;
   T *alpha, *x, *x_new, *log_a, *a, *sums;  // [rows + 1], the dustbin last; a is 0 on dead lines; sums = K y
   T *beta, *y, *y_new, *log_b, *b, *c;      // [cols + 1]; c = K^T x
-  double row_omega = 1;       // over-relaxation of the row half-step in progress
-  double largest_change = 0;  // of a column potential in the last column half-step
-  int64_t settled = -1;       // number of the potentials that are being kept, once they are
+  double row_omega = 1;                     // over-relaxation of the row half-step in progress
+  double largest_change = 0;                // of a column potential in the last column half-step
+  int64_t settled = -1;                     // number of the potentials that are being kept, once they are
   bool centred = false;
 };
 

@@ -51,7 +51,8 @@ class Workspace {
     }
     if (!memory_.defined())
       memory_ = at::empty({bytes}, at::kByte);
-    else if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
+    else if (at::globalContext().deterministicAlgorithms() &&
+             at::globalContext().deterministicFillUninitializedMemory())
       memory_.fill_(255);  // as torch.empty would be
   }
 
@@ -174,7 +175,8 @@ void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std
   const auto most_bytes = [&](const std::vector<int64_t>& which, int64_t team) {
     int64_t most = 0;
     for (size_t k = 0; k < which.size(); ++k)
-      if (k == 0 || !same_shape(jobs[which[k]], jobs[which[k - 1]])) most = std::max(most, work.bytes(jobs[which[k]], team));
+      if (k == 0 || !same_shape(jobs[which[k]], jobs[which[k - 1]]))
+        most = std::max(most, work.bytes(jobs[which[k]], team));
     return most;
   };
   int64_t used = 0;

@@ -25,7 +25,7 @@ template <typename T>
 void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std::vector<int64_t>& group,
               const Work& work);
 
-int64_t last_workspace();                // bytes that the last call of this process took beside its results
+int64_t last_workspace();              // bytes that the last call of this process took beside its results
 void retain_workspace(int64_t bytes);  // how many of them may be kept for the next call
 
 }  // namespace sinkhorn

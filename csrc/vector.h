@@ -1,5 +1,6 @@
 // Vectors of the capability this translation unit is compiled for, the arena of a job's workspace, and the one matrix
-// product everything is made of. All of it lives in a namespace of the capability, so that no linker merges two of them.
+// product everything is made of. All of it lives in a namespace of the capability, so that no linker merges two of
+// them.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -7,6 +8,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -100,7 +102,7 @@ inline void register_tile(T* c, int64_t c_row, const T* a, int64_t a_row, int64_
   constexpr int64_t W = kWidth<T>;
   Vec<T> sums[Rows][Vectors];
   for (int64_t r = 0; r < Rows; ++r)
-    for (int64_t v = 0; v < Vectors; ++v) sums[r][v] = add ? Vec<T>::loadu(c + r * c_row + v * W) : Vec<T>(T(0));
+    for (int64_t v = 0; v < Vectors; ++v) sums[r][v] = Vec<T>(T(0));
   for (int64_t k = 0; k < inner; ++k) {
     Vec<T> line[Vectors];
     for (int64_t v = 0; v < Vectors; ++v) line[v] = Vec<T>::loadu(b + v * b_vector + k * b_k);
@@ -110,25 +112,38 @@ inline void register_tile(T* c, int64_t c_row, const T* a, int64_t a_row, int64_
     }
   }
   for (int64_t r = 0; r < Rows; ++r)
-    for (int64_t v = 0; v < Vectors; ++v) sums[r][v].store(c + r * c_row + v * W);
+    for (int64_t v = 0; v < Vectors; ++v) {
+      T* to = c + r * c_row + v * W;
+      (add ? Vec<T>::loadu(to) + sums[r][v] : sums[r][v]).store(to);
+    }
 }
 
 // C (+)= A B. C is [rows, columns] with rows a multiple of kRows and columns of the vector width. Entry (r, k) of A is
-// a[r * a_row + k * a_k]; vector v of row k of B is at b + v * b_vector + k * b_k. The order of every sum is fixed.
+// a[r * a_row + k * a_k]; vector v of row k of B is at b + v * b_vector + k * b_k. The order of every sum is fixed:
+// runs of at most kRun terms, then the runs, so that rounding grows little with the number of terms.
+inline constexpr int64_t kRun = 256;
+
 template <typename T>
 void matmul(T* c, int64_t c_row, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_vector, int64_t b_k,
             int64_t rows, int64_t columns, int64_t inner, bool add) {
   constexpr int64_t W = kWidth<T>;
   const int64_t vectors = columns / W;
-  int64_t v = 0;
-  for (; v + 2 <= vectors; v += 2)
-    for (int64_t r = 0; r < rows; r += kRows)
-      register_tile<T, kRows, 2>(c + r * c_row + v * W, c_row, a + r * a_row, a_row, a_k, b + v * b_vector, b_vector,
-                                 b_k, inner, add);
-  for (; v < vectors; ++v)
-    for (int64_t r = 0; r < rows; r += kRows)
-      register_tile<T, kRows, 1>(c + r * c_row + v * W, c_row, a + r * a_row, a_row, a_k, b + v * b_vector, b_vector,
-                                 b_k, inner, add);
+  int64_t first = 0;
+  do {
+    const int64_t run = std::min(kRun, inner - first);
+    const bool more = add || first > 0;
+    const T *left = a + first * a_k, *right = b + first * b_k;
+    int64_t v = 0;
+    for (; v + 2 <= vectors; v += 2)
+      for (int64_t r = 0; r < rows; r += kRows)
+        register_tile<T, kRows, 2>(c + r * c_row + v * W, c_row, left + r * a_row, a_row, a_k, right + v * b_vector,
+                                   b_vector, b_k, run, more);
+    for (; v < vectors; ++v)
+      for (int64_t r = 0; r < rows; r += kRows)
+        register_tile<T, kRows, 1>(c + r * c_row + v * W, c_row, left + r * a_row, a_row, a_k, right + v * b_vector,
+                                   b_vector, b_k, run, more);
+    first += run;
+  } while (first < inner);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -124,7 +124,8 @@ def rivals(threads: int) -> tuple[list[Function], list[str]]:
                      None, masks=False),
         ]),
         "OTT-JAX": ("ott", [
-            Function("OTT-JAX", "ott Sinkhorn, jit, implicit gradient (its default)", ott(True), "implicit"),
+            Function("OTT-JAX", "ott Sinkhorn, jit, implicit gradient, its default; no band: the solve fails",
+                     ott(True), "implicit", masks=False),
             Function("OTT unrolled", "the same, differentiated through the loop (recomputed)", ott(False), "unrolled"),
         ]),
     }  # fmt: skip

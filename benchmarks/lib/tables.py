@@ -135,6 +135,11 @@ class Tables:
         except (ValueError, TypeError, NotImplementedError) as refusal:
             found.note = f"refuses: {str(refusal).strip().splitlines()[0][:80]}"
             return None
+        except Exception as error:  # a rival's own: a line in the table, not the end of it
+            if not function.limited:
+                raise
+            found.note = f"fails: {type(error).__name__}"
+            return None
         if once is None:
             found.note = "the process died (too much memory?)"
         return once

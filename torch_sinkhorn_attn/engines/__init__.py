@@ -1,5 +1,5 @@
-"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, refusal, solve, forward,
-backward, plan and plan_backward."""
+"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, status, refusal, solve,
+forward, backward, plan and plan_backward."""
 
 from __future__ import annotations
 

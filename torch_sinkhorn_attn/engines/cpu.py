@@ -107,6 +107,13 @@ def _require() -> None:
         raise RuntimeError(f"engine='cpu' is not available: {_unavailable}.")
 
 
+def status() -> str:
+    """Whether it can run, and how; or why not."""
+    if _unavailable is not None:
+        return f"missing: {_unavailable}"
+    return f"C++ kernels for CPU tensors, {capability()} (of {', '.join(capabilities())})"
+
+
 def refusal(inputs: Inputs, problem: Problem) -> str | None:
     """Why this engine cannot run the problem: it has no kernels, or the tensors are elsewhere."""
     if _unavailable is not None:

@@ -22,6 +22,11 @@ from torch_sinkhorn_attn.support import centre_gauge, components, largest, mass_
 NAME = "tiled"
 
 
+def status() -> str:
+    """Whether it can run, and how."""
+    return "plain PyTorch, any device"
+
+
 def refusal(inputs: Inputs, problem: Problem) -> str | None:
     """Why this engine cannot run the problem; None: it runs every one."""
     return None
