@@ -118,6 +118,9 @@ inline void register_tile(T* c, int64_t c_row, const T* a, int64_t a_row, int64_
     }
 }
 
+// Register tiles are 4 x 4 vectors where there are 32 registers, which reads A once for 64 float32 features (5 % of a
+// whole training step faster than 8 x 2), and kRows x 2 or x 1 vectors for what is left.
+//
 // C (+)= A B. C is [rows, columns] with rows a multiple of kRows and columns of the vector width. Entry (r, k) of A is
 // a[r * a_row + k * a_k]; vector v of row k of B is at b + v * b_vector + k * b_k. The order of every sum is fixed:
 // runs of at most kRun terms, then the runs, so that rounding grows little with the number of terms.
@@ -134,6 +137,10 @@ void matmul(T* c, int64_t c_row, const T* a, int64_t a_row, int64_t a_k, const T
     const bool more = add || first > 0;
     const T *left = a + first * a_k, *right = b + first * b_k;
     int64_t v = 0;
+    for (; kRows == 8 && v + 4 <= vectors; v += 4)
+      for (int64_t r = 0; r < rows; r += 4)
+        register_tile<T, 4, 4>(c + r * c_row + v * W, c_row, left + r * a_row, a_row, a_k, right + v * b_vector,
+                               b_vector, b_k, run, more);
     for (; v + 2 <= vectors; v += 2)
       for (int64_t r = 0; r < rows; r += kRows)
         register_tile<T, kRows, 2>(c + r * c_row + v * W, c_row, left + r * a_row, a_row, a_k, right + v * b_vector,
