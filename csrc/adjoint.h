@@ -48,7 +48,6 @@ class Adjoint : public Cotangents<T> {
     wide_accumulators = arena.take<T>(h.part_columns() * wide);
     copies = arena.take<T>(team.threads * h.largest_tile);
     lines = arena.take<T>(team.threads * 64 * wide);
-    mask_columns = arena.take<T>(h.part_columns());
     factors.resize(static_cast<size_t>(count));
     for (auto& f : factors) {
       for (T** side : {&f.row, &f.x, &f.row_exp}) *side = arena.take<T>(h.rows + 1);
@@ -146,7 +145,7 @@ class Adjoint : public Cotangents<T> {
     const int64_t width = h.width;
     constexpr int64_t W = kWidth<T>;
     std::fill(wide_accumulators, wide_accumulators + h.part_columns() * width, T(0));
-    std::fill(mask_columns, mask_columns + h.part_columns(), T(0));
+    std::fill(sum_accumulators, sum_accumulators + h.part_columns(), T(0));
     h.each_block([&](const Block<T>& b, int64_t part, int64_t slot) {
       T* tile = h.plan(b, slot, u, v);
       also(b, tile, part, slot);
@@ -175,7 +174,7 @@ class Adjoint : public Cotangents<T> {
       h.reduce(wide_accumulators, width, gathered);
       store_columns(out->key, h.d, width);
     }
-    if (out->mask && out->mask_row == 0) add_mask_columns();
+    if (out->mask && out->mask_row == 0) add_sum_accumulators();
     if (bin.present()) dustbin_scores();
   }
 
@@ -218,7 +217,7 @@ class Adjoint : public Cotangents<T> {
 
   const int64_t count;  // factors
   std::vector<Factor<T>> factors;
-  T *accumulators, *sum_accumulators;  // of the parts
+  T *accumulators, *sum_accumulators;  // of the parts; the second for sums of P*D, and of dS under a mask of one row
 
  private:
   void factor_tile(const Block<T>& b, T* tile, const Factor<T>& f) const {
@@ -263,7 +262,7 @@ class Adjoint : public Cotangents<T> {
   void add_to_mask(const Block<T>& b, const T* d, int64_t part, int64_t real) const {
     const int64_t reached = std::min(b.cols, h.m - b.col);
     if (out->mask_row == 0) {  // shared by all rows: gathered by parts
-      T* columns = mask_columns + h.parts[part].offset + b.col - h.parts[part].col;
+      T* columns = sum_accumulators + h.parts[part].offset + b.col - h.parts[part].col;
       for (int64_t i = 0; i < real; ++i)
         for (int64_t j = 0; j < reached; ++j) columns[j] += d[i * b.stride + j];
       return;
@@ -277,8 +276,8 @@ class Adjoint : public Cotangents<T> {
     }
   }
 
-  void add_mask_columns() {
-    h.reduce(mask_columns, 1, gathered);
+  void add_sum_accumulators() {
+    h.reduce(sum_accumulators, 1, gathered);
     T* line = mask_line(0) + job().col0 * out->mask_col;
     for (int64_t j = 0; j < h.m; ++j) line[j * out->mask_col] += gathered[j];
   }
@@ -304,9 +303,9 @@ class Adjoint : public Cotangents<T> {
     out->corner_score[at * p.bins + job().bin] = corner * share;
   }
 
-  T *field_rows, *field_panels;      // -X [rows, count], Y^T in panels
-  T* wide_accumulators;              // of the parts
-  T *copies, *lines, *mask_columns;  // of each thread; of the parts
+  T *field_rows, *field_panels;  // -X [rows, count], Y^T in panels
+  T* wide_accumulators;          // of the parts
+  T *copies, *lines;             // of each thread
 };
 
 }  // namespace CPU_CAPABILITY

@@ -178,6 +178,16 @@ Tensor by_head(const std::vector<Job>& jobs, const Tensor& per_job, const Proble
   return found;
 }
 
+template <typename T>
+void run_forward(const Problem<T>& p, const std::vector<Job>& jobs, const ForwardResult<T>& result) {
+  const auto& k = kernels_of<T>();
+  run_jobs(p, jobs, {},
+           {[&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
+            [&](const Job& job, int64_t index, const Team& team, void* workspace) {
+              k.forward(p, job, index, result, team, workspace);
+            }});
+}
+
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
@@ -198,12 +208,7 @@ Results forward_as(const Given& given, bool residuals) {
   result.row_potentials = row.data_ptr<T>(), result.col_potentials = col.data_ptr<T>();
   if (p.bins) result.to_bin = to_bin.data_ptr<T>(), result.from_bin = from_bin.data_ptr<T>();
   if (residuals) result.row_residual = row_residual.data_ptr<T>(), result.col_residual = col_residual.data_ptr<T>();
-  const auto& k = kernels_of<T>();
-  run_jobs(p, jobs, {},
-           {[&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
-            [&](const Job& job, int64_t index, const Team& team, void* workspace) {
-              k.forward(p, job, index, result, team, workspace);
-            }});
+  run_forward(p, jobs, result);
   if (residuals) row_residual = by_head(jobs, row_residual, p), col_residual = by_head(jobs, col_residual, p);
   return {output, row, col, row_residual, col_residual, to_bin, from_bin};
 }
@@ -230,12 +235,7 @@ PlanResults plan_as(const Given& given) {
   ForwardResult<T> result;
   result.plan = plan.data_ptr<T>(), result.corner = corner.data_ptr<T>();
   result.row_potentials = row.data_ptr<T>(), result.col_potentials = col.data_ptr<T>();
-  const auto& k = kernels_of<T>();
-  run_jobs(p, jobs, {},
-           {[&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
-            [&](const Job& job, int64_t index, const Team& team, void* workspace) {
-              k.forward(p, job, index, result, team, workspace);
-            }});
+  run_forward(p, jobs, result);
   if (extra) plan.select(3, p.size).select(2, p.length).copy_(corner.sum(-1));
   return {plan, row, col};
 }

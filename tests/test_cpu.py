@@ -130,6 +130,17 @@ def test_the_variable_chooses_the_instruction_set() -> None:
     assert "TORCH_SINKHORN_ATTN_CPU_CAPABILITY='sse9' is not usable on this processor" in wrong.stderr
 
 
+def test_the_variable_sets_the_budget() -> None:
+    program = "from torch_sinkhorn_attn.engines import cpu; print(cpu.workspace_budget())"
+
+    def run(mebibytes: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB": mebibytes}
+        return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+    assert [int(run(x).stdout) for x in ("3", "0", "")] == [3 << 20, 0, cpu.DEFAULT_BUDGET]
+    assert "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB='-1' must be a whole number of MiB" in run("-1").stderr
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"capability='sse9' is not usable on this processor; choose one of \['default'"

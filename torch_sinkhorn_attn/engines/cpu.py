@@ -24,6 +24,7 @@ NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
 INTERFACE = 2  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 _FOLDER = Path(__file__).parent
+_BUDGET_VARIABLE = "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB"
 _LIBRARY = _FOLDER / "_cpu.so"
 _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
 _TENSORS = (
@@ -214,4 +215,11 @@ def _integers(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-set_workspace_budget(int(os.environ.get("TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB", DEFAULT_BUDGET >> 20)) << 20)
+def _budget_of_environment() -> int:
+    mebibytes = os.environ.get(_BUDGET_VARIABLE, "")
+    if mebibytes and not mebibytes.isdecimal():
+        raise ValueError(f"{_BUDGET_VARIABLE}={mebibytes!r} must be a whole number of MiB, 0 or more.")
+    return int(mebibytes) << 20 if mebibytes else DEFAULT_BUDGET
+
+
+set_workspace_budget(_budget_of_environment())
