@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import ENGINES
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import (
@@ -21,7 +22,7 @@ from torch_sinkhorn_attn import (
     sinkhorn_plan,
 )
 from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import ENGINES, tiled, tiles
+from torch_sinkhorn_attn.engines import tiled, tiles
 from torch_sinkhorn_attn.problem import SinkhornAux
 
 D = torch.float64

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import problems
 import pytest
 import torch
-from conformance import assert_agrees, relative_error, results
+from conformance import ENGINES, assert_agrees, relative_error, results
 from test_conformance import CORNERS, call_of
 
-from torch_sinkhorn_attn import Dustbin, sinkhorn_attention
+from torch_sinkhorn_attn import Dustbin, engines, sinkhorn_attention
 from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import ENGINES, choose, cpu
+from torch_sinkhorn_attn.engines import choose, cpu
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +212,7 @@ def test_half_precision_numbers_are_read_exactly() -> None:
 
 def test_it_is_what_engine_none_takes() -> None:
     prepared = prepare(*(torch.randn(1, 4, 3) for _ in range(3)))
-    assert list(ENGINES) == ["cpu", "tiled"]
+    assert list(engines.ENGINES) == ["cpu", "xla", "tiled"]
     assert choose(None, prepared.inputs, prepared.problem) == "cpu"
 
 
@@ -229,7 +229,7 @@ def test_a_missing_library_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch)
 def test_the_engines_say_what_they_are() -> None:
     command = [sys.executable, "-m", "torch_sinkhorn_attn.engines"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [line.split()[0] for line in said] == ["cpu", "tiled", "reference"]
+    assert [line.split()[0] for line in said] == ["cpu", "xla", "tiled", "reference"]
     assert f"{cpu.capability()} (of default" in said[0]
 
 
@@ -311,7 +311,7 @@ def test_the_gradient_of_a_mask_of_rows_is_as_exact_as_plain_ones() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2), (1, 3, 2)])
 def test_conjugate_gradients_stop_at_rounding(shape: tuple[int, ...], engine: str, dtype: torch.dtype) -> None:
     """Small systems whose right-hand side is all rounding, or whose directions drift into a null vector."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conformance import ENGINES
 
 from torch_sinkhorn_attn import sinkhorn_attention
 from torch_sinkhorn_attn.dropout import keep_tile
-from torch_sinkhorn_attn.engines import ENGINES
 
 
 def mask(seed: int, heads: int = 4, rows: int = 256, cols: int = 256, p: float = 0.3) -> torch.Tensor:

@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import conformance
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from torch_sinkhorn_attn import Dustbin, engines, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
 
 D = torch.float64
-ENGINES = (*engines.ENGINES, "reference")
+ENGINES = (*conformance.ENGINES, "reference")
 OPTIONS: dict[str, dict[str, Any]] = {
     "tail": {},
     "no tail": {"tail_iters": 0},
@@ -82,7 +83,7 @@ def test_second_derivatives_are_the_references(make: Callable[..., Any], name: s
     assert all(close(one, truth) for one in found) and max(x.abs().max() for row in truth for x in row) > 1e-3
     if name == "dropout":  # hessian does not say to vmap that its samples share their random numbers
         return
-    for engine in engines.ENGINES:
+    for engine in conformance.ENGINES:
         by_func = hessian(make(engine, name), argnums=(0, 3))(*inputs)
         assert close(by_func, tuple((truth[i][0], truth[i][3]) for i in (0, 3)))
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import ENGINES
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 from torch_sinkhorn_attn import Dustbin, SinkhornMultiheadAttention, mask_scan, replace_attention, sinkhorn_attention
-from torch_sinkhorn_attn.engines import ENGINES
 from torch_sinkhorn_attn.support import build_support, token_ids
 
 E, H = 16, 4

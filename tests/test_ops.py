@@ -7,11 +7,11 @@ from typing import Any
 import problems
 import pytest
 import torch
+from conformance import ENGINES
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, ops, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import ENGINES
 
 D = torch.float64
 lib = torch.ops.torch_sinkhorn_attn

@@ -186,9 +186,11 @@ def test_requirements_are_exact():
 
 def test_requirements_are_complete():
     """Whatever a pinned package requires is pinned too; torch itself pins triton and NVIDIA's libraries."""
-    pinned = {canonicalize_name(pin.name) for pin in pins()}
+    pinned = {canonicalize_name(pin.name) for pin in pins() if pin.marker is None or pin.marker.evaluate()}
+    extras = {"torch-xla": ("", "tpu", "pallas")}
     for name in pinned:
         for needed in map(Requirement, importlib.metadata.requires(name) or ()):
-            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+            wanted = extras.get(name, ("",))
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in wanted):
                 exact = name == "torch" and str(needed.specifier).startswith("==")
                 assert exact or canonicalize_name(needed.name) in pinned, f"{name} requires {needed}"

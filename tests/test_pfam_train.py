@@ -316,7 +316,7 @@ def test_every_option_says_what_it_is(command: str) -> None:
     for action in subparsers.choices[command]._actions:
         assert action.help and "config.py" not in action.help, action.option_strings
         assert action.nargs == 0 or action.metavar == {int: "N", float: "X"}.get(
-            action.type, "URL" if action.dest == "url" else "PATH"
+            action.type, "NAME" if action.choices else "URL" if action.dest == "url" else "PATH"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import conformance
 import pytest
 import torch
 from conformance import relative_error
@@ -15,7 +16,6 @@ from torch_sinkhorn_attn import (
     SinkhornMultiheadAttention,
     certificates,
     certify,
-    engines,
     sinkhorn_attention,
     sinkhorn_plan,
     staircase,
@@ -24,7 +24,7 @@ from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines.tiles import Tiles
 
 D = torch.float64
-ENGINES = (*engines.ENGINES, "reference")
+ENGINES = (*conformance.ENGINES, "reference")
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import ENGINES
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import SinkhornMultiheadAttention, replace_attention, restore_attention
-from torch_sinkhorn_attn.engines import ENGINES, REFERENCE
+from torch_sinkhorn_attn.engines import REFERENCE
 
 E, H, LAYERS = 16, 4, 2
 G = torch.Generator().manual_seed(0)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import data_checks
 from torch_sinkhorn_attn.argument_checks import constant, integers, number, potentials, score_mask, solver, tokens
-from torch_sinkhorn_attn.checks import data_checks_enabled
+from torch_sinkhorn_attn.checks import data_checks_enabled, without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
+from torch_sinkhorn_attn.engines import xla
 from torch_sinkhorn_attn.mask_scan import scan_mask
 from torch_sinkhorn_attn.masses import (
     Side,
@@ -168,6 +169,8 @@ def prepare(
     if given.mask is not None or not problem.uniform:
         flat = _without_inactive(flat, row_active, col_active, look)
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
+    if query.device.type == "xla" and not torch.compiler.is_compiling() and not without_data(query):
+        inputs = inputs._replace(query=xla.placed(inputs.query, query))
     return Prepared(inputs, problem, batch, query.dtype, engine)
 
 

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn import reference
 from torch_sinkhorn_attn.arguments import Options, prepare
-from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose
+from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, xla
 from torch_sinkhorn_attn.engines.tiled import TiledPasses, attention_output, marginal_errors
 from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
@@ -98,7 +98,7 @@ def certify(
         exact_diameter: compute Delta itself in O(n^2 m) instead of its one-pass bound 2 (max log P - min log P).
 
     Returns:
-        A frozen `Certificate`; print it for a table.
+        A frozen `Certificate`; print it for a table. Of XLA tensors it is on the CPU: only the plan is computed there.
 
     Raises:
         TypeError, ValueError: as `sinkhorn_attention`, or for `grad_output` without `value` or of the wrong shape.
@@ -134,6 +134,8 @@ def certify(
             _, potentials = reference.plan_and_potentials(reference.dense_problem(inputs, problem), problem)
         else:
             potentials = ENGINES[engine].solve(inputs, problem)
+        if query.device.type == "xla":  # what is found decides what is computed next: a compilation each time
+            inputs, problem, potentials, grad_output = xla.fetched((inputs, problem, potentials, grad_output))
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         found = _certificate(
             tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter
@@ -218,7 +220,8 @@ def _log_plan_spread(tiles: Tiles, by: _Segments) -> tuple[Tensor, Tensor]:
         largest = torch.stack([largest, by.max(to_bin, row), by.max(from_bin, col), corner]).amax(0)
         to_bin, from_bin, corner = (x.masked_fill(x == -torch.inf, torch.inf) for x in (to_bin, from_bin, corner))
         smallest = torch.stack([smallest, -by.max(-to_bin, row), -by.max(-from_bin, col), corner]).amin(0)
-    return positive, (largest - smallest).nan_to_num(nan=0.0, posinf=torch.inf).clamp(min=0)
+    spread = largest - smallest
+    return positive, torch.where(spread.isnan(), 0.0, spread).clamp(min=0)
 
 
 def _exact_diameter(tiles: Tiles, by: _Segments) -> Tensor:

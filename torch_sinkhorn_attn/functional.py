@@ -94,10 +94,10 @@ def sinkhorn_attention(
         dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
-            (`python -m torch_sinkhorn_attn.engines` tells), else "tiled", plain PyTorch on any device; both O(n + m)
-            memory. "reference" is the dense definition. Derivatives beyond the first, and forward mode, are taken
-            densely (L x S memory) on every engine; the implicit gradient has none, and programs of `torch.export` have
-            no forward mode.
+            (`python -m torch_sinkhorn_attn.engines` tells), "xla" for tensors of torch_xla (TPUs), else "tiled", plain
+            PyTorch on any device; all O(n + m) memory. "reference" is the dense definition. Derivatives beyond the
+            first, and forward mode, are taken densely (L x S memory) on every engine; the implicit gradient has none,
+            and programs of `torch.export` have no forward mode.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass).
 
     Returns:

@@ -69,6 +69,8 @@ def _scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) -> M
     length, size = support.row_active.shape[-1], support.col_active.shape[-1]
     num, heads = support.row_active.shape[0], mask.shape[1]
     step = max(1, _BLOCK_ELEMENTS // max(1, num * heads * size))
+    if mask.device.type == "xla":  # fuses the reading into the reductions, and would unroll the loop
+        step = max(1, length)
     column = torch.arange(size, device=mask.device)
     rows: list[tuple[Tensor, ...]] = []
     col_active = torch.zeros(num, heads, size, dtype=torch.bool, device=mask.device)

@@ -71,9 +71,21 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
     @functools.wraps(function)
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
         with full_precision(args[0].device):
-            return function(*args)
+            return _functionalized(function, args) if args[0].device.type == "xla" else function(*args)
 
     return wrapped
+
+
+def _functionalized(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The function on XLA tensors as they are outside of an op, where views are views: inside, the dispatcher has taken
+    off the wrapper that makes them so."""
+    outside = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.Functionalize)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), outside):
+        wrapped = [torch._to_functional_tensor(x) if isinstance(x, Tensor) else x for x in args]
+        results = function(*wrapped)
+        for x in results:
+            torch._sync(x)  # type: ignore[attr-defined]
+        return tuple(torch._from_functional_tensor(x) for x in results)
 
 
 def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,8 @@ A support lets row i attend to columns `[lo_i, hi_i)` with lo and hi non-decreas
 
 A window follows the aligned centres of the n active queries and m active keys, c_i = (i + 1/2) m/n - 1/2: key j is in
 row i's window (left, right) iff -left <= j - c_i <= right, decided in integers. Everything is tensor code without a
-host synchronisation: lengths and ids are data.
+host synchronisation (lengths and ids are data), of operations that XLA does right: no cummax, cummin, searchsorted, nor
+cumsum of bool.
 """
 
 from __future__ import annotations
@@ -59,15 +60,30 @@ class _Side(NamedTuple):
     own_count: Tensor
 
 
-def _match(ids: Tensor, other_ids: Tensor) -> _Side:
-    sorted_own, order = ids.sort(dim=-1, stable=True)
-    sorted_other = other_ids.sort(dim=-1, stable=True).values
-    first = torch.searchsorted(sorted_other, ids)
-    count = torch.searchsorted(sorted_other, ids, right=True) - first
-    own_first = torch.searchsorted(sorted_own, ids)
-    own_count = torch.searchsorted(sorted_own, ids, right=True) - own_first
-    place = torch.zeros_like(order).scatter(-1, order, torch.arange(ids.shape[-1], device=ids.device).expand_as(order))
-    return _Side(order, first, count, place - own_first, own_count)
+def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Side, _Side]:
+    """Both sides, from one sort of all tokens, by which the ids are numbered: rows first among equals."""
+    length, total = row_ids.shape[-1], row_ids.shape[-1] + col_ids.shape[-1]
+    ids, order = torch.cat([row_ids, col_ids], -1).sort(dim=-1, stable=True)
+    position = torch.arange(total, device=ids.device).expand_as(ids)
+    place = torch.zeros_like(order).scatter(-1, order, position)  # of each token in the sorted ones
+    number = torch.nn.functional.pad((ids[..., 1:] != ids[..., :-1]).to(ids.dtype).cumsum(-1), (1, 0)).gather(-1, place)
+    side = torch.stack([position < length, position >= length]).to(ids.dtype)
+    counts = torch.zeros_like(side).scatter_add(-1, number.expand_as(side), side)  # rows and columns with each number
+    first = counts.cumsum(-1) - counts
+    (rows, cols), (first_row, first_col) = (x.gather(-1, number.expand_as(x)).unbind() for x in (counts, first))
+    rank = place - first_row - first_col - torch.where(position < length, 0, rows)
+    row, col = slice(None, length), slice(length, None)
+    return (
+        _Side(_order(first_row, rank, row), first_col[..., row], cols[..., row], rank[..., row], rows[..., row]),
+        _Side(_order(first_col, rank, col), first_row[..., col], rows[..., col], rank[..., col], cols[..., col]),
+    )
+
+
+def _order(first: Tensor, rank: Tensor, tokens: slice) -> Tensor:
+    """The tokens of one side sorted by id, from their places."""
+    place = (first + rank)[..., tokens]
+    index = torch.arange(place.shape[-1], device=place.device).expand_as(place)
+    return torch.zeros_like(place).scatter(-1, place, index)
 
 
 def window_ranks(rank: Tensor, n: Tensor, m: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
@@ -77,23 +93,48 @@ def window_ranks(rank: Tensor, n: Tensor, m: Tensor, left: int, right: int) -> t
     >>> window_ranks(r, torch.tensor(4), torch.tensor(4), 1, 0)
     (tensor([0, 0, 1, 2]), tensor([1, 2, 3, 4]))
     """
+    unit = 2 * n.clamp(min=1)
+    return _ranks(rank, n, m, *(None if side < 0 else side * unit for side in (left, right)))
+
+
+def window_rows(rank: Tensor, n: Tensor, m: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
+    """Ranks `[lo, hi)` of the queries in whose window the key of rank `rank` is.
+
+    >>> r = torch.arange(4)
+    >>> window_rows(r, torch.tensor(4), torch.tensor(4), 1, 0)
+    (tensor([0, 1, 2, 3]), tensor([2, 3, 4, 4]))
+    """
+    return _ranks(rank, m, n, *(None if side < 0 else side * 2 * n for side in (right, left)))
+
+
+def _ranks(rank: Tensor, n: Tensor, m: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ranks of the other side's m tokens within `left` and `right` of the centre of a token of n, all times 2 n."""
     n2 = 2 * n.clamp(min=1)
     centre = (2 * rank + 1) * m - n
-    lo = torch.zeros_like(centre) if left < 0 else -torch.div(n2 * left - centre, n2, rounding_mode="floor")
+    lo = torch.zeros_like(centre) if left is None else -torch.div(left - centre, n2, rounding_mode="floor")
     hi = m + torch.zeros_like(centre)
-    if right >= 0:
-        hi = torch.minimum(hi, torch.div(centre + n2 * right, n2, rounding_mode="floor") + 1)
+    if right is not None:
+        hi = torch.minimum(hi, torch.div(centre + right, n2, rounding_mode="floor") + 1)
     lo = lo.clamp(min=0)
     return lo, torch.maximum(hi, lo)
 
 
 def _segment_index(ids: Tensor, active: Tensor) -> Tensor:
     """Number of the run each active token is in, counted from 0; 0 for inactive tokens before the first run."""
-    position = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-    last_active = torch.where(active, position, -1).cummax(-1).values
-    previous = torch.nn.functional.pad(last_active, (1, 0), value=-1)[..., :-1]
-    previous_id = torch.where(previous >= 0, ids.gather(-1, previous.clamp(min=0)), -1)
-    return ((active & (ids != previous_id)).cumsum(-1) - 1).clamp(min=0)
+    starts = active & (ids + 1 != last_marked(ids + 1, active, before=True))
+    return (starts.to(ids.dtype).cumsum(-1) - 1).clamp(min=0)
+
+
+def last_marked(x: Tensor, marked: Tensor, before: bool = False) -> Tensor:
+    """x at the last marked entry of the last dimension up to each entry (or only `before` it); 0 where there is none.
+
+    >>> last_marked(torch.tensor([5, 6, 7]), torch.tensor([False, True, False]))
+    tensor([0, 6, 6])
+    """
+    mark = marked.to(torch.int64)
+    rank = mark.cumsum(-1)
+    kept = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    return kept.scatter_add(-1, rank, x * mark).gather(-1, rank - mark if before else rank)
 
 
 def transpose_intervals(row_lo: Tensor, row_hi: Tensor, num_cols: int) -> tuple[Tensor, Tensor]:
@@ -103,13 +144,17 @@ def transpose_intervals(row_lo: Tensor, row_hi: Tensor, num_cols: int) -> tuple[
     >>> transpose_intervals(lo, hi, 3)
     (tensor([[0, 1, 2]]), tensor([[2, 3, 3]]))
     """
-    empty = row_lo >= row_hi
-    reach = torch.where(empty, 0, row_hi).cummax(-1).values
-    start = torch.where(empty, num_cols, row_lo).flip(-1).cummin(-1).values.flip(-1)
-    column = torch.arange(num_cols, device=row_lo.device) + row_lo.new_zeros(row_lo.shape[0], 1)
-    col_lo = torch.searchsorted(reach.contiguous(), column, right=True)
-    col_hi = torch.searchsorted(start.contiguous(), column, right=True)
+    some = row_lo < row_hi
+    reach = last_marked(row_hi, some)
+    start = num_cols - last_marked((num_cols - row_lo).flip(-1), some.flip(-1))
+    col_lo, col_hi = (_number_up_to(x, num_cols) for x in (reach, start))
     return col_lo, torch.maximum(col_hi, col_lo)
+
+
+def _number_up_to(x: Tensor, count: int) -> Tensor:
+    """How many of the values `[N, n]`, from 0 to `count`, are j or less: `[N, count]`."""
+    counts = torch.zeros(x.shape[0], count + 1, dtype=x.dtype, device=x.device)
+    return counts.scatter_add(-1, x, torch.ones_like(x)).cumsum(-1)[:, :-1]
 
 
 def build_support(row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | None, packed: bool) -> Support:
@@ -121,24 +166,25 @@ def build_support(row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | No
     num_cols = col_ids.shape[-1]
     left, right = (-1, -1) if window is None else window
     if packed and row_ids.shape[-1] and num_cols:
-        rows, cols = _match(row_ids, col_ids), _match(col_ids, row_ids)
+        rows, cols = _match(row_ids, col_ids)
         row_active, col_active = (row_ids >= 0) & (rows.matches > 0), (col_ids >= 0) & (cols.matches > 0)
         lo, hi = window_ranks(rows.rank, rows.own_count, rows.matches, left, right)
         nonempty = row_active & (lo < hi)
         at = cols.order.gather(-1, (rows.first + lo).clamp(max=num_cols - 1))
         end = cols.order.gather(-1, (rows.first + hi - 1).clamp(0, num_cols - 1)) + 1
-        lo, hi = at, end
+        row_lo, row_hi = torch.where(nonempty, at, 0), torch.where(nonempty, end, 0)
+        col_lo, col_hi = transpose_intervals(row_lo, row_hi, num_cols)
         row_segment, col_segment = _segment_index(row_ids, row_active), _segment_index(col_ids, col_active)
     else:
         row_active, col_active = row_ids >= 0, col_ids >= 0
         n, m = row_active.sum(-1, keepdim=True), col_active.sum(-1, keepdim=True)
         row_active, col_active = row_active & (m > 0), col_active & (n > 0)
-        rank = torch.arange(row_ids.shape[-1], device=row_ids.device).expand_as(row_ids)
-        lo, hi = window_ranks(rank, n, m, left, right)
+        row, col = (torch.arange(x.shape[-1], device=x.device).expand_as(x) for x in (row_ids, col_ids))
+        lo, hi = window_ranks(row, n, m, left, right)
         nonempty = row_active & (lo < hi)
+        row_lo, row_hi = torch.where(nonempty, lo, 0), torch.where(nonempty, hi, 0)
+        col_lo, col_hi = (torch.where(col_active, x, row.shape[-1]) for x in window_rows(col, n, m, left, right))
         row_segment, col_segment = torch.zeros_like(row_ids), torch.zeros_like(col_ids)
-    row_lo, row_hi = torch.where(nonempty, lo, 0), torch.where(nonempty, hi, 0)
-    col_lo, col_hi = transpose_intervals(row_lo, row_hi, num_cols)
     return Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
 
 
@@ -209,10 +255,10 @@ def components(problem: Problem) -> Components:
     row_active, col_active = problem.log_row_mass > -torch.inf, problem.log_col_mass > -torch.inf
     lo, hi = (x[:, None].expand(row_active.shape) for x in (problem.row_lo, problem.row_hi))
     live = row_active & (lo < hi)
-    active_before = torch.nn.functional.pad(col_active.cumsum(-1), (1, 0))  # number of active columns before each
-    reach = torch.nn.functional.pad(torch.where(live, hi, 0).cummax(-1).values, (1, 0))[..., :-1]
+    active_before = torch.nn.functional.pad(col_active.to(lo.dtype).cumsum(-1), (1, 0))  # active columns before each
+    reach = last_marked(hi, live, before=True)
     starts = live & (active_before.gather(-1, lo) >= active_before.gather(-1, reach))
-    row = (starts.cumsum(-1) - 1).clamp(min=0)
+    row = (starts.to(lo.dtype).cumsum(-1) - 1).clamp(min=0)
     begun = torch.zeros_like(active_before).scatter_add(-1, lo, starts.to(active_before.dtype))
     col = (begun.cumsum(-1)[..., :-1] - 1).clamp(min=0)
     return Components(row, col, max(1, row.shape[-1]))

@@ -15,6 +15,7 @@ import torch
 from .checkpoint import CHECKPOINT, load_checkpoint, prepare_folder, set_aside
 from .config import Config, Range, option_name
 from .dataset import load_dataset
+from .device import DEVICES, PRECISIONS, open_device
 from .download import PFAM_SEED_URL, DownloadError, download
 from .evaluate import score_baselines, score_model
 from .model import Aligner
@@ -57,20 +58,21 @@ def _command() -> str:
 
 def _train(options: argparse.Namespace) -> int:
     began = time.perf_counter()
+    device = open_device(options.device, options.fsdp, options.precision)
     if options.resume is not None:
         _refuse_settings(options)
-        trainer = Trainer.resume(options.resume)
+        trainer = Trainer.resume(options.resume, device)
         print(f"resuming {options.resume} at step {trainer.step} with the settings of its checkpoint")
     else:
         config, folder = _config(options, Config()), options.out or _FOLDER
         prepare_folder(folder)
-        trainer = Trainer(config, folder)
+        trainer = Trainer(config, folder, device=device)
         aside = set_aside(folder)
         if aside:
             print(f"the earlier run in {folder} is now in {aside}")
     hint = f"{_command()} train --resume {shlex.quote(str(trainer.folder))}"
     try:
-        print(trainer.dataset.summary())
+        print("\n".join(line for line in (trainer.dataset.summary(), device.describe()) if line))
         finished = trainer.run(progress=not options.quiet)
         print("\n" + write_tables(trainer))
         if not finished:
@@ -108,10 +110,13 @@ def _eval(options: argparse.Namespace) -> int:
     dataset = load_dataset(config)
     model = Aligner(config)
     model.load_state_dict(state["model"])
+    device = open_device(options.device)
+    device.model(model)
     if options.data and dataset.dropped:
         print(f"warning: the checkpoint may have been trained on {', '.join(dataset.dropped)}")
     print(f"{len(dataset.heldout.pairs)} pairs, {dataset.heldout.skipped} skipped for length\n")
-    scores = score_model(model, dataset.heldout.pairs, config.decode_threshold, progress=not options.quiet)
+    progress = not options.quiet
+    scores = score_model(model, dataset.heldout.pairs, config.decode_threshold, progress=progress, device=device)
     baselines = score_baselines(dataset.heldout.pairs)
     print(f"{alignment_table(baselines, scores)}\n\n{family_table(baselines, scores)}")
     return 0
@@ -181,7 +186,14 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (train, evaluate, fetch):
         command.add_argument("--quiet", action="store_true", help="no progress bars")
+    train.add_argument(
+        "--fsdp", type=int, default=1, metavar="N", help="XLA devices to spread parameters over (default: 1)"
+    )
+    text = f"of linear layers and convolutions on XLA devices, {' or '.join(PRECISIONS)} (default: float32)"
+    train.add_argument("--precision", choices=PRECISIONS, default="float32", metavar="NAME", help=text)
     for command in (train, evaluate):
+        text = f"{' or '.join(DEVICES)}, XLA's through torch_xla: all its TPUs, or its CPU (default: cpu)"
+        command.add_argument("--device", choices=DEVICES, default="cpu", metavar="NAME", help=text)
         command.add_argument("--threads", type=int, metavar="N", help="threads for PyTorch (default: PyTorch's choice)")
     return parser
 

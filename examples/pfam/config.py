@@ -84,6 +84,7 @@ class Config:
     dropout: float = _number(0.1, _FRACTION, "dropout in the context blocks")
     base_iters: int = _number(20, Range(0), "T of every attention: Sinkhorn iterations before the tail")
     tail_iters: int = _number(2, Range(0), "R of every attention: iterations differentiated exactly")
+    window: int | None = _number(None, Range(0), "tokens to either side of the scaled diagonal that may be aligned")
     rounds: int = _number(3, _COUNT, "how often the second attention is repeated in evaluation")
     decode_threshold: float = _number(0.02, _FRACTION, "the decoder adds a pair only above this plan entry")
 

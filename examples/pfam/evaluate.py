@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .baselines import diagonal, needleman_wunsch, scaled_diagonal
 from .decode import expected_accuracy
+from .device import Device
 from .metrics import (
     barycentre_error,
     hard_barycentre,
@@ -68,14 +69,15 @@ def score_model(
     batch_size: int = 8,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    device: Device | None = None,
 ) -> Scores:
     """The same of the model's plans, with their reconstruction and sparse cross-entropy.
 
-    ``stop`` is asked between batches; once it says True, ``Interrupted`` is raised.
+    ``device`` is where the model is. ``stop`` is asked between batches; once it says True, ``Interrupted`` is raised.
     """
     rows = []
     with tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress) as bar:
-        for pair, plan in align_pairs(model, pairs, batch_size):
+        for pair, plan in align_pairs(model, pairs, batch_size, device):
             values = {
                 **asdict(pair_score(expected_accuracy(plan, threshold), pair.target)),
                 "barycentre": barycentre_error(plan_barycentre(plan), pair.target),
@@ -89,8 +91,11 @@ def score_model(
     return Scores(*macro(rows))
 
 
-def align_pairs(model: Aligner, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[Pair, FloatArray]]:
+def align_pairs(
+    model: Aligner, pairs: Sequence[Pair], batch_size: int, device: Device | None = None
+) -> Iterator[tuple[Pair, FloatArray]]:
     """(pair, plan [n+1, m+1]) in order of length, so that batches hold little padding; the model's mode is kept."""
+    device = device or Device()
     ordered = sorted(pairs, key=lambda pair: len(pair.query) + len(pair.key))
     training = model.training
     for start in range(0, len(ordered), batch_size):
@@ -98,7 +103,10 @@ def align_pairs(model: Aligner, pairs: Sequence[Pair], batch_size: int) -> Itera
         model.eval()
         try:
             with torch.no_grad():
-                plans = model(collate(chunk))[1].double().numpy()
+                batch = collate(chunk)
+                longest = max(batch.query.shape[1], batch.key.shape[1])
+                placed = device.place(batch, batch_size, longest, learning=False)
+                plans = model(placed.batch)[1].cpu().double().numpy()[: len(chunk)]
         finally:
             model.train(training)
         for pair, plan in zip(chunk, plans, strict=True):

@@ -68,6 +68,30 @@ class DiagonalEvidence(nn.Module):
 
     def forward(self, maps: Tensor, active: Tensor) -> Tensor:
         """Maps [N, C, L, S] and active [N, 1, L, S] (0 on padding) to score corrections [N, 1, L, S]."""
+        x = maps.detach() * active
+        if x.device.type == "xla":
+            return by_blocks(F.gelu(by_blocks(x, self.gather)) * active, self.decide)
         # Channels last is about twice as fast on CPU with so few channels.
-        x = (maps.detach() * active).contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.decide(F.gelu(self.gather(x)) * active).contiguous()
+
+
+def by_blocks(x: Tensor, convolution: nn.Conv2d, block: int = 128) -> Tensor:
+    """The convolution of [N, C, L, S], centred and padded with zeros, as one matrix product.
+
+    A TPU's compiler unrolls a convolution of few channels into hundreds of thousands of instructions. A block of a row
+    and what its kernel reaches, of all channels and rows of the kernel, times a banded matrix suits its matrix unit.
+    """
+    weight, length, size = convolution.weight, x.shape[2], x.shape[3]
+    height, width = weight.shape[2:]
+    blocks = -(-size // block)
+    edge = width // 2 + blocks * block - size
+    x = F.pad(x, (width // 2, edge, height // 2, height // 2))
+    x = torch.stack([x[:, :, row : row + length] for row in range(height)], dim=2)
+    reach = block + width - 1
+    x = torch.stack([x[..., at : at + reach] for at in range(0, blocks * block, block)], dim=-2)
+    inside, offset = torch.arange(block, device=x.device), torch.arange(width, device=x.device)
+    taken = torch.arange(reach, device=x.device)[:, None, None] == inside[:, None] + offset
+    band = torch.einsum("ochw,ksw->chkos", weight, taken.to(weight.dtype))
+    found = torch.einsum("nchlbk,chkos->nolbs", x, band).flatten(3)[..., :size]
+    return found if convolution.bias is None else found + convolution.bias[:, None, None]

@@ -73,7 +73,9 @@ class Aligner(nn.Module):
         super().__init__()
         dim = config.dim
         self.rounds = config.rounds
-        self.iterations = {"base_iters": config.base_iters, "tail_iters": config.tail_iters}
+        self.options: dict[str, Any] = {"base_iters": config.base_iters, "tail_iters": config.tail_iters}
+        if config.window is not None:
+            self.options["window"] = (config.window, config.window)
         self.embedding = nn.Embedding(len(ALPHABET) + 1, dim, padding_idx=PADDING)
         self._initialise_embedding()
         self.context = nn.ModuleList(ContextBlock(dim, dilation, config.dropout) for dilation in _DILATIONS)
@@ -100,7 +102,7 @@ class Aligner(nn.Module):
         """
         a = self._encode(batch.query, batch.query_lengths)
         b = self._encode(batch.key, batch.key_lengths)
-        options = {**self.iterations, "query_lengths": batch.query_lengths, "key_lengths": batch.key_lengths}
+        options = {**self.options, "query_lengths": batch.query_lengths, "key_lengths": batch.key_lengths}
         first = self._first(a, b, options)
         solved = [(first, first.plan())]
         for _ in range(1 if self.training else self.rounds):

@@ -43,7 +43,7 @@ def barycentre_loss(plan: Tensor, pairs: Sequence[Pair]) -> Tensor:
     how far it strays, which the likelihood of the target entries does not.
     """
     real = plan[:, :-1, :-1]
-    on_key, on_query = _centres(real), _centres(real.transpose(1, 2))
+    on_key, on_query = centres(real), centres(real.transpose(1, 2))
     total = plan.new_zeros(())
     for index, pair in enumerate(pairs):
         i, j = torch.from_numpy(pair.target).unbind(dim=1)
@@ -57,6 +57,7 @@ def training_loss(plans: tuple[Tensor, Tensor], pairs: Sequence[Pair], barycentr
     return loss + barycentre_weight * barycentre_loss(plans[1], pairs)
 
 
-def _centres(real: Tensor) -> Tensor:
+def centres(real: Tensor) -> Tensor:
+    """Where each row of a plan without its dustbin lands, sum_j P_ij j / sum_j P_ij: [N, L, S] to [N, L]."""
     positions = torch.arange(real.shape[2], dtype=real.dtype, device=real.device)
     return (real @ positions) / real.sum(dim=2).clamp_min(1e-6)

@@ -46,10 +46,10 @@ def write_tables(trainer: Trainer) -> str:
 
 def write_pictures(trainer: Trainer, progress: bool = True) -> list[Path]:
     """A plan for each of the first held-out families, the learning curves, the residuals."""
-    folder, threshold = trainer.folder, trainer.config.decode_threshold
+    folder, threshold, model = trainer.folder, trainer.config.decode_threshold, trainer.model_on_cpu
     paths = []
     examples = representative_pairs(trainer.dataset.heldout.pairs)[:3]
-    plans = align_pairs(trainer.model, examples, batch_size=1)
+    plans = align_pairs(model, examples, batch_size=1)
     for pair, plan in tqdm(plans, "drawing plans", len(examples), leave=False, disable=not progress):
         path = folder / f"plan_{pair.family.split(' ')[0]}.png"
         plot_plan(pair, plan, threshold, path)
@@ -57,17 +57,17 @@ def write_pictures(trainer: Trainer, progress: bool = True) -> list[Path]:
     paths += [folder / "learning.png", folder / "residuals.png"]
     plot_learning(trainer.history, score_baselines(trainer.dataset.heldout.pairs), paths[-2])
     iterations = trainer.config.base_iters + trainer.config.tail_iters
-    curves = residual_curves(trainer.model, examples[0], 3 * iterations, progress)
+    curves = residual_curves(model, examples[0], 3 * iterations, progress)
     plot_residuals(curves, iterations, paths[-1])
     return paths
 
 
 def write_certificates(trainer: Trainer, progress: bool = True) -> str:
     """``certify`` on the last attention of one pair per held-out family."""
-    parts = [LEGEND]
+    parts, model = [LEGEND], trainer.model_on_cpu
     pairs = representative_pairs(trainer.dataset.heldout.pairs)[:3]
     for pair in tqdm(pairs, "certifying", leave=False, disable=not progress):
-        problem = attention_problems(trainer.model, pair)["last attention"]
+        problem = attention_problems(model, pair)["last attention"]
         certificate = certify(problem.query, problem.key, problem.attn_mask, **problem.options)
         parts.append(f"{pair.family}: {pair.names[0]} x {pair.names[1]}\n{certificate}")
     text = "\n\n".join(parts)

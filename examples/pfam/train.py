@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, prepare_folder, restore_rng, save_checkpoint
 from .config import Config
 from .dataset import Dataset, load_dataset
+from .device import Device, on_cpu
 from .evaluate import Interrupted, Scores, score_model
 from .model import Aligner
-from .objective import plan_loss, training_loss
-from .sampler import PairSampler
+from .sampler import Batch, PairSampler
 
 EARLY = 50
 """One evaluation more, at this step: most is learned before the second one of the schedule."""
@@ -55,11 +55,18 @@ class Trainer:
     Args:
         config: the run.
         folder: where checkpoints go.
-        resume: state of a checkpoint, from ``load_checkpoint``.
+        resume: state of a checkpoint, from ``load_checkpoint``; of any device.
+        device: where to compute, the CPU by default.
     """
 
-    def __init__(self, config: Config, folder: str | Path, resume: dict[str, Any] | None = None) -> None:
-        self.config, self.folder = config, Path(folder)
+    def __init__(
+        self,
+        config: Config,
+        folder: str | Path,
+        resume: dict[str, Any] | None = None,
+        device: Device | None = None,
+    ) -> None:
+        self.config, self.folder, self.device = config, Path(folder), device or Device()
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
@@ -74,23 +81,25 @@ class Trainer:
             seed=config.seed,
         )
         self.model = Aligner(config)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.history, self.step = History(), 0
-        self.interrupted = False
         if resume is not None:
             self.model.load_state_dict(resume["model"])
-            self.optimizer.load_state_dict(resume["optimizer"])
+        self.device.model(self.model)
+        self.optimizer = self.device.optimizer(self.model.parameters(), config.learning_rate, config.weight_decay)
+        self.history, self.step = History(), 0
+        self.interrupted = False
+        self.losses_unread: list[Tensor] = []  # of each step since the last reading: to minimise, and to show
+        if resume is not None:
+            self.device.load_optimizer(self.optimizer, resume["optimizer"])
             self.history, self.step = History.from_dict(resume["history"]), resume["step"]
             restore_rng(resume["rng"])
+            self.device.set_rng_state(resume.get("device_rng"))
 
     @classmethod
-    def resume(cls, folder: str | Path) -> Trainer:
+    def resume(cls, folder: str | Path, device: Device | None = None) -> Trainer:
         """The run whose checkpoint is in ``folder``, where it stood."""
         state = load_checkpoint(folder)
         prepare_folder(folder, "--resume")
-        return cls(Config.from_dict(state["config"]), folder, state)
+        return cls(Config.from_dict(state["config"]), folder, state, device)
 
     def run(self, until: int | None = None, progress: bool = True) -> bool:
         """Train to step ``until`` (default: the end of the schedule); False if the user stopped it.
@@ -112,13 +121,16 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint."""
+        self._read_losses()
         state = {
             "config": self.config.to_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": on_cpu(self.model.state_dict()),
+            "optimizer": on_cpu(self.optimizer.state_dict()),
             "step": self.step,
             "history": self.history.to_dict(),
         }
+        if (rng := self.device.rng_state()) is not None:
+            state["device_rng"] = rng
         return save_checkpoint(self.folder, state)
 
     @property
@@ -126,37 +138,72 @@ class Trainer:
         """Training pairs per second of training time, evaluation not counted."""
         return sum(self.history.pairs) / max(sum(self.history.seconds), 1e-9)
 
+    @property
+    def model_on_cpu(self) -> Aligner:
+        """The model, or a copy of it, on the CPU."""
+        if self.device.name == "cpu":
+            return self.model
+        copy = Aligner(self.config)
+        copy.load_state_dict(on_cpu(self.model.state_dict()))
+        return copy
+
     def _advance(self) -> str:
         began = time.perf_counter()
         batch = self.sampler.batch(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+        self.train_on(batch)
+        self.history.pairs.append(len(batch.pairs))
+        self.history.seconds.append(0.0)
+        if len(self.losses_unread) >= self.device.read_every:
+            self._read_losses()
+        self.history.seconds[-1] = time.perf_counter() - began
+        recent = self.history.loss[-50:]
+        loss = f"loss {sum(recent) / len(recent):.3f}, " if recent else ""
+        return f"{loss}{self.examples_per_second:.1f} pairs/s"
+
+    def train_on(self, batch: Batch) -> None:
+        """One step: forward, backward, update."""
+        placed = self.device.place(batch, self.config.batch_size, self.config.cap, learning=True)
+        self.device.set_rate(self.optimizer, learning_rate(self.config, self.step))
         self.model.train()
-        plans = self.model(batch)
-        loss = training_loss(plans, batch.pairs, self.config.barycentre_weight)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; lower --learning-rate")
+        with self.device.precision():
+            plans = self.model(placed.batch)
+        loss, shown = self.device.losses(plans, placed, self.config.barycentre_weight)
+        if self.device.read_every == 1:
+            self._check(loss, self.step)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.losses_unread.append(torch.stack([loss.detach(), shown]))
+        self.device.finish_step()
         self.step += 1
-        self.history.loss.append(plan_loss(plans[1].detach(), batch.pairs).item())
-        self.history.pairs.append(len(batch.pairs))
-        self.history.seconds.append(time.perf_counter() - began)
-        recent = self.history.loss[-50:]
-        return f"loss {sum(recent) / len(recent):.3f}, {self.examples_per_second:.1f} pairs/s"
+
+    def _read_losses(self) -> None:
+        """Wait for the device, and write down the losses of the steps since the last time."""
+        if not self.losses_unread:
+            return
+        losses = torch.stack([pair.cpu() for pair in self.losses_unread])
+        self.losses_unread = []
+        for step, (loss, _) in enumerate(losses, start=self.step - len(losses)):
+            self._check(loss, step)
+        self.history.loss += losses[:, 1].tolist()
+
+    def _check(self, loss: Tensor, step: int) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower --learning-rate")
 
     def _evaluate_if_due(self, progress: bool) -> None:
         # Asked before the first step too: a run stopped in the middle of an evaluation makes up for it on resuming.
         scheduled = self.step % self.config.eval_every == 0 or self.step in (EARLY, self.config.steps)
         if not scheduled or (self.history.evaluations and self.history.evaluations[-1][0] == self.step):
             return
+        self._read_losses()
         with contextlib.suppress(Interrupted):
             scores = score_model(
                 self.model,
                 self.dataset.heldout.pairs,
                 self.config.decode_threshold,
+                device=self.device,
                 progress=progress,
                 stop=lambda: self.interrupted,
             )

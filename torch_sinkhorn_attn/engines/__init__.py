@@ -8,10 +8,10 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from torch_sinkhorn_attn.engines import cpu, tiled
+from torch_sinkhorn_attn.engines import cpu, tiled, xla
 from torch_sinkhorn_attn.problem import Inputs, Problem
 
-ENGINES: dict[str, ModuleType] = {cpu.NAME: cpu, tiled.NAME: tiled}
+ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, tiled)}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
 
 

@@ -227,8 +227,13 @@ def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Poten
 def plan(inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
     """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
     potentials = solve(inputs, problem)
+    return plan_of(inputs, problem, potentials), potentials
+
+
+def plan_of(inputs: Inputs, problem: Problem, potentials: Potentials) -> Tensor:
+    """The plan at the last of the duals."""
     full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
-    return reference.fold_dustbins(full, problem), potentials
+    return reference.fold_dustbins(full, problem)
 
 
 def plan_backward(

@@ -1,0 +1,228 @@
+"""Where a run computes: the CPU, or an XLA device (a TPU, or XLA's own CPU) through torch_xla, one or several."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import objective, static
+from .sampler import Batch
+
+DEVICES = ("cpu", "xla")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A batch where it is computed on; `known` are its targets, on devices that want them as tensors."""
+
+    batch: Batch
+    known: static.Targets | None = None
+
+
+class Device:
+    """The CPU, and the interface: everything about a run that depends on where it computes."""
+
+    name = "cpu"
+    read_every = 1
+    """Steps between two readings of the losses; on a device that runs ahead of Python each reading waits for it."""
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """Move the parameters, in place."""
+        return model
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """The learning rate of the next step."""
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state, whichever device wrote it."""
+        for group in state["param_groups"]:
+            group.update({key: optimizer.param_groups[0][key] for key in ("lr", "capturable", "foreach")})
+        optimizer.load_state_dict(state)
+
+    def place(self, batch: Batch, size: int, longest: int, learning: bool) -> Placed:
+        """A batch of at most `size` pairs with sides of at most `longest`; with its targets if `learning`."""
+        return Placed(batch)
+
+    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+        """The loss to minimise, and the one to show."""
+        pairs = placed.batch.pairs
+        loss = objective.training_loss(plans, pairs, barycentre_weight)
+        return loss, objective.plan_loss(plans[1].detach(), pairs)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Around the forward."""
+        return contextlib.nullcontext()
+
+    def finish_step(self) -> None:
+        """The step is written down: let the device work."""
+
+    def rng_state(self) -> int | None:
+        """Of the device's own generator, None if it has none."""
+        return None
+
+    def set_rng_state(self, state: int | None) -> None:
+        """Put it back; None: it keeps the seed that it was given."""
+
+    def describe(self) -> str:
+        """In a line, for the log; empty for the CPU."""
+        return ""
+
+
+class XlaDevice(Device):
+    """One or several XLA devices: the batch is split among them, the parameters among `fsdp` of them.
+
+    Args:
+        fsdp: devices that every parameter is spread over where it divides; the others hold copies.
+        precision: of linear layers and convolutions; the attention itself is float32.
+
+    Raises:
+        ValueError: torch_xla is missing, or `fsdp` does not divide the devices.
+    """
+
+    name = "xla"
+    read_every = 25
+
+    def __init__(self, fsdp: int = 1, precision: str = "float32") -> None:
+        if importlib.util.find_spec("torch_xla") is None:
+            raise ValueError("--device xla needs torch_xla: pip install 'torch_sinkhorn_attn[tpu]'")
+        import numpy as np
+        import torch_xla
+        import torch_xla.distributed.spmd as xs
+        import torch_xla.runtime as xr
+
+        self._dtype = precision
+        self.count = xr.global_runtime_device_count()
+        if self.count % fsdp:
+            raise ValueError(f"--fsdp {fsdp} does not divide the {self.count} XLA devices")
+        self.fsdp = fsdp
+        self.mesh: Any = None
+        if self.count > 1:
+            xr.use_spmd()
+            self.mesh = xs.Mesh(np.arange(self.count), (self.count // fsdp, fsdp), ("data", "fsdp"))
+            xs.set_global_mesh(self.mesh)
+        self.device = torch_xla.device()
+
+    def model(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        for parameter in model.parameters():
+            self._shard(parameter)
+        return model
+
+    def _shard(self, parameter: Tensor) -> None:
+        """Spread it over "fsdp" along the first dimension that divides."""
+        if self.mesh is None:
+            return
+        from torch_xla.distributed.spmd.xla_sharding import mark_sharding
+
+        spread = [n % self.fsdp == 0 and n >= self.fsdp > 1 for n in parameter.shape]
+        spec = tuple("fsdp" if i == (spread.index(True) if any(spread) else -1) else None for i in range(len(spread)))
+        mark_sharding(parameter, self.mesh, spec)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
+        # Capturable, with a state from the start: the count of steps is a tensor, and the first step is not special.
+        adamw = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, capturable=True, foreach=False)
+        for parameter in adamw.param_groups[0]["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            for moment in moments.values():
+                self._shard(moment)
+            adamw.state[parameter] = {"step": torch.zeros((), device=self.device), **moments}
+        self.finish_step()
+        return adamw
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        super().load_optimizer(optimizer, state)
+        for values in optimizer.state.values():
+            for moment in (values["exp_avg"], values["exp_avg_sq"]):
+                self._shard(moment)
+        self.finish_step()
+
+    def place(self, batch: Batch, size: int, longest: int, learning: bool) -> Placed:
+        size, length = -(-size // self.count) * self.count, static.bucketed(longest)
+        full = static.padded(batch, size, length)
+        moved = Batch(
+            query=self._sharded(full.query),
+            key=self._sharded(full.key),
+            query_lengths=self._sharded(full.query_lengths),
+            key_lengths=self._sharded(full.key_lengths),
+            pairs=full.pairs,
+        )
+        if not learning:
+            return Placed(moved)
+        known = static.targets(batch.pairs, size, length)
+        return Placed(moved, static.Targets(*(self._sharded(x) for x in known.tensors())))
+
+    def _sharded(self, x: Tensor) -> Tensor:
+        moved = x.to(self.device)
+        if self.mesh is not None:
+            from torch_xla.distributed.spmd.xla_sharding import mark_sharding
+
+            mark_sharding(moved, self.mesh, (("data", "fsdp"), *(None,) * (x.ndim - 1)))
+        return moved
+
+    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+        assert placed.known is not None
+        loss = static.training_loss(plans, placed.known, barycentre_weight)
+        return loss, static.plan_loss(plans[1].detach(), placed.known)
+
+    def precision(self) -> AbstractContextManager[object]:
+        return torch.autocast("xla", dtype=torch.bfloat16, enabled=self._dtype == "bfloat16")
+
+    def finish_step(self) -> None:
+        import torch_xla
+
+        torch_xla.sync()
+
+    def rng_state(self) -> int | None:
+        import torch_xla.core.xla_model as xm
+
+        return int(xm.get_rng_state())
+
+    def set_rng_state(self, state: int | None) -> None:
+        import torch_xla.core.xla_model as xm
+
+        if state is not None:
+            xm.set_rng_state(state)
+
+    def describe(self) -> str:
+        import torch_xla.runtime as xr
+
+        kind = f"{self.count} XLA device{'s' if self.count > 1 else ''} ({xr.device_type()})"
+        mesh = f", a mesh of {self.count // self.fsdp} (data) x {self.fsdp} (fsdp)" if self.mesh is not None else ""
+        return f"{kind}{mesh}, {self._dtype}"
+
+
+def open_device(name: str, fsdp: int = 1, precision: str = "float32") -> Device:
+    """The device of a name in `DEVICES`.
+
+    Raises:
+        ValueError: it is not to be had, or an option does not suit it.
+    """
+    if name == "xla":
+        return XlaDevice(fsdp, precision)
+    if fsdp != 1 or precision != "float32":
+        raise ValueError("--fsdp and --precision are for --device xla")
+    return Device()
+
+
+def on_cpu(state: Any) -> Any:
+    """A tree of dictionaries, lists and tensors with its tensors on the CPU, for checkpoints."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, Mapping):
+        return {key: on_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(on_cpu(value) for value in state)
+    return state

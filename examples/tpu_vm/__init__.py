@@ -1,0 +1,1 @@
+"""Train the aligner of examples/pfam on a TPU VM, over all its chips."""

@@ -1,0 +1,217 @@
+"""`python -m torch_sinkhorn_attn.aot`: what the TPU's compiler says, on a machine without a TPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torch_sinkhorn_attn.aot import attention, cli, environment
+from torch_sinkhorn_attn.aot.attention import Configuration
+from torch_sinkhorn_attn.aot.child import CompileError, call
+from torch_sinkhorn_attn.aot.chips import GIB, parse_topology
+from torch_sinkhorn_attn.aot.cli import main
+from torch_sinkhorn_attn.aot.failures import explain
+from torch_sinkhorn_attn.aot.loops import Loop, weighted
+from torch_sinkhorn_attn.aot.program import instructions
+from torch_sinkhorn_attn.aot.report import capacity, memory
+
+ROOT = Path(__file__).parents[1]
+needs_libtpu = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jax", "libtpu")), reason="needs jax and libtpu"
+)
+
+
+def loop(depth: int, bundles: int, trips: int | None, skippable: int = 0) -> Loop:
+    return Loop(0, 0, depth, bundles, bundles // 2, skippable, skippable // 2, trips, False, {})
+
+
+def test_names_of_topologies() -> None:
+    assert [parse_topology(name).name for name in ("v4", "v5e", "v5p", "V6e", "tpu7x", "v7x")] == [
+        "v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1", "tpu7x:2x2x1",
+    ]  # fmt: skip
+    assert parse_topology("v6e:16x16").chips == 256
+    for wrong in ("v3", "v6e:2", "v6e:2x0", "v4:2x2", "v6e:axb", ""):
+        with pytest.raises(ValueError, match="topology"):
+            parse_topology(wrong)
+
+
+def test_a_device_may_be_half_a_chip() -> None:
+    assert capacity(parse_topology("v6e"), 8) == 32 * GIB
+    assert capacity(parse_topology("tpu7x"), 8) == 96 * GIB
+
+
+def test_weights_multiply_along_the_nest() -> None:
+    loops = [loop(1, 100, 4), loop(2, 10, 20), loop(3, 3, 64), loop(3, 5, None), loop(2, 7, 7, skippable=4)]
+    outer = 4 * (100 + 20 * (10 + 64 * 3) + 7 * 7)
+    assert weighted(loops, {3: 2}) == outer + 4 * 20 * 2 * 5
+    assert weighted(loops, {3: 0, 0: 1}) == outer / 4
+    assert weighted(loops, {3: 0}, skipped={4: 0.5}) == outer - 4 * 7 * 0.5 * 4
+    assert weighted(loops[:1], filled=True) == 4 * 50
+    with pytest.raises(ValueError, match="the trips of loop 3"):
+        weighted(loops)
+
+
+PROGRAM = """HloModule test
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %tanh.1 = f32[8]{0} tanh(f32[8]{0} %p)
+}
+
+%body (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x.1 = f32[8]{0:T(256)} fusion(%gte.1), kind=kLoop, calls=%fused
+  %inner = (s32[], f32[8]) while(%t.1), condition=%until, body=%deep
+  ROOT %t.2 = (s32[], f32[8]) tuple(%c, %x.1)
+}
+
+%deep (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %k.1 = f32[8]{0} custom-call(%gte.2), custom_call_target="tpu_custom_call"
+}
+
+%few (a: (s32[], f32[8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(20)
+  ROOT %lt = pred[] compare(%gte.3, %constant.1), direction=LT
+}
+
+%until (a: (s32[], f32[8])) -> pred[] {
+  ROOT %lt.2 = pred[] compare(%gte.4, %gte.5), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t.3), condition=%few, body=%body
+  ROOT %y = f32[8]{0} copy(%gte.6)
+}
+"""
+
+
+def test_executions_follow_the_loops_of_a_program() -> None:
+    found = instructions(PROGRAM)
+    assert {name: found[name].times for name in ("w", "y", "x.1", "k.1")} == {"w": 1, "y": 1, "x.1": 20, "k.1": None}
+    assert "tanh.1" not in found
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %big.1 = f32[8] "
+            "custom-call(). Scoped allocation with size 128.00M and limit 32.00M exceeded scoped vmem limit by 96.00M.",
+            "VMEM overflow: kernel big.1 needs 128.00M, its limit is 32.00M",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 256.00M "
+            "of 127.94M vmem. Exceeded vmem capacity by 128.06M.\n\nProgram",
+            "VMEM overflow: the program needs 256.00M, the chip offers 127.94M",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (83.83G) exceeds available HBM (31.24G). HLO module: jit_call.",
+            "HBM overflow: the program's temporaries need 83.83G, the chip offers 31.24G",
+        ),
+        (
+            "INTERNAL: Mosaic failed to compile TPU kernel: infer-vector-layout: unsupported shape cast\n\nThe MLIR",
+            "the kernel compiler refuses the kernel: infer-vector-layout: unsupported shape cast",
+        ),
+        ("INVALID_ARGUMENT: Topology layout 3x5 is odd\nmore", "Topology layout 3x5 is odd"),
+        ("", "the compiler gave no reason"),
+    ],
+)
+def test_reasons_are_one_line(text: str, reason: str) -> None:
+    assert explain(text) == reason
+
+
+def test_memory_beyond_the_chip_does_not_fit() -> None:
+    held = dict(arguments=20 * GIB, outputs=20 * GIB, aliased=0, temporaries=0, code=0)
+    found = {"memory": held, "devices": 8}
+    assert memory(found, parse_topology("v6e")).startswith("does not fit: HBM overflow: 40,960.0 of 32,768 MiB")
+    assert memory({**found, "memory": {**held, "aliased": 20 * GIB}}, parse_topology("v6e")).startswith("fits: ")
+
+
+def test_a_configuration_is_completed_and_checked() -> None:
+    c = Configuration.of({"heads": 4, "key_heads": 2, "length": 64, "window": [3, -1]})
+    assert (c.keys, c.value_features, c.window) == (64, 64, (3, -1))
+    with pytest.raises(ValueError, match="multiple of --key-heads"):
+        Configuration.of({"heads": 3, "key_heads": 2})
+    with pytest.raises(ValueError, match="--batch must be at least 1"):
+        Configuration.of({"batch": 0})
+    full, band = (Configuration.of({"length": 100, "window": w}).visited for w in (None, (2, 2)))
+    assert full == 100 * 100 and band == pytest.approx(5 * 100 - 2 * (2 + 1))
+
+
+def test_every_option_of_an_attention_is_one_of_the_command() -> None:
+    options = cli._parser().parse_args(["attention", "--window", "3", "4", "--dustbin"])
+    assert set(attention.Configuration.__dataclass_fields__) <= set(vars(options))
+    assert options.window == [3, 4] and options.dustbin and options.topology == "v6e"
+
+
+def test_plain_errors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["attention", "--topology", "v9"]) == 1
+    assert capsys.readouterr().err.startswith("error: topology 'v9' is unknown; choose v4, v5e")
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    for command, module in (("attention", "jax and libtpu are"), ("pfam", "torch_xla and jax and libtpu are")):
+        assert main([command]) == 1
+        error = capsys.readouterr().err
+        assert f"{module} not installed: pip install 'torch_sinkhorn_attn[tpu]'" in error and error.count("\n") == 1
+
+
+def test_the_package_and_its_help_need_no_jax() -> None:
+    program = "import sys; from torch_sinkhorn_attn.aot import cli, bundles, flash; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_process_that_dies_gives_its_last_words() -> None:
+    with pytest.raises(CompileError, match="the compiler ended with SIGABRT: F0000 Check failed: something"):
+        call("tests.aot_programs:aborts", {})
+
+
+def compiled(target: str, **arguments: Any) -> dict[str, Any]:
+    return call(f"tests.aot_programs:{target}", {"topology": "v6e:2x4", **arguments})
+
+
+@needs_libtpu
+def test_loops_of_a_kernel(tmp_path: Path) -> None:
+    found = call("tests.aot_programs:loops", {"topology": "v6e:2x4"}, keep=str(tmp_path / "kept"))
+    (kernel,) = found["kernels"]
+    assert kernel["name"] == "nested" and kernel["executions"] == 3
+    assert [(x["depth"], x["trips"], x["grid"]) for x in kernel["loops"]] == [
+        (1, 4, True), (2, 20, False), (3, 64, False), (3, None, False), (2, 7, False),
+    ]  # fmt: skip
+    assert all(0 < x["filled"] <= x["bundles"] for x in kernel["loops"])
+    assert 0 <= sum(x["bundles"] for x in kernel["loops"]) < kernel["bundles"]
+    none, one, ten = found["weighted"]
+    assert one - none == 4 * 20 * kernel["loops"][3]["bundles"] == (ten - none) / 10
+    assert 2 * 512 * 128 * 4 * 2 <= kernel["vmem"] < 2**21 and found["memory"]["arguments"] >= 2**20
+    assert any(path.name.endswith("original.txt") for path in (tmp_path / "kept").iterdir())
+
+
+@needs_libtpu
+def test_a_kernel_that_is_too_large() -> None:
+    with pytest.raises(CompileError, match=r"VMEM overflow: (kernel|the program)"):
+        compiled("too_large")
+
+
+@needs_libtpu
+def test_the_command_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--length=1024", "--window", "64", "64", "--base-iters=2", "--tail-iters=1", "--features=32"]
+    assert main(["attention", *small, "--shape=streaming"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "for v6e:2x4: 8 chips (TPU v6 lite)", "fits: ", "HBM of one device", "kernel", "grid at 0x", "VMEM MiB",
+        "JAX's flash attention, forward", "projection, nothing was run", "1.75 GHz",
+        "shape: streaming",
+    ):  # fmt: skip
+        assert words in text
+    assert "Traceback" not in text
+
+
+@needs_libtpu
+def test_generations_that_libtpu_lacks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.metadata.version("libtpu") != "0.0.21":
+        pytest.skip("a newer libtpu knows them all")
+    assert main(["attention", "--topology", "tpu7x", "--length", "256"]) == cli.DOES_NOT_FIT
+    assert "does not compile: this libtpu does not know the generation" in capsys.readouterr().out

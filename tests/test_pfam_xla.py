@@ -1,0 +1,168 @@
+"""The Pfam example on XLA devices: static batches and their objective here, whole runs in processes of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from examples.pfam import objective, static
+from examples.pfam.cli import main
+from examples.pfam.config import Config
+from examples.pfam.dataset import load_dataset
+from examples.pfam.device import Device, on_cpu, open_device
+from examples.pfam.layers import by_blocks
+from examples.pfam.model import Aligner
+from examples.pfam.sampler import PADDING, Batch, PairSampler
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = Config(batch_size=3, cap=40, eval_pairs=1, eval_cap=95, dim=24, dropout=0.0, base_iters=4)
+needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    families = load_dataset(CONFIG).train
+    return PairSampler(families, size=3, cells=2**40, cap=40, mutation_rate=0.1, indels=0.5, seed=0).batch(0)
+
+
+def test_padding_is_data_and_changes_no_plan(batch: Batch) -> None:
+    full = static.padded(batch, 4, 128)
+    assert full.query.shape == full.key.shape == (4, 128) and full.query.dtype == torch.int32
+    assert full.pairs == batch.pairs
+    assert (full.query[3] == full.query[0]).all() and (full.query[:, 40:] == PADDING).all()
+    model = Aligner(CONFIG).eval()
+    with torch.no_grad():
+        plan, expected = model(full)[1], model(batch)[1]
+    for index, pair in enumerate(batch.pairs):
+        n, m = len(pair.query), len(pair.key)
+        torch.testing.assert_close(plan[index, :n, :m], expected[index, :n, :m], atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(plan[index, :n, -1], expected[index, :n, -1], atol=2e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="exceed the shape"):
+        static.padded(batch, 2, 128)
+
+
+def test_the_static_objective_is_the_objective(batch: Batch) -> None:
+    full, known = static.padded(batch, 4, 128), static.targets(batch.pairs, 4, 128)
+    gradients = []
+    for tokens in (False, True):
+        plans = [torch.rand(4, 129, 129, generator=torch.manual_seed(index)).requires_grad_() for index in (0, 1)]
+        if tokens:
+            loss = static.training_loss((plans[0], plans[1]), known, 0.15)
+        else:
+            loss = objective.training_loss((plans[0], plans[1]), full.pairs, 0.15)
+        loss.backward()
+        gradients.append([loss.detach(), *(plan.grad for plan in plans)])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_filling_up_has_no_weight(batch: Batch) -> None:
+    known = static.targets(batch.pairs, 4, 128)
+    for weights in (known.row_weight, known.col_weight, known.row_aligned, known.col_aligned):
+        assert not weights[3].any() and weights[:3].any()
+    np.testing.assert_allclose(float(known.row_weight.sum() + known.col_weight.sum()), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("maps, channels, width, size", [(3, 8, 9, 300), (8, 1, 5, 128), (2, 3, 3, 40)])
+def test_a_convolution_by_blocks_is_the_convolution(maps: int, channels: int, width: int, size: int) -> None:
+    convolution = torch.nn.Conv2d(maps, channels, width, padding=width // 2).double()
+    x = torch.randn(2, maps, 11, size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for found in (convolution(x), by_blocks(x, convolution)):
+        weight = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+        results.append([found, *torch.autograd.grad((found * weight).sum(), [x, *convolution.parameters()])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_buckets() -> None:
+    assert [static.bucketed(n) for n in (1, 128, 129, 1024)] == [128, 128, 256, 1024]
+
+
+def test_the_cpu_keeps_what_it_is_given(batch: Batch) -> None:
+    device = Device()
+    assert device.place(batch, 3, 40, learning=True).batch is batch
+    x = torch.ones(())
+    assert on_cpu({"a": [x, 3]}) == {"a": [x, 3]}
+
+
+def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="for --device xla"):
+        open_device("cpu", fsdp=2)
+    assert main(["train", "--precision", "bfloat16", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: --fsdp and --precision are for --device xla\n"
+
+
+def test_without_torch_xla_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'torch_sinkhorn_attn\[tpu\]'"):
+        open_device("xla")
+
+
+PROGRAM = """
+import sys, tempfile
+import torch
+from examples.pfam.config import Config
+from examples.pfam.device import Device, open_device
+from examples.pfam.train import Trainer
+import torch_xla.debug.metrics as metrics
+
+torch.set_num_threads(1)
+config = Config(
+    steps=9, batch_size=2, cap=32, eval_cap=10**6, eval_every=9, save_every=9, dim=24, dropout=0.0, warmup=2,
+    base_iters=2, tail_iters=1, rounds=1,
+)
+Trainer._evaluate_if_due = lambda self, progress: None
+folder = tempfile.mkdtemp()
+trainer = Trainer(config, folder, device=open_device("xla"))
+trainer.run(until=2, progress=False)
+compiled = metrics.counter_value("UncachedCompile")
+metrics.clear_counters()
+trainer.run(until=5, progress=False)
+print("compiled", metrics.counter_value("UncachedCompile") or 0)
+print("fallbacks", [name for name in metrics.counter_names() if name.startswith("aten::")])
+resumed = Trainer.resume(folder)
+resumed.run(until=6, progress=False)
+straight = Trainer(config, tempfile.mkdtemp())
+straight.run(until=6, progress=False)
+print("xla", *resumed.history.loss)
+print("cpu", *straight.history.loss)
+"""
+
+
+@needs_xla
+def test_a_run_is_that_of_the_cpu_and_compiles_once() -> None:
+    environment = {
+        **os.environ, "PJRT_DEVICE": "CPU", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "OMP_NUM_THREADS": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    assert lines["compiled"] == "0", "a step that varies in lengths and pairs was compiled again"
+    assert lines["fallbacks"] == "[]"
+    found, expected = ([float(x) for x in lines[name].split()] for name in ("xla", "cpu"))
+    assert len(found) == 6
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
+
+
+def test_window_reaches_the_attention(batch: Batch) -> None:
+    config = dataclasses.replace(CONFIG, window=4)
+    with torch.no_grad():
+        plan = Aligner(config).eval()(batch)[1]
+    n, m = batch.query_lengths[0], batch.key_lengths[0]
+    real = plan[0, :n, :m]
+    centre = (torch.arange(int(n)) + 0.5) * m / n - 0.5
+    outside = (torch.arange(int(m)) - centre[:, None]).abs() > 4.5
+    assert real[~outside].min() > 0 and real[outside].max() == 0

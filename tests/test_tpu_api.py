@@ -1,0 +1,242 @@
+"""`sinkhorn_attention` for JAX users: the torch function's values and gradients, under JAX's transformations."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import problems
+import pytest
+import torch
+from conformance import relative_error, weights
+from torch import Tensor
+
+from torch_sinkhorn_attn import Dustbin
+from torch_sinkhorn_attn import sinkhorn_attention as torch_attention
+from torch_sinkhorn_attn.support import build_support
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
+from tpu_kernels import enable_x64, to_jax, to_torch  # noqa: E402
+
+from torch_sinkhorn_attn.engines import tpu  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu import support  # noqa: E402
+
+
+def as_jax(x: Any, leaves: dict[int, jax.Array]) -> Any:
+    """An argument of the torch function as JAX's, its leaves replaced."""
+    if isinstance(x, Tensor):
+        return leaves.get(id(x), to_jax(x))
+    if isinstance(x, Dustbin):
+        return tpu.Dustbin(**{name: as_jax(y, leaves) for name, y in vars(x).items()})
+    return tuple(as_jax(y, leaves) for y in x) if isinstance(x, tuple) else x
+
+
+def of_torch(call: problems.Call) -> dict[str, Tensor]:
+    """Output, aux and gradients by the reference; the two words it drew for dropout."""
+    torch.manual_seed(call.seed)
+    output, aux = torch_attention(
+        call.query, call.key, call.value, call.mask, engine="reference", return_aux=True, **call.options
+    )
+    loss = (output * weights(output)).sum()
+    if aux.row_dustbin is not None:
+        loss = loss + (aux.row_dustbin * weights(aux.row_dustbin)).sum() + (aux.col_dustbin**2).sum()
+    found = {"output": output} | {k: v for k, v in aux._asdict().items() if v is not None}
+    gradients = torch.autograd.grad(loss, call.leaves, allow_unused=True)
+    return found | {
+        f"gradient {i}": torch.zeros_like(x) if g is None else g
+        for i, (x, g) in enumerate(zip(call.leaves, gradients, strict=True))
+    }
+
+
+def of_jax(call: problems.Call) -> dict[str, Tensor]:
+    torch.manual_seed(call.seed)
+    words = torch.randint(0, 2**32, (2,), dtype=torch.int64)
+    seed = jnp.asarray(words.numpy().astype("uint32")) if call.options.get("dropout_p") else None
+
+    def run(leaves: list[jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        by_id = {id(x): y for x, y in zip(call.leaves, leaves, strict=True)}
+        tensors = (as_jax(x, by_id) for x in (call.query, call.key, call.value, call.mask))
+        options = {name: as_jax(x, by_id) for name, x in call.options.items()}
+        output, aux = tpu.sinkhorn_attention(*tensors, dropout_seed=seed, return_aux=True, **options)
+        loss = (output * wave(output)).sum()
+        if aux.row_dustbin is not None:
+            loss = loss + (aux.row_dustbin * wave(aux.row_dustbin)).sum() + (aux.col_dustbin**2).sum()
+        return loss, {"output": output} | {k: v for k, v in aux._asdict().items() if v is not None}
+
+    compiled = jax.jit(jax.grad(run, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    gradients, found = compiled([to_jax(x) for x in call.leaves])
+    return {k: to_torch(v) for k, v in (found | {f"gradient {i}": g for i, g in enumerate(gradients)}).items()}
+
+
+def wave(x: jax.Array) -> jax.Array:
+    """As `conformance.weights`."""
+    return jnp.sin(jnp.linspace(-1, 2, x.size, dtype=x.dtype)).reshape(x.shape)
+
+
+def assert_same(call: problems.Call) -> None:
+    expected = of_torch(call)
+    with enable_x64(True):
+        found = of_jax(call)
+    assert found.keys() == expected.keys()
+    for name, y in expected.items():
+        error = relative_error(found[name], y, floor=1.0 if "residual" in name else 1e-3)
+        assert error < 1e-10, f"{name}: {error:.1e} in {call}"
+
+
+@pytest.mark.parametrize("seed", [3000, 3002, 3005, 3007, 3010])
+def test_values_and_gradients_are_torchs(seed: int) -> None:
+    assert_same(problems.make(seed))
+
+
+def test_a_packed_dustbin_with_dropout_is_torchs() -> None:
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, n, 4, generator=g, dtype=torch.float64).requires_grad_() for n in (9, 7, 7)]
+    leaves += [torch.randn(2, 1, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    options = {
+        "query_segment_ids": torch.tensor([3, 3, 3, -1, 5, 5, 5, 8, 8]),
+        "key_segment_ids": torch.tensor([3, 3, 4, 5, 5, -1, 8]),
+        "dustbin": Dustbin(leaves[3], leaves[4], 0.5), "dropout_p": 0.3, "window": (1, 2), "base_iters": 4,
+    }  # fmt: skip
+    assert_same(problems.Call(0, *leaves[:3], options=options, leaves=leaves))
+
+
+def qkv(*batch: int, length: int = 20, dtype: Any = jnp.float32) -> list[jax.Array]:
+    return [jax.random.normal(jax.random.key(i), (*batch, length, 8), dtype) for i in range(3)]
+
+
+@pytest.mark.parametrize("tail_iters", [0, 1, 3])
+def test_the_tail_without_a_base_is_differentiated_exactly(tail_iters: int) -> None:
+    with enable_x64(True):
+        run = partial(tpu.sinkhorn_attention, base_iters=0, tail_iters=tail_iters, window=(6, 6))
+        check_grads(jax.jit(run), qkv(2, length=9, dtype=jnp.float64), order=1, modes=["rev"], rtol=1e-6)
+
+
+def test_lengths_and_segments_are_data() -> None:
+    """One compilation for every length and every packing."""
+    q, k, v = qkv(2, 2)
+    by_length = jax.jit(lambda n, m: tpu.sinkhorn_attention(q, k, v, window=(20, 20), query_lengths=n, key_lengths=m))
+    packed = jax.jit(lambda ids: tpu.sinkhorn_attention(q, k, v, query_segment_ids=ids, key_segment_ids=ids))
+    for i in range(3):
+        out = by_length(jnp.array([20, 13 - i]), jnp.array([19 - i, 17]))
+        assert (out[1, :, 13 - i :] == 0).all() and (out[1, :, 12 - i] != 0).all()
+        packed(jnp.broadcast_to(jnp.arange(20) // (4 + i), (2, 20)))
+    assert by_length._cache_size() == packed._cache_size() == 1
+
+
+def worst(found: Any, expected: Any) -> float:
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(float(jnp.abs(x - y).max()) for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    ("mask", "dropout_p"), [("none", 0.3), ("shared", 0.0), ("own", 0.3), ("own for each head", 0)]
+)
+def test_vmap_is_a_loop(mask: str, dropout_p: float) -> None:
+    size, (q, k, v) = 3, qkv(3, 2, 2)
+    shapes = {"none": None, "shared": (2, 20, 20), "own": (size, 20, 20), "own for each head": (size, 2, 1, 20, 20)}
+    given = None if shapes[mask] is None else jax.random.normal(jax.random.key(7), shapes[mask])
+    lengths = jnp.array([[20, 18], [17, 15], [12, 20]])
+    axis = 0 if mask.startswith("own") else None
+
+    def loss(q: jax.Array, given: jax.Array | None, lengths: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out = tpu.sinkhorn_attention(
+            q, k, v, given, key_lengths=lengths, base_iters=3, dropout_p=dropout_p, dropout_seed=jax.random.key(5)
+        )
+        return (out * wave(out)).sum()
+
+    step = jax.value_and_grad(loss, argnums=(0,) if given is None else (0, 1))
+    found = jax.jit(jax.vmap(step, in_axes=(0, axis, 0, 0, None)))(q, given, lengths, k, v[0])
+    one = jax.jit(step)
+    each = [one(q[i], given if axis is None else given[i], lengths[i], k[i], v[0]) for i in range(size)]
+    assert worst(found, jax.tree.map(lambda *x: jnp.stack(x), *each)) < 1e-5
+
+
+def test_shard_map_over_batch_and_heads() -> None:
+    """In a process with four devices: values, gradients (of shared arrays too) and the output's sharding."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, str(Path(__file__).with_name("tpu_shards.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_gradient_is_taken_of_a_mask_that_wants_none() -> None:
+    q, k, v = qkv(2)
+    mask = jnp.zeros((20, 20))
+
+    def size(argnums: tuple[int, ...]) -> int:
+        grad = jax.grad(lambda q, mask: tpu.sinkhorn_attention(q, k, v, mask).sum(), argnums=argnums)
+        return len(str(jax.make_jaxpr(grad)(q, mask)))
+
+    assert size((0,)) < size((0, 1)) - 500
+
+
+def test_second_derivatives_and_forward_mode_are_refused() -> None:
+    q, k, v = qkv(1, length=5)
+
+    def f(q: jax.Array) -> jax.Array:
+        return tpu.sinkhorn_attention(q, k, v, base_iters=1).sum()
+
+    with pytest.raises(NotImplementedError, match="no second derivative in JAX"):
+        jax.grad(lambda q: jax.grad(f)(q).sum())(q)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(f, (q,), (q,))
+
+
+@pytest.mark.parametrize("window", [(128, 128), (0, 5), None])
+@pytest.mark.parametrize("lengths", [(200_000, 200_000), (199_999, 131_073), (70_001, 200_000)])
+def test_supports_of_long_sequences_do_not_overflow(window: tuple[int, int] | None, lengths: tuple[int, int]) -> None:
+    longest = 200_000
+    ours = [support.token_ids(1, longest, jnp.array([n]), None) for n in lengths]
+    theirs = [torch.where(torch.arange(longest) < n, 0, -1)[None] for n in lengths]
+    found = support.build_support(*ours, window, packed=False)
+    for name, expected in build_support(*theirs, window, packed=False)._asdict().items():
+        assert torch.equal(to_torch(getattr(found, name)).to(expected.dtype), expected), name
+
+
+X = jnp.ones((2, 5, 4))
+BAD = {
+    "query must be an array, got list": {"query": [1.0]},
+    "query has dtype int32": {"query": jnp.ones((2, 5, 4), jnp.int32)},
+    "key has dtype bfloat16 but query has float32": {"key": X.astype(jnp.bfloat16)},
+    r"query has shape \(5, 4\).*query\[None\]": {"query": X[0]},
+    "key has 3 features but query has 4": {"key": X[..., :3]},
+    "query has 2 heads but key has 1; pass enable_gqa=True": {"key": X[:1], "value": X[:1]},
+    "epsilon=0.0 must be positive": {"epsilon": 0.0},
+    "window must be a pair": {"window": 3},
+    r"window=\(-2, 0\) must have sides": {"window": (-2, 0)},
+    "base_iters=-1 must be 0 or more": {"base_iters": -1},
+    "gradient='exact' is unknown": {"gradient": "exact"},
+    "tolerance=0.1 needs a stopped base": {"tolerance": 0.1, "gradient": "unrolled"},
+    r"over_relaxation=2.0 must lie between": {"over_relaxation": 2.0},
+    r"mask has shape \(3,\), which does not broadcast": {"mask": jnp.ones(3)},
+    "mask has dtype int32": {"mask": jnp.ones(5, jnp.int32)},
+    "query_lengths must be an array of integer": {"query_lengths": jnp.ones(())},
+    "belong together": {"query_segment_ids": jnp.zeros(5, jnp.int32)},
+    "row_mass must be an array of floating-point": {"row_mass": 1.0},
+    "dustbin must be a Dustbin": {"dustbin": 1.0},
+    "Dustbin row_capacity=-1.0 must be positive": {"dustbin": tpu.Dustbin(0.0, 0.0, row_capacity=-1.0)},
+    r"Dustbin row_score has shape \(2,\)": {"dustbin": tpu.Dustbin(jnp.ones(2), 0.0)},
+    "dropout_p=1.0 must lie in": {"dropout_p": 1.0},
+    "dropout_p=0.5 needs dropout_seed": {"dropout_p": 0.5},
+    r"dropout_seed is int32\[2\]": {"dropout_p": 0.5, "dropout_seed": jnp.ones(2, jnp.int32)},
+    "lowering must be a Lowering": {"lowering": "blockwise"},
+    "initial_potentials must be a pair": {"initial_potentials": X},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        tpu.sinkhorn_attention(**{"query": X, "key": X, "value": X} | BAD[message])
+
+
+def test_a_traced_number_is_refused_with_the_way_out() -> None:
+    with pytest.raises(TypeError, match="epsilon is traced, but it is compiled in"):
+        jax.jit(lambda e: tpu.sinkhorn_attention(X, X, X, epsilon=e))(1.0)

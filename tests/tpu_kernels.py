@@ -1,0 +1,122 @@
+"""A lowering of the pure JAX half as an engine of the torch half, on CPU tensors: for the conformance suite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax.experimental import enable_x64
+from jax.experimental.pallas import tpu as pltpu
+from torch import Tensor
+
+from torch_sinkhorn_attn import reference, staircase
+from torch_sinkhorn_attn.engines.tpu import problem as tpu
+from torch_sinkhorn_attn.engines.tpu import run
+from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+
+
+def to_jax(x: Tensor | None) -> jax.Array | None:
+    """A CPU tensor as a JAX array; int64 becomes int32, as the kernels take it."""
+    if x is None:
+        return None
+    x = x.detach()
+    if x.dtype == torch.bfloat16:
+        return jnp.asarray(x.float().numpy()).astype(jnp.bfloat16)
+    return jnp.asarray(np.asarray(x.to(torch.int32) if x.dtype == torch.int64 else x))
+
+
+def to_torch(x: jax.Array | None) -> Tensor | None:
+    return None if x is None else torch.from_numpy(np.array(x))
+
+
+def inputs_of(inputs: Inputs) -> tpu.Inputs:
+    return tpu.Inputs(*(to_jax(x) for x in inputs))
+
+
+def constants_of(problem: Problem) -> tpu.Constants:
+    """The tensors of a problem."""
+    beside = ("dropout_seed", "head_index")
+    given = {name: to_jax(getattr(problem, name)) for name in tpu.Constants._fields if name not in beside}
+    seed = problem.dropout_seed
+    given["dropout_seed"] = None if seed is None else jnp.asarray(seed.numpy().astype(np.uint32))
+    return tpu.Constants(**given)
+
+
+def statics_of(problem: Problem) -> tpu.Statics:
+    stopped, kept = problem.schedule
+    return tpu.Statics(
+        scale=problem.scale, epsilon=problem.epsilon, rho_row=problem.rho_row, rho_col=problem.rho_col,
+        stopped=stopped, kept=kept, tolerance=problem.tolerance, over_relaxation=problem.over_relaxation,
+        implicit=problem.gradient == "implicit", dropout_p=problem.dropout_p, banded=problem.banded,
+        window_left=problem.window_left, window_right=problem.window_right, uniform=problem.uniform,
+    )  # fmt: skip
+
+
+class Kernels:
+    """The torch engine contract over a lowering."""
+
+    def __init__(self, lowering: Lowering, name: str = "jax", **options: Any):
+        self.NAME, self.lowering, self.compiler_options = name, lowering, options
+
+    def status(self) -> str:
+        return f"{self.lowering.shape}, for tests"
+
+    def refusal(self, inputs: Inputs, problem: Problem) -> str | None:
+        return None
+
+    def _call(self, function: Any, inputs: Inputs, problem: Problem, *arguments: Any, **static: Any) -> Any:
+        statics = statics_of(problem)
+
+        def compute(inputs: tpu.Inputs, constants: tpu.Constants, *arguments: Any) -> Any:
+            return function(inputs, constants, statics, self.lowering, *arguments, **static)
+
+        with enable_x64(inputs.query.dtype == torch.float64):
+            compiled = jax.jit(compute, compiler_options=self.compiler_options or None)
+            return compiled(inputs_of(inputs), constants_of(problem), *(to_jax(x) for x in arguments))
+
+    def solve(self, inputs: Inputs, problem: Problem) -> Potentials:
+        return Potentials(*(to_torch(x) for x in self._call(run.solve, inputs, problem)))
+
+    def forward(self, inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
+        found = self._call(run.forward, inputs, problem, residuals=residuals)
+        output, row, col, *errors, to_bin, from_bin = (to_torch(x) for x in found)
+        empty = torch.zeros(0, dtype=row.dtype)
+        bins = (empty, empty.clone()) if to_bin is None else (to_bin, from_bin)
+        return Result(output, Potentials(row, col), *errors, *bins)
+
+    def backward(
+        self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
+    ) -> Gradients:
+        arguments = (output, potentials.row, potentials.col, grads.output, grads.to_bin, grads.from_bin)
+        found, dropped = self._call(run.backward, inputs, problem, *arguments, mask_grad=grads.mask)
+        return Gradients(Inputs(*(to_torch(x) for x in found)), to_torch(dropped))
+
+    def plan(self, inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
+        potentials = self.solve(inputs, problem)
+        full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
+        return reference.fold_dustbins(full, problem), potentials
+
+    def plan_backward(
+        self, inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
+    ) -> Gradients:
+        dense = reference.dense_problem(inputs, problem)
+        grad = reference.unfold_dustbins(grad_plan, problem)
+        cotangent, dropped = staircase.backward(dense, grad, potentials, problem)
+        return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
+
+
+RACING = pltpu.InterpretParams(detect_races=True, num_cores_per_device=2)
+
+
+def watch_races(monkeypatch: Any) -> list[Any]:
+    """What JAX's interpreter of TPU kernels, on two cores, finds of unordered accesses: one state a call."""
+    from jax._src.pallas.mosaic import interpret
+
+    states: list[Any] = []
+    make = interpret.RaceDetectionState
+    monkeypatch.setattr(interpret, "RaceDetectionState", lambda **k: states.append(make(**k)) or states[-1])
+    return states

@@ -1,0 +1,38 @@
+"""What the compiler says when it cannot, in a line for people."""
+
+from __future__ import annotations
+
+import re
+
+_SCOPED = re.compile(
+    r"memory space vmem while allocating on stack for %?(\S+).*?"
+    r"Scoped allocation with size ([\d.]+\w) and limit ([\d.]+\w)",
+    re.DOTALL,
+)
+_CAPACITY = re.compile(r"memory space (vmem|hbm|smem)\. Used ([\d.]+\w?) of ([\d.]+\w?)")
+_HBM = re.compile(r"Ran out of memory on HBM.*?\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", re.DOTALL)
+_MOSAIC = re.compile(r"Mosaic failed to compile TPU kernel[^:]*: (.*)")
+_NAMES = {"vmem": "VMEM", "hbm": "HBM", "smem": "scalar memory"}
+
+
+def explain(text: str) -> str:
+    """The reason in an error of JAX, XLA, Mosaic or libtpu.
+
+    >>> explain("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 83.8G of 31.2G hbm. Exceeded ...")
+    'HBM overflow: the program needs 83.8G, the chip offers 31.2G'
+    """
+    if found := _SCOPED.search(text):
+        return f"VMEM overflow: kernel {found[1]} needs {found[2]}, its limit is {found[3]}"
+    if found := _CAPACITY.search(text):
+        return f"{_NAMES[found[1]]} overflow: the program needs {found[2]}, the chip offers {found[3]}"
+    if found := _HBM.search(text):
+        return f"HBM overflow: the program's temporaries need {found[1]}, the chip offers {found[2]}"
+    if found := _MOSAIC.search(text):
+        return f"the kernel compiler refuses the kernel: {found[1].strip()}"
+    if "Invalid TPU external name" in text:
+        return "this libtpu does not know the generation: give a Python with a newer jax and libtpu by --python"
+    if "lockfile" in text:
+        return "another process holds libtpu, and did not start it for several at a time"
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    first = lines[0] if lines else "the compiler gave no reason"
+    return re.sub(r"^(INTERNAL|INVALID_ARGUMENT|UNIMPLEMENTED|RESOURCE_EXHAUSTED): ", "", first)

@@ -1,0 +1,172 @@
+"""Sinkhorn attention for JAX users, with its hand-derived gradient as a `jax.custom_vjp`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from torch_sinkhorn_attn.engines.tpu import batching
+from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.manual import vary_together
+from torch_sinkhorn_attn.engines.tpu.prepare import Dustbin, prepare
+from torch_sinkhorn_attn.engines.tpu.problem import Constants, Inputs, Result, Statics
+
+
+class SinkhornAux(NamedTuple):
+    """What `sinkhorn_attention(..., return_aux=True)` returns beside the output; in float32 (float64 for float64).
+
+    row_potential, col_potential: `(..., H, L)`, `(..., H, S)` final potentials in the log domain, not differentiable; 0
+        for inactive tokens. With a dustbin one trailing entry (packed: one per segment, `min(L, S)` entries).
+    row_residual, col_residual: `(..., H)` largest absolute marginal error, not differentiable.
+    row_dustbin, col_dustbin: `(..., H, L)`, `(..., H, S)` mass sent to and got from the dustbin, differentiable; None
+        without one.
+    """
+
+    row_potential: Array
+    col_potential: Array
+    row_residual: Array
+    col_residual: Array
+    row_dustbin: Array | None
+    col_dustbin: Array | None
+
+
+def sinkhorn_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    *,
+    scale: float | None = None,
+    epsilon: float = 1.0,
+    window: tuple[int, int] | None = None,
+    query_lengths: Array | None = None,
+    key_lengths: Array | None = None,
+    query_segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    row_mass: Array | None = None,
+    col_mass: Array | None = None,
+    relaxation: float | tuple[float | None, float | None] | None = None,
+    dustbin: Dustbin | None = None,
+    base_iters: int = 20,
+    tail_iters: int = 2,
+    tolerance: float | None = None,
+    over_relaxation: float = 1.0,
+    gradient: str = "tail",
+    initial_potentials: tuple[Array, Array] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Array | None = None,
+    enable_gqa: bool = False,
+    lowering: Lowering | None = None,
+    return_aux: bool = False,
+) -> Array | tuple[Array, SinkhornAux]:
+    """Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
+
+    The function, its defaults and its options are those of `torch_sinkhorn_attn.sinkhorn_attention`, documented there;
+    arrays broadcast as tensors do there. Works under jit, vmap, grad (reverse mode, once) and shard_map. Arrays are
+    data and recompile nothing; numbers, `window` and `gradient` are compiled in.
+
+    Only types, dtypes and shapes are checked: arrays may be traced, so nothing looks into them. The caller sees to it
+    that lengths lie in [0, L] and [0, S]; that segment ids are contiguous runs in the same order on both sides; that
+    masses are positive and their totals equal where balanced; that a mask holds neither NaN nor +inf; and that the
+    support admits a plan, which `aux`'s residuals tell afterwards. The torch function checks all of these on CPU
+    tensors.
+
+    Args:
+        query, key, value: `(..., H, L, E)`, `(..., Hk, S, E)`, `(..., Hk, S, Ev)`, of one float dtype.
+        mask: broadcasting to `(..., H, L, S)`; bool (True keeps the pair) or float, added to the scores.
+        dropout_seed: a `jax.random.key`, or `[2]` uint32; needed with `dropout_p`. Entries are dropped by seed, head,
+            row and column: give each step its own, and inside shard_map each shard (`jax.random.fold_in`).
+        lowering: how it is computed; None: plain XLA.
+        return_aux: also return `SinkhornAux` (its residuals cost one more pass).
+
+    Returns:
+        `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape or number, with its name and a way out.
+
+    >>> q, k, v = (jax.random.normal(jax.random.key(i), (4, 10, 8)) for i in range(3))
+    >>> sinkhorn_attention(q, k, v, window=(3, 3)).shape
+    (4, 10, 8)
+    """
+    inputs, constants, statics, batch = prepare(
+        query, key, value, mask, dustbin, enable_gqa,
+        scale=scale, epsilon=epsilon, window=window, query_lengths=query_lengths, key_lengths=key_lengths,
+        query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
+        relaxation=relaxation, base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance,
+        over_relaxation=over_relaxation, gradient=gradient, initial_potentials=initial_potentials,
+        dropout_p=dropout_p, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    if lowering is not None and not isinstance(lowering, Lowering):
+        raise TypeError(f"lowering must be a Lowering or None, got {lowering!r}; pass Lowering(shape=...).")
+    how = _How(statics, Lowering() if lowering is None else lowering, return_aux)
+    result = _attention(how, *vary_together((inputs, constants)))
+
+    def shaped(x: Array) -> Array:
+        return x.reshape(*batch, *x.shape[1:])
+
+    assert result.output is not None
+    output = shaped(result.output).astype(query.dtype)
+    if not return_aux:
+        return output
+    fixed = (result.row_potentials[-1], result.col_potentials[-1], result.row_residual, result.col_residual)
+    bins = (None if x is None else shaped(x) for x in (result.row_dustbin, result.col_dustbin))
+    return output, SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
+
+
+class _How(NamedTuple):
+    """What is compiled in."""
+
+    statics: Statics
+    lowering: Lowering
+    residuals: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: _How, inputs: Inputs, constants: Constants) -> Result:
+    return batching.forward(inputs, constants, how.statics, how.lowering, how.residuals)
+
+
+def _attention_fwd(how: _How, inputs: Any, constants: Any) -> tuple[Result, tuple[Any, ...]]:
+    mask = inputs.mask
+    wants_mask = mask is not None and mask.perturbed and jnp.issubdtype(mask.value.dtype, jnp.floating)
+    inputs, constants = jax.tree.map(lambda x: x.value, (inputs, constants))
+    result = _attention(how, inputs, constants)  # not its body: a second derivative is to find `_refuse`
+    marker = () if wants_mask else None  # a residual's structure is static, its leaves are not
+    return result, (inputs, constants, (result.output, result.row_potentials, result.col_potentials), marker)
+
+
+def _attention_bwd(how: _How, kept: tuple[Any, ...], grad: Result) -> tuple[Inputs, None]:
+    inputs, constants, saved, marker = kept
+    given = [
+        None if x is None or isinstance(x, jax.custom_derivatives.SymbolicZero) else x
+        for x in (grad.output, grad.row_dustbin, grad.col_dustbin)
+    ]
+    grads = (jnp.zeros_like(saved[0]) if given[0] is None else given[0], given[1], given[2])
+    found = _gradients(how, inputs, constants, saved, grads, marker)
+    cast = (None if g is None else g.astype(x.dtype) for x, g in zip(inputs, found, strict=True))
+    return Inputs._make(cast), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(
+    how: _How, inputs: Inputs, constants: Constants, saved: tuple[Any, ...], grads: tuple[Any, ...], marker: Any
+) -> Inputs:
+    return batching.backward(inputs, constants, how.statics, how.lowering, saved, grads, mask_grad=marker is not None)
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "sinkhorn_attention has no second derivative in JAX: its gradient is a kernel. Stop it with lax.stop_gradient, "
+        "or differentiate the torch function, whose higher derivatives are dense."
+    )
+
+
+_gradients.defvjp(_refuse, _refuse)
