@@ -25,16 +25,15 @@ from torch_sinkhorn_attn import (
 from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import xla
 
-pytest.importorskip("torch_xla")
+torch_xla = pytest.importorskip("torch_xla")
 pytest.importorskip("jax")
+torch_xla.device()  # autograd counts the devices at the first backward of a process, whatever test that is in
 
 D = torch.float64
 
 
 @pytest.fixture
 def device() -> torch.device:
-    import torch_xla
-
     return torch_xla.device()
 
 

@@ -1,8 +1,11 @@
 """The XLA engine: pure JAX programs, with Pallas kernels on a TPU, inside torch_xla's lazy graph.
 
-This package alone imports torch_xla, and only once a tensor is on one of its devices. `engines/tpu` holds the programs;
-JAX users may call them without torch. `set_lowering` chooses among the kernels; `spmd.sharding` says how tensors lie
-on several devices, where their annotations do not.
+This package alone imports torch_xla, and only once a tensor is on one of its devices. `engines/tpu` holds the programs,
+which JAX users may call. `set_lowering` chooses among the kernels; `spmd.sharding` says how tensors lie on several
+devices, where their annotations do not.
+
+torch's autograd counts the devices at the first backward of a process: where that may be one on the CPU, call
+`torch_xla.device()` before it.
 """
 
 from __future__ import annotations
