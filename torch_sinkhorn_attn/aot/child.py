@@ -43,6 +43,11 @@ with open(result, "w") as file:
 """
 
 
+def _inherited() -> dict[str, str]:
+    """This process's environment, without the libtpu that a jax imported here has found: the other has its own."""
+    return {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}
+
+
 class CompileError(Exception):
     """The program cannot be compiled; the message says why in a line."""
 
@@ -74,7 +79,7 @@ def call(
         command = [python or sys.executable, "-c", _START, str(_PACKAGE), "bare" if bare else "full", target]
         done = subprocess.run(
             [*command, str(result), json.dumps(dict(arguments))],
-            env={**os.environ, **variables(dump), **(environment or {})},
+            env={**_inherited(), **variables(dump), **(environment or {})},
             capture_output=True,
             text=True,
             errors="replace",
