@@ -77,6 +77,17 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         (2, 1, 130, 20, 3),
         {"query_lengths": torch.tensor([130, 0]), "key_lengths": torch.tensor([20, 0])} | SHORT,
     ),
+    "nothing in the second, dustbin": (
+        (2, 1, 6, 8, 3),
+        {"query_lengths": torch.tensor([6, 0]), "key_lengths": torch.tensor([8, 0]), "dustbin": Dustbin(0.1, 0.2)},
+    ),
+    "nothing in the second, dustbin, relaxed": (
+        (2, 1, 6, 8, 3),
+        {
+            "query_lengths": torch.tensor([6, 0]), "key_lengths": torch.tensor([8, 0]),
+            "dustbin": Dustbin(0.1, 0.2), "relaxation": 2.0, "over_relaxation": 1.2,
+        },
+    ),
     "warm start": (
         (1, 1, 140, 30, 3),
         {"initial_potentials": (torch.randn(1, 1, 140, dtype=D), torch.randn(1, 1, 30, dtype=D)), "base_iters": 2},
@@ -130,6 +141,19 @@ def test_bfloat16(base_dtype: str, never_streamed: None, monkeypatch: pytest.Mon
     for name, y in truth.items():
         if "residual" not in name:
             assert relative_error(found[name].double(), y) < 2e-2, name
+
+
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if "nothing" in name])
+def test_empty_problems_keep_the_batch_in_range(name: str) -> None:
+    call = problem_of(name)
+    prepared = prepare(call.query, call.key, call.value, **call.options)
+    statics = tpu_kernels.statics_of(prepared.problem)
+    with jax.experimental.enable_x64():
+        given = tpu_kernels.inputs_of(prepared.inputs), tpu_kernels.constants_of(prepared.problem)
+        problem, _ = run._problem(*given, statics, RESIDENT)
+        strip = resident_strip.strip_of(problem.length, problem.size, statics)
+        first, fits = resident_strip.first_blocks(given[1], strip)
+        assert bool(fits) and bool(resident.solve_resident(problem, RESIDENT, strip, first, True)[1])
 
 
 @pytest.mark.parametrize("name", ["sharp", "steep"])
@@ -211,7 +235,8 @@ def test_the_choice_is_explained() -> None:
     ids = {"query_segment_ids": torch.zeros(1, 200), "key_segment_ids": torch.zeros(1, 200)}
     ids = {name: x.long() for name, x in ids.items()}
     assert "packed" in choice_of(1, 1, 200, 200, 8, tolerance=0.1, **ids).reason
-    assert "not positive" in choice_of(1, 1, 200, 200, 8, scale=-1.0).reason
+    for options in ({"scale": -1.0}, {"scale": 0.0}, {"epsilon": 1e37}):
+        assert "scale/epsilon" in choice_of(1, 1, 200, 200, 8, **options).reason
 
 
 def test_resident_refuses_with_the_reason() -> None:

@@ -323,17 +323,20 @@ def test_the_kernels_are_the_users_choice(device: torch.device, asked: None) -> 
         sinkhorn_attention(x, x, x)
 
 
-def test_an_interpreted_kernel_agrees_with_the_reference(device: torch.device, asked: None) -> None:
-    xla.set_lowering("streaming", interpret=True)
-    found = results("xla", device, "softmax", D)
-    for key, x in results("reference", "cpu", "softmax", D).items():
+@pytest.mark.parametrize(("shape", "options"), [("streaming", "softmax"), ("auto", "window")])
+def test_an_interpreted_kernel_agrees_with_the_reference(
+    shape: str, options: str, device: torch.device, asked: None
+) -> None:
+    xla.set_lowering(shape, interpret=True)
+    found = results("xla", device, options, D)
+    for key, x in results("reference", "cpu", options, D).items():
         assert relative_error(found[key], x, floor=1.0 if "residual" in key else 1e-3) < 1e-10, key
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shape": "dense"}, "shape='dense' is unknown; choose one of 'resident', 'streaming', 'blockwise', or None"),
+        ({"shape": "dense"}, "shape='dense' is unknown; choose one of 'auto', 'resident', 'streaming', 'blockwise'"),
         ({"base_dtype": "int8"}, "base_dtype='int8' is unknown; choose one of 'float32', 'bfloat16'"),
         ({"interpret": True}, "interpret=True runs a Pallas kernel by its interpreter, and shape=None names none"),
     ],
@@ -374,3 +377,10 @@ def test_a_kernel_for_a_tpu_is_in_the_graph_that_is_lowered_for_one(device: torc
     shapes = [jax.ShapeDtypeStruct(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in leaves]
     lowered, _ = binding._program(flat, shapes, "tpu")
     assert "tpu_custom_call" in lowered.compiler_ir("hlo").as_hlo_text()
+
+
+def test_the_variable_is_named_when_it_is_wrong() -> None:
+    wrong = {"TORCH_SINKHORN_ATTN_XLA_LOWERING": "interpret"}
+    command = [sys.executable, "-c", "import torch_sinkhorn_attn"]
+    done = subprocess.run(command, env={**os.environ, **wrong}, capture_output=True, text=True)
+    assert done.returncode and "TORCH_SINKHORN_ATTN_XLA_LOWERING='interpret': interpret=True" in done.stderr

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     for name in ("pairs", "fsdp"):
         Range(1).check(f"--{name}", getattr(options, name))
+    Range(0).check("--profile", options.profile)
     folder = Path(options.out)
     prepare_folder(folder)
     if options.cache:
@@ -65,10 +66,11 @@ def _run(options: argparse.Namespace) -> int:
     trainer = _trainer(options, folder, device)
     print(trainer.dataset.summary(), flush=True)
     signal.signal(signal.SIGTERM, _preempted)
-    if options.profile:
-        _profile(trainer, folder / "profile", options.profile)
+    profile = _profile(trainer, folder / "profile", options.profile) if options.profile else None
     began, first = time.perf_counter(), trainer.step
     finished = trainer.run(until=options.until, progress=not options.quiet)
+    if profile is not None:
+        print(profile())
     print(_speed(trainer, first, time.perf_counter() - began))
     print("\n" + write_tables(trainer))
     if not finished:
@@ -102,20 +104,32 @@ def _preempted(number: int, frame: FrameType | None) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def _profile(trainer: Trainer, folder: Path, steps: int) -> None:
-    """Trace `steps` steps, once the run is under way, for TensorBoard's profile plugin or xprof."""
+def _profile(trainer: Trainer, folder: Path, steps: int) -> Callable[[], str]:
+    """Trace `steps` steps, once the run is under way, for TensorBoard's profile plugin or xprof. What comes back ends a
+    trace that the run did not last for, and says what there is."""
     xp = importlib.import_module("torch_xla.debug.profiler")
-    start = trainer.step + _PROFILE_AFTER
+    start, over = trainer.step + _PROFILE_AFTER, threading.Event()
 
     def watch() -> None:
-        while trainer.step < start:
-            time.sleep(0.01)
+        while trainer.step < start and not over.is_set():
+            over.wait(0.01)
+        if over.is_set():
+            return
         xp.start_trace(str(folder))
-        while trainer.step < start + steps and threading.main_thread().is_alive():
-            time.sleep(0.01)
+        while trainer.step < start + steps and not over.is_set():
+            over.wait(0.01)
         xp.stop_trace()
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+
+    def finish() -> str:
+        over.set()
+        watcher.join()
+        traced = min(trainer.step - start, steps)
+        return f"traced {traced} steps into {folder}" if traced > 0 else f"no trace: it begins after step {start}"
+
+    return finish
 
 
 def _speed(trainer: Trainer, first: int, seconds: float) -> str:

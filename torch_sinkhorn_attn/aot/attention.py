@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,12 +53,17 @@ class Configuration:
             "value_features": found.value_features or found.features,
         }
         for name in ("batch", "heads", "length", "features", *complete):
-            if complete.get(name, getattr(found, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+            if (value := complete.get(name, getattr(found, name))) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if found.heads % complete["key_heads"]:
             raise ValueError(f"--heads {found.heads} must be a multiple of --key-heads {found.key_heads}")
-        if found.base_iters < 0 or found.tail_iters < 0 or not found.epsilon > 0:
-            raise ValueError("--base-iters and --tail-iters must be at least 0, and --epsilon above 0")
+        for name in ("base_iters", "tail_iters"):
+            if (value := getattr(found, name)) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+        if not 0 < found.epsilon < math.inf:
+            raise ValueError(f"--epsilon must be above 0 and finite, got {found.epsilon}")
+        if min(found.window or (0,)) < -1:
+            raise ValueError(f"--window takes tokens to the left and right, -1 for unlimited, got {found.window}")
         return cls(**{**asdict(found), **complete, "window": found.window})
 
     @property

@@ -40,7 +40,7 @@ def compile_step(
 
     binding.platform = lambda: "tpu"
     program.generation = lambda: generation
-    set_lowering(None if shape == "auto" else shape)
+    set_lowering(shape)
     config = Config(
         batch_size=pairs * count, batch_cells=2**40, cap=length, window=window or None, dim=dim,
         base_iters=base_iters, tail_iters=tail_iters,

@@ -120,9 +120,10 @@ class ColumnHalfStep:
         if o.dustbin:
             bins = self.bin(Bin.SUM) + self.bin(Bin.CORNER) * self.bin(Bin.X)
             old = r.bins[0, 0, 4:5, :] if first else self.bin(Bin.COL_ABS) + jnp.log(self.bin(Bin.Y))
-            y = self.column_scaling(bins, r.bins[0, 0, 2:3, :], self.bin(Bin.COL_ABS), old, base)
+            capacity = r.bins[0, 0, 2:3, :]
+            y = self.column_scaling(bins, capacity, self.bin(Bin.COL_ABS), old, base)
             r.bin[Bin.Y : Bin.Y + 1, :] = y
-            self.check(y, jnp.ones_like(y) > 0, COL_LIMIT)
+            self.check(y, capacity > DEAD / 2, COL_LIMIT)
 
         def one(at: Any) -> None:
             log_b, col_abs, y = r.log_b[0, 0, :, at], r.col_abs[:, at], r.y[:1, at]
@@ -164,10 +165,10 @@ class ColumnHalfStep:
         return total + self.r.bin_row[:, at] * self.bin(Bin.X)[:, :1] if self.o.dustbin else total
 
     def column_scaling(self, total: Array, log_b: Array, col_abs: Array, old: Array, base: bool) -> Array:
-        """y for column sums `total`, over-relaxed from the potential `old` in the base."""
+        """y for column sums `total`, over-relaxed from the potential `old` in the base; 1 on dead columns."""
         total = jnp.maximum(total, TINY)
         if self.o.plain:
-            return jnp.exp(log_b) / total
+            return jnp.where(log_b > DEAD / 2, jnp.exp(log_b) / total, 1)
         v = self.plain_potential(total, log_b, col_abs)
         omega = self.s.over_relaxation
         if base and omega != 1:

@@ -251,12 +251,13 @@ class Solver(ColumnHalfStep):
         """The dustbin row's x."""
         r, s = self.r, self.s
         total = jnp.sum(r.bin_row[...] * r.y[:1, :], 1, keepdims=True) + self.bin(Bin.CORNER) * self.bin(Bin.Y)
-        start = r.bins[0, 0, 3:4, :]
-        u = s.rho_row * (r.bins[0, 0, 1:2, :] + start - jnp.log(total))
+        capacity, start = r.bins[0, 0, 1:2, :], r.bins[0, 0, 3:4, :]
+        u = s.rho_row * (capacity + start - jnp.log(total))
         if base and s.over_relaxation != 1:
             u = (1 - s.over_relaxation) * (start + jnp.log(self.bin(Bin.X))) + s.over_relaxation * u
-        r.bin[Bin.X : Bin.X + 1, :] = jnp.exp(u - start)
-        self.check(jnp.exp(u - start), jnp.ones_like(u) > 0, END_LIMIT)
+        x = jnp.where(capacity > DEAD / 2, jnp.exp(u - start), 1)
+        r.bin[Bin.X : Bin.X + 1, :] = x
+        self.check(x, capacity > DEAD / 2, END_LIMIT)
 
     def low_block(self, block: Array) -> None:
         """`block` with products in bfloat16, where the vector unit takes two rows at once: x and y are rounded, row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-SHAPES = ("resident", "streaming", "blockwise")
+SHAPES = ("auto", "resident", "streaming", "blockwise")
 BASE_DTYPES = ("float32", "bfloat16")
 _VARIABLE = "TORCH_SINKHORN_ATTN_XLA_LOWERING"
 
@@ -26,9 +26,9 @@ def set_lowering(shape: str | None = None, *, interpret: bool = False, base_dtyp
     """Choose how problems are lowered from now on in this process.
 
     Args:
-        shape: None (default) takes "resident" where the problem fits the TPU's VMEM, else "streaming", and off a TPU
-            "blockwise". "resident": a Pallas kernel that keeps the plan's band in VMEM for the whole solve;
-            "streaming": Pallas kernels of any size; "blockwise": plain XLA, any device.
+        shape: None (default) takes "auto" on a TPU and "blockwise" elsewhere. "resident": a Pallas kernel that keeps
+            the plan's band in VMEM for the whole solve; "streaming": Pallas kernels of any size; "auto": resident
+            where its kernel can take the problem and it fits the TPU's VMEM, else streaming; "blockwise": plain XLA.
         interpret: run the Pallas kernels by their interpreter, on any device: to check them, for it is slow.
         base_dtype: "float32" or "bfloat16": of the products of the iterations that are not differentiated, in the
             resident kernel.
@@ -52,7 +52,7 @@ def set_lowering(shape: str | None = None, *, interpret: bool = False, base_dtyp
     if interpret and shape in (None, "blockwise"):
         raise ValueError(
             f"interpret={interpret!r} runs a Pallas kernel by its interpreter, and shape={shape!r} names none; "
-            "choose shape='streaming' or 'resident'."
+            "choose shape='auto', 'streaming' or 'resident'."
         )
     _settings = Settings(shape, bool(interpret), base_dtype)
 
@@ -72,7 +72,10 @@ def _from_environment() -> None:
             f"{_VARIABLE}={text!r} must be words separated by commas: at most one of {', '.join(SHAPES)}, at most one "
             f"of {', '.join(BASE_DTYPES)}, and interpret."
         )
-    set_lowering(*shapes, interpret="interpret" in words, **({"base_dtype": dtypes[0]} if dtypes else {}))
+    try:
+        set_lowering(*shapes, interpret="interpret" in words, **({"base_dtype": dtypes[0]} if dtypes else {}))
+    except ValueError as error:
+        raise ValueError(f"{_VARIABLE}={text!r}: {error}") from None
 
 
 _from_environment()

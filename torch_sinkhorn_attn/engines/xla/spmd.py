@@ -64,6 +64,7 @@ def set_sharding(mesh: xs.Mesh | None, batch: Axes = None, heads: Axes = None) -
         heads: likewise for the heads.
 
     Raises:
+        TypeError: a mesh that is none.
         ValueError: an axis that the mesh does not have, or one that is named twice.
 
     >>> set_sharding(mesh, batch=("data", "fsdp"))  # doctest: +SKIP
@@ -88,6 +89,8 @@ def sharding(mesh: xs.Mesh, batch: Axes = None, heads: Axes = None) -> Iterator[
 
 
 def _placement(mesh: xs.Mesh, batch: Axes, heads: Axes) -> Placement:
+    if not isinstance(mesh, xs.Mesh):
+        raise TypeError(f"mesh must be a torch_xla.distributed.spmd.Mesh, got {mesh!r}.")
     names = list(mesh.shape())
     places = []
     for argument, axes in (("batch", batch), ("heads", heads)):
