@@ -25,14 +25,16 @@ from torch_sinkhorn_attn.engines.tpu.resident_strip import (
     Strip,
     along_lanes,
     along_rows,
-    by_sublane,
     columns_of,
     dot,
     dropout_keep,
+    fold,
     masked_scores,
     over_chunks,
+    replicated,
     row_sums,
     rows_of,
+    side_by_side,
 )
 
 FIELD_CHUNK = 8  # blocks of lanes
@@ -172,7 +174,7 @@ class Adjoint:
         """P cb w on a row block, rep, the dustbin's column included."""
         r, at = self.r, rows_of(block)
         cols = columns_of(r.first[self.n, block], self.strip)
-        total = row_sums(by_sublane(plan) * r.y[:, cols], self.strip)
+        total = row_sums(plan * replicated(r.y[:, cols]), self.strip)
         if self.o.dustbin:
             weight = self.bin_factor(3, slot) * r.bin_w[0, 0, pl.ds(slot, 1), :]
             total = total + along_rows(r.plan_col[0, 0, :, at] * weight)
@@ -187,8 +189,8 @@ class Adjoint:
         scale = -s.rho_col * r.row_b[0, 0, pl.ds(slot, 1), at]
         r.z[0, 0, pl.ds(slot, 1), at] = scale * along_lanes(total)
         weight = total * along_rows(scale * r.row_a[0, 0, pl.ds(slot - 1, 1), at])
-        weight = jnp.tile(by_sublane(weight), (1, 1, self.strip.width))
-        r.sums[:, cols] = r.sums[:, cols] + jnp.sum(by_sublane(plan) * weight, 0)
+        weight = side_by_side(weight, self.strip)
+        r.sums[:, cols] = r.sums[:, cols] + fold(plan * weight)
 
     def weights_cotangent(self, block: Array, g: int) -> None:
         """D - X^T Y."""

@@ -36,13 +36,15 @@ from torch_sinkhorn_attn.engines.tpu.resident_strip import (
     SUBLANES,
     along_lanes,
     along_rows,
-    by_sublane,
     columns_of,
     dot,
     dropout_keep,
+    fold,
     masked_scores,
+    replicated,
     row_sums,
     rows_of,
+    side_by_side,
     sum_tiles,
 )
 
@@ -146,7 +148,7 @@ class Solver(ColumnHalfStep):
         cols = columns_of(r.first[self.n, block], self.strip)
         tile = masked_scores(r, r.key, block, cols, self.s, self.o.dtype)
         r.strip[rows_of(block), :] = tile
-        r.sums[:, cols] = jnp.maximum(r.sums[:, cols], jnp.max(by_sublane(tile), 0))
+        r.sums[:, cols] = jnp.maximum(r.sums[:, cols], fold(tile, jnp.maximum))
 
     def _fill_exponentials(self, block: Array, g: int) -> None:
         r, o, strip, s = self.r, self.o, self.strip, self.s
@@ -156,7 +158,7 @@ class Solver(ColumnHalfStep):
         if o.low_base:
             half = pl.ds(pl.multiple_of(block * (BLOCK // 2), BLOCK // 2), BLOCK // 2)
             r.low[half, :] = pltpu.bitcast(tile.astype(jnp.bfloat16), jnp.uint32)
-        r.sums[:, cols] = r.sums[:, cols] + jnp.sum(by_sublane(tile), 0)
+        r.sums[:, cols] = r.sums[:, cols] + fold(tile)
         log_a, start = r.log_a[0, 0, :, at], r.start_row[0, 0, :, at]
         lanes = jnp.exp(log_a) if o.plain else s.rho_row * (log_a + start) - start
         r.row_rep[at, :] = along_rows(lanes)
@@ -196,8 +198,8 @@ class Solver(ColumnHalfStep):
     def block(self, block: Array, g: int, saved: bool, base: bool, last: bool, columns: bool) -> None:
         r, o, strip = self.r, self.o, self.strip
         at, cols = rows_of(block), columns_of(r.first[self.n, block], strip)
-        tile = by_sublane(r.strip[at, :])
-        weighted = tile * r.y[:, cols]
+        tile = r.strip[at, :]
+        weighted = tile * replicated(r.y[:, cols])
         real = total = row_sums(weighted, strip)
         if o.dustbin:
             total = real + r.bin_col[at, :] * self.bin(Bin.Y)
@@ -207,12 +209,12 @@ class Solver(ColumnHalfStep):
         if o.dustbin:
             r.bin[Bin.SUM : Bin.SUM + 1, :] = self.bin(Bin.SUM) + jnp.sum(x * r.bin_col[at, :], 0, keepdims=True)
         if columns:
-            part = jnp.sum(tile * jnp.tile(by_sublane(x), (1, 1, strip.width)), 0)
+            part = fold(tile * side_by_side(x, strip))
             r.sums[:, cols] = r.sums[:, cols] + part
         if last:
             r.scale[0, 0, :, at], r.row_total[0, 0, :, at] = r.x[:, at], along_lanes(real)
         if last and o.values:
-            plan = weighted.reshape(BLOCK, strip.columns)
+            plan = weighted
             if self.s.dropout_p:
                 stream = r.stream[self.n, self.h]
                 keep = dropout_keep(stream, block, r.first[self.n, block], plan.shape, self.s.dropout_p)
@@ -266,7 +268,7 @@ class Solver(ColumnHalfStep):
         at, cols = rows_of(block), columns_of(r.first[self.n, block], strip)
         half = pl.ds(pl.multiple_of(block * (BLOCK // 2), BLOCK // 2), BLOCK // 2)
         tile = pltpu.bitcast(r.low[half, :], jnp.bfloat16)
-        y = packed(jnp.tile(r.y[:, cols], (2, 1)))
+        y = packed(jnp.concatenate([r.y[:, cols]] * 2, 0))
         pairs = range(0, BLOCK, 2 * SUBLANES)
         slabs = [tile[i : i + 2 * SUBLANES] for i in pairs]
         weighted = jnp.concatenate([sum_tiles(slab * y, strip) for slab in slabs], 0)
@@ -278,7 +280,7 @@ class Solver(ColumnHalfStep):
             r.bin[Bin.SUM : Bin.SUM + 1, :] = self.bin(Bin.SUM) + jnp.sum(x * r.bin_col[at, :], 0, keepdims=True)
         x = packed(x)
         parts = [
-            slab * jnp.tile(x[i : i + 2 * SUBLANES], (1, strip.width)) for i, slab in zip(pairs, slabs, strict=True)
+            slab * side_by_side(x[i : i + 2 * SUBLANES], strip) for i, slab in zip(pairs, slabs, strict=True)
         ]
         while len(parts) > 1:
             parts = [p + q for p, q in zip(parts[::2], parts[1::2], strict=True)]

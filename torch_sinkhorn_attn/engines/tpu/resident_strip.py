@@ -10,6 +10,7 @@ is `[L, width * 128]` however long the keys are; `first` is data, `width` is com
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,12 +198,22 @@ def along_lanes(rows: Array) -> Array:
     """The inverse of `along_rows`, `[1, 128]`: its diagonal, which takes the vector unit, not the transposing one."""
     row, lane = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), i) for i in (0, 1))
     diagonal = jnp.where(row == lane, rows, 0)
-    return jnp.sum(jnp.sum(by_sublane(diagonal), 0), 0, keepdims=True)
+    return jnp.sum(fold(diagonal), 0, keepdims=True)
 
 
-def by_sublane(x: Array) -> Array:
-    """`[128, C]` as `[16, 8, C]`, for products with vectors replicated over 8 sublanes."""
-    return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1])
+def replicated(x: Array) -> Array:
+    """`[8, C]`, every line the same, as `[128, C]`."""
+    return jnp.concatenate([x] * (BLOCK // SUBLANES), 0)
+
+
+def side_by_side(x: Array, strip: Strip) -> Array:
+    """`[n, 128]` for every column block, `[n, C]`. (`jnp.tile` goes through a reshape.)"""
+    return jnp.concatenate([x] * strip.width, 1)
+
+
+def fold(x: Array, combine: Callable[[Array, Array], Array] = jnp.add) -> Array:
+    """`[128, C]` to `[8, C]`, whole registers at a time: slices, for reshapes are not free in every version of JAX."""
+    return functools.reduce(combine, (x[i : i + SUBLANES] for i in range(0, BLOCK, SUBLANES)))
 
 
 def sum_tiles(x: Array, strip: Strip) -> Array:
@@ -211,9 +222,8 @@ def sum_tiles(x: Array, strip: Strip) -> Array:
 
 
 def row_sums(x: Array, strip: Strip) -> Array:
-    """`[16, 8, C]` summed along its lanes, `[128, 128]`: one reduction a row block, its result in every lane."""
-    total = sum_tiles(x, strip).reshape(BLOCK, BLOCK)
-    return jnp.broadcast_to(jnp.sum(total, 1, keepdims=True), (BLOCK, BLOCK))
+    """`[128, C]` summed along its lanes, `[128, 128]`: one reduction a row block, its result in every lane."""
+    return jnp.broadcast_to(jnp.sum(sum_tiles(x, strip), 1, keepdims=True), (BLOCK, BLOCK))
 
 
 def masked_scores(refs: Any, key: Any, block: Array, cols: Any, statics: Statics, dtype: jnp.dtype) -> Array:
