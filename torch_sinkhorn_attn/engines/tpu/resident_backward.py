@@ -30,6 +30,7 @@ from torch_sinkhorn_attn.engines.tpu.resident_strip import (
     dropout_keep,
     fold,
     masked_scores,
+    over_blocks,
     over_chunks,
     replicated,
     row_sums,
@@ -126,17 +127,9 @@ class Adjoint:
         self.row_cotangent(0)
 
     def over_blocks(self, *stages: Any) -> None:
-        """Every stage for a group of row blocks before the next: the matrix unit takes products in order, so a stage
-        that waits for one must not stand between others."""
-        unroll = self.strip.unroll
-
-        def step(i: Array, carry: None) -> None:
-            for stage in stages:
-                for g in range(unroll):
-                    stage(i * unroll + g, g)
-
+        """The stages over all row blocks, with new column sums."""
         self.r.sums[...] = jnp.zeros_like(self.r.sums)
-        lax.fori_loop(0, self.strip.rows // unroll, step, None)
+        over_blocks(self.strip, *stages)
 
     def bin(self, row: Any) -> Array:
         """A scalar of the dustbin, `[1, 128]`."""

@@ -41,6 +41,7 @@ from torch_sinkhorn_attn.engines.tpu.resident_strip import (
     dropout_keep,
     fold,
     masked_scores,
+    over_blocks,
     replicated,
     row_sums,
     rows_of,
@@ -119,7 +120,7 @@ class Solver(ColumnHalfStep):
         """K, v^abs and the column sums of K for x = 1."""
         r, o = self.r, self.o
         r.sums[...] = jnp.full_like(r.sums, DEAD)
-        self.over_blocks(self._fill_scores)
+        over_blocks(self.strip, self._fill_scores)
         top = jnp.max(r.sums[...], 0, keepdims=True) / LOG2E
         if o.dustbin:
             start_row, start_col = r.bins[0, 0, 3:4, :], r.bins[0, 0, 0:1, :]
@@ -140,7 +141,7 @@ class Solver(ColumnHalfStep):
             r.col_share[...] = jnp.broadcast_to(jnp.where(mass > 0, 1 / mass, 0), r.col_share.shape)
             r.col_dead[...] = jnp.broadcast_to(jnp.where(mass > 0, 0, 1).astype(o.dtype), r.col_dead.shape)
         r.sums[...] = jnp.zeros_like(r.sums)
-        self.over_blocks(self._fill_exponentials)
+        over_blocks(self.strip, self._fill_exponentials)
 
     def _fill_scores(self, block: Array, g: int) -> None:
         """S, and its column maxima."""
@@ -187,7 +188,7 @@ class Solver(ColumnHalfStep):
             else:
                 self.block(block, g, saved, base, last, columns)
 
-        self.over_blocks(block, *([self.add_values] if last and o.values else []), deep=o.low_base and not saved)
+        over_blocks(self.strip, block, *([self.add_values] if last and o.values else []), deep=o.low_base and not saved)
         if o.dustbin:
             self._dustbin_row(base)
         if saved:
@@ -224,18 +225,6 @@ class Solver(ColumnHalfStep):
     def add_values(self, block: Array, g: int) -> None:
         cols = columns_of(self.r.first[self.n, block], self.strip)
         self.r.mass[0, 0, rows_of(block), :] = dot(self.r.plan[g], self.r.value[0, 0, :, cols], (1, 1), self.o.dtype)
-
-    def over_blocks(self, *stages: Any, deep: bool = False) -> None:
-        """Every stage for a group of row blocks before the next: the matrix unit takes products in order, so a stage
-        that waits for one must not stand between others."""
-        unroll = self.strip.unrolled(deep)
-
-        def step(i: Array, carry: None) -> None:
-            for stage in stages:
-                for g in range(unroll):
-                    stage(i * unroll + g, g)
-
-        lax.fori_loop(0, self.strip.rows // unroll, step, None)
 
     def row_scaling(self, at: Any, total: Array, base: bool) -> Array:
         """x for row sums `total`, rep."""

@@ -248,6 +248,19 @@ def dropout_keep(stream: Array, block: Array, first: Array, shape: tuple[int, ..
     return dropout.keep(stream, row, col, dropout_p)
 
 
+def over_blocks(strip: Strip, *stages: Callable[[Array, int], None], deep: bool = False) -> None:
+    """Every stage for a group of row blocks before the next: the matrix unit takes products in order, so a stage that
+    waits for one must not stand between others. A stage is given the block and its place in the group."""
+    unroll = strip.unrolled(deep)
+
+    def step(i: Array, carry: None) -> None:
+        for stage in stages:
+            for g in range(unroll):
+                stage(i * unroll + g, g)
+
+    lax.fori_loop(0, strip.rows // unroll, step, None)
+
+
 def over_chunks(blocks: int, largest: int, body: Callable[[Any], None]) -> None:
     """`body` on slices of `blocks` blocks of lanes, at most `largest` of them at once."""
     count = chunk_blocks(blocks, largest)
