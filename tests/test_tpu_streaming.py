@@ -16,7 +16,6 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import tpu_kernels  # noqa: E402
-from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 from torch_sinkhorn_attn.engines.tpu import dropout, streaming, streaming_walk  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
@@ -313,16 +312,9 @@ def test_inner_tiles_are_those_every_line_covers():
 
 @pytest.fixture
 def race_states(monkeypatch):
-    """What JAX's interpreter of TPU kernels, on two cores, found of unordered accesses: one state a kernel call."""
-    from jax._src.pallas.mosaic import interpret
-
-    states, make = [], interpret.RaceDetectionState
-    monkeypatch.setattr(interpret, "RaceDetectionState", lambda **k: states.append(make(**k)) or states[-1])
+    states = tpu_kernels.watch_races(monkeypatch)
     with jax.experimental.enable_x64(False):  # of one thread, and the interpreter's cores are threads
         yield states
-
-
-RACING = pltpu.InterpretParams(detect_races=True, num_cores_per_device=2)
 
 
 def test_no_races(small_blocks, race_states):
@@ -330,7 +322,7 @@ def test_no_races(small_blocks, race_states):
         7, length=140, size=150, num=1, heads=1, window=(100, 20), mask=(0, 0, 1, 1), mask_dtype=np.float32,
         dropout_p=0.2, terms=1, dtype="float32",
     )  # fmt: skip
-    have = found(case, RACING, SOME)
+    have = found(case, tpu_kernels.RACING, SOME)
     assert len(race_states) == len(SOME) + 1  # and the mask's cotangent
     assert not any(state.races_found for state in race_states)
     assert_close(have, expected(case), 2e-5)
@@ -340,7 +332,7 @@ def test_a_race_would_be_seen(small_blocks, race_states, monkeypatch):
     """Tiles of one block of lines on two cores at once."""
     monkeypatch.setattr(streaming_walk.TilesOfLines, "order", ("parallel",) * 4)
     case = Case(7, dtype="float32", length=100, size=200, num=1, heads=1)
-    passes = StreamingPasses(case.inputs, case.constants, case.statics, Lowering("streaming", RACING))
+    passes = StreamingPasses(case.inputs, case.constants, case.statics, Lowering("streaming", tpu_kernels.RACING))
     jax.block_until_ready(passes.row_lse(jnp.asarray(case.v)))
     assert race_states[0].races_found
 
