@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.pfam.cli import _command, main
+from examples.pfam.cli import main
+from examples.pfam.commands.options import command_line
 from examples.pfam.config import HELDOUT_SAMPLE
 from examples.pfam.download import DownloadError, download
 
@@ -106,7 +107,7 @@ def test_the_command_says_what_went_wrong(server: Server, tmp_path: Path, capsys
     assert main(["download", "--url", url(server, "/absent"), "--out", str(out), "--quiet"]) == 1
     assert "could not download" in capsys.readouterr().err
     assert main(["download", "--url", url(server), "--out", str(out), "--quiet"]) == 0
-    assert f"{_command()} train --data {out}\n" in capsys.readouterr().out
+    assert f"{command_line()} train --data {out}\n" in capsys.readouterr().out
     assert gzip.decompress(out.read_bytes()).startswith(b"# STOCKHOLM 1.0")
 
 

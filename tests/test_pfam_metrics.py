@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from examples.pfam.baselines import blosum62, diagonal, needleman_wunsch, scaled_diagonal
-from examples.pfam.decode import expected_accuracy, mutual_argmax
+from examples.pfam.baselines import blosum62, diagonal, needleman_wunsch, scaled_diagonal, smith_waterman
 from examples.pfam.evaluate import score_baselines, unpad
 from examples.pfam.metrics import (
     LOG_FLOOR,
+    PairScore,
     barycentre_error,
+    best_partners,
     hard_barycentre,
     macro,
     pair_score,
+    partners,
     plan_barycentre,
     reconstruction,
+    row_accuracy,
+    sequence_identity,
     sparse_cross_entropy,
 )
 from examples.pfam.objective import barycentre_loss, plan_loss, training_loss
@@ -42,6 +47,31 @@ def test_pair_scores_by_hand() -> None:
 def test_pair_scores_tell_pairs_with_equal_sums_apart() -> None:
     assert pair_score(np.array([[0, 5], [1, 0]]), np.array([[1, 1], [0, 6]])).f1 == 0.0
     assert pair_score(np.zeros((0, 2), dtype=np.int64), TARGET).f1 == 0.0
+
+
+def test_micro_averages_are_the_scores_of_summed_counts() -> None:
+    total = PairScore(3, 4, 6) + PairScore(1, 6, 4)
+    assert (total.precision, total.recall, total.f1) == (4 / 10, 4 / 10, 8 / 20)
+    assert PairScore(0, 0, 5).precision == 0.0
+
+
+def test_identity_counts_aligned_columns_alone() -> None:
+    # Aligned: M-M, K-R, X-X (unknown is never identical), W-W; the rest stands in no target pair.
+    query, key = encode("MKXAW"), encode("GMRXW")
+    target = np.array([[0, 1], [1, 2], [2, 3], [4, 4]])
+    assert sequence_identity(query, key, target) == 2 / 4
+    assert sequence_identity(query, key, target[:0]) == 0.0
+
+
+def test_row_accuracy_asks_every_residue_of_both_sides() -> None:
+    # Query 0 finds key 0 and query 1 key 2; key 1's largest entry is 0.7, the dustbin's: all five are right.
+    assert row_accuracy(best_partners(PLAN), TARGET) == 1.0
+    wrong = PLAN.copy()
+    wrong[1, 3], wrong[2, 1] = 0.6, 0.1  # query 1 to the dustbin; key 1 to query 1
+    assert row_accuracy(best_partners(wrong), TARGET) == 3 / 5
+    # A hard alignment 0-0, 1-1 has query 0 and key 0 right; query 1, key 1 and key 2 are wrong.
+    assert row_accuracy(partners(np.array([[0, 0], [1, 1]]), 2, 3), TARGET) == 2 / 5
+    assert row_accuracy(partners(TARGET[:0], 2, 3), TARGET) == 1 / 5
 
 
 def test_reconstruction_counts_every_residue_once() -> None:
@@ -112,31 +142,6 @@ def test_a_short_gap_is_dearer_than_mismatches() -> None:
     assert needleman_wunsch(encode("AWWWWWA"), encode("WWWWWAA")).tolist() == [[i, i] for i in range(7)]
 
 
-def test_mutual_argmax_asks_both_sides_and_the_dustbin() -> None:
-    plan = np.array([[0.6, 0.1, 0.3], [0.5, 0.1, 0.4], [0.1, 0.1, 0.8], [0.0, 0.9, 0.0]])
-    assert mutual_argmax(plan).tolist() == [[0, 0]]
-
-
-def test_expected_accuracy_is_the_best_monotone_alignment() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        plan = rng.random((5, 6))
-        pairs = expected_accuracy(plan, 0.3)
-        assert (np.diff(pairs, axis=0) > 0).all()
-        found = sum(plan[i, j] - 0.3 for i, j in pairs)
-        best = max(
-            sum(plan[i, j] - 0.3 for i, j in zip(rows, cols, strict=True))
-            for k in range(5)
-            for rows in itertools.combinations(range(4), k)
-            for cols in itertools.combinations(range(5), k)
-        )
-        assert found == pytest.approx(best)
-
-
-def test_expected_accuracy_leaves_hopeless_pairs_out() -> None:
-    assert expected_accuracy(np.full((4, 4), 0.1), 0.2).shape == (0, 2)
-
-
 def pair(query: str, key: str, target: list[list[int]]) -> Pair:
     return Pair("F", ("a", "b"), encode(query), encode(key), np.array(target, dtype=np.int64).reshape(-1, 2))
 
@@ -185,6 +190,27 @@ def test_baselines_on_an_easy_pair() -> None:
     assert scores["Needleman-Wunsch"].macro["barycentre"] == 0.0
     assert scores["diagonal"].macro["recall"] == 0.5
     assert scores["diagonal"].macro["barycentre"] == pytest.approx((0 + 0 + 2 + 0) / 4)
+
+
+def test_smith_waterman_by_hand() -> None:
+    # The common stretch WWHKW scores 11 + 11 + 8 + 5 + 11; what surrounds it only costs.
+    pairs = smith_waterman(encode("GGGGWWHKWPPPP"), encode("IWWHKWL"))
+    assert pairs.tolist() == [[4 + k, 1 + k] for k in range(5)]
+    assert smith_waterman(encode("GGG"), encode("III")).shape == (0, 2)
+
+
+def test_gap_costs_are_taken() -> None:
+    def identical(align: Callable[..., np.ndarray], query: str, key: str, gap: float) -> int:
+        a, b = encode(query), encode(key)
+        pairs = align(a, b, (gap, 1.0))
+        return int((a[pairs[:, 0]] == b[pairs[:, 1]]).sum())
+
+    # Two end gaps, cheap, bring one more pair of tryptophans together; dear, they do not.
+    assert identical(needleman_wunsch, "AWWWWWA", "WWWWWAA", 1.0) == 6
+    assert identical(needleman_wunsch, "AWWWWWA", "WWWWWAA", 100.0) == 5
+    # A gap of two, cheap, skips the alanines; dear, they are forced on tryptophans.
+    assert identical(smith_waterman, "WWWWAAWWWW", "WWWWWWWW", 1.0) == 8
+    assert identical(smith_waterman, "WWWWAAWWWW", "WWWWWWWW", 100.0) == 6
 
 
 def test_tables_align() -> None:

@@ -1,10 +1,9 @@
-"""Target pairs from alignments, crops, augmentation, sampling."""
+"""Target pairs from alignments, crops, augmentation, padding."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from examples.pfam.augment import insert_and_delete, mutate, substitution_cdf
 from examples.pfam.config import TRAIN_SAMPLE
@@ -21,7 +20,7 @@ from examples.pfam.pairs import (
     make_pair,
     slice_pair,
 )
-from examples.pfam.sampler import PADDING, PairSampler, collate
+from examples.pfam.sampler import PADDING, collate
 from examples.pfam.stockholm import Alignment, read_stockholm
 
 
@@ -32,10 +31,6 @@ def family(*rows: str) -> Family:
 @pytest.fixture(scope="module")
 def shipped() -> list[Family]:
     return load_families(read_stockholm(TRAIN_SAMPLE))
-
-
-def sampler_of(families: list[Family], *, cells: int = 10**6, seed: int = 0) -> PairSampler:
-    return PairSampler(families, size=4, cells=cells, cap=80, mutation_rate=0.3, indels=1.0, seed=seed)
 
 
 def letters(pair: Pair) -> list[tuple[str, str]]:
@@ -134,31 +129,3 @@ def test_collate_pads_with_lengths() -> None:
     assert batch.query.tolist() == [encode("ACD").tolist(), [0, PADDING, PADDING]]
     assert batch.query_lengths.tolist() == [3, 1]
     assert batch.key_lengths.tolist() == [2, 4]
-
-
-def test_batches_are_a_function_of_seed_and_step(shipped: list[Family]) -> None:
-    def batch(seed: int, step: int) -> torch.Tensor:
-        return sampler_of(shipped, seed=seed).batch(step).query
-
-    sampler = sampler_of(shipped)
-    sampler.batch(0)
-    assert torch.equal(sampler.batch(7).query, batch(0, 7))
-    others = [batch(0, 8), batch(1, 7)]
-    assert not any(torch.equal(batch(0, 7), other) for other in others)
-    assert sampler.batch(7).query.shape[1] <= 80
-
-
-def test_batches_of_long_pairs_are_smaller(shipped: list[Family]) -> None:
-    full, limited = sampler_of(shipped), sampler_of(shipped, cells=8000)
-    for step in range(10):
-        assert len(full.batch(step).pairs) == 4
-        batch = limited.batch(step)
-        cells = len(batch.pairs) * batch.query.shape[1] * batch.key.shape[1]
-        assert cells <= 8000 or len(batch.pairs) == 1
-
-
-def test_a_sampler_needs_families() -> None:
-    with pytest.raises(ValueError, match="no training family"):
-        sampler_of([])
-    with pytest.raises(ValueError, match="fewer than 5 aligned residues"):
-        sampler_of([family("ACdefg", "ACdefg")]).batch(0)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from examples.pfam import checkpoint, cli, plots, train
+from examples.pfam import atomic, checkpoint, cli, commands, plots, train
 from examples.pfam.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from examples.pfam.cli import main
+from examples.pfam.commands.options import command_line
 from examples.pfam.config import HELDOUT_SAMPLE, TRAIN_SAMPLE, Config
 from examples.pfam.dataset import load_dataset
 from examples.pfam.evaluate import Scores
@@ -80,7 +81,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatc
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", fail)
+        patch.setattr(atomic.os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
             save_checkpoint(tmp_path, {**state, "step": 2})
     assert load_checkpoint(tmp_path)["step"] == 1
@@ -135,7 +136,7 @@ def test_config_round_trips_and_refuses_nonsense() -> None:
         ("--threads", "0", "at least 1 and at most 1024"),
         ("--steps", "0", "at least 1"),
         ("--holdout", "1.0", "above 0 and below 1"),
-        ("--decode-threshold", "5.0", "at least 0 and below 1"),
+        ("--dropout", "5.0", "at least 0 and below 1"),
         ("--indels", "-1.0", "at least 0 and at most 100"),
         ("--barycentre-weight", "nan", "at least 0"),
         ("--barycentre-weight", "-1.0", "at least 0"),
@@ -165,8 +166,8 @@ def test_values_out_of_range_are_refused_before_any_work(
 
 def test_evaluation_settings_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(SMALL, tmp_path).save()
-    assert main(["eval", str(tmp_path), "--eval-pairs", "0"]) == 1
-    assert capsys.readouterr().err == "error: --eval-pairs must be at least 1, got 0\n"
+    assert main(["eval", str(tmp_path), "--pairs", "0"]) == 1
+    assert capsys.readouterr().err == "error: --pairs must be at least 1, got 0\n"
 
 
 def test_history_round_trips(tmp_path: Path) -> None:
@@ -208,7 +209,8 @@ def test_the_demo_runs_from_one_command(tmp_path: Path, capsys: pytest.CaptureFi
     try:
         for _ in range(2):
             assert main(["--steps", "3", "--out", str(run), *SMALL_FLAGS.split()]) == 0
-        assert main(["eval", str(run), "--data", str(HELDOUT_SAMPLE), "--eval-pairs", "2", "--quiet"]) == 0
+        evaluate = ["eval", str(run), "--data", str(HELDOUT_SAMPLE), "--pairs", "2", "--out", str(tmp_path / "scores")]
+        assert main([*evaluate, "--cap", "95", "--quiet"]) == 0
     finally:
         torch.set_num_threads(threads)
     text, bars = capsys.readouterr()
@@ -228,12 +230,12 @@ def test_the_demo_runs_from_one_command(tmp_path: Path, capsys: pytest.CaptureFi
         assert load_checkpoint(folder)["step"] == 3
         for name in ("plan_fn3.png", "plan_COX2_TM.png", "learning.png", "residuals.png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "4 pairs, 2 skipped for length" in text
+    assert "4 pairs, at most 2 a family, 2 skipped" in text
 
 
 def test_barycentre_errors_are_drawn_on_a_log_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     names = ("f1", "barycentre", "reconstruction", "sparse cross-entropy")
     scores = Scores(dict.fromkeys(names, 0.5), {})
     levels = dict.fromkeys(("a", "b", "c"), scores)
@@ -256,7 +258,7 @@ def test_plain_errors_end_without_a_traceback(tmp_path: Path, capsys: pytest.Cap
 def test_a_folder_that_cannot_be_written_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "Trainer", None)  # calling it would be a TypeError
+    monkeypatch.setattr(commands.train, "Trainer", None)  # calling it would be a TypeError
     file = tmp_path / "file"
     file.touch()
     for out in (file, file / "below"):
@@ -276,7 +278,7 @@ def test_an_os_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def fail(options: object) -> int:
         raise OSError("disk full")
 
-    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setattr(commands.train, "run", fail)
     assert main([]) == 1
     assert capsys.readouterr().err == "error: disk full\n"
 
@@ -305,9 +307,9 @@ def test_resume_goes_on_with_threads_and_quiet(tmp_path: Path, capsys: pytest.Ca
 def test_hints_name_the_interpreter_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert cli._command() == ".venv/bin/python -m examples.pfam"
+    assert command_line() == ".venv/bin/python -m examples.pfam"
     monkeypatch.setattr(sys, "executable", "/opt/a b/python")
-    assert cli._command() == "'/opt/a b/python' -m examples.pfam"
+    assert command_line() == "'/opt/a b/python' -m examples.pfam"
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "download"])
@@ -316,7 +318,7 @@ def test_every_option_says_what_it_is(command: str) -> None:
     for action in subparsers.choices[command]._actions:
         assert action.help and "config.py" not in action.help, action.option_strings
         assert action.nargs == 0 or action.metavar == {int: "N", float: "X"}.get(
-            action.type, "NAME" if action.choices else "URL" if action.dest == "url" else "PATH"
+            action.type, "NAME" if action.choices else {"url": "URL", "exclude": "PREFIX"}.get(action.dest, "PATH")
         )
 
 
@@ -365,7 +367,7 @@ def test_a_second_ctrl_c_still_says_how_to_go_on(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=50)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert f"stopped; from the last checkpoint: {cli._command()} train --resume {tmp_path}\n" in out
+    assert f"stopped; from the last checkpoint: {command_line()} train --resume {tmp_path}\n" in out
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -379,7 +381,7 @@ def test_a_run_cut_short_says_what_is_left(
 
     monkeypatch.setattr(Trainer, "run", stop)
     assert main(["train", "--out", str(tmp_path), "--quiet"]) == 130
-    hint = f"stopped; from the last checkpoint: {cli._command()} train --resume {tmp_path}\n"
+    hint = f"stopped; from the last checkpoint: {command_line()} train --resume {tmp_path}\n"
     assert capsys.readouterr().out.endswith(hint if saved else "stopped before the first checkpoint\n")
 
 

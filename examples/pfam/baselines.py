@@ -1,4 +1,4 @@
-"""Alignments that need no learning: the diagonal, the scaled diagonal, Needleman-Wunsch."""
+"""Alignments that need no learning: the diagonal, the scaled diagonal, Needleman-Wunsch, Smith-Waterman."""
 
 from __future__ import annotations
 
@@ -34,18 +34,33 @@ def blosum62() -> npt.NDArray[np.float64]:
     return np.array([[float(table[a, b]) for b in ALPHABET] for a in ALPHABET])
 
 
-@lru_cache(maxsize=1)
-def _aligner() -> PairwiseAligner:
-    aligner = PairwiseAligner(mode="global", substitution_matrix=substitution_matrices.load("BLOSUM62"))
-    aligner.open_gap_score, aligner.extend_gap_score = -15.0, -1.0
+GLOBAL_GAP, LOCAL_GAP = (15.0, 1.0), (11.0, 0.5)
+"""Cost of a gap's first and of each further residue. The local one is the best of ``gap_grid`` on training families."""
+
+
+def needleman_wunsch(query: IntArray, key: IntArray, gap: tuple[float, float] = GLOBAL_GAP) -> IntArray:
+    """Global alignment with affine gaps: BLOSUM62, a gap of length k costs gap[0] + (k - 1) gap[1]; pairs [p, 2].
+
+    Gaps at the ends cost the same: free ones are worse on full-length domains. One optimum of possibly several,
+    Biopython's first.
+    """
+    return _align("global", query, key, gap)
+
+
+def smith_waterman(query: IntArray, key: IntArray, gap: tuple[float, float] = LOCAL_GAP) -> IntArray:
+    """Local alignment, likewise: pairs [p, 2] of the stretch that scores most."""
+    return _align("local", query, key, gap)
+
+
+@lru_cache
+def _aligner(mode: str, gap: tuple[float, float]) -> PairwiseAligner:
+    aligner = PairwiseAligner(mode=mode, substitution_matrix=substitution_matrices.load("BLOSUM62"))
+    aligner.open_gap_score, aligner.extend_gap_score = -gap[0], -gap[1]
     return aligner
 
 
-def needleman_wunsch(query: IntArray, key: IntArray) -> IntArray:
-    """Global alignment with affine gaps: BLOSUM62, a gap of length k costs 15 + (k - 1); pairs [p, 2].
-
-    One optimum of possibly several, Biopython's first.
-    """
-    blocks = _aligner().align(decode(query), decode(key))[0].aligned
-    spans = [np.stack([np.arange(a, b), np.arange(c, d)], axis=1) for (a, b), (c, d) in zip(*blocks, strict=True)]
+def _align(mode: str, query: IntArray, key: IntArray, gap: tuple[float, float]) -> IntArray:
+    found = next(iter(_aligner(mode, gap).align(decode(query), decode(key))), None)  # none: nothing scores above 0
+    blocks = zip(*found.aligned, strict=True) if found else ()
+    spans = [np.stack([np.arange(a, b), np.arange(c, d)], axis=1) for (a, b), (c, d) in blocks]
     return np.concatenate(spans).astype(np.int64) if spans else np.zeros((0, 2), dtype=np.int64)

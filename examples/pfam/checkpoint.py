@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
 import tempfile
 from pathlib import Path
@@ -12,26 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from .atomic import replacing
+
 CHECKPOINT, REPORT = "checkpoint.pt", "report.txt"
 
 
 def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> Path:
     """Write ``state`` and the random number generators' states to ``folder/checkpoint.pt``.
 
-    The file is written beside its final name and then moved over it, so that a crash or a full disk leaves the previous
-    checkpoint whole.
+    After a crash or on a full disk the previous checkpoint is whole.
     """
     path = Path(folder) / CHECKPOINT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save({**state, "rng": _rng_state()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save({**state, "rng": _rng_state()}, file)
     return path
 
 

@@ -37,12 +37,28 @@ class Range:
             raise ValueError(f"{option} must be {self}, got {value}")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One of several names."""
+
+    names: tuple[str, ...]
+
+    def check(self, option: str, value: str) -> None:
+        """Raise ValueError unless ``value`` is one of them."""
+        if value not in self.names:
+            raise ValueError(f"{option} must be one of {', '.join(self.names)}, got {value!r}")
+
+
 def option_name(name: str) -> str:
     """The command line's name of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
 def _number(default: float | None, allowed: Range, meaning: str) -> Any:
+    return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
+
+
+def _choice(default: str, allowed: Choice, meaning: str) -> Any:
     return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
 
 
@@ -62,31 +78,39 @@ class Config:
 
     data: str = str(TRAIN_SAMPLE)
     eval_data: str | None = str(HELDOUT_SAMPLE)
-    holdout: float = _number(0.1, Range(0, 1, "()"), "fraction of the families held out when there is no --eval-data")
+    holdout: float = _number(0.1, Range(0, 1, "()"), "share of the families, 200 at most, held out without --eval-data")
+    stream_from: int = _number(16, Range(0), "megabytes of data from which they are read from disk, not memory")
     max_families: int | None = _number(None, _COUNT, "read no more families than this")
     max_sequences: int | None = _number(None, Range(2), "read no more sequences of a family than this")
     seed: int = _number(0, Range(0, 2**32 - 1), "seed of the initial weights, the batches and the dropout")
-    steps: int = _number(450, _COUNT, "training steps")
-    batch_size: int = _number(6, _COUNT, "most pairs in a batch")
-    batch_cells: int = _number(320_000, _COUNT, "most plan entries in a batch")
-    cap: int = _number(224, Range(16), "longest side of a training pair, longer ones are cropped")
+    steps: int = _number(200, _COUNT, "training steps")
+    batch_size: int = _number(6, _COUNT, "pairs in a batch, over all processes")
+    batch_cells: int = _number(320_000, _COUNT, "most plan entries computed at once; larger batches go in parts")
+    pool: int = _number(4, _COUNT, "pairs of so many steps are sorted by length: more, less padding, more like batches")
+    cap: int = _number(160, Range(16), "longest side of a training pair, longer ones are cropped")
     eval_cap: int = _number(400, _COUNT, "longest side of an evaluation pair, longer ones are skipped")
     eval_pairs: int = _number(20, _COUNT, "evaluation pairs per held-out family")
-    eval_every: int = _number(150, _COUNT, "steps between evaluations")
+    eval_every: int = _number(100, Range(0), "steps between evaluations; 0: one, at the end")
     save_every: int = _number(100, _COUNT, "steps between checkpoints")
     learning_rate: float = _number(3e-3, Range(0, 1, "(]"), "peak learning rate of AdamW")
-    weight_decay: float = _number(0.01, Range(0), "weight decay of AdamW")
+    weight_decay: float = _number(0.1, Range(0), "weight decay of AdamW")
     warmup: int = _number(50, Range(0), "steps of linear warm-up of the learning rate")
-    barycentre_weight: float = _number(0.15, Range(0), "weight of the barycentre loss, per residue")
-    mutation_rate: float = _number(0.3, _FRACTION, "each side of a pair is mutated at a rate up to this")
-    indels: float = _number(1.0, Range(0, 100), "inserted or deleted runs per hundred residues and side")
+    barycentre_weight: float = _number(0.1, Range(0), "weight of the barycentre loss, per residue")
+    mutation_rate: float = _number(0.6, _FRACTION, "each side of a pair is mutated at a rate up to this")
+    indels: float = _number(0.5, Range(0, 100), "inserted or deleted runs per hundred residues and side")
     dim: int = _number(64, Range(21), "width of the tokens")
-    dropout: float = _number(0.1, _FRACTION, "dropout in the context blocks")
-    base_iters: int = _number(20, Range(0), "T of every attention: Sinkhorn iterations before the tail")
+    dropout: float = _number(0.25, _FRACTION, "dropout in the context blocks")
+    heads: int = _number(4, Range(1, 64), "learned projections whose inner products are compared")
+    hidden: int = _number(24, _COUNT, "width of the perceptrons that judge a pair of residues")
+    attention: str = _choice("sinkhorn", Choice(("sinkhorn", "softmax", "dual-softmax")), "how scores become a plan")
+    base_iters: int = _number(40, Range(0), "T of every attention: Sinkhorn iterations before the tail")
     tail_iters: int = _number(2, Range(0), "R of every attention: iterations differentiated exactly")
     window: int | None = _number(None, Range(0), "tokens to either side of the scaled diagonal that may be aligned")
-    rounds: int = _number(3, _COUNT, "how often the second attention is repeated in evaluation")
-    decode_threshold: float = _number(0.02, _FRACTION, "the decoder adds a pair only above this plan entry")
+    gradient: str = _choice("implicit", Choice(("tail", "implicit", "unrolled")), "what is differentiated")
+    capacity: str = _choice("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")
+    relaxation: float | None = _number(None, Range(0, ends="(]"), "strength of a KL penalty in place of exact masses")
+    train_rounds: int = _number(2, _COUNT, "how often the second attention is repeated in training")
+    rounds: int = _number(2, _COUNT, "the same in evaluation")
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from .config import Config
-from .pairs import EvaluationSet, Family, evaluation_pairs, load_families
-from .stockholm import Alignment, read_stockholm
+from .pairs import EvaluationSet, Family, evaluation_pairs, family_from_alignment
+from .stockholm import read_stockholm, stockholm_files
+from .streaming import stored_families
 
 # Not the run's seed: runs that differ in their seed are compared on the same pairs.
 _PAIR_SEED = 0
+
+_ACCESSION = re.compile(r"(?<![A-Za-z0-9])PF\d{5}(?!\d)")
+
+MOST_HELD_OUT = 200
+"""Families held out of the training data at most: more would cost time at each evaluation, and decide nothing."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,17 @@ class Dataset:
     heldout: EvaluationSet
     dropped: tuple[str, ...]
 
+    @property
+    def trained_on(self) -> list[list[str]]:
+        """The ``identities`` of each training family, sorted: what a checkpoint records."""
+        return sorted(sorted(identities(family)) for family in self.train)
+
     def summary(self) -> str:
         """What the run will train and be evaluated on, in a few lines."""
         names = [family.key for family in self.heldout_families]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         lines = [
             f"training: {len(self.train)} families, {sum(len(f.sequences) for f in self.train)} sequences",
-            f"held out: {len(names)} families ({shown}), {len(self.heldout.pairs)} pairs",
+            f"held out: {len(names)} families ({in_brief(names)}), {len(self.heldout.pairs)} pairs",
         ]
         if self.heldout.skipped:
             lines.append(f"skipped:  {self.heldout.skipped} held-out pairs beyond the length cap")
@@ -39,9 +52,13 @@ class Dataset:
         return "\n".join(lines)
 
 
-def load_dataset(config: Config) -> Dataset:
-    """Read, split by family, and draw the evaluation pairs."""
-    train = _families(config.data, config)
+def load_dataset(config: Config, cache: str | Path | None = None) -> Dataset:
+    """Read, split by family, and draw the evaluation pairs.
+
+    Data of at least ``config.stream_from`` megabytes are not read into memory: see ``stored_families``, whose ``cache``
+    this is.
+    """
+    train = _families(config.data, config, cache)
     dropped: list[str] = []
     if config.eval_data is None:
         if len(train) < 2:
@@ -50,34 +67,43 @@ def load_dataset(config: Config) -> Dataset:
                 "(or give the held-out ones with --eval-data)"
             )
         order = np.random.default_rng(config.seed).permutation(len(train))
-        cut = min(max(round(config.holdout * len(train)), 1), len(train) - 1)
+        cut = min(max(round(config.holdout * len(train)), 1), len(train) - 1, MOST_HELD_OUT)
         heldout = [train[index] for index in sorted(order[:cut])]
         train = [train[index] for index in sorted(order[cut:])]
     else:
-        heldout = _families(config.eval_data, config)
-        taken = {name for family in heldout for name in _identities(family)}
-        dropped = [family.key for family in train if _identities(family) & taken]
-        train = [family for family in train if not _identities(family) & taken]
+        heldout = _families(config.eval_data, config, cache)
+        taken = {name for family in heldout for name in identities(family)}
+        dropped = [family.key for family in train if identities(family) & taken]
+        train = [family for family in train if not identities(family) & taken]
     pairs = evaluation_pairs(heldout, config.eval_pairs, config.eval_cap, _PAIR_SEED)
     if not pairs.pairs:
         raise ValueError(f"no held-out pair to evaluate on ({pairs.skipped} skipped for length, cap {config.eval_cap})")
     return Dataset(tuple(train), tuple(heldout), pairs, tuple(dropped))
 
 
-def _identities(family: Family) -> set[str]:
-    """Name, and accession without its version: PF00041.20 is the same family as PF00041."""
-    return {family.name, family.accession.split(".")[0]} - {""}
+def identities(family: Family) -> set[str]:
+    """Its name, its accession without the version, and Pfam accessions inside the name.
+
+    Families that share one are taken for the same: fn3 (PF00041.20) and an other_PF00041 without accession are.
+    """
+    return {family.name, family.accession.split(".")[0], *_ACCESSION.findall(family.name)} - {""}
 
 
-def _families(path: str, config: Config) -> list[Family]:
-    def limited() -> Iterator[Alignment]:
-        for index, alignment in enumerate(read_stockholm(path)):
-            if config.max_families is not None and index >= config.max_families:
-                return
-            yield _first_rows(alignment, config.max_sequences)
-
-    return load_families(limited())
+def in_brief(names: Sequence[str]) -> str:
+    """The first eight names, and how many more there are."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _first_rows(alignment: Alignment, count: int | None) -> Alignment:
-    return replace(alignment, names=alignment.names[:count], rows=alignment.rows[:count])
+def _families(path: str, config: Config, cache: str | Path | None) -> list[Family]:
+    """The families with at least two sequences; the rest cannot make a pair."""
+    size = sum(file.stat().st_size for file in stockholm_files(path))
+    families: Iterable[Family]
+    if size >= config.stream_from * 1_000_000:
+        families = stored_families(path, cache)
+    else:
+        families = map(family_from_alignment, read_stockholm(path))
+    limited = (
+        replace(family, sequences=family.sequences[: config.max_sequences])
+        for family in islice(families, config.max_families)
+    )
+    return [family for family in limited if len(family.sequences) > 1]

@@ -1,8 +1,7 @@
-"""Where a run computes: the CPU, or an XLA device (a TPU, or XLA's own CPU) through torch_xla, one or several."""
+"""Where a run computes: the CPU, a GPU, or XLA devices (TPUs, or XLA's own CPU) through torch_xla."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from . import objective, static
 from .sampler import Batch
 
-DEVICES = ("cpu", "xla")
+DEVICES = ("cpu", "cuda", "xla")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -28,11 +27,20 @@ class Placed:
 
 
 class Device:
-    """The CPU, and the interface: everything about a run that depends on where it computes."""
+    """The CPU, and the interface: everything about a run that depends on where it computes.
+
+    Args:
+        precision: of linear layers and convolutions in training; the attention itself is float32, and so is evaluation.
+    """
 
     name = "cpu"
     read_every = 1
     """Steps between two readings of the losses; on a device that runs ahead of Python each reading waits for it."""
+    one_shape = False
+    """Whether every batch is padded to one shape, and so never computed in parts."""
+
+    def __init__(self, precision: str = "float32") -> None:
+        self._precision = precision
 
     def model(self, model: nn.Module) -> nn.Module:
         """Move the parameters, in place."""
@@ -64,7 +72,11 @@ class Device:
 
     def precision(self) -> AbstractContextManager[object]:
         """Around the forward."""
-        return contextlib.nullcontext()
+        return torch.autocast(self.name, dtype=torch.bfloat16, enabled=self._precision == "bfloat16")
+
+    def seed(self, seed: int) -> None:
+        """Of what a training step draws, dropout; given for each step, so that no state need be kept."""
+        torch.manual_seed(seed)
 
     def finish_step(self) -> None:
         """The step is written down: let the device work."""
@@ -77,8 +89,52 @@ class Device:
         """Put it back; None: it keeps the seed that it was given."""
 
     def describe(self) -> str:
-        """In a line, for the log; empty for the CPU."""
-        return ""
+        """In a line, for the log; empty for the CPU in float32."""
+        return "" if self._precision == "float32" else f"CPU, {self._precision}"
+
+
+class CudaDevice(Device):
+    """A GPU. Batches are square and carry their targets as tensors, so that a step does not wait for the CPU.
+
+    Args:
+        index: which one; a run of several processes has one each.
+        precision: as ``Device``'s.
+
+    Raises:
+        ValueError: this PyTorch sees no such GPU.
+    """
+
+    name = "cuda"
+    read_every = 25
+
+    def __init__(self, index: int = 0, precision: str = "float32") -> None:
+        super().__init__(precision)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if index >= count:
+            raise ValueError(f"--device cuda needs {index + 1} GPU(s) on this machine, PyTorch sees {count}")
+        torch.cuda.set_device(index)
+        self.device = torch.device("cuda", index)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device)
+
+    def place(self, batch: Batch, size: int, longest: int, learning: bool) -> Placed:
+        count, side = len(batch.pairs), max(batch.query.shape[1], batch.key.shape[1])
+        full = static.padded(batch, count, side)
+        moved = full.moved(self._moved)
+        if not learning:
+            return Placed(moved)
+        known = static.targets(batch.pairs, count, side)
+        return Placed(moved, static.Targets(*map(self._moved, known.tensors())))
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+        return _static_losses(plans, placed, barycentre_weight)
+
+    def describe(self) -> str:
+        return f"{torch.cuda.get_device_name(self.device)}, {self._precision}"
 
 
 class XlaDevice(Device):
@@ -94,6 +150,7 @@ class XlaDevice(Device):
 
     name = "xla"
     read_every = 25
+    one_shape = True
 
     def __init__(self, fsdp: int = 1, precision: str = "float32") -> None:
         if importlib.util.find_spec("torch_xla") is None:
@@ -103,7 +160,7 @@ class XlaDevice(Device):
         import torch_xla.distributed.spmd as xs
         import torch_xla.runtime as xr
 
-        self._dtype = precision
+        super().__init__(precision)
         self.count = xr.global_runtime_device_count()
         if self.count % fsdp:
             raise ValueError(f"--fsdp {fsdp} does not divide the {self.count} XLA devices")
@@ -152,13 +209,7 @@ class XlaDevice(Device):
     def place(self, batch: Batch, size: int, longest: int, learning: bool) -> Placed:
         size, length = -(-size // self.count) * self.count, static.bucketed(longest)
         full = static.padded(batch, size, length)
-        moved = Batch(
-            query=self._sharded(full.query),
-            key=self._sharded(full.key),
-            query_lengths=self._sharded(full.query_lengths),
-            key_lengths=self._sharded(full.key_lengths),
-            pairs=full.pairs,
-        )
+        moved = full.moved(self._sharded)
         if not learning:
             return Placed(moved)
         known = static.targets(batch.pairs, size, length)
@@ -173,12 +224,10 @@ class XlaDevice(Device):
         return moved
 
     def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
-        assert placed.known is not None
-        loss = static.training_loss(plans, placed.known, barycentre_weight)
-        return loss, static.plan_loss(plans[1].detach(), placed.known)
+        return _static_losses(plans, placed, barycentre_weight)
 
-    def precision(self) -> AbstractContextManager[object]:
-        return torch.autocast("xla", dtype=torch.bfloat16, enabled=self._dtype == "bfloat16")
+    def seed(self, seed: int) -> None:
+        """Nothing: a seed would be a constant of the program, compiled anew for each step."""
 
     def finish_step(self) -> None:
         import torch_xla
@@ -201,20 +250,27 @@ class XlaDevice(Device):
 
         kind = f"{self.count} XLA device{'s' if self.count > 1 else ''} ({xr.device_type()})"
         mesh = f", a mesh of {self.count // self.fsdp} (data) x {self.fsdp} (fsdp)" if self.mesh is not None else ""
-        return f"{kind}{mesh}, {self._dtype}"
+        return f"{kind}{mesh}, {self._precision}"
 
 
-def open_device(name: str, fsdp: int = 1, precision: str = "float32") -> Device:
-    """The device of a name in `DEVICES`.
+def open_device(name: str, fsdp: int = 1, precision: str = "float32", local_rank: int = 0) -> Device:
+    """The device of a name in `DEVICES`; `local_rank` is the process's number on its machine.
 
     Raises:
         ValueError: it is not to be had, or an option does not suit it.
     """
     if name == "xla":
         return XlaDevice(fsdp, precision)
-    if fsdp != 1 or precision != "float32":
-        raise ValueError("--fsdp and --precision are for --device xla")
-    return Device()
+    if fsdp != 1:
+        raise ValueError(f"--fsdp {fsdp} is for --device xla, not {name}")
+    return CudaDevice(local_rank, precision) if name == "cuda" else Device(precision)
+
+
+def _static_losses(plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+    """`Device.losses` from targets that are tensors."""
+    assert placed.known is not None
+    loss = static.training_loss(plans, placed.known, barycentre_weight)
+    return loss, static.plan_loss(plans[1].detach(), placed.known)
 
 
 def on_cpu(state: Any) -> Any:

@@ -1,25 +1,30 @@
-"""Score a model and the baselines on fixed pairs, macro over families."""
+"""Score alignments and plans on fixed pairs, pair by pair, and macro over families."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from .baselines import diagonal, needleman_wunsch, scaled_diagonal
-from .decode import expected_accuracy
+from .baselines import diagonal, needleman_wunsch, scaled_diagonal, smith_waterman
+from .decode import DECODERS, DEFAULT_DECODER, confidence
 from .device import Device
 from .metrics import (
+    PairScore,
     barycentre_error,
+    best_partners,
     hard_barycentre,
     macro,
     pair_score,
+    partners,
     plan_barycentre,
     reconstruction,
+    row_accuracy,
+    sequence_identity,
     sparse_cross_entropy,
 )
 from .model import Aligner
@@ -28,17 +33,36 @@ from .sampler import collate
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
-ALIGNED = ("precision", "recall", "f1", "barycentre")
+
+ALIGNED = ("precision", "recall", "f1", "row accuracy", "barycentre")
+"""What is measured of every aligner."""
+PLAN = ("reconstruction", "sparse cross-entropy", "confidence")
+"""What is measured of plans alone; confidence is the mean entry of the decoded pairs."""
+
+CELLS = 640_000
+"""Most plan entries that are computed at once: more take memory and are no faster."""
 
 BASELINES: dict[str, Callable[[Pair], IntArray]] = {
     "diagonal": lambda pair: diagonal(len(pair.query), len(pair.key)),
     "scaled diagonal": lambda pair: scaled_diagonal(len(pair.query), len(pair.key)),
     "Needleman-Wunsch": lambda pair: needleman_wunsch(pair.query, pair.key),
+    "Smith-Waterman": lambda pair: smith_waterman(pair.query, pair.key),
 }
 
 
 class Interrupted(Exception):
     """The user asked to stop while pairs were being scored."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One aligned pair: its family and names, its identity in the reference, its counts, and the values by name."""
+
+    family: str
+    names: tuple[str, str]
+    identity: float
+    counts: PairScore
+    values: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -48,58 +72,88 @@ class Scores:
     macro: dict[str, float]
     families: dict[str, dict[str, float]]
 
+    @classmethod
+    def of(cls, results: Iterable[Result]) -> Scores:
+        """The means of pair by pair results."""
+        return cls(*macro((result.family, result.values) for result in results))
+
+
+def measure_alignment(pair: Pair, predicted: IntArray) -> Result:
+    """``ALIGNED`` of residue pairs [p, 2]."""
+    n, m = len(pair.query), len(pair.key)
+    barycentre = barycentre_error(hard_barycentre(predicted, n, m), pair.target)
+    return _result(pair, predicted, row_accuracy(partners(predicted, n, m), pair.target), barycentre)
+
+
+def measure_plan(pair: Pair, plan: FloatArray, predicted: IntArray) -> Result:
+    """``ALIGNED`` and ``PLAN`` of a plan [n+1, m+1] and the pairs [p, 2] decoded from it.
+
+    Row accuracy and barycentre are the plan's own, before decoding.
+    """
+    barycentre = barycentre_error(plan_barycentre(plan), pair.target)
+    result = _result(pair, predicted, row_accuracy(best_partners(plan), pair.target), barycentre)
+    result.values.update(
+        {
+            "reconstruction": reconstruction(plan, pair.target),
+            "sparse cross-entropy": sparse_cross_entropy(plan, pair.target),
+            "confidence": float(confidence(plan, predicted).mean()) if len(predicted) else 0.0,
+        }
+    )
+    return result
+
+
+def _result(pair: Pair, predicted: IntArray, accuracy: float, barycentre: float) -> Result:
+    counts = pair_score(predicted, pair.target)
+    identity = sequence_identity(pair.query, pair.key, pair.target)
+    numbers = (counts.precision, counts.recall, counts.f1, accuracy, barycentre)
+    return Result(pair.family, pair.names, identity, counts, dict(zip(ALIGNED, numbers, strict=True)))
+
+
+def baseline_results(pairs: Sequence[Pair], progress: bool = False) -> dict[str, list[Result]]:
+    """Every baseline of ``BASELINES`` on every pair, in the order of ``pairs``."""
+    return {
+        name: [measure_alignment(pair, align(pair)) for pair in tqdm(pairs, name, leave=False, disable=not progress)]
+        for name, align in BASELINES.items()
+    }
+
 
 def score_baselines(pairs: Sequence[Pair]) -> dict[str, Scores]:
-    """Precision, recall, F1 and barycentre error of every baseline."""
-    scores = {}
-    for name, align in BASELINES.items():
-        rows = []
-        for pair in pairs:
-            predicted = align(pair)
-            error = barycentre_error(hard_barycentre(predicted, len(pair.query), len(pair.key)), pair.target)
-            rows.append((pair.family, {**asdict(pair_score(predicted, pair.target)), "barycentre": error}))
-        scores[name] = Scores(*macro(rows))
-    return scores
+    """``ALIGNED`` of every baseline."""
+    return {name: Scores.of(results) for name, results in baseline_results(pairs).items()}
 
 
 def score_model(
     model: Aligner,
     pairs: Sequence[Pair],
-    threshold: float,
     batch_size: int = 8,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
     device: Device | None = None,
 ) -> Scores:
-    """The same of the model's plans, with their reconstruction and sparse cross-entropy.
+    """``ALIGNED`` and ``PLAN`` of the model's plans, decoded by the default rule.
 
-    ``device`` is where the model is. ``stop`` is asked between batches; once it says True, ``Interrupted`` is raised.
+    ``device`` is where the model is. ``stop`` is asked between pairs; once it says True, ``Interrupted`` is raised.
     """
-    rows = []
+    results, decode = [], DECODERS[DEFAULT_DECODER]
     with tqdm(total=len(pairs), desc="evaluating", unit="pair", leave=False, disable=not progress) as bar:
         for pair, plan in align_pairs(model, pairs, batch_size, device):
-            values = {
-                **asdict(pair_score(expected_accuracy(plan, threshold), pair.target)),
-                "barycentre": barycentre_error(plan_barycentre(plan), pair.target),
-                "reconstruction": reconstruction(plan, pair.target),
-                "sparse cross-entropy": sparse_cross_entropy(plan, pair.target),
-            }
-            rows.append((pair.family, values))
+            results.append(measure_plan(pair, plan, decode(plan)))
             bar.update()
             if stop():
                 raise Interrupted
-    return Scores(*macro(rows))
+    return Scores.of(results)
 
 
 def align_pairs(
     model: Aligner, pairs: Sequence[Pair], batch_size: int, device: Device | None = None
 ) -> Iterator[tuple[Pair, FloatArray]]:
-    """(pair, plan [n+1, m+1]) in order of length, so that batches hold little padding; the model's mode is kept."""
+    """(pair, plan [n+1, m+1]) in order of length, so that batches hold little padding; the model's mode is kept.
+
+    A batch is smaller than ``batch_size`` where its plans would have more than ``CELLS`` entries.
+    """
     device = device or Device()
-    ordered = sorted(pairs, key=lambda pair: len(pair.query) + len(pair.key))
     training = model.training
-    for start in range(0, len(ordered), batch_size):
-        chunk = ordered[start : start + batch_size]
+    for chunk in _batches(sorted(pairs, key=lambda pair: len(pair.query) + len(pair.key)), batch_size):
         model.eval()
         try:
             with torch.no_grad():
@@ -111,6 +165,19 @@ def align_pairs(
             model.train(training)
         for pair, plan in zip(chunk, plans, strict=True):
             yield pair, unpad(plan, len(pair.query), len(pair.key))
+
+
+def _batches(ordered: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
+    chunk: list[Pair] = []
+    rows = cols = 0
+    for pair in ordered:
+        rows, cols = max(rows, len(pair.query)), max(cols, len(pair.key))
+        if chunk and (len(chunk) == size or rows * cols * (len(chunk) + 1) > CELLS):
+            yield chunk
+            chunk, rows, cols = [], len(pair.query), len(pair.key)
+        chunk.append(pair)
+    if chunk:
+        yield chunk
 
 
 def unpad(plan: FloatArray, n: int, m: int) -> FloatArray:

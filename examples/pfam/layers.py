@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class ContextBlock(nn.Module):
@@ -26,72 +29,93 @@ class ContextBlock(nn.Module):
         return (x + self.perceptron(y)) * active
 
 
-class Harmonics(nn.Module):
-    """Positions as features whose inner product is a learned even function of the distance.
+def diagonal_means(maps: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Averages along the diagonals of [N, C, L, S] maps, twice over each odd width: [N, len(widths) C, L, S].
 
-    <f(x), f(y)> = sum_w a_w cos(2 pi (x - y) / w) with learned a_w >= 0, over fixed wavelengths w: rotary embeddings'
-    kernel, kept apart from the content so that it stays a mild preference with no hard range.
+    Two sequences align in gapless runs, so what supports (i, j) stands at (i + k, j + k). A moving average taken twice
+    weighs its neighbours by a triangle, close to a Gaussian of standard deviation width / sqrt(6); beyond the ends of a
+    diagonal stand zeros.
+    """
+    return _DiagonalMeans.apply(maps, widths)
+
+
+class _DiagonalMeans(torch.autograd.Function):
+    """An average with zeros beyond the ends is its own adjoint, so the backward is the forward: a third of the time
+    that autograd takes through the running sums."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, widths: tuple[int, ...]) -> Tensor:
+        ctx.widths = widths
+        columns = _diagonals(maps)
+        return torch.cat([_from_diagonals(_twice(columns, width), maps.shape[3]) for width in widths], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        parts = _diagonals(grad).chunk(len(ctx.widths), dim=1)
+        total = torch.stack([_twice(part, width) for part, width in zip(parts, ctx.widths, strict=True)]).sum(dim=0)
+        return _from_diagonals(total, grad.shape[3]), None
+
+
+def _diagonals(maps: Tensor) -> Tensor:
+    """[N, C, L, S] to [N, C, L, S + L + 1]: entry (i, j) in column j - i + L, zeros elsewhere."""
+    length, size = maps.shape[2:]
+    flat = F.pad(F.pad(maps, (length, 0)).flatten(2), (0, length))
+    return flat.unflatten(2, (length, size + length + 1))
+
+
+def _from_diagonals(columns: Tensor, size: int) -> Tensor:
+    """The inverse of ``_diagonals``."""
+    length = columns.shape[2]
+    return columns.flatten(2)[..., :-length].unflatten(2, (length, size + length))[..., length:]
+
+
+def _twice(columns: Tensor, width: int) -> Tensor:
+    """The moving average down the columns, twice. The first runs beyond both ends, where the second still reads it:
+    so padding changes nothing, and the two sequences are treated alike."""
+    reach = width - 1
+    if _pools(columns):
+        once = F.avg_pool2d(F.pad(columns, (0, 0, reach, reach)), (width, 1), stride=1)
+        return F.avg_pool2d(once, (width, 1), stride=1)
+    return _sums(_sums(F.pad(columns / width**2, (0, 0, reach, reach)), width), width)
+
+
+def _pools(columns: Tensor) -> bool:
+    """Whether to add up windows, not running sums: on XLA devices those take a time in proportion to the length."""
+    return columns.device.type == "xla"
+
+
+def _sums(columns: Tensor, width: int) -> Tensor:
+    """Sums of ``width`` neighbours down the columns: width - 1 rows fewer."""
+    total = F.pad(columns, (0, 0, 1, 0)).cumsum(dim=2)
+    return total[:, :, width:] - total[:, :, :-width]
+
+
+class PairScore(nn.Module):
+    """A score for every pair of residues from what is known of it: a linear function plus a small perceptron.
+
+    Every entry is judged by itself, with the same few weights whatever the family: that is what carries over to
+    families never seen. The perceptron starts at zero.
 
     Args:
-        wavelengths: w, in the unit of the positions.
-        amplitude: initial a_w.
+        maps: C, how many numbers describe a pair.
+        hidden: width of the perceptron.
+        linear: initial weights of the linear function, C or fewer; the rest start at zero.
     """
 
-    wavelengths: Tensor
-
-    def __init__(self, wavelengths: tuple[float, ...], amplitude: float) -> None:
+    def __init__(self, maps: int, hidden: int, linear: tuple[float, ...] = ()) -> None:
         super().__init__()
-        self.register_buffer("wavelengths", torch.tensor(wavelengths), persistent=False)
-        start = torch.full((len(wavelengths),), amplitude)
-        self.raw_amplitude = nn.Parameter(torch.log(torch.expm1(start)))
+        self.linear = nn.Parameter(torch.tensor([*linear, *[0.0] * (maps - len(linear))]))
+        self.hidden = nn.Linear(maps, hidden)
+        self.score = nn.Parameter(torch.zeros(hidden))
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """[N, L] positions to [N, L, 2 * len(wavelengths)] features."""
-        phase = 2 * torch.pi * positions[..., None] / self.wavelengths
-        weight = F.softplus(self.raw_amplitude).sqrt()
-        return torch.cat([phase.cos() * weight, phase.sin() * weight], dim=-1)
-
-
-class DiagonalEvidence(nn.Module):
-    """A small image network over [N, L, S] maps: what supports pair (i, j) along its diagonal.
-
-    Two sequences align in gapless runs, so the neighbours (i+k, j+k) of a true pair are likely pairs too. Convolutions
-    on the first plan see them directly and know nothing of any family: this is what carries over to unseen ones.
-
-    The maps are read, not trained through: what made them has a loss of its own, and the backward costs half.
-    """
-
-    def __init__(self, maps: int, channels: int = 8, width: int = 9) -> None:
-        super().__init__()
-        self.gather = nn.Conv2d(maps, channels, width, padding=width // 2)
-        self.decide = nn.Conv2d(channels, 1, 5, padding=2)
-
-    def forward(self, maps: Tensor, active: Tensor) -> Tensor:
-        """Maps [N, C, L, S] and active [N, 1, L, S] (0 on padding) to score corrections [N, 1, L, S]."""
-        x = maps.detach() * active
-        if x.device.type == "xla":
-            return by_blocks(F.gelu(by_blocks(x, self.gather)) * active, self.decide)
-        # Channels last is about twice as fast on CPU with so few channels.
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.decide(F.gelu(self.gather(x)) * active).contiguous()
-
-
-def by_blocks(x: Tensor, convolution: nn.Conv2d, block: int = 128) -> Tensor:
-    """The convolution of [N, C, L, S], centred and padded with zeros, as one matrix product.
-
-    A TPU's compiler unrolls a convolution of few channels into hundreds of thousands of instructions. A block of a row
-    and what its kernel reaches, of all channels and rows of the kernel, times a banded matrix suits its matrix unit.
-    """
-    weight, length, size = convolution.weight, x.shape[2], x.shape[3]
-    height, width = weight.shape[2:]
-    blocks = -(-size // block)
-    edge = width // 2 + blocks * block - size
-    x = F.pad(x, (width // 2, edge, height // 2, height // 2))
-    x = torch.stack([x[:, :, row : row + length] for row in range(height)], dim=2)
-    reach = block + width - 1
-    x = torch.stack([x[..., at : at + reach] for at in range(0, blocks * block, block)], dim=-2)
-    inside, offset = torch.arange(block, device=x.device), torch.arange(width, device=x.device)
-    taken = torch.arange(reach, device=x.device)[:, None, None] == inside[:, None] + offset
-    band = torch.einsum("ochw,ksw->chkos", weight, taken.to(weight.dtype))
-    found = torch.einsum("nchlbk,chkos->nolbs", x, band).flatten(3)[..., :size]
-    return found if convolution.bias is None else found + convolution.bias[:, None, None]
+    def forward(self, *groups: Tensor) -> Tensor:
+        """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S]."""
+        hidden, linear = self.hidden.bias[:, None], torch.zeros((), device=self.linear.device)
+        sizes = [group.shape[1] for group in groups]
+        weights = zip(groups, self.hidden.weight.split(sizes, dim=1), self.linear.split(sizes), strict=True)
+        for group, of_hidden, of_linear in weights:
+            flat = group.flatten(2)
+            hidden = torch.baddbmm(hidden, of_hidden.expand(len(flat), -1, -1), flat)
+            linear = linear + of_linear @ flat
+        return (linear + self.score @ hidden.relu()).unflatten(1, groups[0].shape[2:])

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .pairs import ALPHABET
+
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
 
@@ -17,21 +19,70 @@ LOG_FLOOR = 1e-30
 
 @dataclass(frozen=True)
 class PairScore:
-    """Precision, recall and F1 of predicted residue pairs against the curated ones."""
+    """Predicted residue pairs against the curated ones: how many are right, how many predicted, how many curated."""
 
-    precision: float
-    recall: float
-    f1: float
+    hits: int
+    predicted: int
+    target: int
+
+    @property
+    def precision(self) -> float:
+        """hits / predicted, 0 for an empty prediction."""
+        return self.hits / max(self.predicted, 1)
+
+    @property
+    def recall(self) -> float:
+        """hits / target."""
+        return self.hits / max(self.target, 1)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of the two, 2 hits / (predicted + target)."""
+        return 2 * self.hits / max(self.predicted + self.target, 1)
+
+    def __add__(self, other: PairScore) -> PairScore:
+        """Counts added up: scores of the sum are micro averages."""
+        return PairScore(self.hits + other.hits, self.predicted + other.predicted, self.target + other.target)
 
 
 def pair_score(predicted: IntArray, target: IntArray) -> PairScore:
-    """Compare predicted pairs [p, 2] with target pairs [k, 2]; an empty prediction has precision 0."""
+    """Compare predicted pairs [p, 2] with target pairs [k, 2]."""
     if len(predicted) == 0 or len(target) == 0:
-        return PairScore(0.0, 0.0, 0.0)
+        return PairScore(0, len(predicted), len(target))
     width = int(max(predicted[:, 1].max(), target[:, 1].max())) + 1
     hits = len(np.intersect1d(predicted @ [width, 1], target @ [width, 1]))
-    precision, recall = hits / len(predicted), hits / len(target)
-    return PairScore(precision, recall, 2 * hits / (len(predicted) + len(target)))
+    return PairScore(hits, len(predicted), len(target))
+
+
+def sequence_identity(query: IntArray, key: IntArray, target: IntArray) -> float:
+    """Identical residues over aligned ones, both of the reference alignment ``target`` [k, 2]; unknown X never matches.
+
+    Columns with a gap or a lower-case residue count on neither side of the fraction.
+    """
+    a, b = query[target[:, 0]], key[target[:, 1]]
+    return float(np.mean((a == b) & (a != ALPHABET.index("X")))) if len(target) else 0.0
+
+
+def partners(pairs: IntArray, n: int, m: int) -> tuple[IntArray, IntArray]:
+    """An alignment [p, 2] as the key of each query [n], or m for the dustbin, and the query of each key [m], or n."""
+    on_key, on_query = np.full(n, m), np.full(m, n)
+    on_key[pairs[:, 0]], on_query[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
+    return on_key, on_query
+
+
+def row_accuracy(found: tuple[IntArray, IntArray], target: IntArray) -> float:
+    """Share of all n + m residues whose partner, or the dustbin, is the one of ``target`` [k, 2].
+
+    ``found`` is what ``partners`` gives of a hard alignment, or ``best_partners`` of a plan.
+    """
+    on_key, on_query = partners(target, len(found[0]), len(found[1]))
+    right = np.count_nonzero(found[0] == on_key) + np.count_nonzero(found[1] == on_query)
+    return float(right / (len(on_key) + len(on_query)))
+
+
+def best_partners(plan: FloatArray) -> tuple[IntArray, IntArray]:
+    """The largest entry of each row [n] and of each column [m] of a plan [n+1, m+1], the dustbin included."""
+    return plan[:-1].argmax(axis=1), plan[:, :-1].argmax(axis=0)
 
 
 def reconstruction(plan: FloatArray, target: IntArray) -> float:

@@ -2,12 +2,13 @@
 
 Both sequences go through the same network, so the model is symmetric in them but for the order of the half-steps.
 
-1. Residue embeddings and convolutions give a token per residue.
-2. First attention: scores are inner products of tokens plus a mild preference for small displacements; a learned
-   dustbin score per residue. Its plan says what could align with what.
-3. Second attention: each token reads what it was aligned with; where the first plan sends its neighbourhood becomes a
-   position preference; evidence along diagonals of the first plan is added to the scores. Its plan is the alignment,
-   or, in evaluation, the first plan of another round.
+1. Residue embeddings (inner products start at BLOSUM62) and dilated convolutions make a token per residue.
+2. First attention. Queries and keys are the embeddings and several learned projections of the tokens; the averages of
+   these scores along diagonals, and a mild preference for the scaled diagonal, are judged entry by entry by a small
+   perceptron and added as a float ``attn_mask``. A dustbin score per residue is its gap penalty.
+3. Second attention: each token reads what it was aligned with; the same perceptron idea judges the first plan: its
+   entries, their averages along diagonals, and where the neighbourhood of either residue landed. Its plan is the
+   alignment, or the first plan of another round.
 """
 
 from __future__ import annotations
@@ -20,38 +21,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn import Dustbin, sinkhorn_plan
+from torch_sinkhorn_attn import Dustbin
 
+from .attentions import AttentionProblem
 from .baselines import blosum62
 from .config import Config
-from .layers import ContextBlock, DiagonalEvidence, Harmonics
+from .layers import ContextBlock, PairScore, diagonal_means
 from .pairs import ALPHABET
 from .sampler import PADDING, Batch
 
-_WAVELENGTHS = (6.0, 12.0, 24.0, 48.0, 96.0, 192.0, 384.0, 768.0)
-_FRACTIONS = (2.0, 1.0, 0.5, 0.25)
 _DILATIONS = (1, 1, 2, 4)
+_WIDTHS = (5, 13, 31, 81)
+_PLAN_WIDTHS = (5, 15, 61)
+_HEAD_DIM = 16
+_READ_DIM = 32
 _REACH = 12
-
-
-@dataclass(frozen=True)
-class AttentionProblem:
-    """The arguments of one attention, so that training, certificates and pictures solve the same problem."""
-
-    query: Tensor
-    key: Tensor
-    attn_mask: Tensor | None
-    options: dict[str, Any]
-
-    def plan(self) -> Tensor:
-        """[N, L+1, S+1], the dustbin last."""
-        return sinkhorn_plan(self.query, self.key, self.attn_mask, **self.options)[:, 0]
+_UNIT = 8.0
+"""Residues: the distance from where a neighbourhood landed that counts as one."""
+# Weights of BLOSUM62 (in half bits) itself and of its averages along diagonals, before anything is learned.
+_START = (0.15, 0.3, 0.6, 1.2, 0.6)
+_START_DISTANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two sequences in the network: tokens [N, L, d], active [N, L, 1], positions [N, L], lengths [N]."""
+    """One of the two sequences: embeddings and tokens [N, L, d], active [N, L, 1], positions [L], lengths [N]."""
 
+    embedded: Tensor
     tokens: Tensor
     active: Tensor
     positions: Tensor
@@ -61,34 +57,51 @@ class Side:
         """Where the scaled diagonal puts each residue on the other sequence, (i + 1/2) m/n - 1/2, [N, L]."""
         return (self.positions + 0.5) * (other.lengths / self.lengths)[:, None] - 0.5
 
-    def fractions(self) -> Tensor:
-        """(i + 1/2) / n, [N, L]."""
-        return (self.positions + 0.5) / self.lengths[:, None]
+
+@dataclass(frozen=True)
+class Scored:
+    """What the first attention was asked, kept for the second: queries, keys, evidence [N, L, S], what it was judged
+    by, twice [N, C, L, S], dustbin scores [N, L], [N, S]."""
+
+    query: Tensor
+    key: Tensor
+    evidence: Tensor
+    maps: tuple[Tensor, Tensor]
+    query_bin: Tensor
+    key_bin: Tensor
 
 
 class Aligner(nn.Module):
-    """Maps a batch of pairs to the plans of the first and the last attention, [N, L+1, S+1], the dustbin last."""
+    """Maps a batch of pairs to the plans of the first and the last attention, [N, L+1, S+1], the dustbin last.
+
+    ``engine`` computes the attentions; None is the first that can.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        dim = config.dim
-        self.rounds = config.rounds
-        self.options: dict[str, Any] = {"base_iters": config.base_iters, "tail_iters": config.tail_iters}
-        if config.window is not None:
-            self.options["window"] = (config.window, config.window)
+        self.config = config
+        self.engine: str | None = None
+        dim, heads = config.dim, config.heads
         self.embedding = nn.Embedding(len(ALPHABET) + 1, dim, padding_idx=PADDING)
         self._initialise_embedding()
         self.context = nn.ModuleList(ContextBlock(dim, dilation, config.dropout) for dilation in _DILATIONS)
-        self.first = AttentionHead(dim)
-        self.displacement = Harmonics(_WAVELENGTHS, 0.3)
-        self.fraction = Harmonics(_FRACTIONS, 0.3)
+        self.norm = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, heads * _HEAD_DIM, bias=False)
+        # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.
+        self.gain = nn.Parameter(torch.tensor([_START[0], *[0.0] * heads]))
+        maps = (1 + heads) * (1 + len(_WIDTHS))
+        self.first = PairScore(maps + 4, config.hidden, self._initial_weights(heads))
+        self.dustbin = nn.Linear(dim, 1)
         self.read = nn.Linear(2 * dim + 2, dim)
         nn.init.normal_(self.read.weight, std=0.02)
         self.context_again = ContextBlock(dim, 1, config.dropout)
-        self.second = AttentionHead(dim)
-        self.landing = Harmonics(_WAVELENGTHS, 0.3)
-        self.log_reach = nn.Parameter(torch.tensor(0.5))
-        self.evidence = DiagonalEvidence(maps=3)
+        self.norm_again = nn.LayerNorm(dim)
+        self.project_again = nn.Linear(dim, _READ_DIM, bias=False)
+        self.log_reach = nn.Parameter(torch.tensor(1.5))
+        self.second = PairScore(12 + len(_PLAN_WIDTHS) + maps, config.hidden)
+        self.gap = GapScore(dim)
+        nn.init.zeros_(self.dustbin.weight)
+        nn.init.zeros_(self.dustbin.bias)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         solved = self.solve(batch)
@@ -97,54 +110,124 @@ class Aligner(nn.Module):
     def solve(self, batch: Batch) -> list[tuple[AttentionProblem, Tensor]]:
         """The attentions in order, each with its plan [N, L+1, S+1]; each depends on the plan before it.
 
-        The second attention is asked once in training, which is cheaper, and ``rounds`` times in evaluation, each time
+        The second attention is asked ``train_rounds`` times in training and ``rounds`` times in evaluation, each time
         about the plan of the time before.
         """
         a = self._encode(batch.query, batch.query_lengths)
         b = self._encode(batch.key, batch.key_lengths)
-        options = {**self.options, "query_lengths": batch.query_lengths, "key_lengths": batch.key_lengths}
-        first = self._first(a, b, options)
-        solved = [(first, first.plan())]
-        for _ in range(1 if self.training else self.rounds):
-            problem = self._second(a, b, first, solved[-1][1][:, :-1, :-1], options)
-            solved.append((problem, problem.plan()))
+        options = self._options(batch)
+        # Scores are differences of large numbers: float32, whatever the layers are computed in.
+        with torch.autocast(a.tokens.device.type, enabled=False):
+            scored = self._score(a, b)
+            asked = (scored.query, scored.key, scored.evidence, scored.query_bin, scored.key_bin)
+            solved = [self._solved(*asked, options)]
+            for _ in range(self.config.train_rounds if self.training else self.config.rounds):
+                solved.append(self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options))
         return solved
-
-    def _first(self, a: Side, b: Side, options: dict[str, Any]) -> AttentionProblem:
-        query, query_bin = self.first(a.tokens)
-        key, key_bin = self.first(b.tokens)
-        query = torch.cat([query, self.displacement(a.centres_on(b)), self.fraction(a.fractions())], dim=-1)
-        key = torch.cat([key, self.displacement(b.positions), self.fraction(b.fractions())], dim=-1)
-        return _problem(query, key, query_bin, key_bin, None, options)
-
-    def _second(
-        self, a: Side, b: Side, first: AttentionProblem, plan: Tensor, options: dict[str, Any]
-    ) -> AttentionProblem:
-        query, query_bin = self.second(self._reread(a, b, plan))
-        key, key_bin = self.second(self._reread(b, a, plan.transpose(1, 2)))
-        a_landing, b_landing = self._land(a, b, plan), self._land(b, a, plan.transpose(1, 2))
-        query = torch.cat([query, self.landing(a_landing), self.landing(a.positions)], dim=-1)
-        key = torch.cat([key, self.landing(b.positions), self.landing(b_landing)], dim=-1)
-        dim = self.embedding.embedding_dim
-        content = first.query[:, 0, :, :dim] @ first.key[:, 0, :, :dim].transpose(1, 2)
-        conditional = plan * plan.sum(2, keepdim=True) / (plan.sum(1, keepdim=True) + 1e-6)
-        active = (a.active @ b.active.transpose(1, 2))[:, None]
-        mask = self.evidence(torch.stack([0.3 * content, 2 * plan, conditional], dim=1), active)
-        return _problem(query, key, query_bin, key_bin, mask, options)
 
     def _encode(self, residues: Tensor, lengths: Tensor) -> Side:
         active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
-        tokens = self.embedding(residues) * active
+        embedded = self.embedding(residues) * active
+        tokens = embedded
         for block in self.context:
             tokens = block(tokens, active)
-        positions = torch.arange(residues.shape[1], dtype=tokens.dtype, device=tokens.device)
-        return Side(tokens, active, positions.expand(len(residues), -1), lengths)
+        positions = torch.arange(residues.shape[1], dtype=active.dtype, device=active.device)
+        return Side(embedded, tokens.to(active.dtype), active, positions, lengths.to(active.dtype))
+
+    def _score(self, a: Side, b: Side) -> Scored:
+        heads = self.config.heads
+        a_normal, b_normal = self.norm(a.tokens), self.norm(b.tokens)
+        a_heads, b_heads = self.project(a_normal) * a.active, self.project(b_normal) * b.active
+        split = (heads, _HEAD_DIM)
+        products = a_heads.unflatten(2, split).transpose(1, 2) @ b_heads.unflatten(2, split).permute(0, 2, 3, 1)
+        content = torch.cat([(a.embedded @ b.embedded.transpose(1, 2))[:, None], products / _HEAD_DIM**0.5], dim=1)
+        scaled = b.positions - a.centres_on(b)[..., None]
+        relative = (4 * scaled / (a.lengths + b.lengths)[:, None, None]).square()
+        # A single long insertion leaves everything before it in line with the starts, and after it with the ends.
+        from_start = (b.positions - a.positions[:, None]).expand_as(scaled)
+        from_end = from_start - (b.lengths - a.lengths)[:, None, None]
+        apart = torch.stack([distance.abs().clamp(max=100) for distance in (scaled, from_start, from_end)], dim=1)
+        means = diagonal_means(content, _WIDTHS)
+        evidence = self.first(content, means, 0.03 * apart, relative[:, None])
+        gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
+        return Scored(
+            query=torch.cat([a.embedded, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
+            key=torch.cat([b.embedded, b_heads], dim=2),
+            evidence=evidence,
+            maps=(content.detach(), means.detach()),
+            query_bin=self.dustbin(a_normal)[..., 0],
+            key_bin=self.dustbin(b_normal)[..., 0],
+        )
+
+    def _again(
+        self, a: Side, b: Side, scored: Scored, plan: Tensor, options: dict[str, Any]
+    ) -> tuple[AttentionProblem, Tensor]:
+        a_tokens, b_tokens = self._reread(a, b, plan), self._reread(b, a, plan.transpose(1, 2))
+        query, key = (
+            self.project_again(self.norm_again(tokens)) * (side.active * _READ_DIM**-0.25)
+            for tokens, side in ((a_tokens, a), (b_tokens, b))
+        )
+        to_key = (b.positions - self._land(a, b, plan)[..., None]) / _UNIT
+        to_query = (a.positions[:, None] - self._land(b, a, plan.transpose(1, 2))[:, None]) / _UNIT
+        known = plan.detach()
+        means = diagonal_means(known[:, None], _PLAN_WIDTHS)
+        judged = [
+            (known + 1e-4).log() / 3,
+            known,
+            known - known.amax(dim=2, keepdim=True),
+            known - known.amax(dim=1, keepdim=True),
+            to_key.abs().clamp(max=6) / 2,
+            to_query.abs().clamp(max=6) / 2,
+            (-to_key.square()).exp(),
+            (-to_query.square()).exp(),
+            known.sum(dim=2, keepdim=True).expand_as(known),
+            known.sum(dim=1, keepdim=True).expand_as(known),
+            query @ key.transpose(1, 2),
+            (means + 1e-3).log().mean(dim=1) / 3,
+        ]
+        evidence = self.second(torch.stack(judged, dim=1), means, *scored.maps)
+        return self._solved(
+            torch.cat([scored.query, query], dim=2),
+            torch.cat([scored.key, key], dim=2),
+            scored.evidence + evidence,
+            scored.query_bin + self.gap(plan, a.tokens, a.active),
+            scored.key_bin + self.gap(plan.transpose(1, 2), b.tokens, b.active),
+            options,
+        )
+
+    def _solved(
+        self, query: Tensor, key: Tensor, mask: Tensor, query_bin: Tensor, key_bin: Tensor, options: dict[str, Any]
+    ) -> tuple[AttentionProblem, Tensor]:
+        capacity = 1.0 if self.config.capacity == "one" else None
+        dustbin = Dustbin(query_bin[:, None], key_bin[:, None], row_capacity=capacity, col_capacity=capacity)
+        options = {**options, "dustbin": dustbin}
+        problem = AttentionProblem(query[:, None], key[:, None], mask[:, None], options, self.config.attention)
+        return problem, problem.plan()
+
+    def _options(self, batch: Batch) -> dict[str, Any]:
+        config = self.config
+        options: dict[str, Any] = {
+            "scale": 1.0,
+            "base_iters": config.base_iters,
+            "tail_iters": config.tail_iters,
+            "gradient": config.gradient,
+            "relaxation": config.relaxation,
+            "engine": self.engine,
+            "query_lengths": batch.query_lengths,
+            "key_lengths": batch.key_lengths,
+        }
+        if config.window is not None:
+            options["window"] = (config.window, config.window)
+        if config.capacity == "one":
+            # The dustbin takes one residue's mass a side, so real columns must share what real rows have: n/m each.
+            share = (batch.query_lengths / batch.key_lengths)[:, None, None]
+            options["row_mass"] = torch.ones_like(batch.query, dtype=share.dtype)[:, None]
+            options["col_mass"] = share.expand(-1, 1, batch.key.shape[1])
+        return options
 
     def _reread(self, side: Side, other: Side, plan: Tensor) -> Tensor:
         """Tokens after reading, through the plan [N, L, S], the tokens they were aligned with, [N, L, d]."""
-        mass = plan.sum(dim=2, keepdim=True)
-        sharpness = plan.square().sum(dim=2, keepdim=True)
-        read = self.read(torch.cat([side.tokens, plan @ other.tokens, mass, sharpness], dim=-1))
+        read = self.read(torch.cat([side.tokens, plan @ other.tokens, _certainty(plan)], dim=-1))
         return self.context_again(side.tokens + read, side.active)
 
     def _land(self, side: Side, other: Side, plan: Tensor) -> Tensor:
@@ -154,7 +237,7 @@ class Aligner(nn.Module):
         and rise with the sharpness of the neighbour's row.
         """
         centre = side.centres_on(other)
-        barycentre = (plan @ other.positions[..., None])[..., 0] / (plan.sum(dim=2) + 1e-6)
+        barycentre = (plan @ other.positions) / (plan.sum(dim=2) + 1e-6)
         weight = (plan.square().sum(dim=2) + 1e-4) * side.active[..., 0]
         offsets = torch.arange(-_REACH, _REACH + 1, dtype=plan.dtype, device=plan.device)
         kernel = torch.exp(-offsets.abs() / self.log_reach.exp())[None, None]
@@ -164,37 +247,39 @@ class Aligner(nn.Module):
     @torch.no_grad()
     def _initialise_embedding(self) -> None:
         # Inner products of the embeddings start at BLOSUM62 (its positive part): what decades of aligned proteins
-        # says about substitutions need not be learned again from ten families. Everything stays trainable.
+        # says about substitutions need not be learned again from few families. Everything stays trainable.
         values, vectors = np.linalg.eigh(blosum62())
         root = torch.tensor(vectors * np.sqrt(np.maximum(values, 0.0)), dtype=torch.float32)
         if self.embedding.embedding_dim < root.shape[1]:
             raise ValueError(f"dim must be at least {root.shape[1]}, got {self.embedding.embedding_dim}")
         weight = self.embedding.weight
         weight.normal_(std=0.1)
-        weight[: len(ALPHABET), : root.shape[1]] += 0.7 * root
+        weight[: len(ALPHABET), : root.shape[1]] += root
         weight[PADDING] = 0.0
 
+    @staticmethod
+    def _initial_weights(heads: int) -> tuple[float, ...]:
+        """Of the maps in the first evidence: the averages of BLOSUM62, and the distance from the scaled diagonal."""
+        of_maps = [0.0] * (1 + heads)  # what is not averaged is in queries and keys
+        for weight in _START[1:]:
+            of_maps += [weight, *[0.0] * heads]
+        return (*of_maps, -_START_DISTANCE)
 
-class AttentionHead(nn.Module):
-    """Scaled projections [N, L, d], shared by both sequences, and a dustbin score per residue [N, L]."""
 
-    def __init__(self, dim: int) -> None:
+class GapScore(nn.Module):
+    """What a plan [N, L, S] adds to the dustbin scores of its rows, [N, L]: gaps come in runs, so neighbours count."""
+
+    def __init__(self, dim: int, channels: int = 16, width: int = 9) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.dustbin = nn.Linear(dim, 1)
-        nn.init.zeros_(self.dustbin.weight)
-        nn.init.zeros_(self.dustbin.bias)
-        self.log_scale = nn.Parameter(torch.tensor(0.0))
+        self.reduce = nn.Linear(dim, 8)
+        self.gather = nn.Conv1d(10, channels, width, padding=width // 2)
+        self.score = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.norm(tokens)
-        # d^(-1/4) on either side makes the scores' temperature 1/sqrt(d), as in any attention.
-        return self.project(x) * (self.log_scale.exp() * x.shape[-1] ** -0.25), self.dustbin(x)[..., 0]
+    def forward(self, plan: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
+        known = torch.cat([_certainty(plan), self.reduce(tokens)], dim=2) * active
+        return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
 
 
-def _problem(
-    query: Tensor, key: Tensor, query_bin: Tensor, key_bin: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> AttentionProblem:
-    dustbin = Dustbin(query_bin[:, None], key_bin[:, None])
-    return AttentionProblem(query[:, None], key[:, None], mask, {**options, "scale": 1.0, "dustbin": dustbin})
+def _certainty(plan: Tensor) -> Tensor:
+    """Mass and sharpness of each row of a plan without its dustbin, sum_j P_ij and sum_j P_ij^2, [N, L, 2]."""
+    return torch.stack([plan.sum(dim=2), plan.square().sum(dim=2)], dim=2)

@@ -25,6 +25,9 @@ _CODE = np.full(128, ALPHABET.index("X"), dtype=np.int64)
 for _letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
     _CODE[ord(_letter)] = ALPHABET.find(_SUBSTITUTES.get(_letter, _letter)) % len(ALPHABET)
 
+_CODE_OF_EITHER = _CODE[[*range(96), *range(64, 96)]].astype(np.int8)  # lower case as upper case
+_IS_RESIDUE = np.array([chr(code) not in GAPS for code in range(128)])
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -48,7 +51,7 @@ class Family:
 
     name: str
     accession: str
-    sequences: tuple[Chain, ...]
+    sequences: Sequence[Chain]
 
     @property
     def key(self) -> str:
@@ -81,12 +84,10 @@ def family_from_alignment(alignment: Alignment) -> Family:
     sequences = []
     for name, row in zip(alignment.names, alignment.rows, strict=True):
         letters = np.frombuffer(row.encode("ascii"), dtype=np.uint8)
-        columns = np.flatnonzero(~np.isin(letters, np.frombuffer(GAPS.encode(), dtype=np.uint8)))
+        columns = np.flatnonzero(_IS_RESIDUE[letters])
         if len(columns):
             kept = letters[columns]
-            upper = (kept >= ord("A")) & (kept <= ord("Z"))
-            residues = encode(kept.tobytes().decode()).astype(np.int8)
-            sequences.append(Chain(name, residues, columns.astype(np.int32), upper))
+            sequences.append(Chain(name, _CODE_OF_EITHER[kept], columns.astype(np.int32), kept <= ord("Z")))
     return Family(alignment.name, alignment.accession, tuple(sequences))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from .decode import expected_accuracy
+from .decode import DECODERS, DEFAULT_DECODER
 from .evaluate import Scores
 from .metrics import pair_score
 from .pairs import Pair
@@ -27,10 +28,10 @@ _FLOOR = 1e-4
 _INK, _SOFT, _TRUTH = "#1b4b7a", "#a9bfd6", "#d9480f"
 
 
-def plot_plan(pair: Pair, plan: FloatArray, threshold: float, path: Path) -> None:
+def plot_plan(pair: Pair, plan: FloatArray, path: Path) -> None:
     """The plan [n+1, m+1] of a pair on a logarithmic scale, its dustbin beside it, the true alignment over it."""
     n, m = plan.shape[0] - 1, plan.shape[1] - 1
-    score = pair_score(expected_accuracy(plan, threshold), pair.target)
+    score = pair_score(DECODERS[DEFAULT_DECODER](plan), pair.target)
     bin_width = max(2, m // 40)
     size = (7.6, 6.6 * min(max(n / m, 0.6), 1.4))
     figure, axes = plt.subplots(1, 2, figsize=size, width_ratios=[m, bin_width], sharey=True, layout="constrained")
@@ -45,7 +46,7 @@ def plot_plan(pair: Pair, plan: FloatArray, threshold: float, path: Path) -> Non
     axes[0].set_title(f"{pair.family}, held out: F1 {score.f1:.2f}", loc="left", fontsize=11)
     axes[1].set_xticks([0], ["dustbin"])
     figure.colorbar(image, ax=axes, label="plan", pad=0.02, fraction=0.05)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_learning(history: History, baselines: Mapping[str, Scores], path: Path) -> None:
@@ -78,7 +79,7 @@ def plot_learning(history: History, baselines: Mapping[str, Scores], path: Path)
             axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1, 0].set_ylim(0, 1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_residuals(curves: Mapping[str, list[tuple[int, float]]], used: int, path: Path) -> None:
@@ -94,17 +95,18 @@ def plot_residuals(curves: Mapping[str, list[tuple[int, float]]], used: int, pat
     axis.set_title("Marginal residual on a held-out pair, dustbin included (rows are exact)", loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _levels(axis: Axes, baselines: Mapping[str, Scores], metric: str) -> None:
-    for (name, scores), style in zip(baselines.items(), (":", "-.", "--"), strict=True):
+    for (name, scores), style in zip(baselines.items(), itertools.cycle((":", "-.", "--", (0, (1, 4)))), strict=False):
         level = scores.macro[metric]
         axis.axhline(level, color=_TRUTH, linestyle=style, linewidth=1.0, label=name)
     axis.legend(frameon=False, fontsize=8, loc="best")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the picture, and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

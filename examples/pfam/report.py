@@ -9,13 +9,16 @@ from tqdm import tqdm
 
 from torch_sinkhorn_attn import certify, sinkhorn_attention
 
+from .attentions import AttentionProblem
+from .calibration import solved_attentions
 from .checkpoint import REPORT
-from .evaluate import align_pairs, score_baselines
-from .model import Aligner, AttentionProblem
+from .config import Config
+from .evaluate import Scores, align_pairs, score_baselines, score_model
+from .model import Aligner
 from .pairs import Pair
 from .plots import plot_learning, plot_plan, plot_residuals
-from .sampler import collate
-from .tables import alignment_table, family_table, plan_table
+from .release import load_aligner
+from .tables import aligner_name, alignment_table, family_table, plan_table
 from .train import Trainer
 
 LEGEND = """certificates of the attention that aligns
@@ -23,20 +26,24 @@ col residual: the largest absolute column error, dustbin included (its mass is a
 not certified: the active block has zeros or kappa rounds to 1, so no Birkhoff bound exists"""
 
 
-def write_tables(trainer: Trainer) -> str:
-    """The tables of the latest evaluation, also written to ``report.txt``. Costs no forward pass."""
+def write_tables(trainer: Trainer, progress: bool = True) -> str:
+    """The tables of the latest evaluation, also written to ``report.txt``.
+
+    Only the shipped aligner, which a finished run on the shipped sample is shown beside, costs forward passes.
+    """
     history = trainer.history
     if not history.evaluations:
         return "no evaluation was finished yet"
     baselines = score_baselines(trainer.dataset.heldout.pairs)
-    (_, first), (step, last) = history.evaluations[0], history.evaluations[-1]
+    (start, first), (step, last) = history.evaluations[0], history.evaluations[-1]
+    scores = {**baselines, aligner_name(trainer.config): last}
     speed = f"{trainer.examples_per_second:.1f} training pairs per second" if history.seconds else "not trained yet"
     text = "\n\n".join(
         [
             f"trained {trainer.step} of {trainer.config.steps} steps ({speed}); evaluated at step {step}",
-            alignment_table(baselines, last),
-            family_table(baselines, last),
-            plan_table(first, last),
+            alignment_table({**scores, **_shipped_scores(trainer, progress)}),
+            family_table(scores),
+            plan_table(first, last, start),
         ]
     )
     trainer.folder.mkdir(parents=True, exist_ok=True)
@@ -44,18 +51,39 @@ def write_tables(trainer: Trainer) -> str:
     return text
 
 
+def _shipped_scores(trainer: Trainer, progress: bool) -> dict[str, Scores]:
+    """The shipped aligner on the run's held-out pairs; nothing where it is missing or was, or may be, trained on them.
+
+    Nothing either for a run on other data, or one that is not finished.
+    """
+    config, sample = trainer.config, Config()
+    if trainer.step < config.steps or (config.data, config.eval_data) != (sample.data, sample.eval_data):
+        return {}
+    try:
+        shipped = load_aligner()
+    except FileNotFoundError:
+        return {}
+    if not shipped.trained_on or shipped.seen(trainer.dataset.heldout_families):
+        return {}
+    name = f"shipped aligner ({len(shipped.trained_on)} families)"
+    return {name: score_model(shipped.model, trainer.dataset.heldout.pairs, progress=progress)}
+
+
 def write_pictures(trainer: Trainer, progress: bool = True) -> list[Path]:
-    """A plan for each of the first held-out families, the learning curves, the residuals."""
-    folder, threshold, model = trainer.folder, trainer.config.decode_threshold, trainer.model_on_cpu
+    """A plan for each of the first held-out families, the learning curves, the residuals of transport plans."""
+    folder, model = trainer.folder, trainer.model_on_cpu
     paths = []
     examples = representative_pairs(trainer.dataset.heldout.pairs)[:3]
     plans = align_pairs(model, examples, batch_size=1)
     for pair, plan in tqdm(plans, "drawing plans", len(examples), leave=False, disable=not progress):
         path = folder / f"plan_{pair.family.split(' ')[0]}.png"
-        plot_plan(pair, plan, threshold, path)
+        plot_plan(pair, plan, path)
         paths.append(path)
-    paths += [folder / "learning.png", folder / "residuals.png"]
-    plot_learning(trainer.history, score_baselines(trainer.dataset.heldout.pairs), paths[-2])
+    paths.append(folder / "learning.png")
+    plot_learning(trainer.history, score_baselines(trainer.dataset.heldout.pairs), paths[-1])
+    if trainer.config.attention != "sinkhorn":
+        return paths
+    paths.append(folder / "residuals.png")
     iterations = trainer.config.base_iters + trainer.config.tail_iters
     curves = residual_curves(model, examples[0], 3 * iterations, progress)
     plot_residuals(curves, iterations, paths[-1])
@@ -63,7 +91,9 @@ def write_pictures(trainer: Trainer, progress: bool = True) -> list[Path]:
 
 
 def write_certificates(trainer: Trainer, progress: bool = True) -> str:
-    """``certify`` on the last attention of one pair per held-out family."""
+    """``certify`` on the last attention of one pair per held-out family; only transport plans have certificates."""
+    if trainer.config.attention != "sinkhorn":
+        return f"no certificates: {trainer.config.attention} attention makes no transport plan"
     parts, model = [LEGEND], trainer.model_on_cpu
     pairs = representative_pairs(trainer.dataset.heldout.pairs)[:3]
     for pair in tqdm(pairs, "certifying", leave=False, disable=not progress):
@@ -86,12 +116,8 @@ def representative_pairs(pairs: tuple[Pair, ...]) -> list[Pair]:
 
 def attention_problems(model: Aligner, pair: Pair) -> dict[str, AttentionProblem]:
     """The first and the last attention of a pair, as the trained model solves them in evaluation."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        solved = model.solve(collate([pair]))
-    model.train(training)
-    return {"first attention": solved[0][0], "last attention": solved[-1][0]}
+    solved = solved_attentions(model, [pair])
+    return {"first attention": solved[0], "last attention": solved[-1]}
 
 
 def residual_curves(

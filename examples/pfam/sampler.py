@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .augment import insert_and_delete, mutate
-from .pairs import ALPHABET, Family, Pair, crop_pair, make_pair
+from .pairs import ALPHABET, Family, IntArray, Pair, crop_pair, make_pair
 
 PADDING = len(ALPHABET)
 """Residue code of a padded position."""
+FEWEST_TARGETS = 5
+"""A pair that shares fewer aligned residues is noise: two fragments that hardly overlap."""
+
+_TRIES = 1000
+T = TypeVar("T")
+# Independent streams of random numbers from one seed.
+_PAIRS, _POOLS, _EPOCHS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,15 @@ class Batch:
     query_lengths: Tensor
     key_lengths: Tensor
     pairs: tuple[Pair, ...]
+
+    @property
+    def cells(self) -> int:
+        """Entries of the padded plans without their dustbins, N L S."""
+        return self.query.numel() * self.key.shape[1]
+
+    def moved(self, to: Callable[[Tensor], Tensor]) -> Batch:
+        """With ``to`` of its tensors."""
+        return Batch(to(self.query), to(self.key), to(self.query_lengths), to(self.key_lengths), self.pairs)
 
 
 def collate(pairs: Sequence[Pair]) -> Batch:
@@ -42,18 +59,35 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     return Batch(query, key, query_lengths, key_lengths, tuple(pairs))
 
 
-class PairSampler:
-    """Draws families with probability proportional to the square root of their size, then two of their sequences.
+def padding(batches: Sequence[Batch]) -> float:
+    """The fraction of the plans' entries that is padding."""
+    real = sum(int((batch.query_lengths * batch.key_lengths).sum()) for batch in batches)
+    return 1 - real / sum(batch.cells for batch in batches)
 
-    ``batch(step)`` depends on nothing but the seed and the step: no state to save, and no order to lose. Three times as
-    many pairs as needed are drawn and a run of neighbours in length is kept, so that little of a batch is padding.
+
+class PairSampler:
+    """Draws families in proportion to the square root of their size, then two of their sequences.
+
+    Pairs are numbered, ``size`` to a step, and each is a function of the seed and its number: there is no state to
+    save, and no order to lose. An epoch is ``epoch_pairs`` numbers, a random order in which a family of n sequences
+    comes sqrt(n / fewest) times, rounded up or down at random: at least once each.
+
+    The pairs of ``pool`` steps are sorted by length and cut into ``pool`` batches, which come in a random order. So
+    batches hold pairs of like length, and no pair is left out for its length.
 
     Args:
-        size: most pairs in a batch.
-        cells: most plan entries in a batch: batches of long pairs are smaller, so that steps cost about the same.
+        families: sequences may be read when they are asked for; only their number is asked for at once.
+        size: pairs in a batch, over all processes.
+        cells: most plan entries computed at once: ``parts`` cuts larger batches.
         cap: longest side of a training pair; longer ones are cropped around a common target pair.
         mutation_rate: each side is mutated at a rate uniform in [0, mutation_rate].
         indels: expected inserted or deleted runs per hundred residues and side.
+        pool: steps whose pairs are sorted together. In a larger pool lengths are more alike, so there is less padding,
+            and where families are few, a batch holds fewer of them.
+        rank, world: this process takes every ``world``-th pair of a batch, from ``rank`` on.
+
+    Raises:
+        ValueError: no family, or a batch has fewer pairs than there are processes.
     """
 
     def __init__(
@@ -66,30 +100,115 @@ class PairSampler:
         mutation_rate: float,
         indels: float,
         seed: int,
+        pool: int = 4,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if not families:
             raise ValueError("no training family: every family was held out, or none has two sequences")
-        self.families, self.size, self.cells, self.cap = list(families), size, cells, cap
+        if size < world:
+            raise ValueError(f"--batch-size {size} is less than the {world} processes; each needs a pair")
+        self.families, self.size, self.cells, self.cap = families, size, cells, cap
         self.mutation_rate, self.indels, self.seed = mutation_rate, indels, seed
-        weights = np.sqrt([len(family.sequences) for family in families])
-        self._probabilities = weights / weights.sum()
+        self.pool, self.rank, self.world = pool, rank, world
+        counts = np.array([len(family.sequences) for family in families])
+        self._places = np.cumsum(np.sqrt(counts / counts.min()))
+        self.epoch_pairs = int(np.ceil(self._places[-1]))
+        self._epoch = _Recent(self._shuffled_epoch)
+        self._batches = _Recent(self._sorted_pool)
+
+    def pairs(self, step: int) -> list[Pair]:
+        """This process's pairs of one step."""
+        numbers = self._batches(step // self.pool)[step % self.pool]
+        return [self._draw(int(number)) for number in numbers[self.rank :: self.world]]
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step."""
-        rng = np.random.default_rng([self.seed, step])
-        drawn = sorted((self._draw(rng) for _ in range(3 * self.size)), key=lambda p: len(p.query) + len(p.key))
-        start = int(rng.integers(len(drawn) - self.size + 1))
-        kept = drawn[start : start + self.size]
-        largest = max(len(pair.query) for pair in kept) * max(len(pair.key) for pair in kept)
-        return collate(kept[: max(1, self.cells // largest)])
+        """The same, padded."""
+        return collate(self.pairs(step))
 
-    def _draw(self, rng: np.random.Generator) -> Pair:
-        for _ in range(1000):
-            family = self.families[rng.choice(len(self.families), p=self._probabilities)]
-            first, second = rng.choice(len(family.sequences), 2, replace=False)
-            pair = insert_and_delete(make_pair(family, int(first), int(second)), self.indels, rng)
+    def parts(self, pairs: Sequence[Pair]) -> tuple[Batch, ...]:
+        """The pairs in one or more batches of at most ``cells`` plan entries, unless a single pair has more."""
+        parts: list[list[Pair]] = []
+        for pair in sorted(pairs, key=_longer_side_first):
+            if parts and _cells([*parts[-1], pair]) <= self.cells:
+                parts[-1].append(pair)
+            else:
+                parts.append([pair])
+        return tuple(collate(part) for part in parts)
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are done before a step."""
+        return step * self.size / self.epoch_pairs
+
+    def family_of(self, number: int) -> int:
+        """The index of the family of a pair."""
+        epoch, place = divmod(number, self.epoch_pairs)
+        return int(self._epoch(epoch)[place])
+
+    def _shuffled_epoch(self, epoch: int) -> IntArray:
+        # Systematic sampling: evenly spaced points on the line on which each family occupies its weight.
+        rng = np.random.default_rng([self.seed, _EPOCHS, epoch])
+        points = (np.arange(self.epoch_pairs) + rng.random()) * (self._places[-1] / self.epoch_pairs)
+        found = np.searchsorted(self._places, points, side="right").clip(max=len(self._places) - 1)
+        return rng.permutation(found)
+
+    def _sorted_pool(self, pool: int) -> IntArray:
+        """Numbers of pairs, [pool, size]. Lengths are those before insertions and deletions: nothing is drawn twice."""
+        first = pool * self.pool * self.size
+        lengths = np.empty((self.pool * self.size, 2), dtype=np.int64)
+        for offset in range(len(lengths)):
+            number = first + offset
+            family = self.families[self.family_of(number)]
+            chosen = _two_of(family, np.random.default_rng([self.seed, _PAIRS, number]))
+            lengths[offset] = [min(len(family.sequences[index]), self.cap) for index in chosen]
+        rng = np.random.default_rng([self.seed, _POOLS, pool])
+        # The plan is as large as the longest sides allow, so the longer side decides, then the shorter.
+        order = np.lexsort((rng.random(len(lengths)), lengths.min(axis=1), lengths.max(axis=1)))
+        return rng.permutation((first + order).reshape(self.pool, self.size))
+
+    def _draw(self, number: int) -> Pair:
+        rng = np.random.default_rng([self.seed, _PAIRS, number])
+        family = self.families[self.family_of(number)]
+        for attempt in range(1, _TRIES + 1):
+            first, second = _two_of(family, rng)
+            pair = insert_and_delete(make_pair(family, first, second), self.indels, rng)
             pair = crop_pair(pair, self.cap, rng)
-            if len(pair.target) >= 5:  # fewer are noise: two fragments that hardly overlap
+            if len(pair.target) >= FEWEST_TARGETS:
                 rates = rng.random(2) * self.mutation_rate
                 return replace(pair, query=mutate(pair.query, rates[0], rng), key=mutate(pair.key, rates[1], rng))
-        raise ValueError("1000 drawn pairs in a row share fewer than 5 aligned residues; is the data an alignment?")
+            if attempt % 20 == 0:  # a family of fragments: another in its place
+                family = self.families[int(rng.integers(len(self.families)))]
+        raise ValueError(
+            f"{_TRIES} drawn pairs in a row share fewer than {FEWEST_TARGETS} aligned residues; is the data an "
+            "alignment?"
+        )
+
+
+def _two_of(family: Family, rng: np.random.Generator) -> tuple[int, int]:
+    first, second = rng.choice(len(family.sequences), 2, replace=False)
+    return int(first), int(second)
+
+
+def _longer_side_first(pair: Pair) -> tuple[int, int]:
+    n, m = len(pair.query), len(pair.key)
+    return max(n, m), min(n, m)
+
+
+def _cells(pairs: Sequence[Pair]) -> int:
+    return len(pairs) * max(len(pair.query) for pair in pairs) * max(len(pair.key) for pair in pairs)
+
+
+class _Recent(Generic[T]):
+    """The last two results of a function of an integer: consecutive steps share their pool, and nearly always their
+    epoch."""
+
+    def __init__(self, function: Callable[[int], T]) -> None:
+        self._function = function
+        self._results: dict[int, T] = {}
+
+    def __call__(self, index: int) -> T:
+        if index not in self._results:
+            if len(self._results) == 2:
+                self._results.pop(next(iter(self._results)))
+            self._results[index] = self._function(index)
+        return self._results[index]

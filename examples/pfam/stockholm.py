@@ -144,8 +144,8 @@ def _row(path: Path, number: int, line: str, record: _Record) -> None:
     if len(words) != 2:
         raise StockholmError(path, number, f"{len(words)} field(s) in {_clip(line)!r}", "'name  aligned-row'")
     name, row = words
-    bad = next((c for c in row if c not in _ROW_CHARACTERS), None)
-    if bad is not None:
+    if not _ROW_CHARACTERS.issuperset(row):
+        bad = next(c for c in row if c not in _ROW_CHARACTERS)
         raise StockholmError(path, number, f"character {bad!r} in the row of {name}", f"letters and gaps '{GAPS}'")
     if name in record.block:
         # A name comes back: the next block of an interleaved record, if a blank line announced one.

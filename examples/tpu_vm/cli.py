@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
     if profile is not None:
         print(profile())
     print(_speed(trainer, first, time.perf_counter() - began))
-    print("\n" + write_tables(trainer))
+    print("\n" + write_tables(trainer, progress=not options.quiet))
     if not finished:
         print(f"\nstopped at step {trainer.step}; the same command goes on from there")
         return INTERRUPTED

@@ -1,0 +1,109 @@
+"""The files of an alignment: aligned FASTA, Stockholm, JSON and the picture, in a folder of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from Bio import AlignIO
+from Bio.Align import MultipleSeqAlignment
+from Bio.Seq import Seq
+from Bio.SeqRecord import SeqRecord
+
+from .alignment import PairwiseAlignment
+from .checkpoint import prepare_folder
+from .sequences import Protein
+
+FASTA, STOCKHOLM, PICTURE, RECORD = "alignment.fasta", "alignment.sto", "plan.png", "alignment.json"
+_WRITER = "examples.pfam align"
+
+
+def check_folder(folder: str | Path) -> None:
+    """Make the folder, and see that what will be replaced there was written by ``write_files`` and left alone since.
+
+    Raises:
+        FileExistsError: a file there is not ours; nothing was touched.
+        OSError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    prepare_folder(folder)
+    hashes = _hashes(folder / RECORD)
+    for name in (FASTA, STOCKHOLM, PICTURE, RECORD):
+        path = folder / name
+        ours = hashes is not None and (name == RECORD or not path.exists() or _hash(path) == hashes.get(name))
+        if path.exists() and not ours:
+            raise FileExistsError(
+                f"{path} was not written by this command, or was changed since; move it, or choose another --out"
+            )
+
+
+def write_files(
+    folder: str | Path,
+    proteins: tuple[Protein, Protein],
+    alignment: PairwiseAlignment,
+    picture: bytes,
+    made_with: Mapping[str, str],
+) -> list[Path]:
+    """Write the four files; ``made_with`` is kept in the record. A file of the same name is replaced."""
+    aligned = _biopython(proteins, alignment)
+    contents = {
+        FASTA: _formatted(aligned, "fasta"),
+        STOCKHOLM: _formatted(aligned, "stockholm"),
+        PICTURE: picture,
+    }
+    record = _record(proteins, alignment) | {"made_with": dict(made_with)}
+    record["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    contents[RECORD] = (json.dumps(record) + "\n").encode()
+    paths = []
+    for name, data in contents.items():
+        paths.append(Path(folder) / name)
+        paths[-1].write_bytes(data)
+    return paths
+
+
+def _record(proteins: tuple[Protein, Protein], alignment: PairwiseAlignment) -> dict[str, Any]:
+    """What a program would want to know; residues are numbered from 1, as in the text."""
+    pairs = alignment.columns[alignment.paired] + 1
+    return {
+        "written_by": _WRITER,
+        "names": [protein.name for protein in proteins],
+        "lengths": [len(letters) for letters in alignment.letters],
+        "summary": asdict(alignment.summary()),
+        "query_residues": pairs[:, 0].tolist(),
+        "key_residues": pairs[:, 1].tolist(),
+        "confidence": alignment.confidence[alignment.paired].round(6).tolist(),
+    }
+
+
+def _biopython(proteins: tuple[Protein, Protein], alignment: PairwiseAlignment) -> MultipleSeqAlignment:
+    records = [
+        SeqRecord(Seq(row), id=protein.name, name=protein.name, description=protein.description)
+        for protein, row in zip(proteins, alignment.rows, strict=True)
+    ]
+    # Stockholm's PP_cons, which is where HMMER puts posterior probabilities too.
+    return MultipleSeqAlignment(records, column_annotations={"posterior_probability": alignment.digits})
+
+
+def _formatted(alignment: MultipleSeqAlignment, kind: str) -> bytes:
+    text = io.StringIO()
+    AlignIO.write(alignment, text, kind)
+    return text.getvalue().encode()
+
+
+def _hashes(record: Path) -> dict[str, str] | None:
+    """Of the files as they were written, by name; None if there is no record of ours."""
+    try:
+        values = json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(values, dict) and values.get("written_by") == _WRITER and isinstance(values.get("files"), dict)
+    return values["files"] if ours else None
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,48 @@
+"""``ablate``: train variants of one setting, several seeds each, and put them in a table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..ablation import VARIANTS, ablate, ablation_table
+from ..checkpoint import REPORT, prepare_folder
+from ..config import Config, Range
+from .options import NUMBERS, add_number, add_quiet, given_settings
+
+_FOLDER = "runs/ablation"
+_SEEDS, _JOBS = Range(1, 100), Range(1, 256)
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    text = "Train the same model with one setting changed, several seeds each, and compare"
+    parser = commands.add_parser("ablate", help=text, description=f"{text}.")
+    parser.usage = f"{parser.prog} [OPTIONS]"
+    parser.set_defaults(run=run)
+    text = f"variants to train: {', '.join(VARIANTS)} (default: all)"
+    parser.add_argument("--variants", metavar="NAME", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=text)
+    parser.add_argument("--seeds", type=int, metavar="N", default=3, help="seeds of each variant (default: 3)")
+    text = "runs at a time, a thread each (default: 1)"
+    parser.add_argument("--jobs", type=int, metavar="N", default=1, help=text)
+    parser.add_argument("--data", metavar="PATH", help="alignments to train on (default: the shipped sample)")
+    parser.add_argument("--eval-data", metavar="PATH", help="held-out families (default: as for train)")
+    text = f"folder for the runs and the table; runs that it holds are not repeated (default: {_FOLDER})"
+    parser.add_argument("--out", metavar="PATH", type=Path, default=Path(_FOLDER), help=text)
+    for name in NUMBERS:
+        if name not in ("seed", "eval_every"):
+            add_number(parser, name, str(NUMBERS[name].default))
+    add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, print and write the table."""
+    _SEEDS.check("--seeds", options.seeds)
+    _JOBS.check("--jobs", options.jobs)
+    config = given_settings(options, Config(eval_every=0))
+    prepare_folder(options.out)
+    found = ablate(config, options.variants, options.seeds, options.out, options.jobs, not options.quiet)
+    text = ablation_table(found)
+    (options.out / REPORT).write_text(text + "\n")
+    print(text)
+    return 0

@@ -1,0 +1,85 @@
+"""``align``: two proteins, with the confidence of every column."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+
+from ..align_files import check_folder, write_files
+from ..alignment import PairwiseAlignment
+from ..alignment_picture import draw_alignment
+from ..decode import DECODERS, DEFAULT_DECODER
+from ..evaluate import align_pairs
+from ..pairs import Pair, encode
+from ..release import SHIPPED, load_aligner
+from ..sequences import Protein, read_proteins
+from ..three_lines import LEGEND, display_names, summary_lines, three_lines
+from .options import add_threads
+
+_FOLDER = "runs/align"
+# Mutual argmax may cross pairs, which columns cannot show.
+_DECODERS = tuple(name for name in DECODERS if name != "mutual")
+_CELLS = 3000 * 3000
+"""Most residue pairs: what is known of them takes about 5 GB then, and a minute on one core."""
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    text = "Align two proteins, and say how sure each column is"
+    parser = commands.add_parser("align", help=text, description=f"{text}. Writes FASTA, Stockholm, JSON, a picture.")
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "sequences",
+        nargs="+",
+        metavar="FASTA",
+        help="two FASTA files, plain or gzip, or two sequences as letters, or one of each, or one file that holds two",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="a released aligner, a run's folder or checkpoint file (default: the shipped aligner)",
+    )
+    text = f"{' or '.join(_DECODERS)} (default: %(default)s)"
+    parser.add_argument("--decoder", choices=_DECODERS, default=DEFAULT_DECODER, metavar="NAME", help=text)
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        default=_FOLDER,
+        help="folder for what is written (default: %(default)s)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print the alignment alone, without what it amounts to")
+    add_threads(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the alignment to standard output, notes to standard error; write the files."""
+    notes: list[str] = []
+    proteins = read_proteins(options.sequences, notes)
+    _check_size(proteins)
+    print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+    check_folder(options.out)
+    model = load_aligner(options.checkpoint).model
+    names = display_names(proteins)
+    query, key = (protein.letters for protein in proteins)
+    pair = Pair("", names, encode(query), encode(key), np.zeros((0, 2), dtype=np.int64))
+    ((_, plan),) = align_pairs(model, [pair], batch_size=1)
+    alignment = PairwiseAlignment.from_plan((query, key), plan, DECODERS[options.decoder](plan))
+    print(three_lines(alignment, names))
+    if not options.quiet:
+        print(f"\n{LEGEND}\n\n{summary_lines(alignment, names)}\n")
+    made_with = {"checkpoint": str(options.checkpoint or SHIPPED.name), "decoder": options.decoder}
+    for path in write_files(options.out, proteins, alignment, draw_alignment(alignment, plan, names), made_with):
+        if not options.quiet:
+            print(f"wrote {path}")
+    return 0
+
+
+def _check_size(proteins: tuple[Protein, Protein]) -> None:
+    n, m = (len(protein.letters) for protein in proteins)
+    if n * m > _CELLS:
+        raise ValueError(
+            f"{proteins[0].name} has {n} residues and {proteins[1].name} {m}: {n * m / 1e6:.0f} million pairs, where "
+            f"memory for {_CELLS / 1e6:.0f} million is foreseen; cut the sequences, for example into their domains"
+        )

@@ -1,0 +1,140 @@
+"""``evaluate``: trained aligners beside the baselines, on any alignments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..checkpoint import CHECKPOINT, REPORT, prepare_folder
+from ..comparison import Comparison, compare
+from ..comparison_plots import plot_errors, plot_reliability
+from ..comparison_tables import as_values, report
+from ..config import Config, Range
+from ..dataset import in_brief, load_dataset
+from ..decode import DECODERS, DEFAULT_DECODER
+from ..device import open_device
+from ..gap_grid import gap_grid, grid_table
+from ..pairs import EvaluationSet, Family, evaluation_pairs, load_families
+from ..release import SUFFIX, TrainedAligner, load_aligner
+from ..stockholm import read_stockholm
+from ..tables import aligner_name
+from .options import add_device, add_quiet
+
+_FOLDER = "runs/evaluation"
+_PAIRS, _CAP = 40, 1024
+_PAIR_SEED = 0
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    text = "Score aligners beside the baselines, on any Stockholm alignments"
+    parser = commands.add_parser("evaluate", aliases=["eval"], help=text, description=f"{text}.")
+    parser.set_defaults(run=run)
+    text = "releases (.safetensors), runs' folders or checkpoint files, a row each (default: the shipped aligner)"
+    parser.add_argument("checkpoints", metavar="PATH", nargs="*", help=text)
+    text = "Stockholm file or directory, plain or gzip (default: the first checkpoint's held-out families)"
+    parser.add_argument("--data", metavar="PATH", help=text)
+    text = "leave out families whose name starts so; may be repeated"
+    parser.add_argument("--exclude", metavar="PREFIX", action="append", default=[], help=text)
+    text = f"at most so many pairs of each family (default: {_PAIRS})"
+    parser.add_argument("--pairs", type=int, metavar="N", default=_PAIRS, help=text)
+    text = f"pairs with a longer side are skipped, and counted (default: {_CAP})"
+    parser.add_argument("--cap", type=int, metavar="N", default=_CAP, help=text)
+    text = f"from plans to pairs: {', '.join(DECODERS)} (default: {DEFAULT_DECODER})"
+    parser.add_argument("--decoder", metavar="NAME", choices=DECODERS, default=DEFAULT_DECODER, help=text)
+    text = "instead, score gap costs of both alignment programs on --data, or on the shipped training families"
+    parser.add_argument("--gap-grid", action="store_true", help=text)
+    text = f"folder for the tables and pictures (default: {_FOLDER})"
+    parser.add_argument("--out", metavar="PATH", type=Path, default=Path(_FOLDER), help=text)
+    add_quiet(parser)
+    add_device(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print and write the tables and the pictures."""
+    Range(1).check("--pairs", options.pairs)
+    Range(1).check("--cap", options.cap)
+    device, progress = open_device(options.device), not options.quiet
+    if not options.gap_grid:
+        if (options.out / CHECKPOINT).exists():
+            raise ValueError(f"--out {options.out} holds a training run, whose report stays; choose another folder")
+        prepare_folder(options.out)
+    if options.gap_grid:
+        _, chosen, head = _pairs(options, options.data or Config().data)
+        print(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
+        return 0
+    aligners = _load(options.checkpoints)
+    families, chosen, head = _pairs(options, options.data or next(iter(aligners.values())).config)
+    head = "\n".join([head, *_overlaps(aligners, families)])
+    print(head + "\n")
+    models = {name: aligner.model for name, aligner in aligners.items()}
+    comparison = compare(models, chosen.pairs, options.decoder, device, progress)
+    text = f"decoder: {options.decoder}\n\n{report(comparison)}"
+    print(text)
+    for path in _write(options, comparison, f"{head}\n\n{text}\n", chosen):
+        print(f"wrote {path}")
+    return 0
+
+
+def _load(paths: Sequence[str]) -> dict[str, TrainedAligner]:
+    """The aligners by the names of their rows: one goes without, several by what tells their paths apart."""
+    if len(paths) < 2:
+        aligner = load_aligner(*paths)
+        return {aligner_name(aligner.config): aligner}
+    short = [path.stem if path.suffix == SUFFIX else path.name for path in map(Path, paths)]
+    names = short if len(set(short)) == len(short) else list(paths)
+    if len(set(names)) < len(names):
+        raise ValueError(f"a checkpoint is given twice: {', '.join(paths)}; leave one out")
+    return {name: load_aligner(path) for name, path in zip(names, paths, strict=True)}
+
+
+def _pairs(options: argparse.Namespace, source: str | Config) -> tuple[list[Family], EvaluationSet, str]:
+    """The families of alignments, or those that a run held out; the pairs drawn of them; both in words."""
+    if isinstance(source, str):
+        found, where = load_families(read_stockholm(source)), source
+    else:
+        found, where = list(load_dataset(source).heldout_families), "held-out families"
+    families = [family for family in found if not family.name.startswith(tuple(options.exclude))]
+    if not families:
+        raise ValueError(f"no family with two sequences in {where}, {len(found)} being left out by --exclude")
+    chosen = evaluation_pairs(families, options.pairs, options.cap, _PAIR_SEED)
+    head = (
+        f"{where}: {len(families)} families, {len(chosen.pairs)} pairs, at most {options.pairs} a family, "
+        f"{chosen.skipped} skipped (longer than {options.cap}, or nothing aligned)"
+    )
+    return families, chosen, head
+
+
+def _overlaps(aligners: Mapping[str, TrainedAligner], families: Sequence[Family]) -> list[str]:
+    """A line for each aligner trained on some of the families, so that nobody reports them as unseen, or on unknown."""
+    lines = []
+    for name, aligner in aligners.items():
+        if not aligner.trained_on:
+            lines.append(f"note: the families that {name} was trained on are not recorded; these may be among them")
+        elif seen := aligner.seen(families):
+            lines.append(f"warning: {name} was trained on {len(seen)} of the families: {in_brief(seen)}")
+    return lines
+
+
+def _write(options: argparse.Namespace, comparison: Comparison, text: str, chosen: EvaluationSet) -> list[Path]:
+    folder = options.out
+    paths = [folder / name for name in (REPORT, "scores.json", "reliability.png")]
+    protocol = {
+        "data": options.data,
+        "exclude": options.exclude,
+        "pairs_a_family": options.pairs,
+        "cap": options.cap,
+        "decoder": options.decoder,
+        "pairs": len(chosen.pairs),
+        "skipped": chosen.skipped,
+    }
+    paths[0].write_text(text)
+    paths[1].write_text(json.dumps({"protocol": protocol, "aligners": as_values(comparison)}, indent=1) + "\n")
+    plot_reliability(comparison, paths[2])
+    for name in comparison.models:
+        suffix = "" if len(comparison.models) == 1 else f"_{name.replace('/', '_')}"
+        paths.append(folder / f"errors{suffix}.png")
+        plot_errors(comparison.doubts[name], name, paths[-1])
+    return paths

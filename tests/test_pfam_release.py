@@ -1,0 +1,201 @@
+"""Released aligners: written whole, read back exactly, refused by name when they are something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from examples.pfam import atomic, release
+from examples.pfam.checkpoint import save_checkpoint
+from examples.pfam.cli import main
+from examples.pfam.config import HELDOUT_SAMPLE, Config
+from examples.pfam.dataset import identities
+from examples.pfam.evaluate import align_pairs, score_model
+from examples.pfam.model import Aligner
+from examples.pfam.pairs import Family, Pair, encode, load_families
+from examples.pfam.release import SHIPPED, TrainedAligner, load_aligner, load_release, save_release
+from examples.pfam.report import write_tables
+from examples.pfam.stockholm import read_stockholm
+from examples.pfam.train import Trainer
+
+TRAINED_ON = (("PF00069", "Pkinase"), ("PF00042", "other_PF00042"), ("full_GATA",))
+CONFIG = Config(dim=24, base_iters=7, data="/some/folder/train.sto", eval_data="/some/folder/eval.sto")
+PAIR = Pair("F", ("a", "b"), encode("MKVLAWWGHPDE"), encode("MKVLAGHPDE"), np.zeros((0, 2), dtype=np.int64))
+
+
+@pytest.fixture(scope="module")
+def model() -> Aligner:
+    torch.manual_seed(0)
+    return Aligner(CONFIG)
+
+
+def test_a_release_gives_the_same_plans(model: Aligner, tmp_path: Path) -> None:
+    path = save_release(model, CONFIG, tmp_path / "new" / "aligner.safetensors", TRAINED_ON)
+    aligner = load_release(path)
+    again, config = aligner.model, aligner.config
+    assert aligner.trained_on == TRAINED_ON
+    assert not again.training
+    defaults = Config()
+    assert config == dataclasses.replace(CONFIG, data=defaults.data, eval_data=defaults.eval_data)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    ((_, expected),), ((_, found),) = (list(align_pairs(m, [PAIR], 1)) for m in (model, again))
+    np.testing.assert_array_equal(found, expected)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert b"/some/folder" not in path.read_bytes()
+
+
+def test_every_kind_of_checkpoint_opens(model: Aligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"config": CONFIG.to_dict(), "model": model.state_dict(), "optimizer": {}, "step": 1, "history": {}}
+    folder = tmp_path / "run.safetensors"  # a folder may be called anything
+    checkpoint = save_checkpoint(folder, state)
+    shipped = save_release(model, CONFIG, tmp_path / "shipped.safetensors")
+    monkeypatch.setattr(release, "SHIPPED", shipped)
+    for path in (folder, str(checkpoint), shipped, None):
+        opened = load_aligner(path)
+        assert not opened.model.training and opened.config.base_iters == 7
+        assert torch.equal(opened.model.embedding.weight, model.embedding.weight)
+        assert opened.trained_on == ()  # not recorded in such files
+    shipped.unlink()
+    with pytest.raises(FileNotFoundError, match="the shipped aligner, is missing; give another with --checkpoint"):
+        load_aligner()
+    with pytest.raises(FileNotFoundError, match="no released aligner at"):
+        load_aligner(shipped)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_aligner(tmp_path / "absent")
+
+
+def test_what_is_not_a_release_is_refused(model: Aligner, tmp_path: Path) -> None:
+    path = save_release(model, CONFIG, tmp_path / "a.safetensors")
+    whole, weights = path.read_bytes(), load_file(path)
+    settings = json.dumps(Config(dim=24).to_dict())
+    for damaged in (b"", b"something else", whole[:1000], whole[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is not a readable safetensors file; it is damaged, or not one"):
+            load_release(path)
+    for header, message in (
+        (None, "is not a release of this version of the aligner: 'no format'"),
+        ({"format": "pt"}, "is not a release of this version of the aligner: 'pt'"),
+        ({"format": release._FORMAT}, "is damaged: its settings or its training families are not JSON"),
+        ({"format": release._FORMAT, "config": settings, "trained_on": "["}, "its training families are not JSON"),
+        ({"format": release._FORMAT, "config": settings, "trained_on": "7"}, "families are not lists of names"),
+        ({"format": release._FORMAT, "config": settings, "trained_on": '["fn3"]'}, "families are not lists of names"),
+        ({"format": release._FORMAT, "config": "[]"}, "another version"),
+        ({"format": release._FORMAT, "config": '{"wings": 2}'}, r"another version .* \(unknown settings .* wings"),
+        ({"format": release._FORMAT, "config": '{"dim": "a"}'}, "another version"),
+        ({"format": release._FORMAT, "config": '{"dim": 3}'}, r"another version .*\(--dim must be at least 21, got 3"),
+        ({"format": release._FORMAT, "config": '{"dim": 25}'}, "do not fit the model of its settings .*size mismatch"),
+    ):
+        save_file(weights, path, header)
+        with pytest.raises(ValueError, match=message):
+            load_release(path)
+    save_file({"x": torch.zeros(2)}, path, {"format": release._FORMAT, "config": settings})
+    with pytest.raises(ValueError, match="do not fit the model of its settings"):
+        load_release(path)
+    with pytest.raises(ValueError, match="is not a readable checkpoint"):
+        load_aligner(path.rename(tmp_path / "checkpoint.pt"))
+
+
+def test_what_cannot_be_released(model: Aligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"is known by its suffix \.safetensors; .*a\.pt has another"):
+        save_release(model, CONFIG, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="do not fit the model of its settings"):
+        save_release(model, Config(dim=32), tmp_path / "a.safetensors")
+    broken = Aligner(CONFIG)
+    torch.nn.init.constant_(broken.embedding.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"not finite cannot be released: embedding\.weight"):
+        save_release(broken, CONFIG, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+    path = save_release(model, CONFIG, tmp_path / "a.safetensors")
+    before = path.read_bytes()
+
+    def fail(source: object, target: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(atomic.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_release(Aligner(CONFIG), CONFIG, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_keeps_what_exists(model: Aligner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"config": CONFIG.to_dict(), "model": model.state_dict(), "optimizer": {}, "step": 1, "history": {}}
+    save_checkpoint(tmp_path, {**state, "trained_on": [list(family) for family in TRAINED_ON]})
+    out = tmp_path / "a.safetensors"
+    assert main(["release", str(tmp_path), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {out}, 0.")
+    assert load_aligner(out).trained_on == TRAINED_ON
+    assert main(["release", str(tmp_path), "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"error: --out {out} exists; remove it first, or choose another name\n"
+    assert main(["release", str(tmp_path), "--out", str(tmp_path / "a")]) == 1
+    assert "is known by its suffix" in capsys.readouterr().err
+
+
+def test_a_family_is_known_by_its_name_and_its_accession_wherever_that_stands(model: Aligner) -> None:
+    assert identities(Family("fn3", "PF00041.20", ())) == {"fn3", "PF00041"}
+    assert identities(Family("other_PF00041", "", ())) == {"other_PF00041", "PF00041"}
+    assert identities(Family("PF00041_full.2", "TIGR00001.3", ())) == {"PF00041_full.2", "PF00041", "TIGR00001"}
+    for name in ("XPF00041", "PF000411", "PF0004"):
+        assert identities(Family(name, "", ())) == {name}
+    families = [Family(*names, ()) for names in (("fn3", "PF00041.1"), ("Globin", "PF00042.9"), ("full_GATA", ""))]
+    assert TrainedAligner(model, CONFIG, TRAINED_ON).seen(families) == ["Globin (PF00042.9)", "full_GATA"]
+    assert TrainedAligner(model, CONFIG).seen(families) == []
+
+
+def test_a_checkpoint_records_what_it_was_trained_on(tmp_path: Path) -> None:
+    trainer = Trainer(Config(dim=24), tmp_path)
+    trainer.save()
+    trained_on = load_aligner(tmp_path).trained_on
+    assert len(trained_on) == len(trainer.dataset.train)
+    assert ("PF00069", "Pkinase") in trained_on and trained_on == tuple(sorted(trained_on))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Trainer:
+    """A run on the shipped sample at its last step, evaluated on one pair of each of two families."""
+    config = Config(steps=1, batch_size=2, cap=32, eval_cap=95, eval_pairs=1, eval_every=0, dim=24)
+    trainer = Trainer(config, tmp_path / "run")
+    trainer.run(progress=False)
+    return trainer
+
+
+def test_a_finished_run_is_shown_beside_the_shipped_aligner(
+    model: Aligner, finished: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "SHIPPED", tmp_path / "shipped.safetensors")
+    row = "shipped aligner (3 families)"
+    assert "shipped" not in write_tables(finished, progress=False)
+    save_release(model, CONFIG, release.SHIPPED, TRAINED_ON)
+    text = write_tables(finished, progress=False)
+    headline, families, *_ = text.split("\n\n")[1:]
+    assert headline.splitlines()[-1].startswith(row) and "shipped" not in families
+    expected = score_model(model, finished.dataset.heldout.pairs, progress=False).macro["barycentre"]
+    assert headline.endswith(f" {expected:.3f}")
+    assert row in (finished.folder / "report.txt").read_text()
+
+    settings = finished.config
+    for other in ({"data": str(HELDOUT_SAMPLE)}, {"eval_data": None}, {"steps": 2}):
+        finished.config = dataclasses.replace(settings, **other)
+        assert "shipped" not in write_tables(finished, progress=False), other
+    finished.config = settings
+    for trained_on in ((), (*TRAINED_ON, ("PF02790", "anything"))):
+        save_release(model, CONFIG, release.SHIPPED, trained_on)
+        assert "shipped" not in write_tables(finished, progress=False), trained_on
+
+
+def test_the_shipped_aligner_is_small_and_has_not_seen_the_shipped_held_out_families() -> None:
+    assert SHIPPED.stat().st_size < 5e6
+    shipped = load_aligner()
+    assert all(torch.isfinite(tensor).all() for tensor in shipped.model.state_dict().values())
+    ((_, plan),) = align_pairs(shipped.model, [PAIR], 1)
+    np.testing.assert_allclose(plan[:-1].sum(axis=1), 1.0, atol=1e-3)
+    heldout = load_families(read_stockholm(HELDOUT_SAMPLE))
+    assert {family.accession.split(".")[0] for family in heldout} == {"PF00041", "PF02790", "PF03773"}
+    assert shipped.trained_on and shipped.seen(heldout) == []
