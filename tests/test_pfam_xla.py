@@ -71,12 +71,12 @@ def test_filling_up_has_no_weight(batch: Batch) -> None:
     np.testing.assert_allclose(float(known.row_weight.sum() + known.col_weight.sum()), 1.0, rtol=1e-5)
 
 
-def test_running_sums_are_the_windows_of_the_other_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_sums_are_the_matrix_of_the_other_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA devices take another road to the same averages; here both are taken on the CPU."""
     maps = torch.randn(2, 3, 11, 7, dtype=torch.float64, requires_grad=True)
     results = []
-    for pooled in (False, True):
-        monkeypatch.setattr(layers, "_pools", lambda columns, pooled=pooled: pooled)
+    for multiplied in (False, True):
+        monkeypatch.setattr(layers, "_has_matrix_unit", lambda columns, multiplied=multiplied: multiplied)
         found = diagonal_means(maps, (5, 13))
         (gradient,) = torch.autograd.grad(found.square().sum(), maps)
         results.append((found, gradient))

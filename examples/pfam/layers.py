@@ -73,15 +73,17 @@ def _from_diagonals(columns: Tensor, size: int) -> Tensor:
 def _twice(columns: Tensor, width: int) -> Tensor:
     """The moving average down the columns, twice. The first runs beyond both ends, where the second still reads it:
     so padding changes nothing, and the two sequences are treated alike."""
+    if _has_matrix_unit(columns):
+        row = torch.arange(columns.shape[2], device=columns.device)
+        triangle = (width - (row[:, None] - row).abs()).clamp(min=0).to(columns.dtype)
+        return torch.einsum("kl,nclw->nckw", triangle / width**2, columns)
     reach = width - 1
-    if _pools(columns):
-        once = F.avg_pool2d(F.pad(columns, (0, 0, reach, reach)), (width, 1), stride=1)
-        return F.avg_pool2d(once, (width, 1), stride=1)
     return _sums(_sums(F.pad(columns / width**2, (0, 0, reach, reach)), width), width)
 
 
-def _pools(columns: Tensor) -> bool:
-    """Whether to add up windows, not running sums: on XLA devices those take a time in proportion to the length."""
+def _has_matrix_unit(columns: Tensor) -> bool:
+    """Whether to multiply with the averages' matrix: on XLA devices a running sum takes a time that grows with the
+    length for every entry."""
     return columns.device.type == "xla"
 
 

@@ -32,7 +32,7 @@ _NUMBERS = {
     "eval_every": (500, "steps between evaluations"),
     "eval_cap": (400, "longest side of an evaluation pair; longer ones are skipped"),
     "eval_pairs": (20, "evaluation pairs per held-out family"),
-    "rounds": (3, "how often the second attention is repeated in evaluation"),
+    "rounds": (1, "how often the second attention is repeated in evaluation"),
     "save_every": (100, "steps between checkpoints"),
     "fsdp": (1, "devices that every parameter is spread over; the mesh is (devices / N, N)"),
     "seed": (0, "seed of the initial weights, the batches and the dropout"),
@@ -95,6 +95,8 @@ def _trainer(options: argparse.Namespace, folder: Path, device: XlaDevice) -> Tr
         batch_size=options.pairs * device.count,
         batch_cells=options.pairs * device.count * options.length**2,
         cap=options.length,
+        gradient="tail",  # the resident kernels have this one; the implicit gradient streams
+        train_rounds=1,
     )
     return Trainer(config, folder, device=device)
 

@@ -43,7 +43,7 @@ def compile_step(
     set_lowering(shape)
     config = Config(
         batch_size=pairs * count, batch_cells=2**40, cap=length, window=window or None, dim=dim,
-        base_iters=base_iters, tail_iters=tail_iters, gradient="tail",
+        base_iters=base_iters, tail_iters=tail_iters, gradient="tail", train_rounds=1,
     )  # fmt: skip
     recorded, described = _record(config, fsdp)
     clear(folder)
