@@ -46,10 +46,11 @@ def test_variants_are_settings() -> None:
 
 def test_table() -> None:
     seeds = [{"F1": 0.80, "pairs/s": 20.0}, {"F1": 0.82, "pairs/s": 22.0}]
-    runs = {"Sinkhorn": seeds, "b": [{"F1": 0.5, "pairs/s": 9.0}]}
+    runs = {"Sinkhorn": seeds, "b": [{"F1": 0.5, "pairs/s": 9.0}], "c": [{"F1": 0.5, "pairs/s": 9.0}, {}]}
     rows = [line.split() for line in ablation_table(runs).splitlines()[2:]]
     assert rows[0] == ["Sinkhorn", "0.810", "(0.020)", "21.0", "(2.0)"]
     assert rows[1] == ["b", "0.500", "(0.000)", "9.000", "(0.000)"]
+    assert rows[2] == ["c", "diverged", "diverged"]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

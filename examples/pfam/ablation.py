@@ -69,10 +69,13 @@ def ablate(
 
 
 def ablation_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The mean over seeds and, in brackets, the range, of every figure."""
-    names = list(next(iter(found.values()))[0])
+    """The mean over seeds and, in brackets, the range, of every figure; "diverged" if a seed's training did."""
+    names = list(next((run for runs in found.values() for run in runs if run), {}))
     rows = []
     for variant, runs in found.items():
+        if not all(runs):
+            rows.append([variant, *["diverged"] * len(names)])
+            continue
         columns = [np.array([run[name] for run in runs]) for name in names]
         cells = [f"{x.mean():.{_digits(x)}f} ({np.ptp(x):.{_digits(x)}f})" for x in columns]
         rows.append([variant, *cells])
@@ -80,7 +83,7 @@ def ablation_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def _run(config: Config, folder: Path) -> dict[str, float]:
-    """One run's figures, from its folder if they are there."""
+    """One run's figures, from its folder if they are there; none if the training diverged."""
     path = folder / _RESULT
     if path.exists():
         held = json.loads(path.read_text())
@@ -89,8 +92,11 @@ def _run(config: Config, folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, folder)
-    trainer.run(progress=False)
-    figures = {**_figures(trainer), "pairs/s": trainer.examples_per_second}
+    try:
+        trainer.run(progress=False)
+        figures = {**_figures(trainer), "pairs/s": trainer.examples_per_second}
+    except FloatingPointError:
+        figures = {}
     with replacing(path) as file:
         file.write(json.dumps({"config": config.to_dict(), "figures": figures}, indent=1).encode())
     return figures

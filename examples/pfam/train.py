@@ -211,7 +211,9 @@ class Trainer:
         total = torch.stack(losses).sum(0)
         if self.device.read_every == 1:
             self._check(total[0], self.step)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.device.read_every == 1:
+            self._check(norm, self.step, "the gradient's norm")
         self.optimizer.step()
         self.losses_unread.append(total)
         self.device.finish_step()
@@ -259,9 +261,9 @@ class Trainer:
         self.interrupted = self.processes.any(self.interrupted)
         return self.interrupted
 
-    def _check(self, loss: Tensor, step: int) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower --learning-rate")
+    def _check(self, value: Tensor, step: int, name: str = "the loss") -> None:
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"{name} is {value.item()} at step {step}; lower --learning-rate")
 
     def _evaluate_if_due(self, progress: bool) -> None:
         # Asked before the first step too: a run stopped in the middle of an evaluation makes up for it on resuming.
