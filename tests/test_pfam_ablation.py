@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from examples.pfam import ablation
 from examples.pfam.ablation import VARIANTS, ablate, ablation_table
 from examples.pfam.cli import main
 from examples.pfam.config import Config
+from examples.pfam.train import Trainer
 
 TINY = Config(steps=1, batch_size=2, cap=24, dim=24, eval_pairs=1, eval_cap=95, eval_every=0, base_iters=2)
 NAMES = ["Sinkhorn", "softmax"]
@@ -60,3 +64,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "T = 10" in (tmp_path / "report.txt").read_text()
     assert main(["ablate", "--seeds", "0", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: --seeds must be at least 1 and at most 100, got 0")
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_the_ablation_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, most: torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 0; lower --learning-rate"):
+        Trainer(TINY, tmp_path / "alone").run(progress=False)
+    assert ablation._run(TINY, tmp_path / "one of many") == {}
