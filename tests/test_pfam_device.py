@@ -63,7 +63,7 @@ class WithoutGpu(CudaDevice):
     """The GPU's way of placing and scoring batches, on the CPU."""
 
     def __init__(self) -> None:
-        self.device, self._precision = torch.device("cpu"), "float32"
+        self.device, self.precision_name = torch.device("cpu"), "float32"
 
     name = "cpu"
 

@@ -14,7 +14,7 @@ import torch
 from examples.pfam import evaluate
 from examples.pfam.calibration import Calibration, Reliability, predictor
 from examples.pfam.cli import main
-from examples.pfam.comparison import CONFIDENCE, FIXED_SCORES, compare
+from examples.pfam.comparison import CONFIDENCE, FIXED_SCORES, PAIR_HMM, compare
 from examples.pfam.comparison_tables import as_values, report
 from examples.pfam.config import HELDOUT_SAMPLE, Config
 from examples.pfam.decode import DECODERS, DEFAULT_DECODER
@@ -171,13 +171,16 @@ def test_probabilities_that_are_true_as_often_as_they_say_are_calibrated() -> No
     assert honest.calibration_error < 0.005 < 0.1 < boastful.calibration_error
 
 
-def test_calibration_counts_entries_above_the_floor_and_decoded_pairs() -> None:
+def test_calibration_counts_entries_above_the_floor_decoded_pairs_and_gaps() -> None:
     pair = Pair("F", ("a", "b"), encode("AC"), encode("ACD"), np.array([[0, 0], [1, 2]]))
     plan = np.array([[0.8, 0.1, 0.001, 0.1], [0.1, 0.2, 0.5, 0.2], [0.1, 0.7, 0.5, 1.7]])
     found = Calibration()
     found.add(pair, plan, np.array([[0, 0], [1, 1]]))
     assert found.entries.count.sum() == 5 and found.entries.true.sum() == 2
     assert found.decoded.count.sum() == 2 and found.decoded.true.sum() == 1
+    assert found.unpaired.count.sum() == 1 and found.unpaired.true.sum() == 0  # the third key residue has a partner
+    found.add(pair, plan, np.array([[1, 2]]))
+    assert found.unpaired.count.sum() == 4 and found.unpaired.true.sum() == 1
 
 
 def test_a_predictor_is_judged_by_rank_and_by_its_quarters() -> None:
@@ -258,7 +261,7 @@ def test_gap_grid_names_its_best(stockholm: Path) -> None:
 def test_a_comparison_without_models_and_its_refusals(stockholm: Path) -> None:
     pairs = evaluation_pairs(load_families(read_stockholm(stockholm)), 9, 99, 0).pairs
     comparison = compare({}, pairs, progress=False)
-    assert set(comparison.calibration) == {FIXED_SCORES} and comparison.models == []
+    assert set(comparison.calibration) == {FIXED_SCORES, PAIR_HMM} and comparison.models == []
     assert "Smith-Waterman" in report(comparison)
     with pytest.raises(ValueError, match=r"'best'.*monotone, accuracy, mutual"):
         compare({}, pairs, decoder="best")

@@ -12,7 +12,7 @@ from examples.pfam.baselines import blosum62
 from examples.pfam.config import Config
 from examples.pfam.evaluate import align_pairs, unpad
 from examples.pfam.layers import PairScore, diagonal_means
-from examples.pfam.model import Aligner
+from examples.pfam.model import DOUBT, DOUBT_IN_TRAINING, Aligner
 from examples.pfam.objective import training_loss
 from examples.pfam.pairs import Pair, encode
 from examples.pfam.sampler import collate
@@ -22,10 +22,10 @@ SHORT = Pair("F", ("a", "b"), encode("MKVLA"), encode("MKLA"), TARGET)
 LONG = Pair("F", ("c", "d"), encode("MKVLAWWGHPDEACDEFGHIKL"), encode("MKVLAGHPDEACDEYGHIKLMNPQRST"), TARGET)
 
 
-@pytest.fixture(scope="module")
-def model() -> Aligner:
+@pytest.fixture(scope="module", params=["affine", "single"])
+def model(request: pytest.FixtureRequest) -> Aligner:
     torch.manual_seed(0)
-    return Aligner(Config(dim=24))
+    return Aligner(Config(dim=24, gaps=request.param))
 
 
 def test_padding_changes_nothing(model: Aligner) -> None:
@@ -66,6 +66,33 @@ def test_every_parameter_learns() -> None:
     assert idle == []
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert not model.embedding.weight.grad[-1].any()  # padding is not a residue
+
+
+def test_gaps_as_runs_are_judged_in_both_attentions() -> None:
+    torch.manual_seed(0)
+    model, batch = Aligner(Config(dim=24)).eval(), collate([LONG])
+    with torch.no_grad():
+        plans = [model(batch)]
+        for judge in (model.first, model.second):  # the last three of the maps are what the pair HMM says
+            judge.linear[-3] = 2.0
+            plans.append(model(batch))
+    first, last = zip(*plans, strict=True)
+    assert not torch.allclose(first[0], first[1], atol=1e-2)
+    assert torch.equal(first[1], first[2]) and not torch.allclose(last[1], last[2], atol=1e-2)
+
+
+def test_absurd_pairs_are_doubted_in_evaluation_more_than_in_training() -> None:
+    log_p = torch.tensor([0.0, -7.0, -9.0, -17.0, -60.0, -1e9])
+    assert DOUBT(log_p).tolist() == [0.0, 0.0, 1.0, 5.0, 26.5, 26.5]
+    torch.testing.assert_close(DOUBT_IN_TRAINING(log_p), torch.tensor([0.0, 0.0, 0.0, 0.6, 6.0, 6.0]))
+    torch.manual_seed(0)
+    model, length = Aligner(Config(dim=24, dropout=0.0)), 150
+    residues = np.random.default_rng(0).integers(0, 20, length)
+    batch = collate([Pair("F", ("a", "b"), residues, residues, np.stack([np.arange(length)] * 2, axis=1))])
+    far = (torch.arange(length)[:, None] - torch.arange(length)).abs() > 50
+    with torch.no_grad():
+        mass = [model.train(training)(batch)[1][0, :-1, :-1][far].sum() for training in (False, True)]
+    assert mass[0] < 0.01 * mass[1]
 
 
 def test_embeddings_start_at_blosum62() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
+from examples.pfam import pairs
 from examples.pfam.augment import insert_and_delete, mutate, substitution_cdf
 from examples.pfam.config import TRAIN_SAMPLE
 from examples.pfam.pairs import (
@@ -98,6 +101,20 @@ def test_evaluation_pairs_are_whole_distinct_and_counted(shipped: list[Family]) 
     assert first.skipped > 0  # 12TM_1 is longer than 300
     available = sum(min(5, len(f.sequences) * (len(f.sequences) - 1) // 2) for f in shipped)
     assert len(first.pairs) + first.skipped == available
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_evaluation_pairs_are_drawn_from_all(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "_FEW", few)
+    every = sorted(pairs._distinct_pairs(7, 99, np.random.default_rng(0)))
+    assert every == list(itertools.combinations(range(7), 2))
+    some = list(pairs._distinct_pairs(7, 4, np.random.default_rng(0)))
+    assert len(set(some)) == 4 and set(some) < set(every)
+
+
+def test_the_largest_family_takes_no_memory_for_all_its_pairs() -> None:
+    drawn = list(pairs._distinct_pairs(200_000, 40, np.random.default_rng(0)))
+    assert len(set(drawn)) == 40 and all(0 <= first < second < 200_000 for first, second in drawn)
 
 
 def test_mutation_follows_blosum() -> None:

@@ -67,9 +67,10 @@ def test_several_records_keep_their_order_and_lines(tmp_path: Path) -> None:
     assert records[1].source.endswith(":13")
 
 
-def test_a_record_without_an_id_is_named_after_its_file(tmp_path: Path) -> None:
-    (record,) = read_stockholm(write(tmp_path, "# STOCKHOLM 1.0\na AC\nb AC\n//\n", "PF05371.seed.txt"))
-    assert record.name == "PF05371"
+def test_records_without_an_id_are_named_after_their_file_and_line(tmp_path: Path) -> None:
+    text = "# STOCKHOLM 1.0\na AC\nb AC\n//\n"
+    records = read_stockholm(write(tmp_path, text + text, "PF05371.seed.txt"))
+    assert [record.name for record in records] == ["PF05371", "PF05371:5"]
 
 
 def test_gzip_is_recognised_by_content_not_by_name(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from examples.pfam.cli import main
 from examples.pfam.commands.options import command_line
 from examples.pfam.config import HELDOUT_SAMPLE, TRAIN_SAMPLE, Config
 from examples.pfam.dataset import load_dataset
+from examples.pfam.device import open_device
 from examples.pfam.evaluate import Scores
 from examples.pfam.train import History, Trainer, learning_rate
 
@@ -127,6 +128,17 @@ def test_config_round_trips_and_refuses_nonsense() -> None:
     assert Config.from_dict(SMALL.to_dict()) == SMALL
     with pytest.raises(ValueError, match="unknown settings in the checkpoint: wings"):
         Config.from_dict({"wings": 2})
+    with pytest.raises(ValueError, match="settings that the checkpoint lacks: gaps, steps"):
+        Config.from_dict({name: value for name, value in SMALL.to_dict().items() if name not in ("gaps", "steps")})
+    with pytest.raises(ValueError, match="are Sinkhorn's: softmax has no masses"):
+        Config(attention="softmax", capacity="one")
+
+
+def test_a_run_goes_on_in_its_precision(tmp_path: Path) -> None:
+    Trainer(SMALL, tmp_path, device=open_device("cpu", precision="bfloat16")).save()
+    with pytest.raises(ValueError, match="layers in bfloat16; go on with --precision bfloat16, not float32"):
+        Trainer.resume(tmp_path)
+    assert Trainer.resume(tmp_path, open_device("cpu", precision="bfloat16")).step == 0
 
 
 @pytest.mark.parametrize(

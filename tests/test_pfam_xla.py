@@ -114,6 +114,8 @@ import torch
 from examples.pfam.config import Config
 from examples.pfam.device import Device, open_device
 from examples.pfam.train import Trainer
+from examples.pfam.pair_hmm import log_posterior
+import torch_xla
 import torch_xla.debug.metrics as metrics
 
 torch.set_num_threads(1)
@@ -136,6 +138,9 @@ straight = Trainer(config, tempfile.mkdtemp())
 straight.run(until=6, progress=False)
 print("xla", *resumed.history.loss)
 print("cpu", *straight.history.loss)
+pairs = torch.randn(2, 30, 20), torch.tensor([30, 11]), torch.tensor([20, 17])
+found, expected = (log_posterior(*(x.to(to) for x in pairs), 3.0, 0.4) for to in (torch_xla.device(), "cpu"))
+print("posterior", float((found.cpu() - expected).abs().max()))
 """
 
 
@@ -156,6 +161,7 @@ def test_a_run_is_that_of_the_cpu_and_compiles_once() -> None:
     found, expected = ([float(x) for x in lines[name].split()] for name in ("xla", "cpu"))
     assert len(found) == 6
     np.testing.assert_allclose(found, expected, rtol=2e-4)
+    assert float(lines["posterior"]) < 1e-4
 
 
 def test_window_reaches_the_attention(batch: Batch) -> None:

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dustbin of capacity 1": {"capacity": "one"},
     "window of 48": {"window": 48},
     "relaxation 4": {"relaxation": 4.0},
+    "no pair HMM": {"gaps": "single"},
     "second attention once": {"train_rounds": 1, "rounds": 1},
     "no augmentation": {"mutation_rate": 0.0, "indels": 0.0},
 }
@@ -50,7 +51,7 @@ def ablate(
     """Train and score every variant with every seed; the figures by variant, a dictionary per seed.
 
     Each run has a thread and a folder of its own. Those that ``folder`` holds already, with the same settings, are
-    read, so an interrupted ablation goes on.
+    read, so an interrupted ablation goes on; after a change of the program, take another folder.
 
     Raises:
         ValueError: no such variant.

@@ -16,6 +16,7 @@ from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
 from .alignment import PairwiseAlignment
+from .atomic import replacing
 from .checkpoint import prepare_folder
 from .sequences import Protein
 
@@ -62,7 +63,8 @@ def write_files(
     paths = []
     for name, data in contents.items():
         paths.append(Path(folder) / name)
-        paths[-1].write_bytes(data)
+        with replacing(paths[-1]) as file:
+            file.write(data)
     return paths
 
 

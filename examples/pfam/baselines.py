@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +35,8 @@ def blosum62() -> npt.NDArray[np.float64]:
     return np.array([[float(table[a, b]) for b in ALPHABET] for a in ALPHABET])
 
 
+HALF_BIT = math.log(2) / 2
+"""BLOSUM62's unit, in nats."""
 GLOBAL_GAP, LOCAL_GAP = (15.0, 1.0), (11.0, 0.5)
 """Cost of a gap's first and of each further residue. The local one is the best of ``gap_grid`` on training families."""
 

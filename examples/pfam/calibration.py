@@ -15,6 +15,7 @@ from torch_sinkhorn_attn import certify
 from .attentions import AttentionProblem
 from .decode import confidence
 from .evaluate import Result
+from .metrics import unmatched
 from .model import Aligner
 from .pairs import Pair
 from .sampler import collate
@@ -77,10 +78,18 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Plan entries of at least ``FLOOR`` as match probabilities, and the confidence shown for each decoded pair."""
+    """Plan entries of at least ``FLOOR`` as match probabilities, and the confidence shown for each decoded pair and for
+    each residue, of both sides, that the decoded alignment leaves without a partner."""
 
     entries: Reliability = field(default_factory=Reliability)
     decoded: Reliability = field(default_factory=Reliability)
+    unpaired: Reliability = field(default_factory=Reliability)
+
+    @property
+    def parts(self) -> dict[str, Reliability]:
+        """What is counted, by its name."""
+        names = (f"plan entries >= {FLOOR:g}", "decoded pairs", "residues left unpaired")
+        return dict(zip(names, (self.entries, self.decoded, self.unpaired), strict=True))
 
     def add(self, pair: Pair, plan: FloatArray, predicted: IntArray) -> None:
         """Count the plan [n+1, m+1] of a pair and the pairs [p, 2] decoded from it."""
@@ -90,6 +99,10 @@ class Calibration:
         kept = real >= FLOOR
         self.entries.add(real[kept], aligned[kept])
         self.decoded.add(confidence(plan, predicted), aligned[predicted[:, 0], predicted[:, 1]])
+        n, m = real.shape
+        left, lone = unmatched(n, m, predicted), unmatched(n, m, pair.target)
+        for in_bin, mine, theirs in zip((plan[:-1, -1], plan[-1, :-1]), left, lone, strict=True):
+            self.unpaired.add(in_bin[mine], np.isin(mine, theirs))
 
 
 def solved_attentions(model: Aligner, pairs: Sequence[Pair]) -> list[AttentionProblem]:

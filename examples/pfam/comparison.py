@@ -13,13 +13,15 @@ from .calibration import Calibration, Predictor, certificates, predictor
 from .decode import DECODERS, DEFAULT_DECODER, Decoder
 from .device import Device
 from .evaluate import FloatArray, Result, align_pairs, baseline_results, measure_alignment, measure_plan
-from .fixed_score import FixedScores
+from .fixed_score import FixedScores, pair_hmm_plan
 from .model import Aligner
 from .pairs import Pair
 
-FIXED_SCORES = "fixed-score Sinkhorn"
+FIXED_SCORES, PAIR_HMM = "fixed-score Sinkhorn", "pair HMM, nothing trained"
 REFERENCE = "Needleman-Wunsch"
-"""The baseline that differences are taken from."""
+"""The baseline beside the models in every table."""
+REFERENCES = (REFERENCE, PAIR_HMM)
+"""The baselines that differences are taken from."""
 CONFIDENCE = "1 - mean P of the decoded pairs"
 BATCH = 8
 CERTIFIED = 400
@@ -93,7 +95,8 @@ def compare(
         raise ValueError("no pair to evaluate on: all too long, or with no column in upper case in both; raise the cap")
     decode, fixed = DECODERS[decoder], FixedScores()
     comparison = Comparison(baseline_results(pairs, progress))
-    comparison.add_plans(FIXED_SCORES, ((p, fixed.plan(p)) for p in pairs), len(pairs), decode, progress)
+    for name, plan in ((FIXED_SCORES, fixed.plan), (PAIR_HMM, pair_hmm_plan)):
+        comparison.add_plans(name, ((pair, plan(pair)) for pair in pairs), len(pairs), decode, progress)
     for name, model in models.items():
         placed = copy.deepcopy(model)
         if device is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from .calibration import FLOOR
+from .calibration import Calibration
 from .comparison import Comparison, Doubts
 from .plots import save_figure
 
@@ -15,16 +15,15 @@ _COLOURS = ("#868e96", "#1b4b7a", "#d9480f", "#2b8a3e", "#862e9c")
 
 
 def plot_reliability(comparison: Comparison, path: Path) -> None:
-    """Reliability diagrams of plan entries and of decoded pairs, above how many there are in each bin."""
-    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
-    for column, (kind, title) in enumerate(
-        (("entries", f"plan entries of at least {FLOOR}"), ("decoded", "decoded pairs"))
-    ):
+    """Reliability diagrams of all ``Calibration.parts``, above how many there are in each bin."""
+    figure = Figure(figsize=(13.0, 5.6), layout="constrained")
+    titles = list(Calibration().parts)
+    grid = figure.subplots(2, len(titles), sharex=True, sharey="row", height_ratios=[3, 1])
+    for column, title in enumerate(titles):
         above, below = grid[:, column]
         above.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=":")
         for index, (name, found) in enumerate(comparison.calibration.items()):
-            part = getattr(found, kind)
+            part = found.parts[title]
             mean, frequency, count = part.curve
             colour = _COLOURS[index % len(_COLOURS)]
             label = f"{name}: calibration error {part.calibration_error:.3f}"
@@ -34,7 +33,7 @@ def plot_reliability(comparison: Comparison, path: Path) -> None:
         above.legend(frameon=False, fontsize=8, loc="best")
         above.set(xlim=(0, 1), ylim=(0, 1))
         below.set(yscale="log", xlabel="P")
-    grid[0, 0].set_ylabel("share that are target pairs")
+    grid[0, 0].set_ylabel("share that is right")
     grid[1, 0].set_ylabel("count")
     save_figure(figure, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from .baselines import GLOBAL_GAP, LOCAL_GAP
 from .calibration import Calibration, Reliability
-from .comparison import REFERENCE, Comparison
+from .comparison import REFERENCE, REFERENCES, Comparison
 from .evaluate import PLAN, Result, Scores
 from .summary import LEVEL, RESAMPLES, Interval, Summary, by_identity, differences, summarise
 from .tables import HEADINGS, table
@@ -18,8 +19,9 @@ LEGEND = textwrap.fill(
     f"macro: means over a family's pairs, then over families, with {LEVEL:.0%} percentile intervals of {RESAMPLES} "
     "bootstrap draws of families; micro: the counts of all pairs pooled. Identity: identical residues over aligned "
     "columns of the reference. Row accuracy: residues of both sides whose largest plan entry, dustbin included, is the "
-    "reference's; of baselines without a plan, whose partner, or lack of one, is. Barycentre error in residues. Both "
-    "alignment programs take BLOSUM62; a gap's first and each further residue cost "
+    "reference's; of baselines without a plan, whose partner, or lack of one, is. Barycentre error, in residues: of a "
+    "plan, how far its rows' mean positions are off; of pairs, decoded ones too, how far the partners are, with "
+    "straight lines between pairs. Both alignment programs take BLOSUM62; a gap's first and each further residue cost "
     f"{GLOBAL_GAP[0]:g} and {GLOBAL_GAP[1]:g} (Needleman-Wunsch, at the ends too) or "
     f"{LOCAL_GAP[0]:g} and {LOCAL_GAP[1]:g} (Smith-Waterman): --gap-grid scores others. A predictor of errors is "
     "judged by where the interval of its rank correlation lies.",
@@ -69,18 +71,16 @@ def identity_table(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def difference_table(comparison: Comparison) -> str:
-    """What each model has over ``REFERENCE``, with paired intervals."""
-    rows = []
-    reference = comparison.results[REFERENCE]
-    for name in comparison.models:
-        overall = differences(comparison.results[name], reference)
-        rows.append([name, "all", _with_ends(overall["f1"], sign="+"), _with_ends(overall["barycentre"], 2, "+")])
-        bins = zip(by_identity(comparison.results[name]).items(), by_identity(reference).values(), strict=True)
-        for (label, mine), theirs in bins:
-            if mine:
-                part = differences(mine, theirs)
-                rows.append([name, label, _with_ends(part["f1"], sign="+"), _with_ends(part["barycentre"], 2, "+")])
-    return table([f"less {REFERENCE}, paired [95 %]", "pairs", HEADINGS["f1"], HEADINGS["barycentre"]], rows)
+    """What each model has over each of ``REFERENCES``, with paired intervals."""
+    rows, all_of = [], comparison.results
+    for name, reference in itertools.product(comparison.models, REFERENCES):
+        mine, theirs = ({"all": all_of[of], **by_identity(all_of[of])} for of in (name, reference))
+        for label, results in mine.items():
+            if results:
+                part = differences(results, theirs[label])
+                found = (_with_ends(part["f1"], sign="+"), _with_ends(part["barycentre"], 2, "+"))
+                rows.append([f"{name} less {reference}", label, *found])
+    return table(["paired [95 %]", "pairs", HEADINGS["f1"], HEADINGS["barycentre"]], rows)
 
 
 def aligner_family_table(comparison: Comparison) -> str:
@@ -108,19 +108,19 @@ def plans_table(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def decoder_table(decoded: Mapping[str, Mapping[str, Sequence[Result]]]) -> str:
-    """F1 of the same plans under each rule."""
-    rows = [
-        [name, *(_with_ends(summarise(found).macro["f1"]) for found in rules.values())]
-        for name, rules in decoded.items()
-    ]
-    return table(["F1, macro [95 %], by decoder", *next(iter(decoded.values()))], rows)
+    """F1 of the same plans under each rule, and the barycentre error of the pairs, measured as a baseline's."""
+    rows = []
+    for name, rules in decoded.items():
+        means = [summarise(found).macro for found in rules.values()]
+        rows.append([name, *(f"{_with_ends(mean['f1'])} / {_with_ends(mean['barycentre'], 2)}" for mean in means)])
+    return table(["F1 / barycentre error, macro [95 %], by decoder", *next(iter(decoded.values()))], rows)
 
 
 def calibration_table(calibration: Mapping[str, Calibration]) -> str:
-    """Calibration error and Brier score, of plan entries and of decoded pairs."""
+    """Calibration error and Brier score of all ``Calibration.parts``."""
     rows = []
     for name, found in calibration.items():
-        for label, part in (("plan entries >= 0.01", found.entries), ("decoded pairs", found.decoded)):
+        for label, part in found.parts.items():
             mean = [f"{number.sum() / max(part.count.sum(), 1):.3f}" for number in (part.predicted, part.true)]
             count = f"{int(part.count.sum())}"
             rows.append([name, label, count, *mean, f"{part.calibration_error:.3f}", f"{part.brier:.3f}"])
@@ -140,7 +140,6 @@ def predictor_table(comparison: Comparison, name: str) -> str:
 
 def as_values(comparison: Comparison) -> dict[str, Any]:
     """All the figures as plain values for JSON; what is not a number is None."""
-    reference = comparison.results[REFERENCE]
     aligners = {}
     for name, results in comparison.results.items():
         values: dict[str, Any] = _summary(summarise(results))
@@ -148,11 +147,13 @@ def as_values(comparison: Comparison) -> dict[str, Any]:
         values["family_means"] = Scores.of(results).families
         if name in comparison.calibration:
             found = comparison.calibration[name]
-            rules = comparison.decoded[name].items()
-            values["f1_by_decoder"] = {rule: _interval(summarise(part).macro["f1"]) for rule, part in rules}
-            values["calibration"] = {"entries": _reliability(found.entries), "decoded": _reliability(found.decoded)}
+            for of in ("f1", "barycentre"):
+                rules = comparison.decoded[name].items()
+                values[f"{of}_by_decoder"] = {rule: _interval(summarise(part).macro[of]) for rule, part in rules}
+            values["calibration"] = {label: _reliability(part) for label, part in found.parts.items()}
         if name in comparison.doubts:
-            values[f"less {REFERENCE}"] = _intervals(differences(results, reference))
+            for reference in REFERENCES:
+                values[f"less {reference}"] = _intervals(differences(results, comparison.results[reference]))
             values["predictors"] = {
                 label: {
                     "pairs": found.pairs,

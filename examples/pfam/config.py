@@ -108,6 +108,7 @@ class Config:
     window: int | None = _number(None, Range(0), "tokens to either side of the scaled diagonal that may be aligned")
     gradient: str = _choice("implicit", Choice(("tail", "implicit", "unrolled")), "what is differentiated")
     capacity: str = _choice("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")
+    gaps: str = _choice("affine", Choice(("affine", "single")), "whether gaps are seen as runs (a pair HMM) or not")
     relaxation: float | None = _number(None, Range(0, ends="(]"), "strength of a KL penalty in place of exact masses")
     train_rounds: int = _number(2, _COUNT, "how often the second attention is repeated in training")
     rounds: int = _number(2, _COUNT, "the same in evaluation")
@@ -117,6 +118,8 @@ class Config:
             value = getattr(self, setting.name)
             if setting.metadata and not (value is None and setting.default is None):
                 setting.metadata["allowed"].check(option_name(setting.name), value)
+        if self.attention != "sinkhorn" and (self.capacity != "full" or self.relaxation is not None):
+            raise ValueError(f"--capacity and --relaxation are Sinkhorn's: {self.attention} has no masses to keep")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for checkpoints."""
@@ -124,8 +127,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The inverse of ``to_dict``; an unknown name means that another version wrote it."""
+        """The inverse of ``to_dict``; a setting that is unknown or lacking means that another version wrote it."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings in the checkpoint: {', '.join(sorted(unknown))}")
+        missing = {field.name for field in fields(cls) if field.metadata} - set(values)
+        if missing:
+            raise ValueError(f"settings that the checkpoint lacks: {', '.join(sorted(missing))}")
         return cls(**values)

@@ -82,11 +82,12 @@ def load_dataset(config: Config, cache: str | Path | None = None) -> Dataset:
 
 
 def identities(family: Family) -> set[str]:
-    """Its name, its accession without the version, and Pfam accessions inside the name.
+    """Its name, its accession without the version, and Pfam accessions inside the name, all in lower case.
 
     Families that share one are taken for the same: fn3 (PF00041.20) and an other_PF00041 without accession are.
     """
-    return {family.name, family.accession.split(".")[0], *_ACCESSION.findall(family.name)} - {""}
+    names = {family.name, family.accession.split(".")[0], *_ACCESSION.findall(family.name)}
+    return {name.casefold() for name in names} - {""}
 
 
 def in_brief(names: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ class Device:
     """Whether every batch is padded to one shape, and so never computed in parts."""
 
     def __init__(self, precision: str = "float32") -> None:
-        self._precision = precision
+        self.precision_name = precision
 
     def model(self, model: nn.Module) -> nn.Module:
         """Move the parameters, in place."""
@@ -72,7 +72,7 @@ class Device:
 
     def precision(self) -> AbstractContextManager[object]:
         """Around the forward."""
-        return torch.autocast(self.name, dtype=torch.bfloat16, enabled=self._precision == "bfloat16")
+        return torch.autocast(self.name, dtype=torch.bfloat16, enabled=self.precision_name == "bfloat16")
 
     def seed(self, seed: int) -> None:
         """Of what a training step draws, dropout; given for each step, so that no state need be kept."""
@@ -90,7 +90,7 @@ class Device:
 
     def describe(self) -> str:
         """In a line, for the log; empty for the CPU in float32."""
-        return "" if self._precision == "float32" else f"CPU, {self._precision}"
+        return "" if self.precision_name == "float32" else f"CPU, {self.precision_name}"
 
 
 class CudaDevice(Device):
@@ -134,7 +134,7 @@ class CudaDevice(Device):
         return _static_losses(plans, placed, barycentre_weight)
 
     def describe(self) -> str:
-        return f"{torch.cuda.get_device_name(self.device)}, {self._precision}"
+        return f"{torch.cuda.get_device_name(self.device)}, {self.precision_name}"
 
 
 class XlaDevice(Device):
@@ -250,7 +250,7 @@ class XlaDevice(Device):
 
         kind = f"{self.count} XLA device{'s' if self.count > 1 else ''} ({xr.device_type()})"
         mesh = f", a mesh of {self.count // self.fsdp} (data) x {self.fsdp} (fsdp)" if self.mesh is not None else ""
-        return f"{kind}{mesh}, {self._precision}"
+        return f"{kind}{mesh}, {self.precision_name}"
 
 
 def open_device(name: str, fsdp: int = 1, precision: str = "float32", local_rank: int = 0) -> Device:

@@ -1,4 +1,4 @@
-"""Sinkhorn without any learning: how far a transport plan gets on BLOSUM62 alone."""
+"""Plans that need no learning: Sinkhorn, and a pair hidden Markov model, on BLOSUM62 alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from scipy.ndimage import gaussian_filter1d
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_plan
 
-from .baselines import blosum62
+from .baselines import GLOBAL_GAP, HALF_BIT, blosum62
+from .pair_hmm import log_posterior
 from .pairs import Pair
 
 FloatArray = npt.NDArray[np.floating]
@@ -65,3 +66,17 @@ class FixedScores:
             tail_iters=0,
         )
         return plan[0].numpy()
+
+
+def pair_hmm_plan(pair: Pair) -> FloatArray:
+    """[n+1, m+1], the dustbin last: how probable each pair is if alignments are as probable as their scores say.
+
+    Scores and gap costs are those of ``needleman_wunsch``, taken for log odds. The dustbin has what a residue lacks.
+    """
+    scores = torch.from_numpy(HALF_BIT * blosum62()[np.ix_(pair.query, pair.key)])[None]
+    n, m = (torch.tensor([length]) for length in scores.shape[1:])
+    opening, extension = (HALF_BIT * cost for cost in GLOBAL_GAP)
+    real = log_posterior(scores, n, m, opening, extension)[0].exp().numpy()
+    plan = np.pad(real, (0, 1))
+    plan[:-1, -1], plan[-1, :-1] = (np.maximum(1 - real.sum(axis=axis), 0.0) for axis in (1, 0))
+    return plan

@@ -36,6 +36,8 @@ def diagonal_means(maps: Tensor, widths: tuple[int, ...]) -> Tensor:
     weighs its neighbours by a triangle, close to a Gaussian of standard deviation width / sqrt(6); beyond the ends of a
     diagonal stand zeros.
     """
+    if maps.shape[2] > 2 * maps.shape[3]:  # time and memory are L (L + S)
+        return _DiagonalMeans.apply(maps.mT, widths).mT
     return _DiagonalMeans.apply(maps, widths)
 
 

@@ -1,11 +1,13 @@
 """The aligner: residues in context, an optimal-transport attention between the two sequences, and a second look.
 
-Both sequences go through the same network, so the model is symmetric in them but for the order of the half-steps.
+Both sequences go through the same network; maps of pairs of residues have a query's and a key's side, so exchanging the
+sequences changes a plan a little.
 
 1. Residue embeddings (inner products start at BLOSUM62) and dilated convolutions make a token per residue.
 2. First attention. Queries and keys are the embeddings and several learned projections of the tokens; the averages of
-   these scores along diagonals, and a mild preference for the scaled diagonal, are judged entry by entry by a small
-   perceptron and added as a float ``attn_mask``. A dustbin score per residue is its gap penalty.
+   these scores along diagonals, a mild preference for the scaled diagonal, and what alignments with affine gap costs
+   make of the embeddings' products, are judged entry by entry by a small perceptron and added as a float
+   ``attn_mask``. A dustbin score per residue is its gap penalty.
 3. Second attention: each token reads what it was aligned with; the same perceptron idea judges the first plan: its
    entries, their averages along diagonals, and where the neighbourhood of either residue landed. Its plan is the
    alignment, or the first plan of another round.
@@ -24,9 +26,10 @@ from torch import Tensor, nn
 from torch_sinkhorn_attn import Dustbin
 
 from .attentions import AttentionProblem
-from .baselines import blosum62
+from .baselines import GLOBAL_GAP, HALF_BIT, blosum62
 from .config import Config
 from .layers import ContextBlock, PairScore, diagonal_means
+from .pair_hmm import log_posterior
 from .pairs import ALPHABET
 from .sampler import PADDING, Batch
 
@@ -41,6 +44,26 @@ _UNIT = 8.0
 # Weights of BLOSUM62 (in half bits) itself and of its averages along diagonals, before anything is learned.
 _START = (0.15, 0.3, 0.6, 1.2, 0.6)
 _START_DISTANCE = 0.02
+_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What a pair loses: so much for every nat that its log posterior is below ``start``, and no more from ``end`` on.
+
+    What is left on the hundreds of absurd partners in a long sequence adds up, and moves its barycentre. The crops of
+    training do not show that, and training undoes what it can; so evaluation doubts more.
+    """
+
+    start: float
+    end: float
+    per_nat: float
+
+    def __call__(self, log_p: Tensor) -> Tensor:
+        return self.per_nat * (self.start - log_p.clamp(min=self.end)).clamp(min=0)
+
+
+DOUBT_IN_TRAINING, DOUBT = Doubt(-15.0, -35.0, 0.3), Doubt(-7.0, -60.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -61,12 +84,12 @@ class Side:
 @dataclass(frozen=True)
 class Scored:
     """What the first attention was asked, kept for the second: queries, keys, evidence [N, L, S], what it was judged
-    by, twice [N, C, L, S], dustbin scores [N, L], [N, S]."""
+    by, in groups [N, C, L, S], dustbin scores [N, L], [N, S]."""
 
     query: Tensor
     key: Tensor
     evidence: Tensor
-    maps: tuple[Tensor, Tensor]
+    maps: tuple[Tensor, ...]
     query_bin: Tensor
     key_bin: Tensor
 
@@ -89,8 +112,8 @@ class Aligner(nn.Module):
         self.project = nn.Linear(dim, heads * _HEAD_DIM, bias=False)
         # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.
         self.gain = nn.Parameter(torch.tensor([_START[0], *[0.0] * heads]))
-        maps = (1 + heads) * (1 + len(_WIDTHS))
-        self.first = PairScore(maps + 4, config.hidden, self._initial_weights(heads))
+        maps = (1 + heads) * (1 + len(_WIDTHS)) + (_RUNS if config.gaps == "affine" else 0)
+        self.first = PairScore(4 + maps, config.hidden, self._initial_weights(heads))
         self.dustbin = nn.Linear(dim, 1)
         self.read = nn.Linear(2 * dim + 2, dim)
         nn.init.normal_(self.read.weight, std=0.02)
@@ -148,13 +171,19 @@ class Aligner(nn.Module):
         from_end = from_start - (b.lengths - a.lengths)[:, None, None]
         apart = torch.stack([distance.abs().clamp(max=100) for distance in (scaled, from_start, from_end)], dim=1)
         means = diagonal_means(content, _WIDTHS)
-        evidence = self.first(content, means, 0.03 * apart, relative[:, None])
+        runs: list[Tensor] = []
+        doubt: Tensor | float = 0.0
+        if self.config.gaps == "affine":
+            log_p = _as_runs(content[:, 0], a, b)
+            runs.append(torch.stack([(log_p.exp() + 1e-4).log() / 3, log_p.exp(), log_p.clamp(min=-30) / 10], dim=1))
+            doubt = (DOUBT_IN_TRAINING if self.training else DOUBT)(log_p)
+        evidence = self.first(content, means, 0.03 * apart, relative[:, None], *runs) - doubt
         gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
         return Scored(
             query=torch.cat([a.embedded, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
             key=torch.cat([b.embedded, b_heads], dim=2),
             evidence=evidence,
-            maps=(content.detach(), means.detach()),
+            maps=(content.detach(), means.detach(), *runs),
             query_bin=self.dustbin(a_normal)[..., 0],
             key_bin=self.dustbin(b_normal)[..., 0],
         )
@@ -278,6 +307,12 @@ class GapScore(nn.Module):
     def forward(self, plan: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
         known = torch.cat([_certainty(plan), self.reduce(tokens)], dim=2) * active
         return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
+
+
+def _as_runs(products: Tensor, a: Side, b: Side) -> Tensor:
+    """Log posterior of pairs [N, L, S] where gaps are runs, from the embeddings' products, in BLOSUM62's half bits."""
+    opening, extension = (HALF_BIT * cost for cost in GLOBAL_GAP)
+    return log_posterior(HALF_BIT * products, a.lengths, b.lengths, opening, extension)
 
 
 def _certainty(plan: Tensor) -> Tensor:

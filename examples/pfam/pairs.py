@@ -6,7 +6,7 @@ upper case and inserts in lower case). Every other residue is unmatched: its tar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ ALPHABET = "ARNDCQEGHILKMFPSTWYVX"
 
 # Rare letters stand for the residue they are closest to: selenocysteine, pyrrolysine and the three ambiguity codes.
 _SUBSTITUTES = {"U": "C", "O": "K", "B": "D", "Z": "E", "J": "L"}
+_FEW = 10_000_000
 _CODE = np.full(128, ALPHABET.index("X"), dtype=np.int64)
 for _letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
     _CODE[ord(_letter)] = ALPHABET.find(_SUBSTITUTES.get(_letter, _letter)) % len(ALPHABET)
@@ -152,11 +153,21 @@ def evaluation_pairs(families: Sequence[Family], per_family: int, cap: int, seed
     skipped = 0
     for index, family in enumerate(families):
         rng = np.random.default_rng([seed, index])
-        upper = np.stack(np.triu_indices(len(family.sequences), k=1), axis=1)
-        for first, second in upper[rng.permutation(len(upper))[:per_family]]:
-            pair = make_pair(family, int(first), int(second))
+        for first, second in _distinct_pairs(len(family.sequences), per_family, rng):
+            pair = make_pair(family, first, second)
             if max(len(pair.query), len(pair.key)) > cap or len(pair.target) == 0:
                 skipped += 1
             else:
                 pairs.append(pair)
     return EvaluationSet(tuple(pairs), skipped)
+
+
+def _distinct_pairs(n: int, most: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """At most so many of the pairs first < second below n, in random order. Time and memory in proportion to n^2 up to
+    ``_FEW`` pairs, and to ``most`` beyond."""
+    count = n * (n - 1) // 2
+    drawn = rng.permutation(count)[:most] if count <= _FEW else rng.choice(count, min(most, count), replace=False)
+    before = np.cumsum(np.arange(n - 1, -1, -1))  # pairs whose first is i or less
+    first = np.searchsorted(before, drawn, side="right")
+    second = drawn - before[first] + n
+    yield from zip(first.tolist(), second.tolist(), strict=True)

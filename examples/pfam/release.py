@@ -43,7 +43,7 @@ class TrainedAligner:
 
     def seen(self, families: Iterable[Family]) -> list[str]:
         """The keys of those ``families`` that it was trained on, as far as is recorded."""
-        known = {identity for family in self.trained_on for identity in family}
+        known = {identity.casefold() for family in self.trained_on for identity in family}
         return [family.key for family in families if identities(family) & known]
 
 

@@ -172,7 +172,7 @@ def _finish(path: Path, number: int, record: _Record) -> Alignment:
     announced = record.fields.get("SQ")
     if announced is not None and int(announced) != len(names):
         raise StockholmError(path, number, f"{len(names)} sequences in the record", f"{announced} as '#=GF SQ' says")
-    stem = path.name.removesuffix(".gz").split(".")[0]
+    stem = path.name.removesuffix(".gz").split(".")[0] + (f":{record.start}" if record.start > 1 else "")
     return Alignment(record.fields.get("ID", stem), record.fields.get("AC", ""), names, rows, f"{path}:{record.start}")
 
 

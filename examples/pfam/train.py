@@ -106,6 +106,7 @@ class Trainer:
         )
         self.model = Aligner(config)
         if resume is not None:
+            self._check_precision(resume.get("precision"))
             self.model.load_state_dict(resume["model"])
         self.device.model(self.model)
         self.trained = self.processes.share_gradients(self.model)
@@ -156,6 +157,7 @@ class Trainer:
             "step": self.step,
             "history": self.history.to_dict(),
             "trained_on": self.dataset.trained_on,
+            "precision": self.device.precision_name,
         }
         if (rng := self.device.rng_state()) is not None:
             state["device_rng"] = rng
@@ -260,6 +262,13 @@ class Trainer:
         """Whether any process was asked to stop: all stop after the same step."""
         self.interrupted = self.processes.any(self.interrupted)
         return self.interrupted
+
+    def _check_precision(self, before: str | None) -> None:
+        if before not in (None, self.device.precision_name):
+            raise ValueError(
+                f"the run in {self.folder} computes its layers in {before}; go on with --precision {before}, not "
+                f"{self.device.precision_name}"
+            )
 
     def _check(self, value: Tensor, step: int, name: str = "the loss") -> None:
         if not torch.isfinite(value):
