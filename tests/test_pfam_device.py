@@ -124,3 +124,10 @@ def test_nothing_is_logged_unless_asked_for(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match="pip install tensorboard, or --no-tensorboard"):
         TensorBoardLog(tmp_path, 0)
     assert not (tmp_path / tensorboard_log.FOLDER).exists()
+
+
+def test_a_run_goes_on_in_its_precision(tmp_path: Path) -> None:
+    Trainer(Config(dim=24), tmp_path, device=open_device("cpu", precision="bfloat16")).save()
+    with pytest.raises(ValueError, match="layers in bfloat16; go on with --precision bfloat16, not float32"):
+        Trainer.resume(tmp_path)
+    assert Trainer.resume(tmp_path, open_device("cpu", precision="bfloat16")).step == 0

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.pfam.baselines import GLOBAL_GAP, blosum62, needleman_wunsch
+from examples.pfam.baselines import GLOBAL_GAP, HALF_BIT, blosum62, needleman_wunsch
 from examples.pfam.pair_hmm import log_posterior
 from examples.pfam.pairs import encode
-
-HALF_BIT = math.log(2) / 2
 
 
 def by_enumeration(scores: Tensor, opening: float, extension: float) -> Tensor:

@@ -22,6 +22,7 @@ ALPHABET = "ARNDCQEGHILKMFPSTWYVX"
 # Rare letters stand for the residue they are closest to: selenocysteine, pyrrolysine and the three ambiguity codes.
 _SUBSTITUTES = {"U": "C", "O": "K", "B": "D", "Z": "E", "J": "L"}
 _FEW = 10_000_000
+"""Pairs of a family that are listed to draw from them; of more, numbers are drawn."""
 _CODE = np.full(128, ALPHABET.index("X"), dtype=np.int64)
 for _letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
     _CODE[ord(_letter)] = ALPHABET.find(_SUBSTITUTES.get(_letter, _letter)) % len(ALPHABET)
