@@ -210,7 +210,10 @@ class Head {
   template <typename Body>
   void each_block(const Body& body) const {
     team.each(static_cast<int64_t>(parts.size()), [&](int64_t part, int64_t slot) {
-      for (int64_t k = parts[part].first; k < parts[part].last; ++k) body(blocks[k], part, slot);
+      for (int64_t k = parts[part].first; k < parts[part].last; ++k) {
+        team.check(team);
+        body(blocks[k], part, slot);
+      }
     });
   }
 

@@ -7,11 +7,12 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 void run_nothing(const Team&, int64_t, void (*)(void*, int64_t, int64_t), void*) {}
+void never(const Team&) {}
 
 template <typename T, typename Work>
 int64_t bytes(const Problem<T>& problem, const Job& job, int64_t threads) {
   Arena arena(nullptr);
-  const Team team{threads, run_nothing};
+  const Team team{threads, run_nothing, never};
   Work work(problem, job, team, arena);
   return arena.used();
 }

@@ -181,11 +181,9 @@ Tensor by_head(const std::vector<Job>& jobs, const Tensor& per_job, const Proble
 template <typename T>
 void run_forward(const Problem<T>& p, const std::vector<Job>& jobs, const ForwardResult<T>& result) {
   const auto& k = kernels_of<T>();
-  run_jobs(p, jobs, {},
-           {[&](const Job& job, int64_t threads) { return k.forward_bytes(p, job, threads); },
-            [&](const Job& job, int64_t index, const Team& team, void* workspace) {
-              k.forward(p, job, index, result, team, workspace);
-            }});
+  run_jobs<T>(p, jobs, {},
+              {k.forward_bytes, [&](const Problem<T>& problem, const Job& job, int64_t index, const Team& team,
+                                    void* workspace) { k.forward(problem, job, index, result, team, workspace); }});
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -287,11 +285,11 @@ std::vector<Tensor> backward_as(const Given& given, const BackwardGiven<T>& cota
   if (given.has(kDustbinValue)) result.dustbin_value = stored.data_ptr<T>();
   if (!p.implicit) result.dropped = dropped.data_ptr<T>();
   const auto& k = kernels_of<T>();
-  run_jobs(p, jobs, mask_grad ? mask_groups(jobs, p, given[kMask]) : std::vector<int64_t>{},
-           {[&](const Job& job, int64_t threads) { return k.backward_bytes(p, job, threads); },
-            [&](const Job& job, int64_t, const Team& team, void* workspace) {
-              k.backward(p, job, cotangents, result, team, workspace);
-            }});
+  run_jobs<T>(p, jobs, mask_grad ? mask_groups(jobs, p, given[kMask]) : std::vector<int64_t>{},
+              {k.backward_bytes,
+               [&](const Problem<T>& problem, const Job& job, int64_t, const Team& team, void* workspace) {
+                 k.backward(problem, job, cotangents, result, team, workspace);
+               }});
   return {query, key, value, mask, row_score, col_score, corner, stored, dropped};
 }
 

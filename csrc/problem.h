@@ -83,6 +83,7 @@ struct BackwardResult {
 struct Team {
   int64_t threads;
   void (*run)(const Team&, int64_t parts, void (*body)(void*, int64_t, int64_t), void* context);
+  void (*check)(const Team&);  // throws once the call is to stop; asked before work of more than some milliseconds
 
   template <typename Body>
   void each(int64_t parts, const Body& body) const {

@@ -7,18 +7,19 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <mutex>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
 
+#include "crew.h"
+
 namespace sinkhorn {
 namespace {
 
-// Problems of so many pairs are worked on by all threads together, whatever their number: the tiles of one such problem
-// fill a cache, and those of several would drive each other out. Below the first number the threads' meeting costs more
-// than it saves; in between they meet where the problems are too few or too unequal to go round.
-constexpr int64_t kSharedPairs = 1 << 17, kAlwaysSharedPairs = 1 << 20;
+// Below so many pairs a problem is one thread's: what a meeting of threads costs is more than it saves.
+constexpr int64_t kSharedPairs = 1 << 17;
 
 std::atomic<int64_t> last_bytes{0};
 
@@ -29,16 +30,26 @@ void trim(const T* log_mass, int64_t& first, int64_t& last) {
   while (first < last && std::isinf(log_mass[last - 1])) --last;
 }
 
-// Runs body on the parts, each thread taking a run of them.
-void run_parts(const Team& team, int64_t parts, void (*body)(void*, int64_t, int64_t), void* context) {
-  if (team.threads == 1) {
-    for (int64_t part = 0; part < parts; ++part) body(context, part, 0);
-    return;
+// A share of the bytes of tiles that all calls of the process may keep at a time, given back at the end of the call.
+class TileShare {
+ public:
+  TileShare(int64_t wanted, int64_t limit) {
+    int64_t used = taken().load();
+    do bytes = std::clamp<int64_t>(limit - used, 0, wanted);
+    while (!taken().compare_exchange_weak(used, used + bytes));
   }
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) body(context, part, at::get_thread_num());
-  });
-}
+  ~TileShare() { taken() -= bytes; }
+  TileShare(const TileShare&) = delete;
+  TileShare& operator=(const TileShare&) = delete;
+
+  int64_t bytes;
+
+ private:
+  static std::atomic<int64_t>& taken() {
+    static std::atomic<int64_t> total{0};
+    return total;
+  }
+};
 
 // Memory for one call. The largest of up to `retained_limit` bytes is kept for the next call, since mapping fresh pages
 // would cost as much as the work of a narrow band; it holds nothing that anybody needs.
@@ -140,25 +151,15 @@ std::vector<Job> find_jobs(const Problem<T>& p, const int64_t* row_segment, cons
 }
 
 template <typename T>
-void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std::vector<int64_t>& group,
-              const Work& work) {
-  const int64_t count = static_cast<int64_t>(jobs.size());
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  std::vector<int64_t> cost(count);
-  int64_t total = 0;
+void run_jobs(const Problem<T>& given, const std::vector<Job>& jobs, const std::vector<int64_t>& group,
+              const Work<T>& work) {
+  const auto count = static_cast<int64_t>(jobs.size());
+  if (count == 0) return;
+  std::vector<std::vector<int64_t>> tasks;         // the jobs of one group
+  std::unordered_map<int64_t, size_t> by_group;    // the task of each
+  int64_t most_pairs = 0;
   for (int64_t k = 0; k < count; ++k) {
-    cost[k] = k && same_shape(jobs[k], jobs[k - 1]) ? cost[k - 1] : pairs(problem, jobs[k]);
-    total += cost[k];
-  }
-  // Alone: one thread per task; a task is the jobs of one group. Shared: all threads on one job after the other.
-  std::vector<int64_t> shared;
-  std::vector<std::vector<int64_t>> tasks;
-  std::unordered_map<int64_t, size_t> by_group;  // the task of each
-  for (int64_t k = 0; k < count; ++k) {
-    if (threads > 1 && (cost[k] >= kAlwaysSharedPairs || (cost[k] >= kSharedPairs && cost[k] * 2 * threads > total))) {
-      shared.push_back(k);
-      continue;
-    }
+    if (k == 0 || !same_shape(jobs[k], jobs[k - 1])) most_pairs = std::max(most_pairs, pairs(given, jobs[k]));
     if (group.empty()) {
       tasks.push_back({k});
       continue;
@@ -167,52 +168,41 @@ void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std
     if (is_new) tasks.emplace_back();
     tasks[found->second].push_back(k);
   }
-  if (!group.empty() && !shared.empty()) {  // sums over a group are taken in the jobs' order, whoever runs them
-    tasks.clear();
-    shared.resize(count);
-    for (int64_t k = 0; k < count; ++k) shared[k] = k;
-  }
-  const auto most_bytes = [&](const std::vector<int64_t>& which, int64_t team) {
+  const auto most_bytes = [&](const Problem<T>& problem, int64_t threads) {
     int64_t most = 0;
-    for (size_t k = 0; k < which.size(); ++k)
-      if (k == 0 || !same_shape(jobs[which[k]], jobs[which[k - 1]]))
-        most = std::max(most, work.bytes(jobs[which[k]], team));
+    for (int64_t k = 0; k < count; ++k)
+      if (k == 0 || !same_shape(jobs[k], jobs[k - 1])) most = std::max(most, work.bytes(problem, jobs[k], threads));
     return most;
   };
-  int64_t used = 0;
-  if (!shared.empty()) {
-    const Team team{threads, run_parts};
-    const Workspace workspace(most_bytes(shared, threads));
-    used = workspace.size;
-    for (const int64_t k : shared) work.run(jobs[k], k, team, workspace.data());
+  // One number, taken once: everything below is sized and indexed by it.
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const bool shared = most_pairs >= kSharedPairs;
+  const int64_t possible = std::min<int64_t>(threads, static_cast<int64_t>(tasks.size()));  // leaders
+  Problem<T> problem = given;
+  problem.budget = std::numeric_limits<int64_t>::max();
+  int64_t tiles = most_bytes(problem, 1);
+  problem.budget = 0;
+  tiles -= most_bytes(problem, 1);
+  const TileShare share(possible * tiles, given.budget);
+  const int64_t leaders = shared && tiles > 0 ? std::clamp<int64_t>(share.bytes / tiles, 1, possible) : possible;
+  const int64_t workers = shared ? std::min(threads, leaders * Crew::slots(threads)) : leaders;
+  problem.budget = share.bytes / leaders;
+  const int64_t bytes = (most_bytes(problem, shared ? Crew::slots(workers) : 1) + 4095) / 4096 * 4096;
+  const Workspace workspace(bytes * leaders);
+  last_bytes = workspace.size;
+  Crew crew(workers, leaders, shared);
+  try {
+    crew.run(static_cast<int64_t>(tasks.size()), [&](int64_t task, int64_t rank, const Team& team) {
+      for (const int64_t k : tasks[task]) work.run(problem, jobs[k], k, team, workspace.data() + rank * bytes);
+    });
+  } catch (const Interrupted&) {
+    TORCH_CHECK(false, "interrupted by a signal");  // as INTERRUPTED in engines/cpu.py
   }
-  if (!tasks.empty()) {
-    std::vector<int64_t> all;
-    for (const auto& task : tasks) all.insert(all.end(), task.begin(), task.end());
-    const int64_t workers = std::min<int64_t>(threads, static_cast<int64_t>(tasks.size()));
-    const int64_t bytes = (most_bytes(all, 1) + 4095) / 4096 * 4096;
-    const Workspace workspace(bytes * workers);
-    used = std::max(used, bytes * workers);
-    std::atomic<size_t> next{0};
-    const auto serve = [&](int64_t slot) {
-      const Team team{1, run_parts};
-      char* memory = workspace.data() + slot * bytes;
-      for (size_t t = next++; t < tasks.size(); t = next++)
-        for (const int64_t k : tasks[t]) work.run(jobs[k], k, team, memory);
-    };
-    if (workers == 1)
-      serve(0);
-    else
-      at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t slot = begin; slot < end; ++slot) serve(slot);
-      });
-  }
-  last_bytes = used;
 }
 
 template std::vector<Job> find_jobs(const Problem<float>&, const int64_t*, const int64_t*);
 template std::vector<Job> find_jobs(const Problem<double>&, const int64_t*, const int64_t*);
-template void run_jobs(const Problem<float>&, const std::vector<Job>&, const std::vector<int64_t>&, const Work&);
-template void run_jobs(const Problem<double>&, const std::vector<Job>&, const std::vector<int64_t>&, const Work&);
+template void run_jobs(const Problem<float>&, const std::vector<Job>&, const std::vector<int64_t>&, const Work<float>&);
+template void run_jobs(const Problem<double>&, const std::vector<Job>&, const std::vector<int64_t>&, const Work<double>&);
 
 }  // namespace sinkhorn

@@ -1,5 +1,5 @@
-// Which problems there are and who works on them: one after the other with all threads where there are few and long
-// ones, one to a thread where there are many. Results do not depend on it.
+// Which problems there are and who works on them: whole problems go to single threads while there are enough of them and
+// their tiles find room; the threads that are left help. Results do not depend on it.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,18 @@ namespace sinkhorn {
 template <typename T>
 std::vector<Job> find_jobs(const Problem<T>& problem, const int64_t* row_segment, const int64_t* col_segment);
 
+// What is done with a job of a problem whose `budget` the schedule has set.
+template <typename T>
 struct Work {
-  std::function<int64_t(const Job&, int64_t threads)> bytes;
-  std::function<void(const Job&, int64_t index, const Team&, void* workspace)> run;
+  std::function<int64_t(const Problem<T>&, const Job&, int64_t threads)> bytes;
+  std::function<void(const Problem<T>&, const Job&, int64_t index, const Team&, void* workspace)> run;
 };
 
-// Runs every job. Jobs of one `group` (one number per job, or none) run one after the other, in order.
+// Runs every job. Jobs of one `group` (one number per job, or none) run one after the other, in order. `problem.budget`
+// bounds the plan tiles that all calls of the process keep at a time. Throws c10::Error when a signal is pending.
 template <typename T>
 void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std::vector<int64_t>& group,
-              const Work& work);
+              const Work<T>& work);
 
 int64_t last_workspace();              // bytes that the last call of this process took beside its results
 void retain_workspace(int64_t bytes);  // how many of them may be kept for the next call

@@ -3,7 +3,8 @@
 Within one problem (batch element, head and segment) the plan's tiles are kept as absorbed exponentials (B. Schmitzer's
 stabilised scaling, 2019), so that a half-step is a matrix-vector product and a row and a column half-step take one
 reading of the tiles. They are workspace of the problem being solved: between forward and backward only the inputs, the
-output and the duals live. Tiles beyond `workspace_budget()` are computed again in each pass.
+output and the duals live. Tiles beyond `workspace_budget()`, the process's one cap, are computed again in each pass.
+A call on Python's main thread hears Ctrl-C within a second.
 
 Results do not depend on the number of threads or on the budget, and are the same to the bit on a rerun. The kernels are
 built for several instruction sets; `capability()` says which run here, and TORCH_SINKHORN_ATTN_CPU_CAPABILITY chooses
@@ -13,7 +14,9 @@ built for several instruction sets; `capability()` says which run here, and TORC
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentia
 NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
 INTERFACE = 2  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+INTERRUPTED = "interrupted by a signal"  # as in csrc/schedule.cpp
 _FOLDER = Path(__file__).parent
 _BUDGET_VARIABLE = "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB"
 _LIBRARY = _FOLDER / "_cpu.so"
@@ -80,9 +84,11 @@ def set_capability(name: str) -> None:
 
 
 def workspace_budget() -> int:
-    """Bytes of plan tiles that may be kept while a problem is worked on; 64 MiB, which holds one head of 4096 tokens in
-    float32, or a window of (128, 128) over 55,000. Small problems are worked on one to a thread, and then each thread
-    has its own; so there may be that many bytes a thread, and O(n) memory beside.
+    """Bytes of plan tiles that all calls of the process may keep at a time, whatever the number of threads, torch's or
+    Python's; 64 MiB, which holds one head of 4096 tokens in float32, or a window of (128, 128) over 55,000. Beside them
+    a call takes O(n) memory for each problem that it works on. Threads take whole problems while the tiles of these
+    find room together, and help each other with the rest; a call that finds the room taken by others computes its tiles
+    again in each pass, to the same bits.
 
     Up to so many bytes of workspace stay allocated from one call to the next. They hold nothing: to map fresh pages
     takes as long as the work of a narrow band. TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB sets the budget at import."""
@@ -130,8 +136,8 @@ def solve(inputs: Inputs, problem: Problem) -> Potentials:
 
 def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
-    output, row, col, row_residual, col_residual, to_bin, from_bin = torch.ops.torch_sinkhorn_attn.cpu_forward(
-        *_arguments(inputs, problem), residuals
+    output, row, col, row_residual, col_residual, to_bin, from_bin = _run(
+        torch.ops.torch_sinkhorn_attn.cpu_forward, *_arguments(inputs, problem), residuals
     )
     if not residuals:
         row_residual, col_residual = (row.new_full(row.shape[1:3], torch.nan) for _ in range(2))
@@ -140,7 +146,7 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
 
 def plan(inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
     """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
-    found, row, col = torch.ops.torch_sinkhorn_attn.cpu_plan(*_arguments(inputs._replace(value=None), problem))
+    found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *_arguments(inputs._replace(value=None), problem))
     return found, Potentials(row, col)
 
 
@@ -166,11 +172,10 @@ def _backward(
 ) -> Gradients:
     dtype = compute_dtype(inputs.query.dtype)
     to_bin, from_bin, output = (_vector(x, dtype) for x in vectors)
-    query, key, value, mask, row_score, col_score, corner, stored, dropped = (
-        torch.ops.torch_sinkhorn_attn.cpu_backward(
-            grad.to(dtype), to_bin, from_bin, output, *(x.contiguous() for x in potentials),
-            *_arguments(inputs, problem), mask_grad,
-        )
+    query, key, value, mask, row_score, col_score, corner, stored, dropped = _run(
+        torch.ops.torch_sinkhorn_attn.cpu_backward,
+        grad.to(dtype), to_bin, from_bin, output, *(x.contiguous() for x in potentials),
+        *_arguments(inputs, problem), mask_grad,
     )  # fmt: skip
     key_heads = inputs.key.shape[1]
     found = Inputs(
@@ -184,6 +189,17 @@ def _backward(
     if inputs.dustbin_value is not None and output is not None:
         found = found._replace(dustbin_value=stored.sum(2))
     return Gradients(found, dropped)
+
+
+def _run(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an op of the kernels. It ends early when a signal is pending; Python's handler then runs here, between two
+    turns of the loop, and where it does not raise (KeyboardInterrupt, as a rule) the call is made again."""
+    while True:
+        try:
+            return op(*arguments)
+        except RuntimeError as error:
+            if INTERRUPTED not in str(error):
+                raise
 
 
 def _by_key_head(grad: Tensor, key_heads: int) -> Tensor:
