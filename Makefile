@@ -8,7 +8,7 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test bench lint sanitize wheel clean
+.PHONY: help demo test bench lint sanitize races wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
 	@echo "make sanitize the C++ kernels, instrumented, through the tests of engines (Linux, GCC; some minutes)"
+	@echo "make races   a few problems on many threads under the thread sanitizer (Linux, GCC; some minutes)"
 	@echo "make wheel   the sdist and the wheel, into dist/"
 	@echo "make clean   remove what building and testing left; .venv stays"
 	@echo "PYTHON=...   the Python that .venv is made with, 3.10 to 3.13 (now: $(PYTHON))"
@@ -43,6 +44,16 @@ sanitize: $(PACKAGE)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	    $(RUN) -m pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k cpu \
 	    tests/test_conformance.py tests/test_cpu.py $(PYTEST_ARGS)
+
+# The thread sanitizer wants addresses where it expects them, hence setarch.
+RACES := build/races/lib
+races: $(PACKAGE)
+	rm -rf build/races
+	TORCH_SINKHORN_ATTN_BUILD_CPU=1 TORCH_SINKHORN_ATTN_SANITIZE=thread \
+	    $(RUN) setup.py -q build --build-lib $(RACES) --build-temp build/races/temp
+	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" PYTHONPATH=$(RACES) \
+	TSAN_OPTIONS="ignore_noninstrumented_modules=1 suppressions=tests/tsan.supp exitcode=66" \
+	    setarch -R $(RUN) tests/races.py
 
 wheel: $(PACKAGE)
 	rm -rf build

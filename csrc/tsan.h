@@ -10,15 +10,17 @@ void __tsan_release(void* address);
 
 namespace sinkhorn {
 
-inline void tsan_acquire([[maybe_unused]] void* address) {
+inline char fork_and_join;  // stands for them
+
+inline void tsan_acquire() {
 #ifdef __SANITIZE_THREAD__
-  __tsan_acquire(address);
+  __tsan_acquire(&fork_and_join);
 #endif
 }
 
-inline void tsan_release([[maybe_unused]] void* address) {
+inline void tsan_release() {
 #ifdef __SANITIZE_THREAD__
-  __tsan_release(address);
+  __tsan_release(&fork_and_join);
 #endif
 }
 
