@@ -71,12 +71,13 @@ void Crew::run(int64_t tasks, const std::function<void(int64_t, int64_t, const T
     work(0);
   } else {
     // A range is one worker's, however many threads there turn out to be: its first number is below `workers_`.
-    tsan_release();
-    at::parallel_for(0, workers_, 1, [&](int64_t worker, int64_t) {
+    const auto serve = [this](int64_t worker, int64_t) {
       tsan_acquire();
       work(worker);
       tsan_release();
-    });
+    };
+    tsan_release();
+    at::parallel_for(0, workers_, 1, serve);
     tsan_acquire();
   }
   if (why_) std::rethrow_exception(why_);
