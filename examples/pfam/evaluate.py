@@ -56,13 +56,17 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """One aligned pair: its family and names, its identity in the reference, its counts, and the values by name."""
+    """One aligned pair: its family and names, its identity in the reference, its counts, and the values by name.
+
+    ``number`` is the pair's.
+    """
 
     family: str
     names: tuple[str, str]
     identity: float
     counts: PairScore
     values: dict[str, float]
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def _result(pair: Pair, predicted: IntArray, accuracy: float, barycentre: float)
     counts = pair_score(predicted, pair.target)
     identity = sequence_identity(pair.query, pair.key, pair.target)
     numbers = (counts.precision, counts.recall, counts.f1, accuracy, barycentre)
-    return Result(pair.family, pair.names, identity, counts, dict(zip(ALIGNED, numbers, strict=True)))
+    return Result(pair.family, pair.names, identity, counts, dict(zip(ALIGNED, numbers, strict=True)), pair.number)
 
 
 def baseline_results(pairs: Sequence[Pair], progress: bool = False) -> dict[str, list[Result]]:
@@ -150,6 +154,9 @@ def align_pairs(
     """(pair, plan [n+1, m+1]) in order of length, so that batches hold little padding; the model's mode is kept.
 
     A batch is smaller than ``batch_size`` where its plans would have more than ``CELLS`` entries.
+
+    Raises:
+        FloatingPointError: a plan is not finite, as of a model that has diverged, or whose weights are not trained ones.
     """
     device = device or Device()
     training = model.training
@@ -164,7 +171,13 @@ def align_pairs(
         finally:
             model.train(training)
         for pair, plan in zip(chunk, plans, strict=True):
-            yield pair, unpad(plan, len(pair.query), len(pair.key))
+            real = unpad(plan, len(pair.query), len(pair.key))
+            if not np.isfinite(real).all():
+                raise FloatingPointError(
+                    f"the aligner's plan of {' and '.join(pair.names)} is not finite: it has diverged, or its weights are "
+                    "no trained ones"
+                )
+            yield pair, real
 
 
 def _batches(ordered: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
