@@ -93,7 +93,10 @@ def test_what_is_not_a_release_is_refused(model: Aligner, tmp_path: Path) -> Non
         ({"format": release._FORMAT, "config": "[]"}, "another version"),
         ({"format": release._FORMAT, "config": '{"wings": 2}'}, r"another version .* \(unknown settings .* wings"),
         ({"format": release._FORMAT, "config": '{"dim": "a"}'}, "another version"),
-        ({"format": release._FORMAT, "config": changed(3)}, r"another version .*\(--dim must be at least 21, got 3"),
+        (
+            {"format": release._FORMAT, "config": changed(3)},
+            r"another version .*\(--dim must be at least 21 and at most 1024, got 3",
+        ),
         ({"format": release._FORMAT, "config": changed(25)}, "do not fit the model of its settings .*size mismatch"),
     ):
         save_file(weights, path, header)

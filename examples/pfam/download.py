@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .text import visible
+
 PFAM_SEED_URL = "https://ftp.ebi.ac.uk/pub/databases/Pfam/current_release/Pfam-A.seed.gz"
 _CHUNK = 1 << 20
 
@@ -64,7 +66,9 @@ def _transfer(url: str, part: Path, timeout: float, progress: bool) -> None:
         total = have + int(length) if length else None
         with (
             open(part, "ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not progress) as bar,
+            tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=visible(part.stem), disable=not progress
+            ) as bar,
         ):
             while chunk := response.read(_CHUNK):
                 file.write(chunk)

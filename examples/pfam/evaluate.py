@@ -30,6 +30,7 @@ from .metrics import (
 from .model import Aligner
 from .pairs import Pair
 from .sampler import collate
+from .text import clip
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
@@ -156,7 +157,7 @@ def align_pairs(
     A batch is smaller than ``batch_size`` where its plans would have more than ``CELLS`` entries.
 
     Raises:
-        FloatingPointError: a plan is not finite, as of a model that has diverged, or whose weights are not trained ones.
+        FloatingPointError: a plan is not finite, as of a model that has diverged, or was never trained.
     """
     device = device or Device()
     training = model.training
@@ -173,10 +174,8 @@ def align_pairs(
         for pair, plan in zip(chunk, plans, strict=True):
             real = unpad(plan, len(pair.query), len(pair.key))
             if not np.isfinite(real).all():
-                raise FloatingPointError(
-                    f"the aligner's plan of {' and '.join(pair.names)} is not finite: it has diverged, or its weights are "
-                    "no trained ones"
-                )
+                names = " and ".join(map(clip, pair.names))
+                raise FloatingPointError(f"the aligner's plan of {names} is not finite: it diverged in training")
             yield pair, real
 
 

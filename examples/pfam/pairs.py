@@ -137,7 +137,9 @@ def make_pair(family: Family, first: int, second: int) -> Pair:
 
 def _pair(family: Family, label: str, first: int, second: int, number: int = 0) -> Pair:
     a, b = family.sequences[first], family.sequences[second]
-    return Pair(label, (a.name, b.name), a.residues.astype(np.int64), b.residues.astype(np.int64), _targets(a, b), number)
+    return Pair(
+        label, (a.name, b.name), a.residues.astype(np.int64), b.residues.astype(np.int64), _targets(a, b), number
+    )
 
 
 def _targets(a: Chain, b: Chain) -> IntArray:

@@ -93,7 +93,7 @@ def _read(argument: str, count: int, index: int, notes: list[str], longest: int)
 def _read_fasta(path: str, count: int, notes: list[str], longest: int) -> list[Protein]:
     found = _Found()
     # Biopython's parser of strings: it skips what stands before the first header, and leaves odd letters to `_clean`.
-    records = []
+    records: list[tuple[str, str]] = []
     try:
         for record in SimpleFastaParser(_bounded(path, count, longest, found)):
             if len(records) < count:

@@ -74,7 +74,7 @@ def lines(path: str | Path, budget: Budget | None = None) -> Iterator[tuple[int,
     with opened(path) as raw:
         head = raw.read(6)
         _refuse_others(head, path)
-        joined = io.BufferedReader(_Joined(head, raw), _CHUNK)
+        joined = io.BufferedReader(cast(io.RawIOBase, _Joined(head, raw)), _CHUNK)
         packed = head.startswith(_GZIP)
         stream = gzip.GzipFile(fileobj=joined) if packed else joined
         text = io.TextIOWrapper(cast(BinaryIO, stream), encoding="latin-1", newline=None)
@@ -106,11 +106,9 @@ class Budget:
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
     """The bytes of a file or a stream; ``-`` is standard input, which stays open."""
+    standard = str(path) == STDIN
     try:
-        if str(path) == STDIN:
-            file: BinaryIO = open(0, "rb", closefd=False)
-        else:
-            file = open(path, "rb")
+        file: BinaryIO = open(0 if standard else path, "rb", closefd=not standard)  # noqa: SIM115
     except OSError as error:
         raise OSError(f"cannot read {visible(str(path))} ({error.strerror})") from error
     with file:

@@ -174,11 +174,13 @@ def _row(path: Path, number: int, line: str, record: _Record) -> None:
     if name in record.block:
         # A name comes back: the next block of an interleaved record, if a blank line announced one.
         if not record.blank_before:
-            raise StockholmError(path, number, f"a second row of {clip(name)} in one block", "one row per name and block")
+            found = f"a second row of {clip(name)} in one block"
+            raise StockholmError(path, number, found, "one row per name and block")
         record.block, record.blocks = set(), record.blocks + 1
     record.blank_before = False
     if record.blocks > 1 and name not in record.rows:
-        raise StockholmError(path, number, f"{clip(name)} appears first in block {record.blocks}", "the names of block 1")
+        found = f"{clip(name)} appears first in block {record.blocks}"
+        raise StockholmError(path, number, found, "the names of block 1")
     record.block.add(name)
     record.rows.setdefault(name, []).append(row)
     record.lines[name] = number
@@ -201,4 +203,3 @@ def _finish(path: Path, number: int, record: _Record) -> Alignment:
     stem = shown(path.name).removesuffix(".gz").split(".")[0] + (f":{record.start}" if record.start > 1 else "")
     source = f"{shown(path)}:{record.start}"
     return Alignment(record.fields.get("ID") or stem, record.fields.get("AC", ""), names, rows, source)
-

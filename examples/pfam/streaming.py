@@ -77,9 +77,7 @@ class StoredChains(Sequence[Chain]):
         return Chain(data[3 * n :].tobytes().decode("utf-8"), residues, columns, codes >= _UPPER)
 
 
-def stored_families(
-    source: str | Path, cache: str | Path | None = None, max_text: float = MOST_TEXT
-) -> list[Family]:
+def stored_families(source: str | Path, cache: str | Path | None = None, max_text: float = MOST_TEXT) -> list[Family]:
     """The families of a Stockholm file or directory, those of one sequence too, their sequences on disk.
 
     The store is made on the first call and used again while the source's files keep their names, sizes, times of

@@ -1,7 +1,7 @@
 """Text that others wrote, such as names, descriptions, paths and settings, as text: never terminal control or markup.
 
-What comes from sequence files passes ``decoded`` where it is read; whatever is printed passes ``say``; names in pictures
-are drawn by ``labels.py``.
+What comes from sequence files passes ``decoded`` where it is read, whatever is printed passes ``say``, and names in
+pictures are drawn by ``labels.py``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def file_stems(names: Iterable[str]) -> list[str]:
 
 
 def quiet_end() -> None:
-    """Forget what could not be written because its reader has gone, so that the end of the process does not complain."""
+    """Forget what nobody reads or no disk holds, so that the end of the process does not complain of it again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

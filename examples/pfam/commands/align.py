@@ -51,7 +51,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=_FOLDER,
         help="folder for what is written (default: %(default)s)",
     )
-    text = "refuse sequences with more pairs of residues, each of which takes about 0.5 kB of memory (default: %(default)s)"
+    text = "refuse sequences with more pairs of residues, of which each takes 0.5 kB of memory (default: %(default)s)"
     parser.add_argument("--most-pairs", type=int, metavar="N", default=LONGEST, help=text)
     parser.add_argument("--quiet", action="store_true", help="print the alignment alone, without what it amounts to")
     add_threads(parser)
@@ -88,5 +88,5 @@ def _check_size(proteins: tuple[Protein, Protein], most: int) -> None:
         first, second = (clip(protein.name) for protein in proteins)
         raise ValueError(
             f"{first} has {n} residues and {second} {m}: {n * m / 1e6:.0f} million pairs, where memory for "
-            f"{most / 1e6:g} million is foreseen; cut the sequences, for example into their domains, or see --most-pairs"
+            f"{most / 1e6:g} million is foreseen; cut the sequences, for example into domains, or see --most-pairs"
         )
