@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .atomic import replacing
+from .source import is_stream
 from .text import clip, one_line, visible
 
 CHECKPOINT, REPORT = "checkpoint.pt", "report.txt"
@@ -54,7 +55,8 @@ def read_file(path: Path) -> Any:
         ValueError: the file is not readable as that.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {visible(str(path))}")
+        pipe = ": it is a pipe, and a checkpoint must be a file" if is_stream(path) else ""
+        raise FileNotFoundError(f"no checkpoint at {visible(str(path))}{pipe}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen unrelated types on damaged files

@@ -13,6 +13,8 @@ _DATA = Path(__file__).parent / "data"
 TRAIN_SAMPLE = _DATA / "train.sto.gz"
 HELDOUT_SAMPLE = _DATA / "heldout.sto.gz"
 _HUGE = 10**300
+_VAST = 10**9
+"""A bound that only those who exceed it are told of."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,16 @@ class Range:
     def __str__(self) -> str:
         text = f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"
         return text + (
-            f" and {'at most' if self.ends[1] == ']' else 'below'} {self.high}" if self.high < math.inf else ""
+            f" and {'at most' if self.ends[1] == ']' else 'below'} {self.high}"
+            if self.high not in (_VAST, math.inf)
+            else ""
         )
 
     def check(self, option: str, value: float) -> None:
         """Raise ValueError unless ``value`` belongs."""
         if value not in self:
-            raise ValueError(f"{option} must be {self}, got {clip(str(value))}")
+            allowed = f"{self} and at most {self.high}" if self.high == _VAST < value else str(self)
+            raise ValueError(f"{option} must be {allowed}, got {clip(str(value))}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def _choice(default: str, allowed: Choice, meaning: str) -> Any:
     return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
 
 
-_COUNT, _FRACTION, _ANY_COUNT = Range(1, 10**9), Range(0, 1, "[)"), Range(0, 10**9)
+_COUNT, _FRACTION, _ANY_COUNT = Range(1, _VAST), Range(0, 1, "[)"), Range(0, _VAST)
 # A released file holds settings that somebody else chose: what they may cost has bounds.
 _WIDTH, _ITERATIONS, _ROUNDS = 1024, Range(0, 1000), Range(1, 8)
 _KINDS = {"int": (int,), "float": (int, float), "str": (str,)}
@@ -89,13 +94,13 @@ class Config:
     holdout: float = _number(0.1, Range(0, 1, "()"), "share of the families, 200 at most, held out without --eval-data")
     stream_from: int = _number(16, _ANY_COUNT, "megabytes of data from which they are read from disk, not memory")
     max_families: int | None = _number(None, _COUNT, "read no more families than this")
-    max_sequences: int | None = _number(None, Range(2, 10**9), "read no more sequences of a family than this")
+    max_sequences: int | None = _number(None, Range(2, _VAST), "read no more sequences of a family than this")
     seed: int = _number(0, Range(0, 2**32 - 1), "seed of the initial weights, the batches and the dropout")
     steps: int = _number(200, _COUNT, "training steps")
     batch_size: int = _number(6, _COUNT, "pairs in a batch, over all processes")
     batch_cells: int = _number(320_000, _COUNT, "most plan entries computed at once; larger batches go in parts")
     pool: int = _number(4, _COUNT, "pairs of so many steps are sorted by length: more, less padding, more like batches")
-    cap: int = _number(160, Range(16, 10**9), "longest side of a training pair, longer ones are cropped")
+    cap: int = _number(160, Range(16, _VAST), "longest side of a training pair, longer ones are cropped")
     eval_cap: int = _number(400, _COUNT, "longest side of an evaluation pair, longer ones are skipped")
     eval_pairs: int = _number(20, _COUNT, "evaluation pairs per held-out family")
     eval_every: int = _number(100, _ANY_COUNT, "steps between evaluations; 0: one, at the end")

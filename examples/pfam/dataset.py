@@ -11,7 +11,7 @@ import numpy as np
 
 from .config import Config
 from .identity import identities, related
-from .pairs import TRANSLATE, EvaluationSet, Family, evaluation_pairs, family_from_alignment
+from .pairs import EvaluationSet, Family, evaluation_pairs, family_from_alignment
 from .source import MB, MOST_TEXT, TooLargeError, is_stream
 from .stockholm import StockholmError, read_stockholm, shown, stockholm_files
 from .streaming import stored_families
@@ -106,9 +106,9 @@ def in_brief(names: Sequence[str]) -> str:
 def nucleotide_notes(families: Sequence[Family]) -> list[str]:
     """A line on those whose letters look like DNA's or RNA's, if there are any."""
     found = [family.key for family in families if family.nucleotides]
-    looks = "looks" if len(found) == 1 else "look"
-    whose = f"{len(found)} of {len(families)} alignments {looks} like nucleotides ({in_brief(found)})"
-    return [f"note: {whose}, {TRANSLATE}"] if found else []
+    looks, are = ("looks", "is") if len(found) == 1 else ("look", "are")
+    whose = f"note: {len(found)} of {len(families)} alignments {looks} like nucleotides ({in_brief(found)})"
+    return [f"{whose}, but {are} read as residues; translate DNA and RNA first"] if found else []
 
 
 def read_families(

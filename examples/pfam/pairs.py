@@ -36,7 +36,6 @@ _NUCLEOTIDES = [ALPHABET.index(letter) for letter in "ACGTN"]
 _AMBIGUOUS = [ALPHABET.index(letter) for letter in "RYKMSWDHV"]
 _FEWEST_LETTERS = 10  # fewer of nothing but ACGTUN may well be a peptide
 _RARELY_AMBIGUOUS = 0.1
-TRANSLATE = "but read as residues; translate DNA and RNA first"
 
 
 @dataclass(frozen=True)

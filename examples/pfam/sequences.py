@@ -11,8 +11,8 @@ from pathlib import Path
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from .pairs import TRANSLATE, encode, looks_like_nucleotides, residue_counts
-from .source import MB, DamagedError, TooLargeError, is_readable, is_stream, lines
+from .pairs import encode, looks_like_nucleotides, residue_counts
+from .source import MB, DamagedError, TooLargeError, UnlikelyError, is_readable, is_stream, lines
 from .stockholm import GAPS, STOP, shown
 from .text import BLANKS, clip, utf8, visible
 
@@ -100,8 +100,8 @@ def _read_fasta(path: str, count: int, notes: list[str], longest: int) -> list[P
                 records.append(record)
     except DamagedError as error:
         raise ValueError(f"{shown(path)}: {error}; expected a complete gzip file") from error
-    except TooLargeError as error:
-        raise ValueError(f"{shown(path)}: {error}, which is too much; expected FASTA, with proteins") from error
+    except (TooLargeError, UnlikelyError) as error:
+        raise ValueError(f"{shown(path)}: {error}; expected FASTA, with proteins") from error
     if len(records) < count:
         held = "no sequence" if not records else f"{len(records)} sequence"
         raise ValueError(f"{shown(path)} holds {held}; expected FASTA, '>name' and then residues, with {count} or more")
@@ -142,8 +142,8 @@ def _bounded(path: str, count: int, longest: int, found: _Found) -> Iterator[str
                 return
             line = line[:1]  # it is only counted
         elif letters > longest:
-            what = f"sequence {found.headers} has" if found.headers else "before the first '>' there are"
-            raise TooLargeError(f"{what} more than {longest} letters")
+            what = f"in sequence {found.headers}" if found.headers else "before the first '>'"
+            raise TooLargeError(f"more than {longest} letters {what}")
         yield line + "\n"
 
 
@@ -169,5 +169,5 @@ def _clean(letters: str, where: str, notes: list[str]) -> str:
         raise ValueError(f"{where}: {kept[position]!r} at residue {position + 1} is not an amino acid's letter{hint}")
     kept = kept.upper()
     if looks_like_nucleotides(residue_counts(encode(kept))):
-        notes.append(f"{where} looks like nucleotides, {TRANSLATE}")
+        notes.append(f"{where} looks like nucleotides, but is read as residues; translate DNA and RNA first")
     return kept

@@ -28,6 +28,8 @@ MOST_TEXT = 2000
 """Megabytes, unpacked, that are read of ``--data`` and of ``--eval-data`` unless ``--max-text`` says otherwise."""
 
 _GZIP = b"\x1f\x8b"
+GROWTH, UNSUSPICIOUS = 200, 32 * MB
+"""Gzip can grow a thousandfold; sequences grow by far less, but for small files of repeats."""
 _CHUNK = 1 << 20
 _MARK = "\xef\xbb\xbf"  # UTF-8's byte order mark as Latin-1 reads it
 _PACKED = {
@@ -45,6 +47,10 @@ class DamagedError(ValueError):
 
 class TooLargeError(ValueError):
     """There is more than was to be read; the message says how much."""
+
+
+class UnlikelyError(ValueError):
+    """This is no text of sequences, whatever was to be read; the message says why, and what to do if it is."""
 
 
 def is_stream(path: str | Path) -> bool:
@@ -68,20 +74,27 @@ def lines(path: str | Path, budget: Budget | None = None) -> Iterator[tuple[int,
     Raises:
         OSError: it cannot be read.
         DamagedError: gzip data that break off or do not fit their checksum.
-        TooLargeError: a line has more than ``LONGEST_LINE`` characters, or ``budget`` is spent.
-        ValueError: it is packed otherwise, or in UTF-16.
+        TooLargeError: ``budget`` is spent.
+        UnlikelyError: a line has more than ``LONGEST_LINE`` characters; gzip data grow more than 200-fold, and beyond
+            32 MB; it is packed otherwise, or in UTF-16.
     """
     with opened(path) as raw:
         head = raw.read(6)
-        _refuse_others(head, path)
-        joined = io.BufferedReader(cast(io.RawIOBase, _Joined(head, raw)), _CHUNK)
+        _refuse_others(head)
+        counted = _Joined(head, raw)
+        joined = io.BufferedReader(cast(io.RawIOBase, counted), _CHUNK)
         packed = head.startswith(_GZIP)
         stream = gzip.GzipFile(fileobj=joined) if packed else joined
         text = io.TextIOWrapper(cast(BinaryIO, stream), encoding="latin-1", newline=None)
+        total = 0
         try:
             for number, line in enumerate(iter(lambda: text.readline(LONGEST_LINE + 1), ""), start=1):
+                total += len(line)
                 if len(line) > LONGEST_LINE:
-                    raise TooLargeError(f"line {number} has more than {LONGEST_LINE / MB:.0f} million characters")
+                    raise UnlikelyError(f"a line of more than {LONGEST_LINE / MB:.0f} million characters")
+                if packed and total > max(GROWTH * counted.count, UNSUSPICIOUS):
+                    grown = f"{counted.count / MB:.1f} MB of gzip data grow to more than {total / MB:.0f} MB"
+                    raise UnlikelyError(f"{grown}; if they are what they should be, unpack them with gunzip first")
                 if budget is not None:
                     budget.spend(len(line))
                 yield number, line.removeprefix(_MARK).strip(BLANKS)
@@ -145,20 +158,19 @@ def _mode(path: str | Path) -> int | None:
         return None
 
 
-def _refuse_others(head: bytes, path: str | Path) -> None:
-    shown = visible(str(path))
+def _refuse_others(head: bytes) -> None:
     for magic, (name, tool) in _PACKED.items():
         if head.startswith(magic):
-            raise ValueError(f"{shown} is {name} data; plain text and gzip are read, or a pipe: <({tool} FILE)")
+            raise UnlikelyError(f"{name} data; plain text and gzip are read, or a pipe: <({tool} FILE)")
     if head.startswith(_WIDE):
-        raise ValueError(f"{shown} is text in UTF-16; save it in UTF-8, for example with iconv -f UTF-16 -t UTF-8")
+        raise UnlikelyError("text in UTF-16; save it in UTF-8, for example with iconv -f UTF-16 -t UTF-8")
 
 
 class _Joined(io.RawIOBase):
-    """Bytes that were read already, and then the rest."""
+    """Bytes that were read already, and then the rest; ``count`` of them were asked for."""
 
     def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self._head, self._rest = head, rest
+        self._head, self._rest, self.count = head, rest, 0
 
     def readable(self) -> bool:
         return True
@@ -167,4 +179,5 @@ class _Joined(io.RawIOBase):
         data = self._head[: len(buffer)] or self._rest.read1(len(buffer))  # type: ignore[attr-defined]
         self._head = self._head[len(buffer) :]
         buffer[: len(data)] = data
+        self.count += len(data)
         return len(data)

@@ -14,7 +14,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .source import LONGEST_LINE, MB, MOST_TEXT, STDIN, Budget, DamagedError, TooLargeError, is_readable, lines
+from .source import (
+    LONGEST_LINE,
+    MB,
+    MOST_TEXT,
+    STDIN,
+    Budget,
+    DamagedError,
+    TooLargeError,
+    UnlikelyError,
+    is_readable,
+    lines,
+)
 from .text import clip, decoded, utf8, visible
 
 GAPS = ".-_~"
@@ -106,6 +117,8 @@ def _lines(path: Path, budget: Budget) -> Iterator[tuple[int, str]]:
         raise StockholmError(path, number + 1, str(error), "a complete gzip file") from error
     except TooLargeError as error:
         raise StockholmError(path, number + 1, str(error), _LESS) from error
+    except UnlikelyError as error:
+        raise StockholmError(path, number + 1, str(error), "a Stockholm file") from error
 
 
 def _records(path: Path, budget: Budget, max_record: float) -> Iterator[Alignment]:
