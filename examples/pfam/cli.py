@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except BrokenPipeError:
-        quiet_end()
+        quiet_end(lost=True)
         return _NO_READER
 
 

@@ -74,7 +74,7 @@ def _choice(default: str, allowed: Choice, meaning: str) -> Any:
 
 _COUNT, _FRACTION, _ANY_COUNT = Range(1, _VAST), Range(0, 1, "[)"), Range(0, _VAST)
 # A released file holds settings that somebody else chose: what they may cost has bounds.
-_WIDTH, _ITERATIONS, _ROUNDS = 1024, Range(0, 1000), Range(1, 8)
+_WIDTH, _ROUNDS = 1024, Range(1, 8)
 _KINDS = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
@@ -116,8 +116,8 @@ class Config:
     heads: int = _number(4, Range(1, 64), "learned projections whose inner products are compared")
     hidden: int = _number(24, Range(1, _WIDTH), "width of the perceptrons that judge a pair of residues")
     attention: str = _choice("sinkhorn", Choice(("sinkhorn", "softmax", "dual-softmax")), "how scores become a plan")
-    base_iters: int = _number(40, _ITERATIONS, "T of every attention: Sinkhorn iterations before the tail")
-    tail_iters: int = _number(2, _ITERATIONS, "R of every attention: iterations differentiated exactly")
+    base_iters: int = _number(40, Range(0, 10_000), "T of every attention: Sinkhorn iterations before the tail")
+    tail_iters: int = _number(2, Range(0, 1000), "R of every attention: iterations differentiated exactly")
     window: int | None = _number(None, _ANY_COUNT, "tokens to either side of the scaled diagonal that may be aligned")
     gradient: str = _choice("implicit", Choice(("tail", "implicit", "unrolled")), "what is differentiated")
     capacity: str = _choice("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")

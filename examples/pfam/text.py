@@ -73,14 +73,20 @@ def file_stems(names: Iterable[str]) -> list[str]:
     return stems
 
 
-def quiet_end() -> None:
-    """Forget what nobody reads or no disk holds, so that the end of the process does not complain of it again."""
+def quiet_end(lost: bool = False) -> None:
+    """Forget what nobody reads or no disk holds, so that the end of the process does not complain of it again.
+
+    ``lost`` says that standard output is known to be such.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
+            broken = lost and stream is sys.stdout
         except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            broken = True
+        if broken:
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), stream.fileno())
 
 
 def _escaped(character: str) -> str:
