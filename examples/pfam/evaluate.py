@@ -169,14 +169,24 @@ def align_pairs(
                 longest = max(batch.query.shape[1], batch.key.shape[1])
                 placed = device.place(batch, batch_size, longest, learning=False)
                 plans = model(placed.batch)[1].cpu().double().numpy()[: len(chunk)]
+        except ValueError as error:
+            if "NaN" not in str(error):  # of scores that the model makes of its weights: pairs hold no NaN
+                raise
+            raise _diverged(chunk[0]) from error
         finally:
             model.train(training)
         for pair, plan in zip(chunk, plans, strict=True):
             real = unpad(plan, len(pair.query), len(pair.key))
             if not np.isfinite(real).all():
-                names = " and ".join(map(clip, pair.names))
-                raise FloatingPointError(f"the aligner's plan of {names} is not finite: it diverged in training")
+                raise _diverged(pair)
             yield pair, real
+
+
+def _diverged(pair: Pair) -> FloatingPointError:
+    names = " and ".join(map(clip, pair.names))
+    return FloatingPointError(
+        f"the aligner's plan of {names} is not finite: its weights are those of a run that diverged"
+    )
 
 
 def _batches(ordered: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
