@@ -126,6 +126,6 @@ def test_what_grows_without_end_is_not_unpacked_to_its_end(
 ) -> None:
     monkeypatch.setattr("examples.pfam.download.UNSUSPICIOUS", 1000)
     server.content = gzip.compress(b"A" * 5_000_000)[:-9]  # read to its end it would be damaged
-    with pytest.raises(DownloadError, match="grows more than 200-fold.*it was deleted"):
+    with pytest.raises(DownloadError, match=r"grows more than 200-fold.*it was deleted"):
         download(url(server), tmp_path / "seed.gz", progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -66,7 +66,7 @@ def ablate(
 
     Raises:
         ValueError: no such variant.
-        KeyboardInterrupt: after Ctrl-C, once the runs in hand have stopped.
+        KeyboardInterrupt: after Ctrl-C; the runs in hand are ended, and have no figures.
     """
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
@@ -75,13 +75,15 @@ def ablate(
     configs = {run: replace(config, seed=run[1], **VARIANTS[run[0]]) for run in runs}
     found: dict[tuple[str, int], dict[str, float]] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        with _interrupts(signal.SIG_IGN):  # the processes start so: what they hear of Ctrl-C, `_run` decides
+        with _no_interrupts():  # the processes start so, and stay silent: they are ended below
             waiting = {pool.submit(_run, configs[run], _folder(folder, *run), reading): run for run in runs}
         try:
             for done in tqdm(as_completed(waiting), "training", len(runs), unit="run", disable=not progress):
                 found[waiting[done]] = done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     return {name: [found[name, seed] for seed in range(seeds)] for name in names}
 
@@ -101,9 +103,9 @@ def ablation_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 @contextlib.contextmanager
-def _interrupts(handler: Any) -> Iterator[None]:
-    """Within it Ctrl-C, which reaches every process of the terminal, does as ``handler`` says."""
-    previous = signal.signal(signal.SIGINT, handler)
+def _no_interrupts() -> Iterator[None]:
+    """Within it Ctrl-C, which reaches every process of the terminal, is ignored, and by processes that start there."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
@@ -119,14 +121,13 @@ def _run(config: Config, folder: Path, reading: Mapping[str, Any] | None = None)
             return dict(held["figures"])
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    with _interrupts(signal.default_int_handler):
-        trainer = Trainer(config, folder, **(reading or {}))
-        try:
-            if not trainer.run(progress=False):
-                raise KeyboardInterrupt  # half a run has no figures
-            figures = {**_figures(trainer), "pairs/s": trainer.examples_per_second}
-        except FloatingPointError:
-            figures = {}
+    trainer = Trainer(config, folder, **(reading or {}))
+    try:
+        if not trainer.run(progress=False):
+            raise KeyboardInterrupt  # half a run has no figures
+        figures = {**_figures(trainer), "pairs/s": trainer.examples_per_second}
+    except FloatingPointError:
+        figures = {}
     with replacing(path) as file:
         file.write(json.dumps({"config": config.to_dict(), "figures": figures}, indent=1).encode())
     return figures

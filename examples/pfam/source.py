@@ -15,6 +15,7 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -88,7 +89,7 @@ def lines(path: str | Path, budget: Budget | None = None) -> Iterator[tuple[int,
         text = io.TextIOWrapper(cast(BinaryIO, stream), encoding="latin-1", newline=None)
         total = 0
         try:
-            for number, line in enumerate(iter(lambda: text.readline(LONGEST_LINE + 1), ""), start=1):
+            for number, line in enumerate(iter(partial(text.readline, LONGEST_LINE + 1), ""), start=1):
                 total += len(line)
                 if len(line) > LONGEST_LINE:
                     raise UnlikelyError(f"a line of more than {LONGEST_LINE / MB:.0f} million characters")
@@ -97,7 +98,7 @@ def lines(path: str | Path, budget: Budget | None = None) -> Iterator[tuple[int,
                     raise UnlikelyError(f"{grown}; if they are what they should be, unpack them with gunzip first")
                 if budget is not None:
                     budget.spend(len(line))
-                yield number, line.removeprefix(_MARK).strip(BLANKS)
+                yield number, (line if line.isascii() else line.removeprefix(_MARK)).strip(BLANKS)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DamagedError(f"damaged gzip data ({error})") from error
 
