@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_the_ablation_goes_on(
     with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 0; lower --learning-rate"):
         Trainer(TINY, tmp_path / "alone").run(progress=False)
     assert ablation._run(TINY, tmp_path / "one of many") == {}
+
+
+def test_half_a_run_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "run", lambda trainer, progress: False)  # stopped by Ctrl-C
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        ablation._run(TINY, tmp_path)
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGINT) is handler
+    (tmp_path / "result.json").write_text("damaged")
+    with pytest.raises(KeyboardInterrupt):  # a file that is no record of ours is no reason to stop
+        ablation._run(TINY, tmp_path)

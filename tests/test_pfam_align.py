@@ -223,7 +223,7 @@ def test_equal_and_missing_names(tmp_path: Path) -> None:
     assert [p.name for p in read_proteins([twice], notes)] == ["a_1", "a_2"]
     assert notes == ["both sequences are called a; they are a_1 and a_2 here"]
     nameless = write(tmp_path / "no.name.fasta", ">\nMKV\n>#é\nMRV\n")
-    assert [p.name for p in read_proteins([nameless], notes)] == ["no_1", "_"]
+    assert [p.name for p in read_proteins([nameless], notes)] == ["no_1", "é"]
 
 
 def test_bare_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

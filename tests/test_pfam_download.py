@@ -119,3 +119,13 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_no_server(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="could not download"):
         download("http://127.0.0.1:9/x.gz", tmp_path / "x.gz", timeout=5, progress=False)
+
+
+def test_what_grows_without_end_is_not_unpacked_to_its_end(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("examples.pfam.download.UNSUSPICIOUS", 1000)
+    server.content = gzip.compress(b"A" * 5_000_000)[:-9]  # read to its end it would be damaged
+    with pytest.raises(DownloadError, match=r"grows more than 200-fold.*it was deleted"):
+        download(url(server), tmp_path / "seed.gz", progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.pfam import atomic, release
-from examples.pfam.checkpoint import save_checkpoint
+from examples.pfam.checkpoint import load_checkpoint, save_checkpoint
 from examples.pfam.cli import main
 from examples.pfam.config import HELDOUT_SAMPLE, Config
 from examples.pfam.dataset import identities
@@ -93,7 +94,10 @@ def test_what_is_not_a_release_is_refused(model: Aligner, tmp_path: Path) -> Non
         ({"format": release._FORMAT, "config": "[]"}, "another version"),
         ({"format": release._FORMAT, "config": '{"wings": 2}'}, r"another version .* \(unknown settings .* wings"),
         ({"format": release._FORMAT, "config": '{"dim": "a"}'}, "another version"),
-        ({"format": release._FORMAT, "config": changed(3)}, r"another version .*\(--dim must be at least 21, got 3"),
+        (
+            {"format": release._FORMAT, "config": changed(3)},
+            r"another version .*\(--dim must be at least 21 and at most 1024, got 3",
+        ),
         ({"format": release._FORMAT, "config": changed(25)}, "do not fit the model of its settings .*size mismatch"),
     ):
         save_file(weights, path, header)
@@ -104,6 +108,122 @@ def test_what_is_not_a_release_is_refused(model: Aligner, tmp_path: Path) -> Non
         load_release(path)
     with pytest.raises(ValueError, match="is not a readable checkpoint"):
         load_aligner(path.rename(tmp_path / "checkpoint.pt"))
+
+
+ABSURD = {
+    "dim": [10**9, 10**400, 24.0, True, None, [24], "24", float("nan"), float("inf"), -1],
+    "hidden": [10**9],
+    "heads": [10**9, 0],
+    "base_iters": [10**9, -1, 1e3],
+    "tail_iters": [10**9],
+    "rounds": [10**9, 0],
+    "train_rounds": [10**9],
+    "window": [10**12, -1],
+    "dropout": [float("nan"), 2, "0"],
+    "relaxation": [float("inf"), "much"],
+    "attention": ["\x1b[31mhard", None, ["sinkhorn"]],
+    "gradient": [7],
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_settings_are_refused_before_anything_is_built(
+    name: str, model: Aligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, weights = tmp_path / "a.safetensors", dict(model.state_dict())
+    monkeypatch.setattr(release, "Aligner", None)  # calling it would be a TypeError
+    for value in ABSURD[name]:
+        settings = json.dumps({**CONFIG.to_dict(), name: value})
+        save_file(weights, path, {"format": release._FORMAT, "config": settings})
+        with pytest.raises(ValueError, match="was written by another version of this example"):
+            load_release(path)
+        assert main(["align", "MKV", "MRV", "--checkpoint", str(path), "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and "\x1b" not in error and len(error) < 500
+
+
+def test_weights_are_those_of_the_settings_and_finite(model: Aligner, tmp_path: Path) -> None:
+    path, settings = tmp_path / "a.safetensors", json.dumps(CONFIG.to_dict())
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = next(iter(weights))
+
+    def refused(changed: dict[str, torch.Tensor], message: str, **header: str) -> None:
+        save_file(changed, path, {"format": release._FORMAT, "config": settings, **header})
+        with pytest.raises(ValueError, match=message):
+            load_release(path)
+
+    refused({name: tensor for name, tensor in weights.items() if name != first}, f"{first} is missing")
+    refused({**weights, "more\x1b": torch.zeros(1)}, r"unknown weight more\\x1b")
+    refused({**weights, first: weights[first][:-1].contiguous()}, f"size mismatch of {first}")
+    for dtype in (torch.float64, torch.bfloat16, torch.int8, torch.bool):
+        refused({**weights, first: weights[first].to(dtype)}, f"type mismatch of {first}")
+    for value in (math.nan, math.inf):
+        broken = weights[first].clone()
+        broken.view(-1)[3] = value
+        refused({**weights, first: broken}, f"are not finite, as of a run that diverged: {first}")
+    refused(weights, "training families are not lists of names", trained_on="[[1]]")
+    refused(weights, "training families are not JSON", trained_on="[" * 100_000)
+    save_file(weights, path, {"format": "\x1b" * 500})
+    with pytest.raises(
+        ValueError, match=r"is not a release of this version of the aligner: '(\\x1b)+\.\.\.' is not"
+    ) as error:
+        load_release(path)
+    assert len(str(error.value)) < 500
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        load_release(path)
+
+
+def test_a_release_names_no_file_to_read(model: Aligner, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    settings = json.dumps({**CONFIG.to_dict(), "data": "/dev/zero", "eval_data": "/dev/zero"})
+    save_file(dict(model.state_dict()), path, {"format": release._FORMAT, "config": settings})
+    config = load_release(path).config
+    assert (config.data, config.eval_data) == (Config().data, Config().eval_data)
+
+
+def test_weights_that_make_no_plan_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for attention in ("sinkhorn", "softmax"):
+        config = dataclasses.replace(CONFIG, attention=attention)
+        huge = Aligner(config)
+        with torch.no_grad():
+            for weight in huge.parameters():
+                weight.fill_(3e38)
+        path = save_release(huge, config, tmp_path / "a.safetensors")
+        assert main(["align", "MKVLA", "MRVLA", "--checkpoint", str(path), "--out", str(tmp_path / "out")]) == 1
+        assert capsys.readouterr().err == (
+            "error: the aligner's plan of sequence_1 and sequence_2 is not finite: its weights are those of a run that "
+            "diverged\n"
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": []},
+        {"config": {"dim": 24}},
+        {"model": {}},
+        {"model": 7},
+        {"history": {}},
+        {"optimizer": {}},
+        {"rng": 1},
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(
+    change: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(dim=24, eval_pairs=1, eval_cap=95)
+    Trainer(config, tmp_path).save()
+    state = {**load_checkpoint(tmp_path), **change}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert main(["train", "--resume", str(tmp_path), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: the checkpoint in {tmp_path} is damaged, or of another version (")
+    assert error.count("\n") == 1
+    if not {"config", "model"} & set(change):
+        return
+    assert main(["release", str(tmp_path), "--out", str(tmp_path / "a.safetensors")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_what_cannot_be_released(model: Aligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

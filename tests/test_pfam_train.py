@@ -155,8 +155,10 @@ def test_config_round_trips_and_refuses_nonsense() -> None:
         ("--learning-rate", "0.0", "above 0 and at most 1"),
         ("--weight-decay", "inf", "at least 0"),
         ("--warmup", "-1", "at least 0"),
-        ("--tail-iters", "-1", "at least 0"),
-        ("--dim", "20", "at least 21"),
+        ("--tail-iters", "-1", "at least 0 and at most 1000"),
+        ("--dim", "20", "at least 21 and at most 1024"),
+        ("--dim", "100000", "at least 21 and at most 1024"),
+        ("--steps", "1" + "0" * 400, "at least 1 and at most 1000000000"),
     ],
 )
 def test_values_out_of_range_are_refused_before_any_work(
@@ -164,7 +166,8 @@ def test_values_out_of_range_are_refused_before_any_work(
 ) -> None:
     out = tmp_path / "run"
     assert main(["train", option, value, "--data", str(tmp_path / "absent"), "--out", str(out)]) == 1
-    assert capsys.readouterr().err == f"error: {option} must be {allowed}, got {value}\n"
+    shown = value if len(value) <= 40 else f"{value[:37]}..."
+    assert capsys.readouterr().err == f"error: {option} must be {allowed}, got {shown}\n"
     assert not out.exists()
 
 

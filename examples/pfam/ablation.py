@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -46,15 +48,25 @@ _RESULT = "result.json"
 
 
 def ablate(
-    config: Config, names: Sequence[str], seeds: int, folder: Path, jobs: int, progress: bool = True
+    config: Config,
+    names: Sequence[str],
+    seeds: int,
+    folder: Path,
+    jobs: int,
+    progress: bool = True,
+    reading: Mapping[str, Any] | None = None,
 ) -> dict[str, list[dict[str, float]]]:
     """Train and score every variant with every seed; the figures by variant, a dictionary per seed.
 
     Each run has a thread and a folder of its own. Those that ``folder`` holds already, with the same settings, are
     read, so an interrupted ablation goes on; after a change of the program, take another folder.
 
+    Args:
+        reading: ``cache`` and ``max_text`` of ``Trainer``.
+
     Raises:
         ValueError: no such variant.
+        KeyboardInterrupt: after Ctrl-C; the runs in hand are ended, and have no figures.
     """
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
@@ -63,9 +75,16 @@ def ablate(
     configs = {run: replace(config, seed=run[1], **VARIANTS[run[0]]) for run in runs}
     found: dict[tuple[str, int], dict[str, float]] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(_run, configs[run], _folder(folder, *run)): run for run in runs}
-        for done in tqdm(as_completed(waiting), "training", len(runs), unit="run", disable=not progress):
-            found[waiting[done]] = done.result()
+        with _no_interrupts():  # the processes start so, and stay silent: they are ended below
+            waiting = {pool.submit(_run, configs[run], _folder(folder, *run), reading): run for run in runs}
+        try:
+            for done in tqdm(as_completed(waiting), "training", len(runs), unit="run", disable=not progress):
+                found[waiting[done]] = done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return {name: [found[name, seed] for seed in range(seeds)] for name in names}
 
 
@@ -83,24 +102,44 @@ def ablation_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     return table(["mean (range over seeds)", *names], rows)
 
 
-def _run(config: Config, folder: Path) -> dict[str, float]:
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Within it Ctrl-C, which reaches every process of the terminal, is ignored, and by processes that start there."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _run(config: Config, folder: Path, reading: Mapping[str, Any] | None = None) -> dict[str, float]:
     """One run's figures, from its folder if they are there; none if the training diverged."""
     path = folder / _RESULT
     if path.exists():
-        held = json.loads(path.read_text())
-        if held["config"] == config.to_dict():
+        held = _held(path)
+        if held.get("config") == config.to_dict():
             return dict(held["figures"])
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, folder)
+    trainer = Trainer(config, folder, **(reading or {}))
     try:
-        trainer.run(progress=False)
+        if not trainer.run(progress=False):
+            raise KeyboardInterrupt  # half a run has no figures
         figures = {**_figures(trainer), "pairs/s": trainer.examples_per_second}
     except FloatingPointError:
         figures = {}
     with replacing(path) as file:
         file.write(json.dumps({"config": config.to_dict(), "figures": figures}, indent=1).encode())
     return figures
+
+
+def _held(path: Path) -> dict[str, Any]:
+    """What a run's file holds; nothing if that is no record of ours."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) and isinstance(held.get("figures"), dict) else {}
 
 
 def _figures(trainer: Trainer) -> dict[str, float]:

@@ -10,6 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .alignment import PairwiseAlignment
+from .labels import save, write
 
 _FLOOR = 1e-4
 _LINE = "#d9480f"
@@ -36,13 +37,15 @@ def draw_alignment(alignment: PairwiseAlignment, plan: npt.NDArray[np.floating],
         grid[0, 0].plot(run[:, 1], run[:, 0], color=_LINE, linewidth=0.9, marker="." if len(run) == 1 else None, ms=2)
     grid[0, 0].plot([], [], color=_LINE, linewidth=0.9, label="the alignment")
     grid[0, 0].legend(loc="lower left", frameon=False)
-    grid[0, 0].set(ylabel=f"residue of {names[0]}", xticks=[])
+    grid[0, 0].set(xticks=[])
+    write(grid[0, 0].yaxis.label, f"residue of {names[0]}")
     grid[0, 1].set(xticks=[1], xticklabels=["no partner"], yticks=[])
-    grid[1, 0].set(xlabel=f"residue of {names[1]}", yticks=[1], yticklabels=["no partner"])
+    grid[1, 0].set(yticks=[1], yticklabels=["no partner"])
+    write(grid[1, 0].xaxis.label, f"residue of {names[1]}")
     summary = alignment.summary()
     title = f"{summary.pairs} pairs, mean confidence {summary.mean_confidence:.2f}"
     grid[0, 0].set_title(title, loc="left", fontsize=11)
     figure.colorbar(image, ax=grid, label="plan", pad=0.02, fraction=0.05)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
+    save(figure, file)
     return file.getvalue()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 
 from .atomic import replacing
+from .source import is_stream
+from .text import clip, one_line, visible
 
 CHECKPOINT, REPORT = "checkpoint.pt", "report.txt"
 
@@ -51,11 +55,22 @@ def read_file(path: Path) -> Any:
         ValueError: the file is not readable as that.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        pipe = ": it is a pipe, and a checkpoint must be a file" if is_stream(path) else ""
+        raise FileNotFoundError(f"no checkpoint at {visible(str(path))}{pipe}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen unrelated types on damaged files
-        raise ValueError(f"{path} is not a readable checkpoint; it is damaged, or not one") from error
+        raise ValueError(f"{visible(str(path))} is not a readable checkpoint; it is damaged, or not one") from error
+
+
+@contextlib.contextmanager
+def restoring(path: str | Path) -> Iterator[None]:
+    """Within it, whatever goes wrong is the content of the checkpoint at ``path``: a ValueError that says so."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"is damaged, or of another version ({clip(one_line(error), 200)})"
+        raise ValueError(f"the checkpoint in {visible(str(path))} {reason}") from error
 
 
 def prepare_folder(folder: str | Path, option: str = "--out") -> None:

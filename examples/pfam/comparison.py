@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tqdm import tqdm
@@ -93,6 +93,7 @@ def compare(
         raise ValueError(f"no decoder is named {decoder!r}; take one of {', '.join(DECODERS)}")
     if not pairs:
         raise ValueError("no pair to evaluate on: all too long, or with no column in upper case in both; raise the cap")
+    pairs = [replace(pair, number=number) for number, pair in enumerate(pairs)]
     decode, fixed = DECODERS[decoder], FixedScores()
     comparison = Comparison(baseline_results(pairs, progress))
     for name, plan in ((FIXED_SCORES, fixed.plan), (PAIR_HMM, pair_hmm_plan)):
@@ -107,9 +108,9 @@ def compare(
 
 
 def _doubts(model: Aligner, pairs: Sequence[Pair], results: Sequence[Result], name: str, progress: bool) -> Doubts:
-    known = {(result.family, result.names): result for result in results}
+    known = {result.number: result for result in results}
     chosen = pairs[:: -(-len(pairs) // CERTIFIED)]
-    found = [known[pair.family, pair.names] for pair in chosen]
+    found = [known[pair.number] for pair in chosen]
     numbers: dict[str, list[float]] = {CONFIDENCE: [1 - result.values["confidence"] for result in found]}
     if model.config.attention != "sinkhorn":  # no transport problem is solved, so there is nothing to certify
         return Doubts(found, numbers)

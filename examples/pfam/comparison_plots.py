@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 
 from .calibration import Calibration
 from .comparison import Comparison, Doubts
+from .labels import legend, write
 from .plots import save_figure
+from .text import clip
 
 _COLOURS = ("#868e96", "#1b4b7a", "#d9480f", "#2b8a3e", "#862e9c")
 
@@ -22,15 +24,16 @@ def plot_reliability(comparison: Comparison, path: Path) -> None:
     for column, title in enumerate(titles):
         above, below = grid[:, column]
         above.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=":")
+        named: list[str] = []
         for index, (name, found) in enumerate(comparison.calibration.items()):
             part = found.parts[title]
             mean, frequency, count = part.curve
             colour = _COLOURS[index % len(_COLOURS)]
-            label = f"{name}: calibration error {part.calibration_error:.3f}"
-            above.plot(mean, frequency, color=colour, marker="o", markersize=4, label=label)
+            named.append(f"{clip(name)}: calibration error {part.calibration_error:.3f}")
+            above.plot(mean, frequency, color=colour, marker="o", markersize=4, label=f"aligner {index}")
             below.plot(mean, count, color=colour, marker=".", linewidth=0.8)
         above.set_title(title, loc="left", fontsize=10)
-        above.legend(frameon=False, fontsize=8, loc="best")
+        legend(above, named, fontsize=8)
         above.set(xlim=(0, 1), ylim=(0, 1))
         below.set(yscale="log", xlabel="P")
     grid[0, 0].set_ylabel("share that is right")
@@ -57,5 +60,5 @@ def plot_errors(doubts: Doubts, title: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set(ylabel="error, 1 - F1", ylim=(-0.02, 1.02))
     figure.colorbar(dots, ax=list(grid), label="identity")
-    figure.suptitle(title, fontsize=10)
+    write(figure.suptitle("", fontsize=10), title)
     save_figure(figure, path)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .source import GROWTH, UNSUSPICIOUS
+from .text import visible
+
 PFAM_SEED_URL = "https://ftp.ebi.ac.uk/pub/databases/Pfam/current_release/Pfam-A.seed.gz"
 _CHUNK = 1 << 20
 
@@ -64,7 +67,9 @@ def _transfer(url: str, part: Path, timeout: float, progress: bool) -> None:
         total = have + int(length) if length else None
         with (
             open(part, "ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not progress) as bar,
+            tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=visible(part.stem), disable=not progress
+            ) as bar,
         ):
             while chunk := response.read(_CHUNK):
                 file.write(chunk)
@@ -74,7 +79,8 @@ def _transfer(url: str, part: Path, timeout: float, progress: bool) -> None:
 
 
 def _gzip_problem(path: Path, progress: bool) -> str | None:
-    """What is wrong with a gzip file, read to its end, or None."""
+    """What is wrong with a gzip file, read to its end, or None; one that grows without end is stopped."""
+    most = max(GROWTH * path.stat().st_size, UNSUSPICIOUS)
     try:
         with (
             gzip.open(path) as stream,
@@ -82,6 +88,8 @@ def _gzip_problem(path: Path, progress: bool) -> str | None:
         ):
             while chunk := stream.read(_CHUNK):
                 bar.update(len(chunk))
+                if (most := most - len(chunk)) < 0:
+                    return f"it grows more than {GROWTH}-fold"
     except (OSError, EOFError, zlib.error) as error:
         return str(error)
     return None

@@ -30,6 +30,7 @@ from .metrics import (
 from .model import Aligner
 from .pairs import Pair
 from .sampler import collate
+from .text import clip
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
@@ -56,13 +57,17 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """One aligned pair: its family and names, its identity in the reference, its counts, and the values by name."""
+    """One aligned pair: its family and names, its identity in the reference, its counts, and the values by name.
+
+    ``number`` is the pair's.
+    """
 
     family: str
     names: tuple[str, str]
     identity: float
     counts: PairScore
     values: dict[str, float]
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _result(pair: Pair, predicted: IntArray, accuracy: float, barycentre: float)
     counts = pair_score(predicted, pair.target)
     identity = sequence_identity(pair.query, pair.key, pair.target)
     numbers = (counts.precision, counts.recall, counts.f1, accuracy, barycentre)
-    return Result(pair.family, pair.names, identity, counts, dict(zip(ALIGNED, numbers, strict=True)))
+    return Result(pair.family, pair.names, identity, counts, dict(zip(ALIGNED, numbers, strict=True)), pair.number)
 
 
 def baseline_results(pairs: Sequence[Pair], progress: bool = False) -> dict[str, list[Result]]:
@@ -150,6 +155,9 @@ def align_pairs(
     """(pair, plan [n+1, m+1]) in order of length, so that batches hold little padding; the model's mode is kept.
 
     A batch is smaller than ``batch_size`` where its plans would have more than ``CELLS`` entries.
+
+    Raises:
+        FloatingPointError: a plan is not finite, as of a model that has diverged, or was never trained.
     """
     device = device or Device()
     training = model.training
@@ -161,10 +169,24 @@ def align_pairs(
                 longest = max(batch.query.shape[1], batch.key.shape[1])
                 placed = device.place(batch, batch_size, longest, learning=False)
                 plans = model(placed.batch)[1].cpu().double().numpy()[: len(chunk)]
+        except ValueError as error:
+            if "NaN" not in str(error):  # of scores that the model makes of its weights: pairs hold no NaN
+                raise
+            raise _diverged(chunk[0]) from error
         finally:
             model.train(training)
         for pair, plan in zip(chunk, plans, strict=True):
-            yield pair, unpad(plan, len(pair.query), len(pair.key))
+            real = unpad(plan, len(pair.query), len(pair.key))
+            if not np.isfinite(real).all():
+                raise _diverged(pair)
+            yield pair, real
+
+
+def _diverged(pair: Pair) -> FloatingPointError:
+    names = " and ".join(map(clip, pair.names))
+    return FloatingPointError(
+        f"the aligner's plan of {names} is not finite: its weights are those of a run that diverged"
+    )
 
 
 def _batches(ordered: Sequence[Pair], size: int) -> Iterator[list[Pair]]:

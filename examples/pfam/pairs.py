@@ -7,12 +7,13 @@ upper case and inserts in lower case). Every other residue is unmatched: its tar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from .stockholm import GAPS, Alignment
+from .identity import labels
+from .stockholm import GAPS, STOP, Alignment
 
 IntArray = npt.NDArray[np.int64]
 
@@ -28,7 +29,13 @@ for _letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
     _CODE[ord(_letter)] = ALPHABET.find(_SUBSTITUTES.get(_letter, _letter)) % len(ALPHABET)
 
 _CODE_OF_EITHER = _CODE[[*range(96), *range(64, 96)]].astype(np.int8)  # lower case as upper case
-_IS_RESIDUE = np.array([chr(code) not in GAPS for code in range(128)])
+_IS_RESIDUE = np.array([chr(code) not in GAPS + STOP for code in range(128)])
+
+# The letters of nucleic acids, and IUPAC's for several of them, as residue codes; U has C's.
+_NUCLEOTIDES = [ALPHABET.index(letter) for letter in "ACGTN"]
+_AMBIGUOUS = [ALPHABET.index(letter) for letter in "RYKMSWDHV"]
+_FEWEST_LETTERS = 10  # fewer of nothing but ACGTUN may well be a peptide
+_RARELY_AMBIGUOUS = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,15 @@ class Chain:
 
 @dataclass(frozen=True)
 class Family:
-    """A family's sequences; ``key`` is its name with the accession."""
+    """A record's sequences; ``key`` is its name with the accession, ``nucleotides`` whether they look like such.
+
+    Several records may be of one family: see ``identity``.
+    """
 
     name: str
     accession: str
     sequences: Sequence[Chain]
+    nucleotides: bool = False
 
     @property
     def key(self) -> str:
@@ -62,13 +73,17 @@ class Family:
 
 @dataclass(frozen=True)
 class Pair:
-    """Query residues [n], key residues [m] and the target pairs [k, 2], strictly increasing in both columns."""
+    """Query residues [n], key residues [m] and the target pairs [k, 2], strictly increasing in both columns.
+
+    ``number`` tells those that are compared with each other apart; names may repeat.
+    """
 
     family: str
     names: tuple[str, str]
     query: IntArray
     key: IntArray
     target: IntArray
+    number: int = 0
 
 
 def encode(letters: str) -> IntArray:
@@ -81,16 +96,31 @@ def decode(residues: IntArray) -> str:
     return "".join(ALPHABET[code] for code in residues)
 
 
+def looks_like_nucleotides(counts: npt.NDArray[np.integer]) -> bool:
+    """Whether residues, ``counts`` [21] of each code, are more likely a nucleic acid: ten or more of A, C, G, T, U, N,
+    and nothing else but a few of IUPAC's ambiguity codes."""
+    total, plain = counts.sum(), counts[_NUCLEOTIDES].sum()
+    known = plain + counts[_AMBIGUOUS].sum()
+    return bool(known == total >= _FEWEST_LETTERS and total - plain <= _RARELY_AMBIGUOUS * total)
+
+
+def residue_counts(residues: npt.NDArray[np.integer]) -> IntArray:
+    """How often each code occurs, [21]."""
+    return np.bincount(residues, minlength=len(ALPHABET))
+
+
 def family_from_alignment(alignment: Alignment) -> Family:
     """Drop the gaps of every row, remembering columns and case; rows without residues are left out."""
-    sequences = []
+    sequences, counts = [], np.zeros(len(ALPHABET), dtype=np.int64)
     for name, row in zip(alignment.names, alignment.rows, strict=True):
         letters = np.frombuffer(row.encode("ascii"), dtype=np.uint8)
         columns = np.flatnonzero(_IS_RESIDUE[letters])
         if len(columns):
             kept = letters[columns]
-            sequences.append(Chain(name, _CODE_OF_EITHER[kept], columns.astype(np.int32), kept <= ord("Z")))
-    return Family(alignment.name, alignment.accession, tuple(sequences))
+            codes = _CODE_OF_EITHER[kept]
+            counts += residue_counts(codes)
+            sequences.append(Chain(name, codes, columns.astype(np.int32), kept <= ord("Z")))
+    return Family(alignment.name, alignment.accession, tuple(sequences), looks_like_nucleotides(counts))
 
 
 def load_families(alignments: Iterable[Alignment]) -> list[Family]:
@@ -101,8 +131,14 @@ def load_families(alignments: Iterable[Alignment]) -> list[Family]:
 
 def make_pair(family: Family, first: int, second: int) -> Pair:
     """The pair of two sequences of a family, uncropped."""
+    return _pair(family, family.key, first, second)
+
+
+def _pair(family: Family, label: str, first: int, second: int, number: int = 0) -> Pair:
     a, b = family.sequences[first], family.sequences[second]
-    return Pair(family.key, (a.name, b.name), a.residues.astype(np.int64), b.residues.astype(np.int64), _targets(a, b))
+    return Pair(
+        label, (a.name, b.name), a.residues.astype(np.int64), b.residues.astype(np.int64), _targets(a, b), number
+    )
 
 
 def _targets(a: Chain, b: Chain) -> IntArray:
@@ -134,7 +170,7 @@ def slice_pair(pair: Pair, query: tuple[int, int], key: tuple[int, int]) -> Pair
     i, j = pair.target[:, 0], pair.target[:, 1]
     inside = (i >= query[0]) & (i < query[1]) & (j >= key[0]) & (j < key[1])
     target = pair.target[inside] - np.array([query[0], key[0]])
-    return Pair(pair.family, pair.names, pair.query[slice(*query)], pair.key[slice(*key)], target)
+    return replace(pair, query=pair.query[slice(*query)], key=pair.key[slice(*key)], target=target)
 
 
 @dataclass(frozen=True)
@@ -148,14 +184,18 @@ class EvaluationSet:
 def evaluation_pairs(families: Sequence[Family], per_family: int, cap: int, seed: int) -> EvaluationSet:
     """At most ``per_family`` distinct pairs of each family, whole sequences, the same ones for the same seed.
 
-    Pairs with a side longer than ``cap`` are skipped and counted, never cropped: cropping would change the task.
+    Records that are one family count as one, under one of ``identity.labels``; the first ones' pairs go first. Pairs
+    with a side longer than ``cap`` are skipped and counted, never cropped: cropping would change the task.
     """
     pairs: list[Pair] = []
     skipped = 0
-    for index, family in enumerate(families):
+    left: dict[str, int] = {}
+    for index, (family, label) in enumerate(zip(families, labels(families), strict=True)):
         rng = np.random.default_rng([seed, index])
-        for first, second in _distinct_pairs(len(family.sequences), per_family, rng):
-            pair = make_pair(family, first, second)
+        drawn = list(_distinct_pairs(len(family.sequences), left.get(label, per_family), rng))
+        left[label] = left.get(label, per_family) - len(drawn)
+        for first, second in drawn:
+            pair = _pair(family, label, first, second, len(pairs))
             if max(len(pair.query), len(pair.key)) > cap or len(pair.target) == 0:
                 skipped += 1
             else:

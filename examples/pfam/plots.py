@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 
 from .decode import DECODERS, DEFAULT_DECODER
 from .evaluate import Scores
+from .labels import save, write
 from .metrics import pair_score
 from .pairs import Pair
+from .text import clip
 from .train import History
 
 FloatArray = npt.NDArray[np.floating]
@@ -42,8 +44,9 @@ def plot_plan(pair: Pair, plan: FloatArray, path: Path) -> None:
         axes[0].plot(run[:, 1], run[:, 0], color=_TRUTH, linewidth=0.9, marker="." if len(run) == 1 else None, ms=2)
     axes[0].plot([], [], color=_TRUTH, linewidth=0.9, label="Pfam's alignment")
     axes[0].legend(loc="lower left", frameon=False)
-    axes[0].set(xlabel=f"residue of {pair.names[1]}", ylabel=f"residue of {pair.names[0]}")
-    axes[0].set_title(f"{pair.family}, held out: F1 {score.f1:.2f}", loc="left", fontsize=11)
+    write(axes[0].xaxis.label, f"residue of {pair.names[1]}")
+    write(axes[0].yaxis.label, f"residue of {pair.names[0]}")
+    write(axes[0].set_title("", loc="left", fontsize=11), f"{clip(pair.family)}, held out: F1 {score.f1:.2f}")
     axes[1].set_xticks([0], ["dustbin"])
     figure.colorbar(image, ax=axes, label="plan", pad=0.02, fraction=0.05)
     save_figure(figure, path)
@@ -108,5 +111,5 @@ def _levels(axis: Axes, baselines: Mapping[str, Scores], metric: str) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write the picture, and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     plt.close(figure)

@@ -20,14 +20,20 @@ from torch import Tensor
 from .atomic import replacing
 from .checkpoint import load_checkpoint
 from .config import Config
-from .dataset import identities
+from .identity import Known
 from .model import Aligner
 from .pairs import Family
+from .stockholm import shown
+from .text import clip, visible
 
 SHIPPED = Path(__file__).parent / "data" / "aligner.safetensors"
 SUFFIX = ".safetensors"
 _FORMAT = "torch_sinkhorn_attn protein aligner, 1"
 _PATHS = ("data", "eval_data")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Kind = tuple[tuple[int, ...], torch.dtype | None]
+"""A weight's shape and type."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,9 @@ class TrainedAligner:
     trained_on: tuple[tuple[str, ...], ...] = ()
 
     def seen(self, families: Iterable[Family]) -> list[str]:
-        """The keys of those ``families`` that it was trained on, as far as is recorded."""
-        known = {identity.casefold() for family in self.trained_on for identity in family}
-        return [family.key for family in families if identities(family) & known]
+        """The keys of those ``families`` that it was, or may have been, trained on, as far as is recorded."""
+        known = Known(self.trained_on)
+        return [family.key for family in families if known.may_hold(family)]
 
 
 def save_release(model: Aligner, config: Config, path: str | Path, trained_on: Sequence[Sequence[str]] = ()) -> Path:
@@ -75,7 +81,10 @@ def save_release(model: Aligner, config: Config, path: str | Path, trained_on: S
 
 
 def load_release(path: str | Path) -> TrainedAligner:
-    """The aligner; ``data`` and ``eval_data`` of its settings are the defaults.
+    """The aligner; ``data`` and ``eval_data`` of its settings are the defaults, whatever stands there.
+
+    The file may come from anywhere. Its settings have bounds, those of ``Config``, and no weight is read before its
+    name, shape and type are what the settings make of them.
 
     Raises:
         FileNotFoundError: no file there.
@@ -83,21 +92,43 @@ def load_release(path: str | Path) -> TrainedAligner:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no released aligner at {path}")
+        raise FileNotFoundError(f"no released aligner at {shown(path)}")
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header.get("format") != _FORMAT:
+                found = clip(header.get("format", "no format"))
+                raise ValueError(
+                    f"{shown(path)} is not a release of this version of the aligner: {found!r} is not {_FORMAT!r}"
+                )
+            settings, trained_on = _parsed(header, path)
+            config = _config(settings, path)
+            described = {}
+            for name in file.keys():  # noqa: SIM118
+                described[name] = file.get_slice(name)
+            _check_fit(
+                {name: (tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for name, part in described.items()},
+                _expected(config),
+                path,
+            )
+            weights = {name: file.get_tensor(name) for name in described}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file; it is damaged, or not one ({error})") from error
-    if header.get("format") != _FORMAT:
-        found = header.get("format", "no format")
-        raise ValueError(f"{path} is not a release of this version of the aligner: {found!r} is not {_FORMAT!r}")
+        reason = clip(visible(str(error)), 200)
+        raise ValueError(
+            f"{shown(path)} is not a readable safetensors file; it is damaged, or not one ({reason})"
+        ) from error
+    return _aligner(config, weights, trained_on, path)
+
+
+def _parsed(header: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Any]:
+    """The settings without paths, and what was trained on."""
     try:
         settings, trained_on = json.loads(header.get("config", "")), json.loads(header.get("trained_on", "[]"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: its settings or its training families are not JSON") from error
-    return _aligner(settings, weights, trained_on, path)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} is damaged: its settings or its training families are not JSON") from error
+    if isinstance(settings, dict):
+        settings = {name: value for name, value in settings.items() if name not in _PATHS}
+    return settings, trained_on
 
 
 def load_aligner(path: str | Path | None = None) -> TrainedAligner:
@@ -115,28 +146,55 @@ def load_aligner(path: str | Path | None = None) -> TrainedAligner:
     if path.suffix == SUFFIX and not path.is_dir():
         return load_release(path)
     state = load_checkpoint(path)
-    return _aligner(state["config"], state["model"], state.get("trained_on", []), path)
+    return _aligner(_config(state["config"], path), state["model"], state.get("trained_on", []), path)
 
 
-def _aligner(settings: Any, weights: Mapping[str, Tensor], trained_on: Any, path: Path) -> TrainedAligner:
-    if not (isinstance(trained_on, list) and all(isinstance(family, list) for family in trained_on)):
-        raise ValueError(f"{path} is damaged: its training families are not lists of names")
-    config = _config(settings, path)
+def _aligner(config: Config, weights: Any, trained_on: Any, path: Path) -> TrainedAligner:
+    if not (isinstance(trained_on, list) and all(_is_names(family) for family in trained_on)):
+        raise ValueError(f"{shown(path)} is damaged: its training families are not lists of names")
     return TrainedAligner(_model(config, weights, path), config, tuple(map(tuple, trained_on)))
+
+
+def _is_names(family: Any) -> bool:
+    return isinstance(family, list) and all(isinstance(name, str) for name in family)
 
 
 def _config(settings: Any, path: Path) -> Config:
     try:
         return Config.from_dict(settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} was written by another version of this example ({error})") from error
+        raise ValueError(f"{shown(path)} was written by another version of this example ({error})") from error
 
 
-def _model(config: Config, weights: Mapping[str, Tensor], path: Path) -> Aligner:
+def _expected(config: Config) -> dict[str, Kind]:
+    """Shape and type of every weight; nothing is allocated."""
+    with torch.device("meta"):
+        return _kinds(Aligner(config).state_dict())
+
+
+def _kinds(weights: Mapping[str, Tensor]) -> dict[str, Kind]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+
+
+def _check_fit(found: Mapping[str, Kind], expected: Mapping[str, Kind], path: Path) -> None:
+    """Raise ValueError unless names, shapes and types are the same."""
+    reasons = [f"{name} is missing" for name in expected if name not in found]
+    reasons += [f"unknown weight {clip(visible(name))}" for name in found if name not in expected]
+    for name, (shape, dtype) in expected.items():
+        if name in found and found[name] != (shape, dtype):
+            kind = "size" if found[name][0] != shape else "type"
+            reasons.append(f"{kind} mismatch of {name}: {clip(str(found[name]))} is not {(shape, dtype)}")
+    if reasons:
+        raise ValueError(f"the weights of {shown(path)} do not fit the model of its settings ({reasons[0]})")
+
+
+def _model(config: Config, weights: Any, path: Path) -> Aligner:
+    if not (isinstance(weights, Mapping) and all(isinstance(tensor, Tensor) for tensor in weights.values())):
+        raise ValueError(f"the weights of {shown(path)} are not tensors by their names")
+    _check_fit(_kinds(weights), _expected(config), path)
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"weights of {shown(path)} are not finite, as of a run that diverged: {', '.join(broken)}")
     model = Aligner(config)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"the weights of {path} do not fit the model of its settings ({reason})") from error
+    model.load_state_dict(weights)
     return model.eval()

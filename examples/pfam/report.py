@@ -19,6 +19,7 @@ from .pairs import Pair
 from .plots import plot_learning, plot_plan, plot_residuals
 from .release import load_aligner
 from .tables import aligner_name, alignment_table, family_table, plan_table
+from .text import file_stems
 from .train import Trainer
 
 LEGEND = """certificates of the attention that aligns
@@ -47,7 +48,7 @@ def write_tables(trainer: Trainer, progress: bool = True) -> str:
         ]
     )
     trainer.folder.mkdir(parents=True, exist_ok=True)
-    (trainer.folder / REPORT).write_text(text + "\n")
+    (trainer.folder / REPORT).write_text(text + "\n", encoding="utf-8")
     return text
 
 
@@ -75,8 +76,9 @@ def write_pictures(trainer: Trainer, progress: bool = True) -> list[Path]:
     paths = []
     examples = representative_pairs(trainer.dataset.heldout.pairs)[:3]
     plans = align_pairs(model, examples, batch_size=1)
+    stems = dict(zip((pair.family for pair in examples), _plan_stems(examples), strict=True))
     for pair, plan in tqdm(plans, "drawing plans", len(examples), leave=False, disable=not progress):
-        path = folder / f"plan_{pair.family.split(' ')[0]}.png"
+        path = folder / f"plan_{stems[pair.family]}.png"
         plot_plan(pair, plan, path)
         paths.append(path)
     paths.append(folder / "learning.png")
@@ -101,9 +103,15 @@ def write_certificates(trainer: Trainer, progress: bool = True) -> str:
         certificate = certify(problem.query, problem.key, problem.attn_mask, **problem.options)
         parts.append(f"{pair.family}: {pair.names[0]} x {pair.names[1]}\n{certificate}")
     text = "\n\n".join(parts)
-    with open(trainer.folder / REPORT, "a") as file:
+    with open(trainer.folder / REPORT, "a", encoding="utf-8") as file:
         file.write(f"\n{text}\n")
     return text
+
+
+def _plan_stems(pairs: list[Pair]) -> list[str]:
+    """Of the pictures' names: the family without its accession, unless two are called so."""
+    short = [pair.family.split(" ")[0] for pair in pairs]
+    return file_stems(short if len(set(short)) == len(short) else [pair.family for pair in pairs])
 
 
 def representative_pairs(pairs: tuple[Pair, ...]) -> list[Pair]:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import re
 import string
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from .stockholm import GAPS
+from .pairs import encode, looks_like_nucleotides, residue_counts
+from .source import MB, DamagedError, TooLargeError, UnlikelyError, is_readable, is_stream, lines
+from .stockholm import GAPS, STOP, shown
+from .text import BLANKS, clip, utf8, visible
 
+LONGEST = 9_000_000
+"""Residues of a sequence, unless told otherwise: more than could be aligned with a single one."""
 _BARE = re.compile(r"[A-Za-z*-]*[A-Za-z][A-Za-z*-]*")
-_NUCLEOTIDES = frozenset("ACGTUN")
-_FEW = 10  # shorter sequences of nothing but ACGTUN may well be peptides
+_LOOK_ON = 64 * MB
+"""Characters that are read beyond the sequences that are aligned, to say how many there are."""
 
 
 @dataclass(frozen=True)
 class Protein:
-    """A name without blanks, the rest of the FASTA header, upper-case letters, and where they came from."""
+    """A name without blanks, the rest of the FASTA header, upper-case letters, and where they came from.
+
+    Name and description are ``text.visible``; the name is not what other formats take for something else.
+    """
 
     name: str
     description: str
@@ -31,20 +36,28 @@ class Protein:
     source: str
 
 
-def read_proteins(arguments: Sequence[str], notes: list[str]) -> tuple[Protein, Protein]:
+def read_proteins(arguments: Sequence[str], notes: list[str], longest: int = LONGEST) -> tuple[Protein, Protein]:
     """The two proteins of one FASTA file, or of two arguments, each a FASTA file (plain or gzip) or a bare sequence.
+
+    A pipe is as good as a file, and ``-`` is standard input. A sequence of more than ``longest`` residues is refused
+    while it is read.
 
     What was changed or looks odd is appended to ``notes``, a line each: gaps and a final stop codon removed, sequences
     beyond those aligned, equal names, letters that look like nucleotides.
 
     Raises:
         FileNotFoundError: an argument is neither a file nor a sequence.
-        ValueError: a file is not FASTA or holds too few sequences, or a sequence is empty or not one of residues.
+        ValueError: a file is not FASTA or holds too few sequences, or a sequence is empty, too long or not one of
+            residues.
     """
     if len(arguments) == 1:
-        first, second = _read(arguments[0], 2, 1, notes)
+        first, second = _read(arguments[0], 2, 1, notes, longest)
     elif len(arguments) == 2:
-        (first,), (second,) = (_read(argument, 1, index, notes) for index, argument in enumerate(arguments, start=1))
+        if arguments[0] == arguments[1] and is_stream(arguments[0]):
+            raise ValueError(f"{shown(arguments[0])} can be read only once; give it once, with both sequences in it")
+        first, second = (
+            _read(argument, 1, index, notes, longest)[0] for index, argument in enumerate(arguments, start=1)
+        )
     else:
         raise ValueError(
             f"{len(arguments)} sequences or files; give two of them, or one FASTA file that holds two sequences"
@@ -64,44 +77,80 @@ def short_name(name: str, width: int = 20) -> str:
     return f"{short[: width - 3 - tail]}...{short[-tail:]}"
 
 
-def _read(argument: str, count: int, index: int, notes: list[str]) -> list[Protein]:
-    if os.path.isfile(argument):  # not Path's: a bare sequence is too long for a file name, which it would raise on
-        return _read_fasta(Path(argument), count, notes)
+def _read(argument: str, count: int, index: int, notes: list[str], longest: int) -> list[Protein]:
+    if is_readable(argument):
+        return _read_fasta(argument, count, notes, longest)
     if os.path.isdir(argument):
-        raise ValueError(f"{argument} is a folder; give a FASTA file or a sequence")
+        raise ValueError(f"{shown(argument)} is a folder; give a FASTA file or a sequence")
     if not _BARE.fullmatch(argument):
-        raise FileNotFoundError(f"{_clip(argument)!r} is neither a file that exists nor a sequence, letters alone")
+        raise FileNotFoundError(f"{clip(argument, 60)!r} is neither a file that exists nor a sequence, letters alone")
     if count > 1:
         raise ValueError("one sequence is not enough; give two of them, or one FASTA file that holds two sequences")
     name = f"sequence_{index}"
     return [Protein(name, "", _clean(argument, f"sequence {index}", notes), "command line")]
 
 
-def _read_fasta(path: Path, count: int, notes: list[str]) -> list[Protein]:
+def _read_fasta(path: str, count: int, notes: list[str], longest: int) -> list[Protein]:
+    found = _Found()
     # Biopython's parser of strings: it skips what stands before the first header, and leaves odd letters to `_clean`.
-    records = list(SimpleFastaParser(io.StringIO(_text(path), newline=None)))
+    records: list[tuple[str, str]] = []
+    try:
+        for record in SimpleFastaParser(_bounded(path, count, longest, found)):
+            if len(records) < count:
+                records.append(record)
+    except DamagedError as error:
+        raise ValueError(f"{shown(path)}: {error}; expected a complete gzip file") from error
+    except (TooLargeError, UnlikelyError) as error:
+        raise ValueError(f"{shown(path)}: {error}; expected FASTA, with proteins") from error
     if len(records) < count:
-        found = "no sequence" if not records else f"{len(records)} sequence"
-        raise ValueError(f"{path} holds {found}; expected FASTA, '>name' and then residues, with {count} or more")
-    if len(records) > count:
+        held = "no sequence" if not records else f"{len(records)} sequence"
+        raise ValueError(f"{shown(path)} holds {held}; expected FASTA, '>name' and then residues, with {count} or more")
+    if found.headers > count:
         taken = "the first" if count == 1 else f"the first {count}"
-        notes.append(f"{path} holds {len(records)} sequences; {taken} will be aligned")
+        more = "" if found.all else " or more"
+        notes.append(f"{shown(path)} holds {found.headers}{more} sequences; {taken} will be aligned")
     proteins = []
-    for number, (title, letters) in enumerate(records[:count], start=1):
-        first, *rest = title.split() or [""]
-        name = re.sub(r"[^!-~]", "_", first).lstrip("#") or f"{path.name.split('.')[0]}_{number}"
-        proteins.append(Protein(name, " ".join(rest), _clean(letters, f"{path}: {name}", notes), str(path)))
+    for number, (title, letters) in enumerate(records, start=1):
+        first, *rest = re.split(f"[{BLANKS}]+", title.strip(BLANKS))
+        name = _plain(first) or f"{_plain(Path(path).name.split('.')[0])}_{number}"
+        where = f"{shown(path)}: {clip(name)}"
+        proteins.append(Protein(name, visible(" ".join(rest)), _clean(letters, where, notes), path))
     return proteins
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip data ({error}); expected a complete gzip file") from error
-    return data.decode("utf-8-sig", errors="replace")
+@dataclass
+class _Found:
+    """Headers of a file that were counted, and whether those are all."""
+
+    headers: int = 0
+    all: bool = True
+
+
+def _bounded(path: str, count: int, longest: int, found: _Found) -> Iterator[str]:
+    """The lines of a FASTA file, as far as they are wanted."""
+    letters = looked = 0
+    for _, raw in lines(path):
+        line = utf8(raw)
+        if line.startswith(">"):
+            found.headers, letters = found.headers + 1, 0
+        else:
+            letters += len(line)
+        if found.headers > count:
+            looked += len(line)
+            if looked > _LOOK_ON:
+                found.all = False
+                return
+            line = line[:1]  # it is only counted
+        elif letters > longest:
+            what = f"in sequence {found.headers}" if found.headers else "before the first '>'"
+            raise TooLargeError(f"more than {longest} letters {what}")
+        yield line + "\n"
+
+
+def _plain(name: str) -> str:
+    """As a name in FASTA, Stockholm and tables: '_' for blanks and what is not to be seen, no comment, no end."""
+    seen = "".join(c if c.isprintable() and not c.isspace() else "_" for c in name)
+    return re.sub("^(#|//)+", "", seen)
 
 
 def _clean(letters: str, where: str, notes: list[str]) -> str:
@@ -109,20 +158,16 @@ def _clean(letters: str, where: str, notes: list[str]) -> str:
     kept = letters.translate({ord(gap): None for gap in GAPS})
     if gaps := len(letters) - len(kept):
         notes.append(f"{where}: {gaps} gap{'s were' if gaps > 1 else ' was'} removed")
-    if kept.endswith("*"):
+    if kept.endswith(STOP):
         kept = kept[:-1]
         notes.append(f"{where}: the stop codon '*' at the end was removed")
     if not kept:
         raise ValueError(f"{where} has no residues")
     position = next((index for index, letter in enumerate(kept) if letter not in string.ascii_letters), None)
     if position is not None:
-        hint = "; translate one reading frame" if kept[position] == "*" else ""
+        hint = "; translate one reading frame" if kept[position] == STOP else ""
         raise ValueError(f"{where}: {kept[position]!r} at residue {position + 1} is not an amino acid's letter{hint}")
     kept = kept.upper()
-    if len(kept) >= _FEW and set(kept) <= _NUCLEOTIDES:
+    if looks_like_nucleotides(residue_counts(encode(kept))):
         notes.append(f"{where} looks like nucleotides, but is read as residues; translate DNA and RNA first")
     return kept
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

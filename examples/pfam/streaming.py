@@ -1,7 +1,7 @@
 """Alignments too many for memory: converted once into files from which single sequences are read when they are drawn.
 
 A store is a folder of three files. ``chains.bin`` holds, one sequence after the other, the steps from column to column
-[n] (uint16), the residue codes [n] (uint8, plus 128 where upper case), the name (latin-1): three bytes a residue.
+[n] (uint16), the residue codes [n] (uint8, plus 128 where upper case), the name (UTF-8): three bytes a residue.
 ``chains.idx`` holds 16 bytes a sequence: where it is, its residues, its name's bytes. ``families.json`` names the
 families, the source it was made from, and the size of the other two. Memory is taken by the families' names alone.
 Files are opened for each reading, not mapped: pages of a map count as the process's memory, and an open file cannot be
@@ -23,11 +23,13 @@ import numpy as np
 from tqdm import tqdm
 
 from .pairs import Chain, Family, family_from_alignment
-from .stockholm import Alignment, read_stockholm, stockholm_files
+from .source import MOST_TEXT
+from .stockholm import Alignment, read_stockholm, shown, stockholm_files
+from .text import file_stems
 
 _CHAINS, _INDEX, _FAMILIES = "chains.bin", "chains.idx", "families.json"
 _RECORD = np.dtype([("at", "<i8"), ("residues", "<i4"), ("name", "<i4")])
-_VERSION = 1
+_VERSION = 2
 _HEAD = 1 << 16
 _UPPER = 128
 _WIDEST_GAP = 2**16 - 1
@@ -72,10 +74,10 @@ class StoredChains(Sequence[Chain]):
         columns = np.cumsum(data[: 2 * n].view("<u2"), dtype=np.int32)
         codes = data[2 * n : 3 * n]
         residues = (codes & (_UPPER - 1)).astype(np.int8)
-        return Chain(data[3 * n :].tobytes().decode("latin-1"), residues, columns, codes >= _UPPER)
+        return Chain(data[3 * n :].tobytes().decode("utf-8"), residues, columns, codes >= _UPPER)
 
 
-def stored_families(source: str | Path, cache: str | Path | None = None) -> list[Family]:
+def stored_families(source: str | Path, cache: str | Path | None = None, max_text: float = MOST_TEXT) -> list[Family]:
     """The families of a Stockholm file or directory, those of one sequence too, their sequences on disk.
 
     The store is made on the first call and used again while the source's files keep their names, sizes, times of
@@ -83,6 +85,7 @@ def stored_families(source: str | Path, cache: str | Path | None = None) -> list
 
     Args:
         cache: the folder to keep stores in, ``default_cache()`` by default.
+        max_text: megabytes of text, unpacked, that are read at most.
 
     Raises:
         OSError: it cannot be written to; the message names ``--cache``.
@@ -92,20 +95,23 @@ def stored_families(source: str | Path, cache: str | Path | None = None) -> list
     cache = default_cache() if cache is None else Path(cache)
     signature = _signature(source)
     digest = hashlib.sha256(json.dumps([str(source), signature]).encode()).hexdigest()[:16]
-    folder = cache / f"{source.name.split('.')[0]}-{digest}"
+    folder = cache / f"{file_stems([source.name.split('.')[0]])[0]}-{digest}"
     listed = _read_list(folder, signature)
     if listed is None:
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
             partial.mkdir(parents=True)
-            listed = _write(partial, read_stockholm(source), signature)
+            listed = _write(partial, read_stockholm(source, max_text), signature)
             _publish(partial, folder)
         except OSError as error:
-            reason = f"cannot convert {source} into --cache {cache} ({error.strerror or error})"
+            reason = f"cannot convert {shown(source)} into --cache {cache} ({error.strerror or error})"
             raise OSError(f"{reason}; choose another folder for it") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return [Family(name, accession, StoredChains(folder, first, count)) for name, accession, first, count in listed]
+    return [
+        Family(name, accession, StoredChains(folder, first, count), nucleotides)
+        for name, accession, first, count, nucleotides in listed
+    ]
 
 
 def _signature(source: Path) -> list[Any]:
@@ -125,12 +131,13 @@ def _read_list(folder: Path, signature: list[Any]) -> list[Any] | None:
         sizes = [(folder / name).stat().st_size for name in (_CHAINS, _INDEX)]
     except (OSError, ValueError):
         return None
-    whole = described["signature"] == signature and described["sizes"] == sizes
-    return list(described["families"]) if whole else None
+    if not isinstance(described, dict) or (described.get("signature"), described.get("sizes")) != (signature, sizes):
+        return None
+    return list(described["families"])
 
 
 def _write(folder: Path, alignments: Iterable[Alignment], signature: list[Any]) -> list[Any]:
-    """Fill a store; its families as (name, accession, first sequence, sequences)."""
+    """Fill a store; its families as (name, accession, first sequence, sequences, nucleotides)."""
     listed, at, total = [], 0, 0
     with open(folder / _CHAINS, "wb") as chains, open(folder / _INDEX, "wb") as index:
         for alignment in tqdm(alignments, "indexing", unit=" families", leave=False, disable=None):
@@ -141,7 +148,7 @@ def _write(folder: Path, alignments: Iterable[Alignment], signature: list[Any]) 
                 record["at"], record["residues"], record["name"] = at, len(chain), len(data) - 3 * len(chain)
                 at += chains.write(data)
             index.write(records.tobytes())
-            listed.append([family.name, family.accession, total, len(records)])
+            listed.append([family.name, family.accession, total, len(records), family.nucleotides])
             total += len(records)
     described = {"signature": signature, "sizes": [at, total * _RECORD.itemsize], "families": listed}
     (folder / _FAMILIES).write_text(json.dumps(described))
@@ -154,7 +161,7 @@ def _packed(chain: Chain, source: str) -> bytes:
     if steps.max() > _WIDEST_GAP:
         raise ValueError(f"{source}: the row of {chain.name} has a gap of more than {_WIDEST_GAP} columns")
     codes = chain.residues.astype(np.uint8) + _UPPER * chain.matched.astype(np.uint8)
-    return steps.astype("<u2").tobytes() + codes.tobytes() + chain.name.encode("latin-1", "replace")
+    return steps.astype("<u2").tobytes() + codes.tobytes() + chain.name.encode("utf-8")
 
 
 def _publish(partial: Path, folder: Path) -> None:

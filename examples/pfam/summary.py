@@ -57,7 +57,7 @@ def differences(first: Sequence[Result], second: Sequence[Result], seed: int = 0
     Raises:
         ValueError: the two are not of the same pairs.
     """
-    if sorted((r.family, r.names) for r in first) != sorted((r.family, r.names) for r in second):
+    if sorted((r.number, r.family, r.names) for r in first) != sorted((r.number, r.family, r.names) for r in second):
         raise ValueError("a paired difference needs two aligners' results on the same pairs; align the same ones")
     a, b = Scores.of(first).families, Scores.of(second).families
     return _intervals(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import CHECKPOINT, load_checkpoint, prepare_folder, restore_rng, save_checkpoint
+from .checkpoint import CHECKPOINT, load_checkpoint, prepare_folder, restore_rng, restoring, save_checkpoint
 from .config import Config
 from .dataset import Dataset, load_dataset
 from .device import Device, on_cpu
@@ -30,6 +30,7 @@ from .loader import drawn_ahead
 from .model import Aligner
 from .pairs import Pair
 from .sampler import Batch, PairSampler, collate, padding
+from .source import MOST_TEXT
 from .tensorboard_log import TensorBoardLog
 
 EARLY = 50
@@ -69,7 +70,7 @@ class Trainer:
         processes: those that share the run, from ``distributed.join``; their number is not part of the config, and
             changes nothing but the order of sums and the dropout.
         workers: processes that draw batches ahead; 0 draws them between the steps.
-        cache: folder of the stores of large data, see ``load_dataset``.
+        cache, max_text: folder of the stores of large data, and how much is read; see ``load_dataset``.
         tensorboard: log to ``folder/tensorboard``.
     """
 
@@ -83,6 +84,7 @@ class Trainer:
         processes: Processes | None = None,
         workers: int = 0,
         cache: str | Path | None = None,
+        max_text: float = MOST_TEXT,
         tensorboard: bool = False,
     ) -> None:
         self.config, self.folder, self.device = config, Path(folder), device or Device()
@@ -91,7 +93,7 @@ class Trainer:
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
         with self.processes.first_alone():
-            self.dataset: Dataset = load_dataset(config, cache)
+            self.dataset: Dataset = load_dataset(config, cache, max_text)
         self.sampler = PairSampler(
             self.dataset.train,
             size=config.batch_size,
@@ -107,7 +109,8 @@ class Trainer:
         self.model = Aligner(config)
         if resume is not None:
             self._check_precision(resume.get("precision"))
-            self.model.load_state_dict(resume["model"])
+            with restoring(folder):
+                self.model.load_state_dict(resume["model"])
         self.device.model(self.model)
         self.trained = self.processes.share_gradients(self.model)
         self.optimizer = self.device.optimizer(self.model.parameters(), config.learning_rate, config.weight_decay)
@@ -116,17 +119,20 @@ class Trainer:
         self.losses_unread: list[Tensor] = []  # of each step since the last reading: to minimise, and to show
         self._log: TensorBoardLog | None = None
         if resume is not None:
-            self.device.load_optimizer(self.optimizer, resume["optimizer"])
-            self.history, self.step = History.from_dict(resume["history"]), resume["step"]
-            restore_rng(resume["rng"])
-            self.device.set_rng_state(resume.get("device_rng"))
+            with restoring(folder):
+                self.device.load_optimizer(self.optimizer, resume["optimizer"])
+                self.history, self.step = History.from_dict(resume["history"]), int(resume["step"])
+                restore_rng(resume["rng"])
+                self.device.set_rng_state(resume.get("device_rng"))
 
     @classmethod
     def resume(cls, folder: str | Path, device: Device | None = None, **options: Any) -> Trainer:
         """The run whose checkpoint is in ``folder``, where it stood; ``options`` are the constructor's."""
         state = load_checkpoint(folder)
         prepare_folder(folder, "--resume")
-        return cls(Config.from_dict(state["config"]), folder, state, device, **options)
+        with restoring(folder):
+            config = Config.from_dict(state["config"])
+        return cls(config, folder, state, device, **options)
 
     def run(self, until: int | None = None, progress: bool = True) -> bool:
         """Train to step ``until`` (default: the end of the schedule); False if the user stopped it.

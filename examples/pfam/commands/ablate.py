@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..ablation import VARIANTS, ablate, ablation_table
 from ..checkpoint import REPORT, prepare_folder
 from ..config import Config, Range
-from .options import NUMBERS, add_number, add_quiet, given_settings
+from ..dataset import load_dataset, nucleotide_notes
+from ..text import say
+from .options import NUMBERS, add_number, add_quiet, add_reading, check_reading, given_settings, keep_streams
 
 _FOLDER = "runs/ablation"
 _SEEDS, _JOBS = Range(1, 100), Range(1, 256)
@@ -32,6 +35,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     for name in NUMBERS:
         if name not in ("seed", "eval_every"):
             add_number(parser, name, str(NUMBERS[name].default))
+    add_reading(parser)
     add_quiet(parser)
 
 
@@ -39,10 +43,17 @@ def run(options: argparse.Namespace) -> int:
     """Train, print and write the table."""
     _SEEDS.check("--seeds", options.seeds)
     _JOBS.check("--jobs", options.jobs)
+    check_reading(options)
+    keep_streams(options)
     config = given_settings(options, Config(eval_every=0))
     prepare_folder(options.out)
-    found = ablate(config, options.variants, options.seeds, options.out, options.jobs, not options.quiet)
+    # Before the runs start, each for itself: what is wrong with the data, and what looks odd, is said once.
+    dataset = load_dataset(config, options.cache, options.max_text)
+    for note in nucleotide_notes((*dataset.train, *dataset.heldout_families)):
+        say(note, sys.stderr)
+    reading = {"cache": options.cache, "max_text": options.max_text}
+    found = ablate(config, options.variants, options.seeds, options.out, options.jobs, not options.quiet, reading)
     text = ablation_table(found)
-    (options.out / REPORT).write_text(text + "\n")
-    print(text)
+    (options.out / REPORT).write_text(text + "\n", encoding="utf-8")
+    say(text)
     return 0

@@ -10,19 +10,20 @@ import numpy as np
 from ..align_files import check_folder, write_files
 from ..alignment import PairwiseAlignment
 from ..alignment_picture import draw_alignment
+from ..config import Range
 from ..decode import DECODERS, DEFAULT_DECODER
 from ..evaluate import align_pairs
 from ..pairs import Pair, encode
 from ..release import SHIPPED, load_aligner
-from ..sequences import Protein, read_proteins
+from ..sequences import LONGEST, Protein, read_proteins
+from ..text import clip, say, visible
 from ..three_lines import LEGEND, display_names, summary_lines, three_lines
 from .options import add_threads
 
 _FOLDER = "runs/align"
 # Mutual argmax may cross pairs, which columns cannot show.
 _DECODERS = tuple(name for name in DECODERS if name != "mutual")
-_CELLS = 3000 * 3000
-"""Most residue pairs: what is known of them takes about 5 GB then, and a minute on one core."""
+_PAIRS = Range(1, 1_000_000_000)
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +35,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "sequences",
         nargs="+",
         metavar="FASTA",
-        help="two FASTA files, plain or gzip, or two sequences as letters, or one of each, or one file that holds two",
+        help="two FASTA files, plain or gzip, or two sequences as letters, or one of each, or one file that holds two; "
+        "pipes are files, and - is standard input",
     )
     parser.add_argument(
         "--checkpoint",
@@ -49,16 +51,20 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=_FOLDER,
         help="folder for what is written (default: %(default)s)",
     )
+    text = "refuse sequences with more pairs of residues, of which each takes 0.5 kB of memory (default: %(default)s)"
+    parser.add_argument("--most-pairs", type=int, metavar="N", default=LONGEST, help=text)
     parser.add_argument("--quiet", action="store_true", help="print the alignment alone, without what it amounts to")
     add_threads(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the alignment to standard output, notes to standard error; write the files."""
+    _PAIRS.check("--most-pairs", options.most_pairs)
     notes: list[str] = []
-    proteins = read_proteins(options.sequences, notes)
-    _check_size(proteins)
-    print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+    proteins = read_proteins(options.sequences, notes, options.most_pairs)
+    _check_size(proteins, options.most_pairs)
+    for note in notes:
+        say(f"note: {note}", sys.stderr)
     check_folder(options.out)
     model = load_aligner(options.checkpoint).model
     names = display_names(proteins)
@@ -66,20 +72,21 @@ def run(options: argparse.Namespace) -> int:
     pair = Pair("", names, encode(query), encode(key), np.zeros((0, 2), dtype=np.int64))
     ((_, plan),) = align_pairs(model, [pair], batch_size=1)
     alignment = PairwiseAlignment.from_plan((query, key), plan, DECODERS[options.decoder](plan))
-    print(three_lines(alignment, names))
+    say(three_lines(alignment, names))
     if not options.quiet:
-        print(f"\n{LEGEND}\n\n{summary_lines(alignment, names)}\n")
-    made_with = {"checkpoint": str(options.checkpoint or SHIPPED.name), "decoder": options.decoder}
+        say(f"\n{LEGEND}\n\n{summary_lines(alignment, names)}\n")
+    made_with = {"checkpoint": visible(str(options.checkpoint or SHIPPED.name)), "decoder": options.decoder}
     for path in write_files(options.out, proteins, alignment, draw_alignment(alignment, plan, names), made_with):
         if not options.quiet:
-            print(f"wrote {path}")
+            say(f"wrote {path}")
     return 0
 
 
-def _check_size(proteins: tuple[Protein, Protein]) -> None:
+def _check_size(proteins: tuple[Protein, Protein], most: int) -> None:
     n, m = (len(protein.letters) for protein in proteins)
-    if n * m > _CELLS:
+    if n * m > most:
+        first, second = (clip(protein.name) for protein in proteins)
         raise ValueError(
-            f"{proteins[0].name} has {n} residues and {proteins[1].name} {m}: {n * m / 1e6:.0f} million pairs, where "
-            f"memory for {_CELLS / 1e6:.0f} million is foreseen; cut the sequences, for example into their domains"
+            f"{first} has {n} residues and {second} {m}: {n * m / 1e6:.0f} million pairs, where memory for "
+            f"{most / 1e6:g} million is foreseen; cut the sequences, for example into domains, or see --most-pairs"
         )

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from ..download import PFAM_SEED_URL, download
+from ..text import say
 from .options import add_quiet, command_line
 
 
@@ -29,5 +30,5 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(options: argparse.Namespace) -> int:
     """Fetch, and say what to do with it."""
     path = download(options.url, options.out, progress=not options.quiet)
-    print(f"{path} is ready: {command_line()} train --data {shlex.quote(str(path))}")
+    say(f"{path} is ready: {command_line()} train --data {shlex.quote(str(path))}")
     return 0

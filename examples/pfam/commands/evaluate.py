@@ -12,15 +12,17 @@ from ..comparison import Comparison, compare
 from ..comparison_plots import plot_errors, plot_reliability
 from ..comparison_tables import as_values, report
 from ..config import Config, Range
-from ..dataset import in_brief, load_dataset
+from ..dataset import in_brief, load_dataset, nucleotide_notes, read_families
 from ..decode import DECODERS, DEFAULT_DECODER
 from ..device import open_device
 from ..gap_grid import gap_grid, grid_table
-from ..pairs import EvaluationSet, Family, evaluation_pairs, load_families
+from ..identity import labels
+from ..pairs import EvaluationSet, Family, evaluation_pairs
 from ..release import SUFFIX, TrainedAligner, load_aligner
-from ..stockholm import read_stockholm
+from ..stockholm import shown
 from ..tables import aligner_name
-from .options import add_device, add_quiet
+from ..text import file_stems, say, visible
+from .options import add_device, add_quiet, add_reading, check_reading
 
 _FOLDER = "runs/evaluation"
 _PAIRS, _CAP = 40, 1024
@@ -34,7 +36,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(run=run)
     text = "releases (.safetensors), runs' folders or checkpoint files, a row each (default: the shipped aligner)"
     parser.add_argument("checkpoints", metavar="PATH", nargs="*", help=text)
-    text = "Stockholm file or directory, plain or gzip (default: the first checkpoint's held-out families)"
+    text = "Stockholm file, pipe or directory, plain or gzip (default: the first checkpoint's held-out families)"
     parser.add_argument("--data", metavar="PATH", help=text)
     text = "leave out families whose name starts so; may be repeated"
     parser.add_argument("--exclude", metavar="PREFIX", action="append", default=[], help=text)
@@ -48,6 +50,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--gap-grid", action="store_true", help=text)
     text = f"folder for the tables and pictures (default: {_FOLDER})"
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(_FOLDER), help=text)
+    add_reading(parser)
     add_quiet(parser)
     add_device(parser)
 
@@ -56,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     """Print and write the tables and the pictures."""
     Range(1).check("--pairs", options.pairs)
     Range(1).check("--cap", options.cap)
+    check_reading(options)
     device, progress = open_device(options.device), not options.quiet
     if not options.gap_grid:
         if (options.out / CHECKPOINT).exists():
@@ -63,18 +67,18 @@ def run(options: argparse.Namespace) -> int:
         prepare_folder(options.out)
     if options.gap_grid:
         _, chosen, head = _pairs(options, options.data or Config().data)
-        print(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
+        say(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
         return 0
     aligners = _load(options.checkpoints)
     families, chosen, head = _pairs(options, options.data or next(iter(aligners.values())).config)
     head = "\n".join([head, *_overlaps(aligners, families)])
-    print(head + "\n")
+    say(head + "\n")
     models = {name: aligner.model for name, aligner in aligners.items()}
     comparison = compare(models, chosen.pairs, options.decoder, device, progress)
     text = f"decoder: {options.decoder}\n\n{report(comparison)}"
-    print(text)
+    say(text)
     for path in _write(options, comparison, f"{head}\n\n{text}\n", chosen):
-        print(f"wrote {path}")
+        say(f"wrote {path}")
     return 0
 
 
@@ -84,27 +88,30 @@ def _load(paths: Sequence[str]) -> dict[str, TrainedAligner]:
         aligner = load_aligner(*paths)
         return {aligner_name(aligner.config): aligner}
     short = [path.stem if path.suffix == SUFFIX else path.name for path in map(Path, paths)]
-    names = short if len(set(short)) == len(short) else list(paths)
+    names = [visible(name) for name in (short if len(set(short)) == len(short) else paths)]
     if len(set(names)) < len(names):
-        raise ValueError(f"a checkpoint is given twice: {', '.join(paths)}; leave one out")
+        raise ValueError(f"a checkpoint is given twice: {', '.join(names)}; leave one out")
     return {name: load_aligner(path) for name, path in zip(names, paths, strict=True)}
 
 
 def _pairs(options: argparse.Namespace, source: str | Config) -> tuple[list[Family], EvaluationSet, str]:
     """The families of alignments, or those that a run held out; the pairs drawn of them; both in words."""
+    reading = {"cache": options.cache, "max_text": options.max_text}
     if isinstance(source, str):
-        found, where = load_families(read_stockholm(source)), source
+        found, where = read_families(source, **reading), shown(source)
     else:
-        found, where = list(load_dataset(source).heldout_families), "held-out families"
+        found, where = list(load_dataset(source, **reading).heldout_families), "held-out families"
     families = [family for family in found if not family.name.startswith(tuple(options.exclude))]
     if not families:
         raise ValueError(f"no family with two sequences in {where}, {len(found)} being left out by --exclude")
     chosen = evaluation_pairs(families, options.pairs, options.cap, _PAIR_SEED)
+    count = len(set(labels(families)))
+    records = f" in {len(families)} alignments" if count < len(families) else ""
     head = (
-        f"{where}: {len(families)} families, {len(chosen.pairs)} pairs, at most {options.pairs} a family, "
+        f"{where}: {count} families{records}, {len(chosen.pairs)} pairs, at most {options.pairs} a family, "
         f"{chosen.skipped} skipped (longer than {options.cap}, or nothing aligned)"
     )
-    return families, chosen, head
+    return families, chosen, "\n".join([head, *nucleotide_notes(families)])
 
 
 def _overlaps(aligners: Mapping[str, TrainedAligner], families: Sequence[Family]) -> list[str]:
@@ -122,19 +129,20 @@ def _write(options: argparse.Namespace, comparison: Comparison, text: str, chose
     folder = options.out
     paths = [folder / name for name in (REPORT, "scores.json", "reliability.png")]
     protocol = {
-        "data": options.data,
-        "exclude": options.exclude,
+        "data": options.data and visible(options.data),
+        "exclude": [visible(prefix) for prefix in options.exclude],
         "pairs_a_family": options.pairs,
         "cap": options.cap,
         "decoder": options.decoder,
         "pairs": len(chosen.pairs),
         "skipped": chosen.skipped,
     }
-    paths[0].write_text(text)
-    paths[1].write_text(json.dumps({"protocol": protocol, "aligners": as_values(comparison)}, indent=1) + "\n")
+    paths[0].write_text(text, encoding="utf-8")
+    values = {"protocol": protocol, "aligners": as_values(comparison)}
+    paths[1].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     plot_reliability(comparison, paths[2])
-    for name in comparison.models:
-        suffix = "" if len(comparison.models) == 1 else f"_{name.replace('/', '_')}"
+    for name, stem in zip(comparison.models, file_stems(comparison.models), strict=True):
+        suffix = "" if len(comparison.models) == 1 else f"_{stem}"
         paths.append(folder / f"errors{suffix}.png")
         plot_errors(comparison.doubts[name], name, paths[-1])
     return paths

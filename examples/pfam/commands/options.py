@@ -12,6 +12,10 @@ import torch
 
 from ..config import Choice, Config, Range, option_name
 from ..device import DEVICES
+from ..source import MOST_TEXT, TooLargeError, is_stream, kept_copy
+from ..stockholm import shown
+from ..streaming import default_cache
+from ..text import say
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -20,6 +24,7 @@ NUMBERS = {setting.name: setting for setting in fields(Config) if setting.metada
 """The settings that are numbers or one of several names, each an option of ``train``."""
 
 _THREADS = Range(1, 1024)
+_TEXT = Range(1, 10**9)
 
 
 def command_line() -> str:
@@ -49,6 +54,42 @@ def given_settings(options: argparse.Namespace, config: Config) -> Config:
     elif options.eval_data:
         given["eval_data"] = options.eval_data
     return replace(config, **given)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """``--max-text`` and ``--cache``."""
+    text = f"megabytes of text, unpacked, that are read of the data; more is refused (default: {MOST_TEXT})"
+    parser.add_argument("--max-text", type=int, metavar="N", default=MOST_TEXT, help=text)
+    text = f"folder for the stores of data read from disk (default: {default_cache()})"
+    parser.add_argument("--cache", metavar="PATH", help=text)
+
+
+def check_reading(options: argparse.Namespace) -> None:
+    """Raise ValueError if ``--max-text`` is out of range."""
+    _TEXT.check("--max-text", options.max_text)
+
+
+def keep_streams(options: argparse.Namespace, processes: int = 1) -> None:
+    """Put files in the place of pipes given as ``--data`` and ``--eval-data``, which a run reads more than once.
+
+    Raises:
+        ValueError: several processes would have to read one, or there is too much in it.
+    """
+    kept: dict[str, str] = {}
+    for name in ("data", "eval_data"):
+        path = getattr(options, name)
+        if path is None or not is_stream(path):
+            continue
+        if processes > 1:
+            raise ValueError(f"{option_name(name)} {shown(path)} is a pipe, which {processes} processes cannot share")
+        if path not in kept:
+            folder = Path(options.cache or default_cache())
+            try:
+                kept[path] = str(kept_copy(path, folder, options.max_text))
+            except TooLargeError as error:
+                raise ValueError(f"{shown(path)} holds {error}; --max-text allows more") from error
+            say(f"note: {shown(path)} is kept as {kept[path]}, for it is read again", sys.stderr)
+        setattr(options, name, kept[path])
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..release import load_aligner, save_release
+from ..text import say
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,5 +30,5 @@ def run(options: argparse.Namespace) -> int:
         raise FileExistsError(f"--out {options.out} exists; remove it first, or choose another name")
     aligner = load_aligner(options.checkpoint)
     path = save_release(aligner.model, aligner.config, options.out, aligner.trained_on)
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
+    say(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
     return 0

@@ -12,10 +12,21 @@ from ..config import Config, Range, option_name
 from ..device import PRECISIONS, Device, open_device
 from ..distributed import Processes, join
 from ..report import write_certificates, write_pictures, write_tables
-from ..streaming import default_cache
 from ..tensorboard_log import FOLDER
+from ..text import say
 from ..train import Trainer
-from .options import INTERRUPTED, NUMBERS, add_device, add_number, add_quiet, command_line, given_settings
+from .options import (
+    INTERRUPTED,
+    NUMBERS,
+    add_device,
+    add_number,
+    add_quiet,
+    add_reading,
+    check_reading,
+    command_line,
+    given_settings,
+    keep_streams,
+)
 
 _FOLDER = "runs/pfam"
 _WORKERS = Range(0, 256)
@@ -28,7 +39,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.usage = f"{parser.prog} [OPTIONS]"
     parser.set_defaults(run=run, error=parser.error)
     parser.add_argument(
-        "--data", metavar="PATH", help="Stockholm file or directory, plain or gzip (default: the shipped sample)"
+        "--data", metavar="PATH", help="Stockholm file, pipe or directory, plain or gzip (default: the shipped sample)"
     )
     parser.add_argument(
         "--eval-data", metavar="PATH", help="held-out families (default: the shipped ones, or a share of --data)"
@@ -47,8 +58,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", metavar="NAME", help=text)
     text = "processes that draw batches ahead of the training (default: 0, none)"
     parser.add_argument("--workers", type=int, default=0, metavar="N", help=text)
-    text = f"folder for the stores of data read from disk (default: {default_cache()})"
-    parser.add_argument("--cache", metavar="PATH", help=text)
+    add_reading(parser)
     parser.add_argument("--no-tensorboard", action="store_true", help=f"write no log to {FOLDER} in the run's folder")
     add_device(parser)
 
@@ -56,6 +66,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(options: argparse.Namespace) -> int:
     """Train, then print and write the report; under torchrun the first process alone prints and writes."""
     _WORKERS.check("--workers", options.workers)
+    check_reading(options)
     if options.resume is not None:
         _refuse_settings(options)
     with join(options.device) as processes:
@@ -64,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, processes: Processes) -> int:
     began = time.perf_counter()
+    keep_streams(options, processes.world)
     device = open_device(options.device, options.fsdp, options.precision, processes.local_rank)
     trainer = _trainer(options, device, processes)
     progress = not options.quiet
@@ -72,31 +84,31 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     start = command_line() if processes.world == 1 else f"torchrun --nproc-per-node {processes.world} -m examples.pfam"
     hint = f"{start} train --resume {shlex.quote(str(trainer.folder))}"
     try:
-        print("\n".join(line for line in (trainer.dataset.summary(), device.describe(), processes.describe()) if line))
+        say("\n".join(line for line in (trainer.dataset.summary(), device.describe(), processes.describe()) if line))
         finished = trainer.run(progress=progress)
-        print("\n" + write_tables(trainer, progress=progress))
+        say("\n" + write_tables(trainer, progress=progress))
         if not finished:
-            print(f"\nstopped at step {trainer.step}; nothing is lost: {hint}")
+            say(f"\nstopped at step {trainer.step}; nothing is lost: {hint}")
             return INTERRUPTED
-        print("\n" + write_certificates(trainer, progress=progress))
+        say("\n" + write_certificates(trainer, progress=progress))
         for path in write_pictures(trainer, progress=progress):
-            print(f"wrote {path}")
+            say(f"wrote {path}")
     except KeyboardInterrupt:
         saved = (trainer.folder / CHECKPOINT).exists()
-        print(f"\nstopped; from the last checkpoint: {hint}" if saved else "\nstopped before the first checkpoint")
+        say(f"\nstopped; from the last checkpoint: {hint}" if saved else "\nstopped before the first checkpoint")
         return INTERRUPTED
-    print(f"done in {time.perf_counter() - began:.0f} s")
+    say(f"done in {time.perf_counter() - began:.0f} s")
     return 0
 
 
 def _trainer(options: argparse.Namespace, device: Device, processes: Processes) -> Trainer:
     """A new run, or one from its checkpoint; the folder is made ready by the first process."""
     place: dict[str, Any] = {"device": device, "processes": processes, "workers": options.workers}
-    place |= {"cache": options.cache, "tensorboard": not options.no_tensorboard}
+    place |= {"cache": options.cache, "max_text": options.max_text, "tensorboard": not options.no_tensorboard}
     if options.resume is not None:
         trainer = Trainer.resume(options.resume, **place)
         if processes.first:
-            print(f"resuming {options.resume} at step {trainer.step} with the settings of its checkpoint")
+            say(f"resuming {options.resume} at step {trainer.step} with the settings of its checkpoint")
         return trainer
     config, folder = given_settings(options, Config()), options.out or _FOLDER
     if processes.first:
@@ -104,7 +116,7 @@ def _trainer(options: argparse.Namespace, device: Device, processes: Processes) 
     trainer = Trainer(config, folder, **place)
     aside = set_aside(folder) if processes.first else None
     if aside:
-        print(f"the earlier run in {folder} is now in {aside}")
+        say(f"the earlier run in {folder} is now in {aside}")
     return trainer
 
 
