@@ -7,7 +7,7 @@
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
 
-// log(sum(exp(x))) of a stream of numbers; NaN stays.
+// log(sum(exp(x))) of a stream of numbers; NaN and infinity stay.
 template <typename T>
 class LogSumExp {
  public:
@@ -16,7 +16,7 @@ class LogSumExp {
       sum_ = sum_ * std::exp(top_ - x) + 1;
       top_ = x;
     } else if (x != -kInf<T>) {
-      sum_ += std::exp(x - top_);
+      sum_ += x == top_ ? 1 : std::exp(x - top_);  // infinity less itself is no number
     }
   }
   T value() const { return sum_ == 0 ? -kInf<T> : static_cast<T>(top_ + std::log(sum_)); }

@@ -191,16 +191,17 @@ class Solver : Scalings<T> {
       Vec<T> tops(-kInf<T>);
       for (int64_t j = 0; j < block.cols; j += W)
         tops = at::vec::maximum(tops, Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j));
-      const T top = std::max(max_of(tops), to_bin);
+      const T top = larger(max_of(tops), to_bin);
       if (top == -kInf<T>) {  // no support: its plan is 0 whatever its potential
         a[row] = 0;
         alpha[row] = -kInf<T>;
         continue;
       }
+      const T shift = top == kInf<T> ? T(0) : top;  // infinity less itself is no number
       Vec<T> total(T(0));
       for (int64_t j = 0; j < block.cols; j += W)
-        total = total + exp_of(Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j) - Vec<T>(top));
-      alpha[row] = next_potential(top + std::log(sum_of(total) + std::exp(to_bin - top)), row);
+        total = total + exp_of(Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j) - Vec<T>(shift));
+      alpha[row] = next_potential(shift + std::log(sum_of(total) + std::exp(to_bin - shift)), row);
       if (bin.present()) bin.to[row] = std::exp(to_bin + alpha[row]);
     }
   }
@@ -223,7 +224,7 @@ class Solver : Scalings<T> {
         for (int64_t i = 0; i < block.rows; ++i)
           top = at::vec::maximum(top, Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]));
         top.store(tops + at + j);
-        const Vec<T> shift = Vec<T>::blendv(top, Vec<T>(T(0)), top == Vec<T>(-kInf<T>));
+        const Vec<T> shift = Vec<T>::blendv(top, Vec<T>(T(0)), top.abs() == Vec<T>(kInf<T>));
         Vec<T> total = Vec<T>::loadu(totals + at + j) * exp_of(before - shift);
         for (int64_t i = 0; i < block.rows; ++i)
           total = total + exp_of(Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]) - shift);
@@ -235,7 +236,8 @@ class Solver : Scalings<T> {
       for (int64_t j = 0; j < part.cols; ++j) {
         LogSumExp<T> lse;
         lse.add(y_new[part.col + j]);
-        if (totals[part.offset + j] != 0) lse.add(tops[part.offset + j] + std::log(totals[part.offset + j]));
+        const T total = totals[part.offset + j], top = tops[part.offset + j];
+        if (total != 0) lse.add(top == kInf<T> ? top : top + std::log(total));
         y_new[part.col + j] = lse.value();
       }
     if (bin.present()) {
@@ -253,8 +255,8 @@ class Solver : Scalings<T> {
   double change_in_log_domain() const {
     double most = 0;
     for (int64_t j = 0; j <= h.cols; ++j)
-      if (b[j] > 0 && y_new[j] > -kInf<T>)
-        most = std::max(most, std::abs(p.rho_col * (log_b[j] - y_new[j]) - beta[j] - std::log(y[j])));
+      if (b[j] > 0 && y_new[j] != -kInf<T>)
+        most = larger(most, std::abs(p.rho_col * (log_b[j] - y_new[j]) - beta[j] - std::log(y[j])));
     return most;
   }
 
