@@ -7,7 +7,8 @@
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
 
-// log(sum(exp(x))) of a stream of numbers; NaN and infinity stay.
+// log(sum(exp(x))) of a stream of numbers; NaN stays, and infinity becomes it: a potential of -infinity would pass for
+// a line without support.
 template <typename T>
 class LogSumExp {
  public:
@@ -16,10 +17,13 @@ class LogSumExp {
       sum_ = sum_ * std::exp(top_ - x) + 1;
       top_ = x;
     } else if (x != -kInf<T>) {
-      sum_ += x == top_ ? 1 : std::exp(x - top_);  // infinity less itself is no number
+      sum_ += std::exp(x - top_);
     }
   }
-  T value() const { return sum_ == 0 ? -kInf<T> : static_cast<T>(top_ + std::log(sum_)); }
+  T value() const {
+    if (sum_ == 0) return -kInf<T>;
+    return top_ == kInf<T> ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(top_ + std::log(sum_));
+  }
 
  private:
   T top_ = -kInf<T>;

@@ -197,11 +197,10 @@ class Solver : Scalings<T> {
         alpha[row] = -kInf<T>;
         continue;
       }
-      const T shift = top == kInf<T> ? T(0) : top;  // infinity less itself is no number
-      Vec<T> total(T(0));
+      Vec<T> total(T(0));  // NaN if the top is infinity, which less itself is no number
       for (int64_t j = 0; j < block.cols; j += W)
-        total = total + exp_of(Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j) - Vec<T>(shift));
-      alpha[row] = next_potential(shift + std::log(sum_of(total) + std::exp(to_bin - shift)), row);
+        total = total + exp_of(Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j) - Vec<T>(top));
+      alpha[row] = next_potential(top + std::log(sum_of(total) + std::exp(to_bin - top)), row);
       if (bin.present()) bin.to[row] = std::exp(to_bin + alpha[row]);
     }
   }
@@ -224,7 +223,7 @@ class Solver : Scalings<T> {
         for (int64_t i = 0; i < block.rows; ++i)
           top = at::vec::maximum(top, Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]));
         top.store(tops + at + j);
-        const Vec<T> shift = Vec<T>::blendv(top, Vec<T>(T(0)), top.abs() == Vec<T>(kInf<T>));
+        const Vec<T> shift = Vec<T>::blendv(top, Vec<T>(T(0)), top == Vec<T>(-kInf<T>));
         Vec<T> total = Vec<T>::loadu(totals + at + j) * exp_of(before - shift);
         for (int64_t i = 0; i < block.rows; ++i)
           total = total + exp_of(Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]) - shift);
@@ -236,8 +235,7 @@ class Solver : Scalings<T> {
       for (int64_t j = 0; j < part.cols; ++j) {
         LogSumExp<T> lse;
         lse.add(y_new[part.col + j]);
-        const T total = totals[part.offset + j], top = tops[part.offset + j];
-        if (total != 0) lse.add(top == kInf<T> ? top : top + std::log(total));
+        if (totals[part.offset + j] != 0) lse.add(tops[part.offset + j] + std::log(totals[part.offset + j]));
         y_new[part.col + j] = lse.value();
       }
     if (bin.present()) {

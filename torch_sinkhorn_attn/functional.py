@@ -159,7 +159,7 @@ def _in_callers_unit(prepared: Prepared, scale: MassScale, result: Result, resid
     log_a = with_dustbin(problem.log_row_mass, problem.log_row_capacity)
     log_b = with_dustbin(problem.log_col_mass, problem.log_col_capacity)
     found = scale.restored(result, log_a, log_b)
-    if residuals and not scale.even:
+    if residuals and not scale.even():
         with torch.no_grad(), full_precision(inputs.query.device):
             at = Tiles(inputs, problem).at(*(x[-1].detach() for x in result.potentials))
             row, col = marginal_errors(at, scale)

@@ -44,14 +44,13 @@ class MassScale(NamedTuple):
         """Masses `[N, H, ...]`, or residuals where they scale like the plan, in the caller's unit."""
         return _times_exp2(x, self.power)
 
-    @property
-    def even(self) -> bool:
+    def even(self) -> bool:  # a method: torch.compile does not trace properties of tuples
         """Whether plan and masses scale alike."""
         return self.row_share + self.col_share == 1
 
     def of_output(self, x: Tensor) -> Tensor:
         """Outputs `[N, H, L, Ev]`: of the plan over the rows' masses."""
-        if self.even:
+        if self.even():
             return x
         return _times_exp2(x, (self.row_share + self.col_share - 1) * self.power)
 
@@ -78,8 +77,8 @@ def find_scale(
     masses: list[Tensor], rho: tuple[float, float], half_steps: bool, look: bool, dtype: torch.dtype
 ) -> MassScale | None:
     """The unit of each head for its masses `[N, H, n]`, 0 where inactive: the power of two in the middle of the largest
-    and the smallest. None where the caller's may stay: a relaxed problem, whose residuals then cost another pass, unless
-    `look` finds masses that are far from 1."""
+    and the smallest. None where the caller's may stay: a relaxed problem, whose residuals cost another pass in any
+    other, unless `look` finds masses that are far from 1."""
     every = torch.cat(masses, -1)
     if every.shape[-1] == 0:
         return None
@@ -87,10 +86,9 @@ def find_scale(
     largest = exponent.amax(-1)
     smallest = torch.where(every > 0, exponent, torch.inf).amin(-1)
     some = largest > -torch.inf
-    balanced = rho == (1.0, 1.0)
-    if not balanced:
-        if not look or not bool((some & ((largest > COMFORT) | (smallest < -COMFORT))).any()):
-            return None
+    far = some & ((largest > COMFORT) | (smallest < -COMFORT))
+    if rho != (1.0, 1.0) and not (look and bool(far.any())):
+        return None
     middle = torch.where(some, ((largest + smallest) / 2).round(), 0.0)
     shares = _shares(rho, half_steps)
     return MassScale(middle.to(dtype), *shares)

@@ -32,8 +32,20 @@ def check_problem(inputs: Inputs, problem: Problem, engine: str) -> None:
         _check_data(problem, inputs.query.shape[2], inputs.key.shape[2])
 
 
+def check_present(**given: Tensor | None) -> None:
+    """A schema's `Tensor` takes None all the same, from Python."""
+    for name, x in given.items():
+        if x is None:
+            raise ValueError(f"{name} is missing.")
+
+
 def _check_tensors(inputs: Inputs, problem: Problem) -> None:
     query, key, value = inputs.query, inputs.key, inputs.value
+    p = problem
+    check_present(
+        query=query, key=key, row_lo=p.row_lo, row_hi=p.row_hi, col_lo=p.col_lo, col_hi=p.col_hi,
+        log_row_mass=p.log_row_mass, log_col_mass=p.log_col_mass,
+    )  # fmt: skip
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x is not None and x.ndim != 4:
             raise ValueError(f"{name} is {_described(x)}; four dimensions are needed: batch, heads, tokens, features.")
@@ -159,6 +171,18 @@ def _check_data(problem: Problem, length: int, size: int) -> None:
             continue
         if bool((index[:, 1:] < index[:, :-1]).any()) or int(index.min()) < 0 or int(index.max()) >= most:
             raise ValueError(f"{name} must hold indices that do not fall, from 0 to {most - 1}.")
+    if problem.dropout_seed is not None and not bool(((problem.dropout_seed >> 32) == 0).all()):
+        raise ValueError(f"dropout_seed holds {problem.dropout_seed.tolist()}; two 32-bit words are needed.")
+    for name in ("log_row_mass", "log_col_mass", "log_row_capacity", "log_col_capacity"):
+        mass = getattr(problem, name)
+        if mass is not None and not bool((mass < torch.inf).all()):
+            raise ValueError(f"{name} holds NaN or infinity; logarithms of finite masses are needed, -inf for none.")
+    if not problem.banded and size:
+        some = (problem.log_col_mass > -torch.inf).any(1)
+        first, end = some.to(torch.uint8).argmax(-1), size - some.flip(-1).to(torch.uint8).argmax(-1)
+        whole_row = (lo <= first[:, None]) & (hi >= end[:, None]) | ~some.any(-1, keepdim=True)
+        if bool((~whole_row & (problem.log_row_mass > -torch.inf).any(1)).any()):
+            raise ValueError("row_lo and row_hi leave columns out; banded must be true then.")
     whole = (problem.window_left, problem.window_right) if problem.banded else (-1, -1)
     if problem.uniform and lo.numel() and problem.row_segment is None:
         n, m = torch.tensor(length), torch.tensor(size)
@@ -176,6 +200,7 @@ def check_cotangents(
     bins: Sequence[Tensor | None] = (None, None),
 ) -> None:
     """The rest of a backward call, of attention where there is an output, else of the plan."""
+    check_present(grad=grad, row_potentials=potentials.row, col_potentials=potentials.col)
     (num, heads, length, _), size = inputs.query.shape, inputs.key.shape[2]
     dtype, device, extra = compute_dtype(inputs.query.dtype), inputs.query.device, problem.num_dustbins
     duals = problem.schedule[1] + 1

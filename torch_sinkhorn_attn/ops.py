@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines import ENGINES
-from torch_sinkhorn_attn.op_checks import check_cotangents, check_problem
+from torch_sinkhorn_attn.op_checks import check_cotangents, check_present, check_problem
 from torch_sinkhorn_attn.problem import (
     Inputs,
     OutputGrads,
@@ -71,6 +71,7 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        check_present(query_or_cotangent=args[0])
         with full_precision(args[0].device):
             return _functionalized(function, args) if args[0].device.type == "xla" else function(*args)
 
@@ -101,8 +102,7 @@ def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args[:-1])
     check_problem(inputs, problem, engine)
-    if inputs.value is None:
-        raise ValueError("value is missing; op plan does without it.")
+    check_present(value=inputs.value)
     result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
     return _fresh((result.output, *result.potentials, *result[2:]), result.output)
 
@@ -151,6 +151,7 @@ def _backward(
     potentials = Potentials(row_potentials, col_potentials)
     grads = OutputGrads(grad_output, grad_to_bin, grad_from_bin, mask_grad)
     check_problem(inputs, problem, engine)
+    check_present(output=output)
     check_cotangents(inputs, problem, potentials, grad_output, output, (grad_to_bin, grad_from_bin))
     result = ENGINES[engine].backward(inputs, problem, output, potentials, grads)
     return _fresh(result.inputs, output)
