@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "more key than query heads": ({"key": torch.randn(1, 5, 8, 4)}, "its heads must divide the 2 of query"),
     "no key heads": ({"key": torch.randn(1, 0, 8, 4)}, "its heads must divide the 2 of query"),
     "no key batch": ({"key": torch.randn(0, 2, 8, 4)}, r"key is float32\[0, 2, 8, 4\]"),
-    "fewer key features": ({"query": torch.randn(1, 2, 8, 4000)}, r"key is float32\[1, 2, 8, 4\]; float32\[1, 2, 8, 4000"),
+    "fewer key features": ({"query": torch.randn(1, 2, 8, 4000)}, r"key is float32\[1, 2, 8, 4\]; "),
     "mask of another size": ({"mask": torch.ones(1, 1, 2, 3, dtype=torch.bool)}, "that broadcast to"),
     "mask of two dimensions": ({"mask": torch.ones(8, 8)}, "four dimensions that broadcast"),
     "query of integers": ({"query": torch.ones(1, 2, 8, 4, dtype=I64)}, "query is int64"),
@@ -161,11 +161,11 @@ def test_random_calls_that_do_not_fit() -> None:
 def test_the_random_calls_see_an_answer_and_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their report, when one of them is answered, and when one ends its process."""
     program = "import os\nprint('call\\t0\\tbegins\\tx', flush=True)\n"
-    for text, kinds in (("print('call\\t0\\tanswer\\tx')", ["answer"]), ("os.abort()", ["crash"])):
+    for ending, kinds in (("print('call\\t0\\tanswer\\tx')", ["answer"]), ("os.abort()", ["crash"])):
         real = hostile_calls.subprocess.run
 
-        def run(command: list[str], real: Any = real, text: str = text, **options: Any) -> Any:
-            return real([command[0], "-c", program + text], **options)
+        def run(command: list[str], real: Any = real, ending: str = ending, **options: Any) -> Any:
+            return real([command[0], "-c", program + ending], **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(hostile_calls.subprocess, "run", run)
