@@ -224,7 +224,8 @@ def _reshaped(r: random.Random, name: str, x: Any, arguments: dict[str, Any]) ->
     import torch
 
     if r.random() < 0.2:
-        return x.unsqueeze(0) if r.random() < 0.5 or x.ndim == 0 else x.flatten()[: r.choice([0, 1, x.numel()])]
+        flat = x.unsqueeze(0) if r.random() < 0.5 or x.ndim == 0 else x.flatten()[: r.choice([0, 1, x.numel()])]
+        return None if flat.shape == x.shape else flat
     dim = r.randrange(x.ndim)
     free = {"value": (3,), "key": (1,) if arguments.get("value") is None else ()}
     if dim in free.get(name, ()):
