@@ -8,7 +8,7 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test bench lint sanitize races wheel clean
+.PHONY: help demo test bench lint sanitize sanitize-calls races wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
 	@echo "make sanitize the C++ kernels, instrumented, through the tests of engines (Linux, GCC; some minutes)"
+	@echo "make sanitize-calls  likewise, of one instruction set and through calls of its ops that do not fit (CALLS=$(CALLS))"
 	@echo "make races   a few problems on many threads under the thread sanitizer (Linux, GCC; some minutes)"
 	@echo "make wheel   the sdist and the wheel, into dist/"
 	@echo "make clean   remove what building and testing left; .venv stays"
@@ -36,14 +37,29 @@ lint: $(PACKAGE)
 
 # The interpreter itself is not instrumented, so the runtime is preloaded; what Python and torch never free is theirs.
 SANITIZED := build/sanitized/lib
+INSTRUMENTED := TORCH_SINKHORN_ATTN_BUILD_CPU=1 TORCH_SINKHORN_ATTN_SANITIZE=address,undefined
+WATCHED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(PACKAGE)
 	rm -rf build/sanitized
-	TORCH_SINKHORN_ATTN_BUILD_CPU=1 TORCH_SINKHORN_ATTN_SANITIZE=address,undefined \
-	    $(RUN) setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitized/temp
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	    $(RUN) -m pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k cpu \
-	    tests/test_conformance.py tests/test_cpu.py $(PYTEST_ARGS)
+	$(INSTRUMENTED) $(RUN) setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitized/temp
+	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k cpu \
+	    tests/test_conformance.py tests/test_cpu.py tests/test_nan.py tests/test_hostile_calls.py $(PYTEST_ARGS)
+	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k "counts or bits" \
+	    tests/test_threads.py
+	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) tests/hostile_calls.py 2000
+
+# Small enough for every change: a third of the code, and no whole suite.
+CALLS ?= 400
+SANITIZED_CALLS := build/sanitized-calls/lib
+sanitize-calls: $(SANITIZED_CALLS)/.built
+	$(WATCHED) PYTHONPATH=$(SANITIZED_CALLS) $(RUN) tests/hostile_calls.py $(CALLS)
+
+$(SANITIZED_CALLS)/.built: $(PACKAGE) $(wildcard csrc/*) $(wildcard torch_sinkhorn_attn/*.py torch_sinkhorn_attn/engines/*.py)
+	rm -rf build/sanitized-calls
+	$(INSTRUMENTED) TORCH_SINKHORN_ATTN_PORTABLE=1 \
+	    $(RUN) setup.py -q build --build-lib $(SANITIZED_CALLS) --build-temp build/sanitized-calls/temp
+	touch $@
 
 # The thread sanitizer wants addresses where it expects them, hence setarch.
 RACES := build/races/lib

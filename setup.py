@@ -6,6 +6,7 @@ the package installs all the same, and says why that engine is missing. Environm
 
     TORCH_SINKHORN_ATTN_BUILD_CPU   "0" leaves the kernels out, "1" makes a failure an error (default: try)
     TORCH_SINKHORN_ATTN_SANITIZE    e.g. "address,undefined": instrument them (see `make sanitize`)
+    TORCH_SINKHORN_ATTN_PORTABLE    "1" compiles them for the instruction set alone that every such processor has
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 NAME = "torch_sinkhorn_attn.engines._cpu"
 MISSING = "_cpu_missing.txt"
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+PORTABLE = os.environ.get("TORCH_SINKHORN_ATTN_PORTABLE", "") == "1"
+X86 = platform.machine().lower() in ("x86_64", "amd64") and not PORTABLE
 BUILD = os.environ.get("TORCH_SINKHORN_ATTN_BUILD_CPU", "")
 SANITIZE = os.environ.get("TORCH_SINKHORN_ATTN_SANITIZE", "")
 

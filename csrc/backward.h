@@ -42,7 +42,7 @@ class TailAdjoint : public Adjoint<T> {
     });
     h.reduce(this->accumulators, 1, image);
     complete_columns(*a);
-    for (int64_t j = 0; j <= h.cols; ++j) image[j] = v[j] > -kInf<T> ? this->col_sums[j] - image[j] : T(0);
+    for (int64_t j = 0; j <= h.cols; ++j) image[j] = v[j] != -kInf<T> ? this->col_sums[j] - image[j] : T(0);
     for (int64_t r = R; r > 1; --r) {
       auto *b = &factors[2 * (R - r) + 1], *next = b + 1;
       set_column_weights(*b, rho_c);
@@ -54,7 +54,7 @@ class TailAdjoint : public Adjoint<T> {
       });
       next->x[h.rows] = -rho_r * bin_image;
       complete_columns(*next);
-      for (int64_t j = 0; j <= h.cols; ++j) image[j] = v[j] > -kInf<T> ? -image[j] : T(0);
+      for (int64_t j = 0; j <= h.cols; ++j) image[j] = v[j] != -kInf<T> ? -image[j] : T(0);
     }
     if (R == 0) {
       this->score_visit(scaled, [](const Block<T>&, const T*, int64_t, int64_t) {});
@@ -85,9 +85,9 @@ class TailAdjoint : public Adjoint<T> {
       load_rows(given, is_row ? r : r - 1, f.row);
       load_columns(given, r, f.col);
       if (is_row)
-        for (int64_t i = 0; i <= h.rows; ++i) f.row[i] = u[i] > -kInf<T> ? f.row[i] / rho_r - this->log_a[i] : -kInf<T>;
+        for (int64_t i = 0; i <= h.rows; ++i) f.row[i] = u[i] != -kInf<T> ? f.row[i] / rho_r - this->log_a[i] : -kInf<T>;
       else
-        for (int64_t j = 0; j <= h.cols; ++j) f.col[j] = v[j] > -kInf<T> ? f.col[j] / rho_c - this->log_b[j] : -kInf<T>;
+        for (int64_t j = 0; j <= h.cols; ++j) f.col[j] = v[j] != -kInf<T> ? f.col[j] / rho_c - this->log_b[j] : -kInf<T>;
       scaled &= exponents(f.row, u, h.rows, f.row_exp) && exponents(f.col, v, h.cols, f.col_exp);
     }
   }
@@ -110,14 +110,14 @@ class TailAdjoint : public Adjoint<T> {
         to[i] = 0;
         continue;
       }
-      most = std::max(most, potential[i] - last[i]);
+      most = larger(most, potential[i] - last[i]);
       to[i] = std::exp(potential[i] - last[i]);
     }
     return most <= kLargestExponent<T>;
   }
 
   static void fill_ones(T* to, int64_t padded, const T* last) {
-    for (int64_t j = 0; j <= padded; ++j) to[j] = last[j] > -kInf<T> ? T(1) : T(0);
+    for (int64_t j = 0; j <= padded; ++j) to[j] = last[j] != -kInf<T> ? T(1) : T(0);
   }
 
   // Weights (1, rho_c w) of a column factor from w = image.
@@ -193,13 +193,13 @@ class ImplicitAdjoint : public Adjoint<T> {
     const T rho_r = static_cast<T>(p.rho_row), rho_c = static_cast<T>(p.rho_col);
     parts.find();
     // P 1 and P^T 1 ride in the first visit
-    for (int64_t j = 0; j <= h.cols; ++j) inner[j] = v[j] > -kInf<T> ? T(1) : T(0);
+    for (int64_t j = 0; j <= h.cols; ++j) inner[j] = v[j] != -kInf<T> ? T(1) : T(0);
     std::fill(this->accumulators, this->accumulators + h.part_columns(), T(0));
     this->first_visit([&](const Block<T>& b, const T* tile, int64_t part, int64_t slot) {
       this->tile_pass(b, tile, part, slot, nullptr, inner, nullptr, product, true, [&](int64_t i, T sum) {
         if (bin.present()) sum += bin.to[i] * inner[h.cols];
-        row_inverse[i] = sum > 0 ? 1 / sum : T(0);
-        return u[i] > -kInf<T> ? T(1) : T(0);
+        row_inverse[i] = inverse(sum);
+        return u[i] != -kInf<T> ? T(1) : T(0);
       });
     });
     h.reduce(this->accumulators, 1, root);
@@ -218,8 +218,8 @@ class ImplicitAdjoint : public Adjoint<T> {
     for (auto* f : {&x, &y}) {
       std::copy(u, u + h.rows + 1, f->row);
       std::copy(v, v + h.cols + 1, f->col);
-      for (int64_t i = 0; i <= h.rows; ++i) f->row_exp[i] = f->x[i] = u[i] > -kInf<T> ? T(1) : T(0);
-      for (int64_t j = 0; j <= h.cols; ++j) f->col_exp[j] = f->y[j] = v[j] > -kInf<T> ? T(1) : T(0);
+      for (int64_t i = 0; i <= h.rows; ++i) f->row_exp[i] = f->x[i] = u[i] != -kInf<T> ? T(1) : T(0);
+      for (int64_t j = 0; j <= h.cols; ++j) f->col_exp[j] = f->y[j] = v[j] != -kInf<T> ? T(1) : T(0);
     }
     for (int64_t j = 0; j <= h.cols; ++j) y.y[j] = root_inverse[j] * solution[j];
     this->pass(nullptr, y.y, nullptr, nullptr, true, [&](int64_t i, T sum) {
@@ -235,6 +235,9 @@ class ImplicitAdjoint : public Adjoint<T> {
   static constexpr double kTolerance = sizeof(T) == 4 ? 1e-7 : 1e-14;
   static constexpr double kRounding = 8 * std::numeric_limits<T>::epsilon();
 
+  // 0 for a line without mass; NaN stays.
+  static T inverse(T sum) { return sum <= 0 ? T(0) : 1 / sum; }
+
   // root = sqrt(P^T 1), from the tiles' sums in root, and the dustbin's row.
   void normalise() {
     root[h.cols] = row_inverse[h.rows] = 0;
@@ -242,21 +245,21 @@ class ImplicitAdjoint : public Adjoint<T> {
       for (int64_t j = 0; j < h.m; ++j) root[j] += bin.from[j];
       root[h.cols] = static_cast<T>(std::accumulate(bin.to, bin.to + h.n, static_cast<double>(bin.corner)));
       const T sum = bin.row_sum(inner);
-      row_inverse[h.rows] = sum > 0 ? 1 / sum : T(0);
+      row_inverse[h.rows] = inverse(sum);
     }
     double* mass = parts.size;
     std::fill(mass, mass + parts.count, 0.0);
     for (int64_t j = 0; j <= h.cols; ++j) {
-      const T sum = j < h.m || j == h.cols ? std::max(root[j], T(0)) : T(0);
+      const T sum = j < h.m || j == h.cols ? larger(root[j], T(0)) : T(0);
       mass[parts.col[j]] += sum;
       root[j] = std::sqrt(sum);
-      root_inverse[j] = root[j] > 0 ? 1 / root[j] : T(0);
+      root_inverse[j] = inverse(root[j]);
     }
   }
 
   template <typename Row>
   void column_pass(T* to, const Row& row) {
-    this->pass(nullptr, nullptr, nullptr, to, true, [&](int64_t i, T) { return u[i] > -kInf<T> ? row(i) : T(0); });
+    this->pass(nullptr, nullptr, nullptr, to, true, [&](int64_t i, T) { return u[i] != -kInf<T> ? row(i) : T(0); });
     finish_columns(to, bin.present() ? row(h.rows) : T(0), [&](int64_t i) { return row(i); });
   }
 
@@ -267,7 +270,7 @@ class ImplicitAdjoint : public Adjoint<T> {
     for (int64_t j = 0; j < h.m; ++j) to[j] += bin.from[j] * at_bin;
     double total = static_cast<double>(bin.corner) * at_bin;
     for (int64_t i = 0; i < h.n; ++i)
-      if (u[i] > -kInf<T>) total += static_cast<double>(bin.to[i]) * row(i);
+      if (u[i] != -kInf<T>) total += static_cast<double>(bin.to[i]) * row(i);
     to[h.cols] = static_cast<T>(total);
   }
 
@@ -291,7 +294,7 @@ class ImplicitAdjoint : public Adjoint<T> {
     std::fill(share, share + parts.count, 0.0);
     for (int64_t j = 0; j <= h.cols; ++j) share[parts.col[j]] += static_cast<double>(root[j]) * s[j];
     for (int64_t j = 0; j <= h.cols; ++j)
-      if (mass[parts.col[j]] > 0) s[j] -= root[j] * static_cast<T>(share[parts.col[j]] / mass[parts.col[j]]);
+      if (mass[parts.col[j]] != 0) s[j] -= root[j] * static_cast<T>(share[parts.col[j]] / mass[parts.col[j]]);
   }
 
   double dot(const T* x, const T* y) const {
@@ -306,6 +309,7 @@ class ImplicitAdjoint : public Adjoint<T> {
     std::copy(residual, residual + size, direction);
     double energy = dot(residual, residual);
     const double enough = std::max(kTolerance * kTolerance * energy, noise);
+    if (std::isnan(energy)) std::copy(residual, residual + size, solution);
     for (int64_t k = 0; k < kMaxIters && energy > enough; ++k) {
       gram(direction, product);
       for (int64_t j = 0; j < size; ++j) product[j] = direction[j] / rho_c - rho_r * product[j];

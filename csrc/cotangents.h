@@ -100,8 +100,8 @@ class Cotangents {
       read_line(grad_plan, job().batch, job().head, row, col, 1, T(1), &found);
       return found;
     };
-    for (int64_t i = 0; i < h.n; ++i) read[i] = u[i] > -kInf<T> ? entry(job().row0 + i, p.size) : T(0);
-    for (int64_t j = 0; j < h.m; ++j) from_grad[j] = v[j] > -kInf<T> ? entry(p.length, job().col0 + j) : T(0);
+    for (int64_t i = 0; i < h.n; ++i) read[i] = u[i] != -kInf<T> ? entry(job().row0 + i, p.size) : T(0);
+    for (int64_t j = 0; j < h.m; ++j) from_grad[j] = v[j] != -kInf<T> ? entry(p.length, job().col0 + j) : T(0);
     corner_grad = entry(p.length, p.size);
     row_sums[h.rows] = static_cast<T>(bin.dot(bin.from, from_grad, h.m) + bin.corner * corner_grad);
   }
@@ -113,7 +113,7 @@ class Cotangents {
             *stored = p.dustbin_value ? p.dustbin_value + at * features : nullptr;
     h.pack_side(given.grad_output, job().head, job().row0, h.n, h.rows, features, width, T(1), grad);
     for (int64_t i = 0; i <= h.rows; ++i) row_sums[i] = read[i] = 0;
-    for (int64_t j = 0; j <= h.cols; ++j) from_grad[j] = from && j < h.m && v[j] > -kInf<T> ? from[j] : T(0);
+    for (int64_t j = 0; j <= h.cols; ++j) from_grad[j] = from && j < h.m && v[j] != -kInf<T> ? from[j] : T(0);
     h.each_range(h.n, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         T* line = grad + i * width;

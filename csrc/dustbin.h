@@ -7,7 +7,8 @@
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
 
-// log(sum(exp(x))) of a stream of numbers; NaN stays.
+// log(sum(exp(x))) of a stream of numbers; NaN stays, and infinity becomes it: a potential of -infinity would pass for
+// a line without support.
 template <typename T>
 class LogSumExp {
  public:
@@ -19,7 +20,10 @@ class LogSumExp {
       sum_ += std::exp(x - top_);
     }
   }
-  T value() const { return sum_ == 0 ? -kInf<T> : static_cast<T>(top_ + std::log(sum_)); }
+  T value() const {
+    if (sum_ == 0) return -kInf<T>;
+    return top_ == kInf<T> ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(top_ + std::log(sum_));
+  }
 
  private:
   T top_ = -kInf<T>;

@@ -191,13 +191,13 @@ class Solver : Scalings<T> {
       Vec<T> tops(-kInf<T>);
       for (int64_t j = 0; j < block.cols; j += W)
         tops = at::vec::maximum(tops, Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j));
-      const T top = std::max(max_of(tops), to_bin);
+      const T top = larger(max_of(tops), to_bin);
       if (top == -kInf<T>) {  // no support: its plan is 0 whatever its potential
         a[row] = 0;
         alpha[row] = -kInf<T>;
         continue;
       }
-      Vec<T> total(T(0));
+      Vec<T> total(T(0));  // NaN if the top is infinity, which less itself is no number
       for (int64_t j = 0; j < block.cols; j += W)
         total = total + exp_of(Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j) - Vec<T>(top));
       alpha[row] = next_potential(top + std::log(sum_of(total) + std::exp(to_bin - top)), row);
@@ -253,8 +253,8 @@ class Solver : Scalings<T> {
   double change_in_log_domain() const {
     double most = 0;
     for (int64_t j = 0; j <= h.cols; ++j)
-      if (b[j] > 0 && y_new[j] > -kInf<T>)
-        most = std::max(most, std::abs(p.rho_col * (log_b[j] - y_new[j]) - beta[j] - std::log(y[j])));
+      if (b[j] > 0 && y_new[j] != -kInf<T>)
+        most = larger(most, std::abs(p.rho_col * (log_b[j] - y_new[j]) - beta[j] - std::log(y[j])));
     return most;
   }
 

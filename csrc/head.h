@@ -164,7 +164,7 @@ class Head {
     team.each((total + step - 1) / step, [&](int64_t k, int64_t) { body(k * step, std::min(total, (k + 1) * step)); });
   }
 
-  // S on a tile, -inf off the support. Padding is 0: the potentials hide it.
+  // S on a tile, -inf off the support and on padding, where 0 * infinity may stand.
   void scores(const Block<T>& b, T* tile) const {
     constexpr int64_t W = kWidth<T>;
     matmul(tile, b.stride, query + b.row * width, width, 1, key_panels + b.col * d, d * W, W, b.rows, b.cols, d, false);
@@ -176,7 +176,11 @@ class Head {
         std::fill(line, line + first, -kInf<T>);
         std::fill(line + last, line + b.cols, -kInf<T>);
       }
+    } else if (b.col + b.cols > m) {
+      for (int64_t i = 0; i < b.rows; ++i)
+        std::fill(tile + i * b.stride + (m - b.col), tile + i * b.stride + b.cols, -kInf<T>);
     }
+    if (b.row + b.rows > n) std::fill(tile + (n - b.row) * b.stride, tile + b.rows * b.stride, -kInf<T>);
     if (p.mask) add_mask(b, tile);
   }
 
@@ -319,7 +323,7 @@ class Head {
     const auto floor = static_cast<decltype(value(S()))>(p.mask_floor);
     each_mask_entry<S>(b, tile, [&](S bits, T s) {
       const auto x = value(bits);
-      return x > floor ? s + static_cast<T>(x) : -kInf<T>;
+      return x <= floor ? -kInf<T> : s + static_cast<T>(x);  // NaN stays
     });
   }
 

@@ -1,5 +1,4 @@
-// The ops that torch_sinkhorn_attn/engines/cpu.py calls: tensors in, `Problem` and pointers out. Everything was checked
-// before; tensors named contiguous are.
+// The ops that torch_sinkhorn_attn/engines/cpu.py calls: tensors in, checked by checks.h, `Problem` and pointers out.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
@@ -11,41 +10,15 @@
 #include <optional>
 
 #include "capability.h"
+#include "checks.h"
 #include "schedule.h"
 
 namespace sinkhorn {
 namespace {
 
 using at::Tensor;
-using MaybeTensors = c10::List<std::optional<Tensor>>;
 
 constexpr int64_t kInterface = 2;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
-
-// Places in the lists of `cpu_forward` and `cpu_backward`, as in engines/cpu.py.
-enum Tensors : size_t {
-  kQuery,
-  kKey,
-  kValue,
-  kMask,
-  kRowScore,
-  kColScore,
-  kCornerScore,
-  kDustbinValue,
-  kRowLo,
-  kRowHi,
-  kRowSegment,
-  kColSegment,
-  kLogRowMass,
-  kLogColMass,
-  kLogRowCapacity,
-  kLogColCapacity,
-  kInitialRow,
-  kInitialCol,
-  kDropoutSeed,
-  kTensorCount,
-};
-enum Numbers : size_t { kScale, kEpsilon, kRhoRow, kRhoCol, kTolerance, kOverRelaxation, kDropoutP, kNumberCount };
-enum Counts : size_t { kStopped, kKept, kImplicit, kBanded, kBudget, kCountCount };
 
 Kind kind_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -77,9 +50,7 @@ Operand operand(const std::optional<Tensor>& x) {
 
 template <typename T>
 const T* pointer(const std::optional<Tensor>& x) {
-  if (!x.has_value()) return nullptr;
-  TORCH_CHECK(x->is_contiguous(), "the CPU engine expects contiguous vectors");
-  return x->const_data_ptr<T>();
+  return x.has_value() ? x->const_data_ptr<T>() : nullptr;
 }
 
 double lowest(at::ScalarType type) {
@@ -95,64 +66,48 @@ double lowest(at::ScalarType type) {
   }
 }
 
-// What the ops are given, alive as long as the pointers into it.
-struct Given {
-  explicit Given(const MaybeTensors& list, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts)
-      : numbers(numbers), counts(counts) {
-    TORCH_CHECK(list.size() == kTensorCount && numbers.size() == kNumberCount && counts.size() == kCountCount,
-                "engines/cpu.py and csrc/ops.cpp disagree: reinstall the package");
-    for (size_t k = 0; k < list.size(); ++k) tensors.push_back(list.get(k));
+// The problem of a checked call.
+template <typename T>
+Problem<T> problem_of(const Given& given) {
+  const auto& tensors = given.tensors;
+  Problem<T> p;
+  p.query = operand(tensors[kQuery]), p.key = operand(tensors[kKey]), p.value = operand(tensors[kValue]);
+  p.mask = operand(tensors[kMask]);
+  if (p.mask && p.mask.kind != Kind::boolean)
+    p.mask_floor =
+        std::max(lowest(given[kMask].scalar_type()), static_cast<double>(std::numeric_limits<T>::lowest())) / 2;
+  if (p.mask && given[kMask].size(3) == 1) p.mask.col = 0;
+  p.row_score = pointer<T>(tensors[kRowScore]), p.col_score = pointer<T>(tensors[kColScore]);
+  p.corner_score = pointer<T>(tensors[kCornerScore]), p.dustbin_value = pointer<T>(tensors[kDustbinValue]);
+  p.row_lo = pointer<int64_t>(tensors[kRowLo]), p.row_hi = pointer<int64_t>(tensors[kRowHi]);
+  p.log_row_mass = pointer<T>(tensors[kLogRowMass]), p.log_col_mass = pointer<T>(tensors[kLogColMass]);
+  p.log_row_capacity = pointer<T>(tensors[kLogRowCapacity]);
+  p.log_col_capacity = pointer<T>(tensors[kLogColCapacity]);
+  p.initial_row = pointer<T>(tensors[kInitialRow]), p.initial_col = pointer<T>(tensors[kInitialCol]);
+  if (const auto* seed = pointer<int64_t>(tensors[kDropoutSeed])) {
+    p.dropout = true;
+    p.seed[0] = static_cast<uint32_t>(seed[0]), p.seed[1] = static_cast<uint32_t>(seed[1]);
   }
+  p.num = given.num, p.heads = given.heads, p.length = given.length, p.features = given.features;
+  p.key_heads = given.key_heads, p.size = given.size;
+  p.value_features = given.value_features, p.bins = given.bins;
+  const auto& numbers = given.numbers;
+  const auto& counts = given.counts;
+  p.epsilon = numbers[kEpsilon], p.score_factor = numbers[kScale] / numbers[kEpsilon];
+  p.rho_row = numbers[kRhoRow], p.rho_col = numbers[kRhoCol];
+  p.balanced = p.rho_row == 1 && p.rho_col == 1;
+  p.tolerance = numbers[kTolerance], p.over_relaxation = numbers[kOverRelaxation];
+  p.dropout_p = numbers[kDropoutP];
+  p.stopped = counts[kStopped], p.kept = counts[kKept], p.implicit = counts[kImplicit] != 0;
+  p.banded = counts[kBanded] != 0;
+  p.budget = counts[kBudget];
+  return p;
+}
 
-  const Tensor& operator[](size_t k) const { return *tensors[k]; }
-  bool has(size_t k) const { return tensors[k].has_value(); }
-
-  template <typename T>
-  Problem<T> problem() const {
-    Problem<T> p;
-    p.query = operand(tensors[kQuery]), p.key = operand(tensors[kKey]), p.value = operand(tensors[kValue]);
-    p.mask = operand(tensors[kMask]);
-    if (p.mask && p.mask.kind != Kind::boolean)
-      p.mask_floor =
-          std::max(lowest((*this)[kMask].scalar_type()), static_cast<double>(std::numeric_limits<T>::lowest())) / 2;
-    if (p.mask && (*this)[kMask].size(3) == 1) p.mask.col = 0;
-    p.row_score = pointer<T>(tensors[kRowScore]), p.col_score = pointer<T>(tensors[kColScore]);
-    p.corner_score = pointer<T>(tensors[kCornerScore]), p.dustbin_value = pointer<T>(tensors[kDustbinValue]);
-    p.row_lo = pointer<int64_t>(tensors[kRowLo]), p.row_hi = pointer<int64_t>(tensors[kRowHi]);
-    p.log_row_mass = pointer<T>(tensors[kLogRowMass]), p.log_col_mass = pointer<T>(tensors[kLogColMass]);
-    p.log_row_capacity = pointer<T>(tensors[kLogRowCapacity]);
-    p.log_col_capacity = pointer<T>(tensors[kLogColCapacity]);
-    p.initial_row = pointer<T>(tensors[kInitialRow]), p.initial_col = pointer<T>(tensors[kInitialCol]);
-    if (has(kDropoutSeed)) {
-      const auto* seed = pointer<int64_t>(tensors[kDropoutSeed]);
-      p.dropout = true;
-      p.seed[0] = static_cast<uint32_t>(seed[0]), p.seed[1] = static_cast<uint32_t>(seed[1]);
-    }
-    const auto &query = (*this)[kQuery], &key = (*this)[kKey];
-    p.num = query.size(0), p.heads = query.size(1), p.length = query.size(2), p.features = query.size(3);
-    p.key_heads = key.size(1), p.size = key.size(2);
-    p.value_features = has(kValue) ? (*this)[kValue].size(3) : 0;
-    p.bins = has(kLogRowCapacity) ? (*this)[kLogRowCapacity].size(2) : 0;
-    p.epsilon = numbers[kEpsilon], p.score_factor = numbers[kScale] / numbers[kEpsilon];
-    p.rho_row = numbers[kRhoRow], p.rho_col = numbers[kRhoCol];
-    p.balanced = p.rho_row == 1 && p.rho_col == 1;
-    p.tolerance = numbers[kTolerance], p.over_relaxation = numbers[kOverRelaxation];
-    p.dropout_p = numbers[kDropoutP];
-    p.stopped = counts[kStopped], p.kept = counts[kKept], p.implicit = counts[kImplicit] != 0;
-    p.banded = counts[kBanded] != 0;
-    p.budget = counts[kBudget];
-    return p;
-  }
-
-  template <typename T>
-  std::vector<Job> jobs(const Problem<T>& p) const {
-    return find_jobs(p, pointer<int64_t>(tensors[kRowSegment]), pointer<int64_t>(tensors[kColSegment]));
-  }
-
-  std::vector<std::optional<Tensor>> tensors;
-  c10::ArrayRef<double> numbers;
-  c10::ArrayRef<int64_t> counts;
-};
+template <typename T>
+std::vector<Job> jobs_of(const Given& given, const Problem<T>& p) {
+  return find_jobs(p, pointer<int64_t>(given.tensors[kRowSegment]), pointer<int64_t>(given.tensors[kColSegment]));
+}
 
 template <typename T>
 const Kernels<T>& kernels_of();
@@ -190,8 +145,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 template <typename T>
 Results forward_as(const Given& given, bool residuals) {
-  const Problem<T> p = given.problem<T>();
-  const auto jobs = given.jobs(p);
+  const Problem<T> p = problem_of<T>(given);
+  const auto jobs = jobs_of(given, p);
   const auto options = given[kLogRowMass].options();
   const auto none = [&] { return at::zeros({0}, options); };
   const auto count = static_cast<int64_t>(jobs.size());
@@ -213,8 +168,8 @@ Results forward_as(const Given& given, bool residuals) {
 
 Results cpu_forward(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts,
                     bool residuals) {
-  const Given given(tensors, numbers, counts);
-  return given[kLogRowMass].scalar_type() == at::kDouble ? forward_as<double>(given, residuals)
+  const Given given = check_problem(tensors, numbers, counts);
+  return given.dtype == at::kDouble ? forward_as<double>(given, residuals)
                                                          : forward_as<float>(given, residuals);
 }
 
@@ -222,8 +177,8 @@ using PlanResults = std::tuple<Tensor, Tensor, Tensor>;
 
 template <typename T>
 PlanResults plan_as(const Given& given) {
-  const Problem<T> p = given.problem<T>();
-  const auto jobs = given.jobs(p);
+  const Problem<T> p = problem_of<T>(given);
+  const auto jobs = jobs_of(given, p);
   const auto options = given[kLogRowMass].options();
   const int64_t extra = p.bins > 0;
   Tensor plan = at::zeros({p.num, p.heads, p.length + extra, p.size + extra}, options);
@@ -239,8 +194,8 @@ PlanResults plan_as(const Given& given) {
 }
 
 PlanResults cpu_plan(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts) {
-  const Given given(tensors, numbers, counts);
-  return given[kLogRowMass].scalar_type() == at::kDouble ? plan_as<double>(given) : plan_as<float>(given);
+  const Given given = check_problem(tensors, numbers, counts);
+  return given.dtype == at::kDouble ? plan_as<double>(given) : plan_as<float>(given);
 }
 
 // Jobs that add to the same entries of the mask's gradient.
@@ -255,8 +210,8 @@ std::vector<int64_t> mask_groups(const std::vector<Job>& jobs, const Problem<T>&
 template <typename T>
 std::vector<Tensor> backward_as(const Given& given, const BackwardGiven<T>& cotangents, bool mask_grad) {
   mask_grad &= given.has(kMask);
-  const Problem<T> p = given.problem<T>();
-  const auto jobs = given.jobs(p);
+  const Problem<T> p = problem_of<T>(given);
+  const auto jobs = jobs_of(given, p);
   const auto options = given[kLogRowMass].options();
   const auto made = [&](bool wanted, c10::IntArrayRef shape) {
     return wanted ? at::zeros(shape, options) : at::zeros({0}, options);
@@ -310,8 +265,9 @@ std::vector<Tensor> cpu_backward(const Tensor& grad, const std::optional<Tensor>
                                  const std::optional<Tensor>& grad_from_bin, const std::optional<Tensor>& output,
                                  const Tensor& row, const Tensor& col, const MaybeTensors& tensors,
                                  c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts, bool mask_grad) {
-  const Given given(tensors, numbers, counts);
-  const auto run = given[kLogRowMass].scalar_type() == at::kDouble ? backward_of<double> : backward_of<float>;
+  const Given given = check_problem(tensors, numbers, counts);
+  check_cotangents(given, grad, grad_to_bin, grad_from_bin, output, row, col);
+  const auto run = given.dtype == at::kDouble ? backward_of<double> : backward_of<float>;
   return run(given, grad, grad_to_bin, grad_from_bin, output, row, col, mask_grad);
 }
 
@@ -331,7 +287,10 @@ TORCH_LIBRARY_FRAGMENT(torch_sinkhorn_attn, m) {
   m.def("cpu_capability() -> str", capability);
   m.def("cpu_set_capability(str name) -> ()", set_capability);
   m.def("cpu_last_workspace() -> int", last_workspace);
-  m.def("cpu_retain_workspace(int num_bytes) -> ()", retain_workspace);
+  m.def("cpu_retain_workspace(int num_bytes) -> ()", [](int64_t num_bytes) {
+    check_bytes("num_bytes", num_bytes);
+    retain_workspace(num_bytes);
+  });
 }
 
 TORCH_LIBRARY_IMPL(torch_sinkhorn_attn, CPU, m) {

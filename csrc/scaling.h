@@ -69,12 +69,12 @@ class Scalings {
       if (rho != 1 && b[j] > 0) next = std::exp(rho * (log_b[j] - std::log(c[j])) + (rho - 1) * beta[j]);
       safe &= in_range(next) || b[j] == 0;
       if (p.tolerance > 0 && b[j] > 0) {
-        least = std::min(least, next / y[j]);
-        most = std::max(most, next / y[j]);
+        least = -larger(-least, -next / y[j]);
+        most = larger(most, next / y[j]);
       }
       y_new[j] = next;
     }
-    largest_change = std::max(std::log(most), -std::log(least));
+    largest_change = larger(std::log(most), -std::log(least));
     if (omega != 1)
       for (int64_t j = 0; j <= h.cols; ++j)
         if (b[j] > 0) {
@@ -131,8 +131,8 @@ class Scalings {
     const T *u = out->row_potentials + h.head_index() * (p.length + p.bins),
             *v = out->col_potentials + h.head_index() * (p.size + p.bins);
     T most = 0;
-    for (int64_t i = 0; i < h.n; ++i) most = std::max(most, std::abs(u[row_place(i)]));
-    for (int64_t j = 0; j < h.m; ++j) most = std::max(most, std::abs(v[col_place(j)]));
+    for (int64_t i = 0; i < h.n; ++i) most = larger(most, std::abs(u[row_place(i)]));
+    for (int64_t j = 0; j < h.m; ++j) most = larger(most, std::abs(v[col_place(j)]));
     return sizeof(T) == 4 && most > kCoarse;
   }
 
@@ -140,7 +140,7 @@ class Scalings {
   // are.
   bool far_from_centre() const {
     double most = 0;
-    for (int32_t k = 0; centred && k < parts.count; ++k) most = std::max(most, std::abs(parts.total[k]));
+    for (int32_t k = 0; centred && k < parts.count; ++k) most = larger(most, std::abs(parts.total[k]));
     return sizeof(T) == 4 && most > kCoarse;
   }
 
@@ -175,7 +175,7 @@ class Scalings {
   // Largest |P 1 - a| and |P^T 1 - b| at the last duals.
   void residuals(T& row, T& col) const {
     row = col = 0;
-    const auto take = [](T& most, T error) { most = std::abs(error) <= most ? most : std::abs(error); };  // NaN stays
+    const auto take = [](T& most, T error) { most = larger(most, std::abs(error)); };
     for (int64_t i = 0; i <= h.rows; ++i)
       if (log_a[i] > -kInf<T>) take(row, (a[i] > 0 ? x[i] * sums[i] : T(0)) - std::exp(log_a[i]));
     for (int64_t j = 0; j <= h.cols; ++j)

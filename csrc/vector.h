@@ -79,12 +79,18 @@ inline T sum_of(const Vec<T>& x) {
   return lanes[0];
 }
 
+// The larger of two numbers, or the one that is NaN, wherever it stands: std::max drops its second.
+template <typename T>
+inline T larger(T x, T y) {
+  return x >= y || std::isnan(x) ? x : y;
+}
+
 template <typename T>
 inline T max_of(const Vec<T>& x) {
   T lanes[kWidth<T>];
   x.store(lanes);
   T top = lanes[0];
-  for (int64_t i = 1; i < kWidth<T>; ++i) top = lanes[i] <= top ? top : lanes[i];  // NaN stays
+  for (int64_t i = 1; i < kWidth<T>; ++i) top = larger(top, lanes[i]);
   return top;
 }
 

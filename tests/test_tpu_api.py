@@ -240,3 +240,32 @@ def test_bad_arguments_are_named(message: str) -> None:
 def test_a_traced_number_is_refused_with_the_way_out() -> None:
     with pytest.raises(TypeError, match="epsilon is traced, but it is compiled in"):
         jax.jit(lambda e: tpu.sinkhorn_attention(X, X, X, epsilon=e))(1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"base_iters": 0, "tail_iters": 0}, {"over_relaxation": 1.3, "base_iters": 2}])
+@pytest.mark.parametrize("dustbin", [False, True])
+def test_a_balanced_problem_does_not_depend_on_the_unit_of_mass(options: dict[str, Any], dustbin: bool) -> None:
+    """Nor do gradients; potentials, residuals and masses come back in the caller's."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 6, 4)) for i in range(3))
+    mass = jnp.linspace(1.0, 2.0, 6)
+
+    def attention(q: jax.Array, unit: float) -> tuple[jax.Array, tpu.SinkhornAux]:
+        bin_ = tpu.Dustbin(0.2, 0.1, row_capacity=4 * unit, col_capacity=4 * unit) if dustbin else None
+        return tpu.sinkhorn_attention(
+            q, k, v, row_mass=mass * unit, col_mass=mass[::-1] * unit, dustbin=bin_, return_aux=True, **options
+        )
+
+    def loss(q: jax.Array, unit: float) -> jax.Array:
+        out, aux = attention(q, unit)
+        return (out * jnp.arange(out.size).reshape(out.shape)).sum() + (aux.row_dustbin.sum() / unit if dustbin else 0)
+
+    attend, derive = jax.jit(attention), jax.jit(jax.grad(loss))
+    (truth, aux), slope = attend(q, 1.0), derive(q, 1.0)
+    for unit in (2.0**-120, 2.0**-60, 2.0**100):
+        out, found = attend(q, unit)
+        assert jnp.allclose(out, truth, atol=1e-5)
+        assert jnp.allclose(derive(q, unit), slope, rtol=1e-3, atol=1e-3)
+        totals = [x.row_potential.mean() + x.col_potential.mean() for x in (found, aux)]
+        assert abs(totals[0] - totals[1] - jnp.log(unit)) < 1e-3
+        for x, y in zip((found.col_residual, found.row_dustbin), (aux.col_residual, aux.row_dustbin), strict=True):
+            assert y is None or jnp.allclose(x / unit, y, atol=1e-5)

@@ -17,6 +17,7 @@ from torch_sinkhorn_attn.checks import data_checks_enabled, without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import xla
 from torch_sinkhorn_attn.mask_scan import scan_mask
+from torch_sinkhorn_attn.mass_scale import MassScale, find_scale, in_units
 from torch_sinkhorn_attn.masses import (
     Side,
     dustbin_capacities,
@@ -62,6 +63,7 @@ class Prepared(NamedTuple):
     batch: torch.Size  # the user's leading dimensions, flattened to N
     dtype: torch.dtype  # of the output
     engine: str | None
+    scale: MassScale | None = None  # of the problem's masses, None where they are the user's
 
     def unflatten(self, x: Tensor) -> Tensor:
         """`[N, ...]` back to `(..., ...)`."""
@@ -135,7 +137,7 @@ def prepare(
     row_segment, col_segment = (support.row_segment, support.col_segment) if given.packed else (None, None)
 
     groups = max(1, min(length, size)) if given.packed else 1
-    mass_dtype = torch.float64 if look else dtype
+    mass_dtype = torch.float64 if look else _widest(dtype, *given.masses, *given.capacities)
     if look:
         data_checks.check_positive_mass("row_mass", given.masses[0], row_active)
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
@@ -150,13 +152,32 @@ def prepare(
             full=not given.packed and o.window is None and given.mask is None, request=_request(o.window, given.mask),
         )  # fmt: skip
 
+    scale = None
+    if any(x is not None for x in (*given.masses, *given.capacities)):
+        masses = [x for x in (a, b, *capacities) if x is not None]
+        if look:
+            data_checks.check_span(masses, dtype)
+        scale = find_scale(masses, o.rho, o.base_iters + o.tail_iters > 0, look, dtype)
+    initial = given.initial
+    if scale is not None:
+        a, b = in_units(scale, a), in_units(scale, b)
+        if given.bins:
+            capacities = in_units(scale, capacities[0]), in_units(scale, capacities[1])
+        if initial[0] is not None or o.rho != (1.0, 1.0):  # a balanced start from 0 does not depend on the unit
+            zero = a.new_zeros((), dtype=dtype)
+            start = (
+                (zero if x is None else x).expand(num, heads, n + given.bins)
+                for x, n in zip(initial, (length, size), strict=True)
+            )
+            initial = scale.shifted(*start, back=True)
+
     problem = Problem(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
         row_segment=row_segment, col_segment=col_segment,
         log_row_mass=log_mass(a, dtype), log_col_mass=log_mass(b, dtype),
         log_row_capacity=None if capacities[0] is None else log_mass(capacities[0], dtype),
         log_col_capacity=None if capacities[1] is None else log_mass(capacities[1], dtype),
-        initial_row=given.initial[0], initial_col=given.initial[1],
+        initial_row=initial[0], initial_col=initial[1],
         dropout_seed=_dropout_seed(dropout_p, query.device),
         scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1],
         base_iters=o.base_iters, tail_iters=o.tail_iters, tolerance=o.tolerance, over_relaxation=o.over_relaxation,
@@ -171,7 +192,7 @@ def prepare(
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if query.device.type == "xla" and not torch.compiler.is_compiling() and not without_data(query):
         inputs = inputs._replace(query=xla.placed(inputs.query, query))
-    return Prepared(inputs, problem, batch, query.dtype, engine)
+    return Prepared(inputs, problem, batch, query.dtype, engine, scale)
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side
@@ -255,6 +276,11 @@ def _without_inactive(
         key.masked_fill(cols, 0.0),
         None if value is None else value.masked_fill(cols, 0.0),
     ]
+
+
+def _widest(dtype: torch.dtype, *given: Tensor | None) -> torch.dtype:
+    """What masses are read in: the compute dtype, or float64 where some are given in it."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in given) else dtype
 
 
 def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:

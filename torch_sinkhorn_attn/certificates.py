@@ -19,6 +19,7 @@ from torch_sinkhorn_attn.engines.tiled import TiledPasses, attention_output, mar
 from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.implicit import NormalPlan
+from torch_sinkhorn_attn.mass_scale import MassScale
 from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
@@ -138,8 +139,9 @@ def certify(
             inputs, problem, potentials, grad_output = xla.fetched((inputs, problem, potentials, grad_output))
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         found = _certificate(
-            tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter
-        )
+            tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter,
+            prepared.scale,
+        )  # fmt: skip
         packed = problem.row_segment is not None
         return Certificate(*(prepared.unflatten(x if packed else x[..., 0]) for x in found))
 
@@ -157,9 +159,11 @@ class _Segments:
         return segment_max(x, index, self.count)
 
 
-def _certificate(tiles: Tiles, potentials: Potentials, grad_output: Tensor, exact_diameter: bool) -> tuple[Tensor, ...]:
+def _certificate(
+    tiles: Tiles, potentials: Potentials, grad_output: Tensor, exact_diameter: bool, scale: MassScale | None
+) -> tuple[Tensor, ...]:
     problem, by = tiles.problem, _Segments(tiles.problem)
-    row_error, col_error = (x.abs() for x in marginal_errors(tiles))
+    row_error, col_error = (x.abs() for x in marginal_errors(tiles, scale))
     positive, spread = _log_plan_spread(tiles, by)
     diameter = _exact_diameter(tiles, by) if exact_diameter else 2 * spread
     diameter = torch.where(positive, diameter, torch.inf)

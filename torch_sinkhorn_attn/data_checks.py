@@ -89,6 +89,21 @@ def check_positive_mass(name: str, mass: Tensor | None, active: Tensor) -> None:
         )
 
 
+def check_span(masses: list[Tensor], dtype: torch.dtype) -> None:
+    """The masses `[N, H, n]` of one head, 0 where inactive, are within what numbers of the compute dtype can span."""
+    every = torch.cat(masses, -1)
+    if every.numel() == 0:
+        return
+    high, low = every.amax(-1), torch.where(every > 0, every, torch.inf).amin(-1)
+    wide = low < high * torch.finfo(dtype).tiny
+    if wide.any():
+        n, h = wide.nonzero()[0].tolist()
+        raise ValueError(
+            f"Masses of batch {n}, head {h} span {low[n, h].item():.6g} to {high[n, h].item():.6g}, more than {dtype} "
+            "can hold in one plan: mask tokens of next to no mass out, or use float64."
+        )
+
+
 def check_feasibility(
     a: Tensor,
     b: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -11,7 +12,11 @@ from torch_sinkhorn_attn import autograd, reference
 from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
+from torch_sinkhorn_attn.engines.tiled import marginal_errors
+from torch_sinkhorn_attn.engines.tiles import Tiles
+from torch_sinkhorn_attn.mass_scale import MassScale
 from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux, full_precision
+from torch_sinkhorn_attn.support import largest, with_dustbin
 
 
 def sinkhorn_attention(
@@ -83,7 +88,8 @@ def sinkhorn_attention(
             distance to the next iterate. The R last always run. On eager CPU tensors this saves the time of what is
             left once all problems have ended; elsewhere they stand still, for nothing may look at them.
         over_relaxation: omega between 0 and 2: each half-step of the T iterations gives (1 - omega) * old + omega * new
-            potential, the old ones being 0 or the warm start at first. Above 1 it speeds up slow problems, long bands
+            potential, the old ones being 0 (balanced: in the unit of mass that lies amid those given) or the warm start
+            at first. Above 1 it speeds up slow problems, long bands
             above all: near the fixed point most at 2 / (1 + sqrt(1 - rate)), with `certify`'s rate of plain iterations.
             Few iterations want less, and one too large may not converge, which the residuals tell: 1.5 is a start.
             Default 1: plain iterations. Source: Thibault et al., arXiv:1711.01851.
@@ -141,9 +147,24 @@ def run(prepared: Prepared, residuals: bool) -> Result:
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:
         with full_precision(inputs.query.device):
-            return reference.forward(inputs, problem)
-    results = autograd.attention(inputs, problem, engine, residuals)
-    return Result(results[0], Potentials(*results[1:3]), *results[3:])
+            result = reference.forward(inputs, problem)
+    else:
+        results = autograd.attention(inputs, problem, engine, residuals)
+        result = Result(results[0], Potentials(*results[1:3]), *results[3:])
+    return result if prepared.scale is None else _in_callers_unit(prepared, prepared.scale, result, residuals)
+
+
+def _in_callers_unit(prepared: Prepared, scale: MassScale, result: Result, residuals: bool) -> Result:
+    inputs, problem = prepared.inputs, prepared.problem
+    log_a = with_dustbin(problem.log_row_mass, problem.log_row_capacity)
+    log_b = with_dustbin(problem.log_col_mass, problem.log_col_capacity)
+    found = scale.restored(result, log_a, log_b)
+    if residuals and not scale.even():
+        with torch.no_grad(), full_precision(inputs.query.device):
+            at = Tiles(inputs, problem).at(*(x[-1].detach() for x in result.potentials))
+            row, col = marginal_errors(at, scale)
+        found = found._replace(row_residual=largest(row), col_residual=largest(col))
+    return found
 
 
 def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
@@ -187,6 +208,8 @@ def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, *
             plan = reference.plan(inputs, problem)
     else:
         plan = autograd.plan(inputs, problem, engine)
+    if prepared.scale is not None:
+        plan = prepared.scale.of_plan(plan)
     return prepared.unflatten(plan).to(prepared.dtype)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.op_checks import check_cotangents, check_present, check_problem
 from torch_sinkhorn_attn.problem import (
     Inputs,
     OutputGrads,
@@ -70,6 +71,7 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        check_present(query_or_cotangent=args[0])
         with full_precision(args[0].device):
             return _functionalized(function, args) if args[0].device.type == "xla" else function(*args)
 
@@ -99,6 +101,8 @@ def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]
 @_in_full_precision
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args[:-1])
+    check_problem(inputs, problem, engine)
+    check_present(value=inputs.value)
     result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
     return _fresh((result.output, *result.potentials, *result[2:]), result.output)
 
@@ -146,6 +150,9 @@ def _backward(
     inputs, problem, engine = unflatten(args)
     potentials = Potentials(row_potentials, col_potentials)
     grads = OutputGrads(grad_output, grad_to_bin, grad_from_bin, mask_grad)
+    check_problem(inputs, problem, engine)
+    check_present(output=output)
+    check_cotangents(inputs, problem, potentials, grad_output, output, (grad_to_bin, grad_from_bin))
     result = ENGINES[engine].backward(inputs, problem, output, potentials, grads)
     return _fresh(result.inputs, output)
 
@@ -165,6 +172,7 @@ def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tens
 @_in_full_precision
 def _plan(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
+    check_problem(inputs, problem, engine)
     plan, potentials = ENGINES[engine].plan(inputs, problem)
     return _fresh((plan, *potentials), plan)
 
@@ -186,6 +194,8 @@ def _plan_backward(
 ) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
     potentials = Potentials(row_potentials, col_potentials)
+    check_problem(inputs, problem, engine)
+    check_cotangents(inputs, problem, potentials, grad_plan)
     result = ENGINES[engine].plan_backward(inputs, problem, potentials, grad_plan, mask_grad)
     return _fresh(result.inputs, grad_plan)
 

@@ -216,7 +216,7 @@ def kept(mask: Tensor, dtype: torch.dtype) -> Tensor:
     own dtype or of the compute dtype it is added in."""
     if mask.dtype == torch.bool:
         return mask
-    return mask > max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2
+    return ~(mask <= max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2)  # NaN stays, to be seen
 
 
 class _ImplicitPlan(torch.autograd.Function):

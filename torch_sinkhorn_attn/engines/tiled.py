@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines.tiles import Tiles
+from torch_sinkhorn_attn.mass_scale import MassScale
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.reference import stopped_base
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
@@ -84,10 +85,15 @@ def attention_output(tiles: Tiles) -> Tensor:
     return mass / divisor[..., None]
 
 
-def marginal_errors(tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """(P 1 - a, P^T 1 - b), augmented: `[N, H, L(+G)]`, `[N, H, S(+G)]`."""
-    row = tiles.row_pass(torch.ones_like(tiles.v)) - tiles.log_a.exp()
-    return row, tiles.column_pass(torch.ones_like(tiles.u)) - tiles.log_b.exp()
+def marginal_errors(tiles: Tiles, scale: MassScale | None = None) -> tuple[Tensor, Tensor]:
+    """(P 1 - a, P^T 1 - b), augmented: `[N, H, L(+G)]`, `[N, H, S(+G)]`; in the caller's unit of mass, given the
+    problem's."""
+    sums = tiles.row_pass(torch.ones_like(tiles.v)), tiles.column_pass(torch.ones_like(tiles.u))
+    masses = tiles.log_a.exp(), tiles.log_b.exp()
+    if scale is not None:
+        sums = scale.of_plan(sums[0]), scale.of_plan(sums[1])
+        masses = scale.of_mass(masses[0]), scale.of_mass(masses[1])
+    return sums[0] - masses[0], sums[1] - masses[1]
 
 
 class Cotangent(NamedTuple):

@@ -12,6 +12,7 @@ from jax import Array, lax
 from torch_sinkhorn_attn.engines.tpu import batching
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.manual import vary_together
+from torch_sinkhorn_attn.engines.tpu.mass_scale import MassScale
 from torch_sinkhorn_attn.engines.tpu.prepare import Dustbin, prepare
 from torch_sinkhorn_attn.engines.tpu.problem import Constants, Inputs, Result, Statics
 
@@ -93,7 +94,7 @@ def sinkhorn_attention(
     >>> sinkhorn_attention(q, k, v, window=(3, 3)).shape
     (4, 10, 8)
     """
-    inputs, constants, statics, batch = prepare(
+    inputs, constants, statics, batch, scale = prepare(
         query, key, value, mask, dustbin, enable_gqa,
         scale=scale, epsilon=epsilon, window=window, query_lengths=query_lengths, key_lengths=key_lengths,
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
@@ -114,8 +115,26 @@ def sinkhorn_attention(
     if not return_aux:
         return output
     fixed = (result.row_potentials[-1], result.col_potentials[-1], result.row_residual, result.col_residual)
-    bins = (None if x is None else shaped(x) for x in (result.row_dustbin, result.col_dustbin))
+    masses = (result.row_dustbin, result.col_dustbin)
+    if scale is not None:
+        fixed = (*_in_callers_unit(fixed[:2], scale, constants), scale.back(fixed[2]), scale.back(fixed[3]))
+        masses = tuple(None if x is None else scale.back(x) for x in masses)
+    bins = (None if x is None else shaped(x) for x in masses)
     return output, SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
+
+
+def _in_callers_unit(potentials: tuple[Array, Array], scale: MassScale, constants: Constants) -> tuple[Array, Array]:
+    """0 where a token is inactive."""
+    pairs = (
+        (constants.log_row_mass, constants.log_row_capacity),
+        (constants.log_col_mass, constants.log_col_capacity),
+    )
+    logs = (x if bins is None else jnp.concatenate([x, bins], -1) for x, bins in pairs)
+    row, col = (
+        jnp.where(mass > -jnp.inf, x + shift, 0)
+        for x, shift, mass in zip(potentials, scale.shifts(potentials[0].dtype), logs, strict=True)
+    )
+    return row, col
 
 
 class _How(NamedTuple):

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.blockwise import lowest_kept
 from torch_sinkhorn_attn.engines.tpu.checks import flattened, is_array, number, positive, score_mask, solver, tokens
+from torch_sinkhorn_attn.engines.tpu.mass_scale import MassScale, find_scale
 from torch_sinkhorn_attn.engines.tpu.masses import Pair, Side, dustbin_capacities, marginal_masses
 from torch_sinkhorn_attn.engines.tpu.problem import Constants, Inputs, Statics, compute_dtype
 from torch_sinkhorn_attn.engines.tpu.support import Support, build_support, token_ids
@@ -40,6 +41,7 @@ class Prepared(NamedTuple):
     constants: Constants
     statics: Statics
     batch: tuple[int, ...]  # the user's leading dimensions, flattened to N
+    scale: MassScale | None  # of the problem's masses, None where they are the user's
 
 
 def prepare(
@@ -91,6 +93,15 @@ def prepare(
     cols = Side(masses[1], col_active, None if col_segment is None else col_segment[:, None])
     a, b = marginal_masses(rows, cols, groups, dustbin is not None, dtype)
     capacities = dustbin_capacities(given, a, b, rows, cols, bins)
+    scale = None
+    if o.rho == (1.0, 1.0) and any(x is not None for x in (*masses, *given)):
+        every = [x for x in (a, b, *capacities) if x is not None]
+        scale = find_scale(every, half_steps=o.base_iters + o.tail_iters > 0)
+    if scale is not None:
+        a, b = scale.into(a), scale.into(b)
+        capacities = tuple(None if x is None else scale.into(x) for x in capacities)
+        if initial[0] is not None:  # a start from 0 does not depend on the unit
+            initial = tuple(x - y for x, y in zip(initial, scale.shifts(dtype), strict=True))
 
     stopped, kept = o.base_iters, o.tail_iters
     if o.gradient == "unrolled":
@@ -112,7 +123,7 @@ def prepare(
     flat = [x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     if mask is not None or not statics.uniform:
         flat = _without_inactive(flat, row_active, col_active)
-    return Prepared(Inputs._make((*flat, mask, *scores)), lax.stop_gradient(constants), statics, batch)
+    return Prepared(Inputs._make((*flat, mask, *scores)), lax.stop_gradient(constants), statics, batch, scale)
 
 
 def _left_by_mask(mask: Array, support: Support, packed: bool, dtype: jnp.dtype) -> tuple[Array, Array]:
