@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DISTANT = "identity <= 0.2"
 """The most distant pairs' name in ``summary.by_identity``."""
 _RESULT = "result.json"
+_PATIENCE = 5.0
+"""Seconds that runs have to stop in."""
 
 
 def ablate(
@@ -82,8 +84,10 @@ def ablate(
                 found[waiting[done]] = done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
+            # Runs that were training stop after their step, as Trainer does; what does anything else is ended.
+            if wait(waiting, _PATIENCE).not_done:
+                for process in multiprocessing.active_children():
+                    process.terminate()
             raise
     return {name: [found[name, seed] for seed in range(seeds)] for name in names}
 
