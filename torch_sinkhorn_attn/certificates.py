@@ -322,14 +322,14 @@ def _exact_components(tiles: Tiles) -> Components:
 
 
 def _probe(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def _table(c: Certificate, most_rows: int = 24) -> str:
     head = ["index", "row residual", "col residual", "contraction", "rate", "bias bound", "measured bias", "relative"]
     lines = []
-    for index in list(torch.cartesian_prod(*(torch.arange(n) for n in c.rate.shape)).reshape(-1, c.rate.ndim).tolist()):
+    for index in list(torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in c.rate.shape)).reshape(-1, c.rate.ndim).tolist()):
         at = tuple(index)
         kappa, bound = c.contraction[at].item(), c.bias_bound[at].item()
         lines.append([

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
-from torch_sinkhorn_attn.checks import can_look, without_data
+from torch_sinkhorn_attn.checks import can_look, has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
@@ -391,7 +391,7 @@ def _same_tokens(query: Tensor, key: Tensor) -> bool:
     checkpointing makes."""
     if query is key:
         return True
-    if torch.compiler.is_compiling() or without_data(query) or without_data(key):
+    if not has_data(query, key):
         return False
     layouts = [(x.shape, x.stride(), x.dtype, x.device, x.storage_offset()) for x in (query, key)]
     return layouts[0] == layouts[1] and torch._C._is_alias_of(query, key)  # type: ignore[attr-defined]
