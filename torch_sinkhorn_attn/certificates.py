@@ -22,6 +22,7 @@ from torch_sinkhorn_attn.implicit import NormalPlan
 from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
+from torch_sinkhorn_attn.tensor_kinds import check_kind
 
 POWER_ITERS = 100
 
@@ -116,6 +117,9 @@ def certify(
     refuse_unknown("certify", options)
     if grad_output is not None and value is None:
         raise ValueError("certify got grad_output without value; pass both, or neither for the probe.")
+    for name, x in (("query", query), ("value", value), ("grad_output", grad_output)):
+        if isinstance(x, Tensor):
+            check_kind(name, x)
     options = {**options, "dropout_p": 0.0}
     with torch.no_grad(), full_precision(query.device):
         if value is None:
