@@ -333,7 +333,8 @@ def _probe(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
 def _table(c: Certificate, most_rows: int = 24) -> str:
     head = ["index", "row residual", "col residual", "contraction", "rate", "bias bound", "measured bias", "relative"]
     lines = []
-    for index in list(torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in c.rate.shape)).reshape(-1, c.rate.ndim).tolist()):
+    places = torch.ones(c.rate.shape, dtype=torch.bool, device="cpu").nonzero().tolist()
+    for index in places:
         at = tuple(index)
         kappa, bound = c.contraction[at].item(), c.bias_bound[at].item()
         lines.append([

@@ -34,7 +34,7 @@ def set_checks(mode: str) -> None:
 def has_data(*tensors: Tensor | None) -> bool:
     """The rule everything else here goes by: whether the values of all these tensors are there to be read, and what is
     found may decide what is done. Not while a program is traced, which will run on other values."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
         return False

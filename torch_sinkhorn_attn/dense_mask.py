@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.checks import can_look
-from torch_sinkhorn_attn.mask_lines import Lines, MaskScan
+from torch_sinkhorn_attn.mask_lines import Lines, MaskScan, without_hulls
 from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import by_segment
 
@@ -111,7 +111,7 @@ class DenseMask:
             anywhere = self._elsewhere(limit, t.col_active & ~covered, True)
         col_active = torch.where(covered, covered_high, anywhere)
         if not hulls:
-            return MaskScan(row_active, col_active)
+            return without_hulls(row_active, col_active)
         lo, hi = (torch.cat(x, -1) for x in zip(*ends, strict=True))
         return MaskScan(row_active, col_active, lo, hi, covered)
 

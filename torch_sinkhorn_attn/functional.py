@@ -97,11 +97,11 @@ def sinkhorn_attention(
         initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
         dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
-        mask_floor: negative, in the units of a float mask. A balanced plan cannot honour a number added to a whole column:
-            its potential absorbs it, and a key padded by -1e4 would keep its mass. So a token whose every mask entry
-            inside the support lies `-mask_floor` or more below the highest of its problem (batch element, head and,
-            when packed, segment) is inactive, as if they were -inf. None keeps every finite entry, however large the
-            bias. Softmax mode has no need of it and ignores it. Default -1e3.
+        mask_floor: negative, in the units of a float mask. A balanced plan cannot honour a number added to a whole
+            column: its potential absorbs it, and a key padded by -1e4 would keep its mass. So a token whose every mask
+            entry inside the support lies `-mask_floor` or more below the highest of its problem (batch element, head
+            and, when packed, segment) is inactive, as if they were -inf. None keeps every finite entry, however large
+            the bias. Softmax mode has no need of it and ignores it. Default -1e3.
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
             (`python -m torch_sinkhorn_attn.engines` tells), "xla" for tensors of torch_xla (TPUs), else "tiled", plain
             PyTorch on any device; all O(n + m) memory. "reference" is the dense definition. Derivatives beyond the

@@ -20,17 +20,15 @@ class MaskScan(NamedTuple):
 
     row_active: Tensor  # some entry within is not low
     col_active: Tensor  # likewise; and if any are inside, one of those
-    row_lo: Tensor | None = None  # hull of the entries inside, between active tokens; (0, 0) where there are none
-    row_hi: Tensor | None = None
-    col_covered: Tensor | None = None  # some such entry lies inside
+    row_lo: Tensor  # hull of the entries inside, between active tokens; (0, 0) where there are none
+    row_hi: Tensor
+    col_covered: Tensor  # some such entry lies inside
 
-    @classmethod
-    def empty(cls, lines: Lines, heads: int) -> MaskScan:
-        """Without queries or without keys."""
-        num = lines.support.row_lo.shape[0]
-        zero = lines.support.row_lo.new_zeros(num, heads, lines.length)
-        none = torch.zeros(num, heads, lines.size, dtype=torch.bool, device=zero.device)
-        return cls(zero.bool(), none, zero, zero, none)
+
+def without_hulls(row_active: Tensor, col_active: Tensor) -> MaskScan:
+    """A scan whose last three fields were not asked for, and are empty."""
+    none = row_active.new_empty(0)
+    return MaskScan(row_active, col_active, none.to(torch.int64), none.to(torch.int64), none)
 
 
 class Lines(NamedTuple):
@@ -46,9 +44,9 @@ class Lines(NamedTuple):
     @classmethod
     def of(cls, support: Support, packed: bool) -> Lines:
         """Those of a support."""
-        segments = (support.row_segment[:, None], support.col_segment[:, None]) if packed else (None, None)
+        row, col = (support.row_segment[:, None], support.col_segment[:, None]) if packed else (None, None)
         groups = max(1, min(support.row_lo.shape[-1], support.col_lo.shape[-1])) if packed else 1
-        return cls(support, support.row_active[:, None], support.col_active[:, None], *segments, groups)
+        return cls(support, support.row_active[:, None], support.col_active[:, None], row, col, groups)
 
     def among(self, row_active: Tensor, col_active: Tensor) -> Lines:
         """Only so many active."""
@@ -96,7 +94,7 @@ class KeyMask:
         high = _above(self.within, self.values, limit, t.col_index)
         rows = t.row_active & t.any(high, t.col_index, t.row_index, t.length)
         if not hulls:
-            return MaskScan(rows, high)
+            return without_hulls(rows, high)
         lo, hi = shrunk(s.row_lo[:, None], s.row_hi[:, None], self.within, t.row_active)
         return MaskScan(rows, high, lo, hi, self.within & (s.col_lo < s.col_hi)[:, None])
 
@@ -128,7 +126,7 @@ class QueryMask:
         inside, inside_high = (self._inside(x) for x in (self.within, high))
         cols = t.col_active & torch.where(inside, inside_high, anywhere)
         if not hulls:
-            return MaskScan(high, cols)
+            return without_hulls(high, cols)
         lo, hi = shrunk(s.row_lo[:, None], s.row_hi[:, None], t.col_active, self.within)
         return MaskScan(high, cols, lo, hi, inside & t.col_active)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dense_mask import DenseMask
-from torch_sinkhorn_attn.mask_lines import KeyMask, Lines, MaskScan, QueryMask
+from torch_sinkhorn_attn.mask_lines import KeyMask, Lines, MaskScan, QueryMask, without_hulls
 from torch_sinkhorn_attn.support import Support
 
 
@@ -32,18 +32,19 @@ def scan_mask(
     mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None = None, hulls: bool = True
 ) -> MaskScan:
     """Read `mask` (4-D, broadcasting to [N, H, L, S]), which is added in `dtype`. Temporaries are O(block), results
-    O(n); without `hulls` those are None."""
+    O(n); without `hulls` those are empty."""
     mask = mask.detach()
     lines = Lines.of(support, packed)
     if torch.compiler.is_compiling() and 1 not in mask.shape[-2:]:
         row, col = _scan_op(mask, *support, packed, dtype, floor)
-        return MaskScan(row, col)
+        return without_hulls(row, col)
     return _scan(mask, lines, dtype, floor, hulls)
 
 
 def _scan(mask: Tensor, lines: Lines, dtype: torch.dtype, floor: float | None, hulls: bool) -> MaskScan:
     if 0 in (lines.length, lines.size):
-        return MaskScan.empty(lines, mask.shape[1])
+        row, col = (x.expand(-1, mask.shape[1], -1) & False for x in (lines.row_active, lines.col_active))
+        return MaskScan(row, col, row.to(torch.int64), row.to(torch.int64), col)
     limit = _limit(mask, lines, dtype, floor)
     reader = _reader(mask, lines, dtype)
     if limit is None:

@@ -135,8 +135,8 @@ def both(keep: Tensor, mask: Tensor) -> Tensor:
 
 
 def forbidding(mask: Tensor, floor: float | None) -> Tensor:
-    """A float mask `[..., L, S]` of -inf in the whole of each column that lies `-floor` or more below the highest entry:
-    what the functional's `mask_floor` does to its keys, for callers that must know the padding themselves."""
+    """A float mask `[..., L, S]` with -inf in each column that lies wholly `-floor` or more below its highest entry:
+    what `mask_floor` of `sinkhorn_attention` does to keys, for callers that must know the padding themselves."""
     if floor is None or mask.dtype == torch.bool or mask.numel() == 0:
         return mask
     level = mask.amax(-2, keepdim=True)

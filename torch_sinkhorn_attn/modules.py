@@ -143,6 +143,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
     base_iters: int  # nn.Module says of its attributes that they are tensors or modules
     tail_iters: int
     window: tuple[int, int] | None
+    mask_floor: float | None
 
     def _configure(self, options: ModuleOptions) -> None:
         """Add to what nn.MultiheadAttention's constructor made what this class has more: options and dustbin scores.

@@ -16,6 +16,7 @@ _WAYS_OUT = {
     "MaskedTensor": "pass x.to_tensor(0.0), and its mask as attn_mask or lengths",
     "AsyncCollectiveTensor": "wait for it: x.wait()",
 }
+_OTHER_WAY_OUT = "pass a plain tensor: x.as_subclass(torch.Tensor), if it holds the values"
 
 
 def check_kind(name: str, x: Tensor) -> None:
@@ -29,7 +30,7 @@ def check_kind(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is a nested tensor; pad it (x.to_padded_tensor(0)) and pass lengths or segment ids.")
     kind = type(x)
     if kind not in _PLAIN and not kind.__module__.startswith("torch_xla."):  # which wraps tensors that are sharded
-        way_out = _WAYS_OUT.get(kind.__name__, "pass a plain tensor: x.as_subclass(torch.Tensor), if it holds the values")
+        way_out = _WAYS_OUT.get(kind.__name__, _OTHER_WAY_OUT)
         raise TypeError(f"{name} is a {kind.__name__}, a subclass of torch.Tensor that is not understood; {way_out}.")
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; pass a dense tensor: {name}.to_dense().")
@@ -49,9 +50,9 @@ def plain_mask(mask: Any, device: torch.device) -> Any:
     block = _class("torch.nn.attention.flex_attention", "BlockMask")
     if block is not None and isinstance(mask, block):
         raise TypeError(
-            "attn_mask is a BlockMask of flex_attention, which is not understood; pass the bool tensor of its mask_mod, "
-            "torch.nn.attention.flex_attention.create_mask(mask_mod, B, H, L, S, device), or say it by window, lengths "
-            "or segment ids, which take no L x S memory."
+            "attn_mask is a BlockMask of flex_attention, which is not understood; pass the bool tensor of its "
+            "mask_mod, torch.nn.attention.flex_attention.create_mask(mask_mod, B, H, L, S, device), or say it by "
+            "window, lengths or segment ids, which take no L x S memory."
         )
     return mask
 

@@ -106,7 +106,8 @@ class Tiles:
             lo, hi = problem.row_lo, problem.row_hi
         elif problem.uniform and problem.banded:
             n, m = (torch.tensor(x, device="cpu") for x in (self.length, self.size))
-            lo, hi = window_ranks(torch.arange(self.length, device="cpu"), n, m, problem.window_left, problem.window_right)
+            rank = torch.arange(self.length, device="cpu")
+            lo, hi = window_ranks(rank, n, m, problem.window_left, problem.window_right)
         else:  # elsewhere intervals are data, and reading them would force a synchronisation: visit every tile
             return [(0, self.size, 0, 0 if problem.banded else self.size) for _ in self.row_blocks]
         spans: list[tuple[int, int, int, int]] = []

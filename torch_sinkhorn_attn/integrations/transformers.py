@@ -50,8 +50,8 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
     Args:
         name: any but those of transformers itself.
         options: epsilon, window, relaxation, dustbin, base_iters, tail_iters, tolerance, over_relaxation, gradient,
-            mask_floor, engine, as `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold parameters,
-            `(H, 1)` or scalars: give them to the optimizer.
+            mask_floor, engine, as `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold
+            parameters, `(H, 1)` or scalars: give them to the optimizer.
 
     Models that do not go through transformers' AttentionInterface (DeBERTa, XLNet, Longformer, ...) silently keep their
     own attention, whatever `attn_implementation` says; `model._can_set_attn_implementation()` is False for them.
