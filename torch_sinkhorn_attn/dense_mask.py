@@ -15,6 +15,7 @@ from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import by_segment
 
 _BLOCK_ELEMENTS = 1 << 21
+_GATHERED_ELEMENTS = 1 << 18  # with indices, of 8 bytes each: near the cache
 _GATHER_COST = 4  # reading an entry at an index, against reading all in order
 
 
@@ -43,8 +44,10 @@ class DenseMask:
         return width if width * _GATHER_COST <= self.lines.size else None
 
     def _blocks(self) -> Iterator[_Block]:
-        width = self._width or self.lines.size
-        step = max(1, _BLOCK_ELEMENTS // max(1, self.num * self.heads * width))
+        width, elements = self.lines.size, _BLOCK_ELEMENTS
+        if self._width is not None:
+            width, elements = self._width, _GATHERED_ELEMENTS
+        step = max(1, elements // max(1, self.num * self.heads * width))
         if self.mask.device.type == "xla":  # fuses the reading into the reductions, and would unroll the loop
             step = self.lines.length
         for start in range(0, self.lines.length, step):
@@ -101,15 +104,18 @@ class DenseMask:
                 above = b.values.to(self.dtype) > limits[..., b.rows, None]
                 inside, within = inside & above, within & above
             rows.append(within.any(-1))
-            covered, covered_high = covered | self._columns(b, b.inside), covered_high | self._columns(b, inside)
-            anywhere = anywhere | self._columns(b, within)
+            covered = covered | self._columns(b, b.inside)
+            if limits is not None:
+                covered_high = covered_high | self._columns(b, inside)
+            if self._width is None:
+                anywhere = anywhere | within.any(-2)
             if hulls:
                 ends.append(_hull(b))
         row_active = torch.cat(rows, -1)
         if self._width is not None:  # what the intervals do not hold is read only for lines without any entry in them
             row_active = row_active | self._elsewhere(limit, t.row_active & ~row_active, False)
             anywhere = self._elsewhere(limit, t.col_active & ~covered, True)
-        col_active = torch.where(covered, covered_high, anywhere)
+        col_active = torch.where(covered, covered if limit is None else covered_high, anywhere)
         if not hulls:
             return without_hulls(row_active, col_active)
         lo, hi = (torch.cat(x, -1) for x in zip(*ends, strict=True))
@@ -125,25 +131,26 @@ class DenseMask:
 
     def _elsewhere(self, limit: Tensor | None, asked: Tensor, columns: bool) -> Tensor:
         """`[N, h, n]`: those of the lines asked for that have an entry within which is not low, anywhere."""
-        t = self.lines
-        found, index = torch.zeros_like(asked), asked.nonzero()
+        t, found = self.lines, torch.zeros_like(asked)
         active, own, other = t.col_active, t.row_index, t.col_index
         if columns:
             active, own, other = t.row_active, t.col_index, t.row_index
-        for part in index.split(max(1, _BLOCK_ELEMENTS // active.shape[-1])):
-            n, h, line = part.unbind(-1)
-            shared = torch.zeros_like(n)
-            at = n if self.mask.shape[0] > 1 else shared
-            values = self.mask[at, h, :, line] if columns else self.mask[at, h, line]
-            marked = kept(values, self.dtype) & active[n, h if active.shape[1] > 1 else shared]
-            group = shared
-            if own is not None and other is not None:
-                group = own[n, shared, line]
-                marked &= group[:, None] == other[n, shared]
-            if limit is not None:
-                marked &= values.to(self.dtype) > limit[n, h, group][:, None]
-            found[n, h, line] = marked.any(-1)
-        return found
+        for n, h in asked.any(-1).nonzero().tolist():
+            plane = self.mask[min(n, self.mask.shape[0] - 1), h]
+            plane, live = plane.T if columns else plane, active[n, min(h, active.shape[1] - 1)]
+            for lines in asked[n, h].nonzero()[:, 0].split(max(1, _BLOCK_ELEMENTS // len(live))):
+                first, last = int(lines[0]), int(lines[-1]) + 1
+                near = last - first <= _GATHER_COST * len(lines)  # padding lies together: read it in place
+                lines = torch.arange(first, last, device=lines.device) if near else lines
+                values = plane[first:last] if near else plane.index_select(0, lines)
+                marked, group = kept(values, self.dtype) & live, torch.zeros_like(lines)
+                if own is not None and other is not None:
+                    group = own[n, 0, lines]
+                    marked &= group[:, None] == other[n, 0]
+                if limit is not None:
+                    marked &= values.to(self.dtype) > limit[n, h, group][:, None]
+                found[n, h, lines] = marked.view(torch.uint8).amax(-1) > 0  # 16 times faster than any()
+        return found & asked
 
 
 def _hull(b: _Block) -> tuple[Tensor, Tensor]:
