@@ -96,30 +96,30 @@ class DenseMask:
         t = self.lines
         limits = None if limit is None else by_segment(limit, t.row_index, t.length)
         rows, ends = [], []
-        covered = torch.zeros(self.num, self.heads, t.size, dtype=torch.bool, device=self.mask.device)
-        covered_high = anywhere = covered
+        high = torch.zeros(self.num, self.heads, t.size, dtype=torch.bool, device=self.mask.device)
+        anywhere = high  # columns with an entry that is not low, inside and within
         for b in self._blocks():
-            inside, within = b.inside, b.within
-            if limits is not None:
-                above = b.values.to(self.dtype) > limits[..., b.rows, None]
-                inside, within = inside & above, within & above
+            above = None if limits is None else b.values.to(self.dtype) > limits[..., b.rows, None]
+            inside, within = (x if above is None else x & above for x in (b.inside, b.within))
             rows.append(within.any(-1))
-            covered = covered | self._columns(b, b.inside)
-            if limits is not None:
-                covered_high = covered_high | self._columns(b, inside)
+            high = high | self._columns(b, inside)
             if self._width is None:
                 anywhere = anywhere | within.any(-2)
             if hulls:
                 ends.append(_hull(b))
-        row_active = torch.cat(rows, -1)
-        if self._width is not None:  # what the intervals do not hold is read only for lines without any entry in them
+        row_active, low = torch.cat(rows, -1), torch.zeros_like(high)
+        if self._width is not None:  # what the intervals do not hold is read only for lines that are not decided
             row_active = row_active | self._elsewhere(limit, t.row_active & ~row_active, False)
-            anywhere = self._elsewhere(limit, t.col_active & ~covered, True)
-        col_active = torch.where(covered, covered if limit is None else covered_high, anywhere)
+        if limits is not None:
+            for b in self._blocks():
+                low = low | self._columns(b, b.inside & row_active[..., b.rows, None])
+        if self._width is not None:
+            anywhere = self._elsewhere(limit, t.col_active & ~high & ~low, True)
+        col_active = high | (anywhere & ~low)
         if not hulls:
             return without_hulls(row_active, col_active)
         lo, hi = (torch.cat(x, -1) for x in zip(*ends, strict=True))
-        return MaskScan(row_active, col_active, lo, hi, covered)
+        return MaskScan(row_active, col_active, lo, hi, high)
 
     def _columns(self, b: _Block, marked: Tensor) -> Tensor:
         """`[N, h, S]`: columns with a marked entry in the block."""

@@ -19,7 +19,7 @@ class MaskScan(NamedTuple):
     """Shapes `[N, h, L]` and `[N, h, S]` with h the mask's heads (1 or H)."""
 
     row_active: Tensor  # some entry within is not low
-    col_active: Tensor  # likewise; and if any are inside, one of those
+    col_active: Tensor  # likewise; and if any of active rows are inside, one of those
     row_lo: Tensor  # hull of the entries inside, between active tokens; (0, 0) where there are none
     row_hi: Tensor
     col_covered: Tensor  # some such entry lies inside
@@ -122,13 +122,11 @@ class QueryMask:
         """Entries at or below `limit [N, h, G]` are low."""
         t, s = self.lines, self.lines.support
         high = _above(self.within, self.values, limit, t.row_index)
-        anywhere = t.any(high, t.row_index, t.col_index, t.size)
-        inside, inside_high = (self._inside(x) for x in (self.within, high))
-        cols = t.col_active & torch.where(inside, inside_high, anywhere)
+        cols = t.col_active & t.any(high, t.row_index, t.col_index, t.size)
         if not hulls:
             return without_hulls(high, cols)
         lo, hi = shrunk(s.row_lo[:, None], s.row_hi[:, None], t.col_active, self.within)
-        return MaskScan(high, cols, lo, hi, inside & t.col_active)
+        return MaskScan(high, cols, lo, hi, self._inside(self.within) & t.col_active)
 
     def _inside(self, marked: Tensor) -> Tensor:
         """`[N, h, S]`: whether a marked row reaches the column."""

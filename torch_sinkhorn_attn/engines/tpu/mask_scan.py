@@ -41,9 +41,10 @@ def active_tokens(
     column = jnp.arange(size, dtype=jnp.int32)
     inside = within & (column >= support.row_lo[:, None, :, None]) & (column < support.row_hi[:, None, :, None])
     level = segment_max(jnp.where(inside, mask.astype(dtype), -jnp.inf).max(-1), row_index, groups)
-    high = mask.astype(dtype) > by_segment(_limit(level, floor), row_index, length)[..., None]
-    cols = jnp.where(inside.any(-2), (inside & high).any(-2), (within & high).any(-2))
-    return (within & high).any(-1), cols
+    high = within & (mask.astype(dtype) > by_segment(_limit(level, floor), row_index, length)[..., None])
+    rows = high.any(-1)
+    inside = inside & rows[..., None]
+    return rows, jnp.where(inside.any(-2), (inside & high).any(-2), high.any(-2))
 
 
 def _limit(level: Array, floor: float | None) -> Array:
