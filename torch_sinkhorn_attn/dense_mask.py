@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.checks import can_look
-from torch_sinkhorn_attn.mask_lines import Lines, MaskScan, without_hulls
+from torch_sinkhorn_attn.mask_lines import Lines, MaskScan, highest, without_hulls
 from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import by_segment
 
@@ -84,12 +84,12 @@ class DenseMask:
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The highest value read, and the lowest inside."""
         pairs = [
-            (b.values.max().to(self.dtype), torch.where(b.inside, b.values.to(self.dtype), 0.0).min())
+            (highest(b.values).to(self.dtype), torch.where(b.inside, b.values.to(self.dtype), 0.0).min())
             for b in self._blocks()
             if b.inside.numel()
         ] or [(self.mask.new_zeros((), dtype=self.dtype),) * 2]
-        highest, lowest = (torch.stack(x) for x in zip(*pairs, strict=True))
-        return highest.max(), lowest.min()
+        tops, bottoms = (torch.stack(x) for x in zip(*pairs, strict=True))
+        return highest(tops), bottoms.min()
 
     def scan(self, limit: Tensor | None, hulls: bool) -> MaskScan:
         """Entries at or below `limit [N, h, G]` are low."""

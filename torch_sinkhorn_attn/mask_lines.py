@@ -86,7 +86,7 @@ class KeyMask:
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The highest value, and the lowest within."""
-        return self.values.max(), torch.where(self.within, self.values, 0.0).min()
+        return highest(self.values), torch.where(self.within, self.values, 0.0).min()
 
     def scan(self, limit: Tensor | None, hulls: bool) -> MaskScan:
         """Entries at or below `limit [N, h, G]` are low."""
@@ -116,7 +116,7 @@ class QueryMask:
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The highest value, and the lowest within."""
-        return self.values.max(), torch.where(self.within, self.values, 0.0).min()
+        return highest(self.values), torch.where(self.within, self.values, 0.0).min()
 
     def scan(self, limit: Tensor | None, hulls: bool) -> MaskScan:
         """Entries at or below `limit [N, h, G]` are low."""
@@ -147,6 +147,11 @@ def shrunk(lo: Tensor, hi: Tensor, live: Tensor, rows: Tensor) -> tuple[Tensor, 
     some = rows & (begin < end)
     first, last = order.gather(-1, begin.clamp(max=size - 1)), order.gather(-1, (end - 1).clamp(min=0)) + 1
     return torch.where(some, first, 0), torch.where(some, last, 0)
+
+
+def highest(x: Tensor) -> Tensor:
+    """The largest value of all, NaN if any is: XLA's own maximum may lose it."""
+    return x.max().masked_fill(x.isnan().any(), torch.nan)
 
 
 def _counts(marked: Tensor) -> Tensor:
