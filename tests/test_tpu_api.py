@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import problems
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin
 from torch_sinkhorn_attn import sinkhorn_attention as torch_attention
+from torch_sinkhorn_attn.mask_scan import scan_mask
 from torch_sinkhorn_attn.support import build_support
 
 jax = pytest.importorskip("jax")
@@ -27,6 +29,7 @@ from tpu_kernels import enable_x64, to_jax, to_torch  # noqa: E402
 
 from torch_sinkhorn_attn.engines import tpu  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu import support  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.mask_scan import active_tokens  # noqa: E402
 
 
 def as_jax(x: Any, leaves: dict[int, jax.Array]) -> Any:
@@ -164,6 +167,35 @@ def test_shard_map_over_batch_and_heads() -> None:
     command = [sys.executable, str(Path(__file__).with_name("tpu_shards.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 7), (2, 3, 6, 7), (1, 1, 6, 1)], ids=str)
+def test_a_mask_leaves_the_tokens_that_it_leaves_in_torch(shape: tuple[int, ...]) -> None:
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        ids = [torch.randint(-1, 2, (2, n), generator=g).sort(-1).values for n in (6, 7)]
+        there = build_support(*ids, (2, 3), packed=True)
+        mask = torch.randn(shape, generator=g).masked_fill(torch.rand(shape, generator=g) < 0.6, -1e4)
+        mask = mask.masked_fill(torch.rand(*shape[:2], 1, shape[3], generator=g) < 0.3, [-1e4, -torch.inf][seed % 2])
+        arrays = support.Support(*(jnp.asarray(x.numpy()) for x in there))
+        for floor in (None, -1e3):
+            found = active_tokens(jnp.asarray(mask.numpy()), arrays, True, jnp.dtype("float32"), floor)
+            expected = scan_mask(mask, there, True, torch.float32, floor)
+            for x, y in zip(found, expected[:2], strict=True):
+                assert (torch.from_numpy(np.array(x)) == y).all()
+
+
+def test_a_finite_minus_infinity_over_a_key_is_infinite() -> None:
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 5, 2)) for i in range(3))
+    padding = jnp.array([0.0, 0.0, -1e4, 0.0, 0.0])
+
+    def run(mask: jax.Array, **options) -> jax.Array:
+        return tpu.sinkhorn_attention(q, k, v, mask, **options)
+
+    np.testing.assert_allclose(run(padding), run(jnp.where(padding < 0, -jnp.inf, 0)), rtol=1e-5, atol=1e-6)
+    assert jnp.abs(run(padding, mask_floor=None) - run(padding)).max() > 1e-2
+    with pytest.raises(ValueError, match=r"mask_floor=1\.0 must be negative"):
+        run(padding, mask_floor=1.0)
 
 
 def test_no_gradient_is_taken_of_a_mask_that_wants_none() -> None:

@@ -19,6 +19,7 @@ from torch_sinkhorn_attn import (
     certify,
     engines,
     ops,
+    set_checks,
     sinkhorn_attention,
     sinkhorn_plan,
 )
@@ -241,6 +242,18 @@ def test_a_call_synchronises_nothing(device: torch.device) -> None:
     output = sinkhorn_attention(q, q, q, query_lengths=lengths, key_lengths=lengths, dropout_p=0.1)
     torch.autograd.grad(output.sum(), q)
     assert not {"ExecuteTime", "CompileTime", "TransferFromDeviceTime"} & set(metrics.metric_names())
+
+
+def test_checks_that_look_at_masks(device: torch.device) -> None:
+    """Always: also there, where a reduction of everything is not what it is elsewhere."""
+    set_checks("always")
+    q, mask = torch.randn(2, 2, 9, 4), torch.randn(9, 9)
+    mask[:, 4] = -1e4
+    for given, options in ((mask, {}), (mask, {"window": (4, 4)}), (mask[:1], {}), (mask[:, :1], {})):
+        there = sinkhorn_attention(q.to(device), q.to(device), q.to(device), given.to(device), **options)
+        torch.testing.assert_close(there.cpu(), sinkhorn_attention(q, q, q, given, **options), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="attn_mask holds NaN"):
+        sinkhorn_attention(q.to(device), q.to(device), q.to(device), (mask * torch.nan).to(device))
 
 
 def test_views_inside_the_other_engines_are_views(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

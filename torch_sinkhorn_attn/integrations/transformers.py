@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import data_checks
-from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
+from torch_sinkhorn_attn.argument_checks import floor, is_softmax, plain_relaxation, solver
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.module_masks import as_float, both
+from torch_sinkhorn_attn.module_masks import as_float, both, forbidding
 from torch_sinkhorn_attn.problem import compute_dtype
 
 _OPTIONS = (
     "epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "tolerance", "over_relaxation",
-    "gradient", "engine",
+    "gradient", "mask_floor", "engine",
 )  # fmt: skip
 _OWN = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # What some models pass beside the mask, and this attention does not compute.
@@ -50,8 +50,8 @@ def register_transformers(name: str = "sinkhorn", **options: Any) -> None:
     Args:
         name: any but those of transformers itself.
         options: epsilon, window, relaxation, dustbin, base_iters, tail_iters, tolerance, over_relaxation, gradient,
-            engine, as `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold parameters,
-            `(H, 1)` or scalars: give them to the optimizer.
+            mask_floor, engine, as `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold
+            parameters, `(H, 1)` or scalars: give them to the optimizer.
 
     Models that do not go through transformers' AttentionInterface (DeBERTa, XLNet, Longformer, ...) silently keep their
     own attention, whatever `attn_implementation` says; `model._can_set_attn_implementation()` is False for them.
@@ -110,6 +110,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         given["tail_iters"], given["tolerance"], given["over_relaxation"], given["gradient"], given["engine"],
     )  # fmt: skip
     data_checks.check_dustbin_scores(dustbin)
+    given["mask_floor"] = floor(given["mask_floor"])
     given["relaxation"] = plain_relaxation(given["relaxation"])
     return given
 
@@ -148,7 +149,8 @@ def sinkhorn_attention_forward(
     if causal and not softmax:
         _refuse_causal(options, module, length, size)
     same = not softmax and length == size and (causal or _is_self_attention(module, attention_mask is not None))
-    mask, ids = _mask_and_ids(attention_mask, position_bias, query, key, causal, same)
+    low = None if softmax else options["mask_floor"]
+    mask, ids = _mask_and_ids(attention_mask, position_bias, query, key, causal, same, low)
     given = options | ids | {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     output = sinkhorn_attention(query, key, value, mask, dropout_p=dropout, **given)
     assert isinstance(output, Tensor)
@@ -173,7 +175,13 @@ def _refuse_causal(options: dict[str, Any], module: nn.Module, length: int, size
 
 
 def _mask_and_ids(
-    mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, causal: bool, same: bool
+    mask: Tensor | None,
+    bias: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    same: bool,
+    low: float | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The mask of the scores, and padding as inactive ids where the mask is nothing else, which takes no L x S memory.
     In self-attention (`same`) padded keys are padded queries."""
@@ -182,7 +190,8 @@ def _mask_and_ids(
     if mask is None and causal and length > 1:  # a model that leaves it to the flag; sinkhorn_mask never does
         mask = torch.ones(length, size, dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype != torch.bool:
-        mask = as_float(mask, mask.dtype, compute_dtype(query.dtype))  # now -inf is all that forbids
+        mask = as_float(mask, mask.dtype, compute_dtype(query.dtype))
+        mask = forbidding(mask, low)  # now -inf is all that forbids
     if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and length > 1:
         key_ids = mask[:, 0, 0].expand(num, size).long() - 1
         ids = {"key_segment_ids": key_ids, "query_segment_ids": key_ids if same else key_ids.new_zeros(num, length)}

@@ -61,6 +61,7 @@ def sinkhorn_attention(
     dropout_p: float = 0.0,
     dropout_seed: Array | None = None,
     enable_gqa: bool = False,
+    mask_floor: float | None = -1e3,
     lowering: Lowering | None = None,
     return_aux: bool = False,
 ) -> Array | tuple[Array, SinkhornAux]:
@@ -100,7 +101,7 @@ def sinkhorn_attention(
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
         relaxation=relaxation, base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance,
         over_relaxation=over_relaxation, gradient=gradient, initial_potentials=initial_potentials,
-        dropout_p=dropout_p, dropout_seed=dropout_seed,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, mask_floor=mask_floor,
     )  # fmt: skip
     if lowering is not None and not isinstance(lowering, Lowering):
         raise TypeError(f"lowering must be a Lowering or None, got {lowering!r}; pass Lowering(shape=...).")

@@ -128,6 +128,14 @@ def positive(name: str, x: Any) -> float:
     return value
 
 
+def mask_floor(x: Any) -> float | None:
+    """A negative number, or None."""
+    value = None if x is None else number("mask_floor", x)
+    if value is not None and value >= 0:
+        raise ValueError(f"mask_floor={value} must be negative, as -1e3, or None to keep every finite mask entry.")
+    return value
+
+
 def count(name: str, x: Any) -> int:
     try:
         value = operator.index(x) if not isinstance(x, bool) else None

@@ -9,12 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from torch_sinkhorn_attn.engines.tpu.blockwise import lowest_kept
-from torch_sinkhorn_attn.engines.tpu.checks import flattened, is_array, number, positive, score_mask, solver, tokens
+from torch_sinkhorn_attn.engines.tpu.checks import (
+    flattened,
+    is_array,
+    mask_floor,
+    number,
+    positive,
+    score_mask,
+    solver,
+    tokens,
+)
+from torch_sinkhorn_attn.engines.tpu.mask_scan import active_tokens
 from torch_sinkhorn_attn.engines.tpu.mass_scale import MassScale, find_scale
 from torch_sinkhorn_attn.engines.tpu.masses import Pair, Side, dustbin_capacities, marginal_masses
 from torch_sinkhorn_attn.engines.tpu.problem import Constants, Inputs, Statics, compute_dtype
-from torch_sinkhorn_attn.engines.tpu.support import Support, build_support, token_ids
+from torch_sinkhorn_attn.engines.tpu.support import build_support, token_ids
 
 
 class Dustbin(NamedTuple):
@@ -56,6 +65,7 @@ def prepare(
         query, options["scale"], options["epsilon"], options["window"], options["relaxation"],
         **{name: options[name] for name in names},
     )  # fmt: skip
+    floor = mask_floor(options["mask_floor"])
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
 
@@ -84,7 +94,9 @@ def prepare(
     support = build_support(ids[0], ids[1], o.window, packed)
     row_active, col_active = support.row_active[:, None], support.col_active[:, None]
     if mask is not None:
-        row_active, col_active = _left_by_mask(lax.stop_gradient(mask), support, packed, dtype)
+        softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
+        low = None if softmax_mode and masses == (None, None) else floor
+        row_active, col_active = active_tokens(lax.stop_gradient(mask), support, packed, dtype, low)
     row_active = jnp.broadcast_to(row_active, (num, heads, length))
     col_active = jnp.broadcast_to(col_active, (num, heads, size))
     row_segment, col_segment = (support.row_segment, support.col_segment) if packed else (None, None)
@@ -124,15 +136,6 @@ def prepare(
     if mask is not None or not statics.uniform:
         flat = _without_inactive(flat, row_active, col_active)
     return Prepared(Inputs._make((*flat, mask, *scores)), lax.stop_gradient(constants), statics, batch, scale)
-
-
-def _left_by_mask(mask: Array, support: Support, packed: bool, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Rows `[N, h, L]` and columns `[N, h, S]` of which the mask keeps some pair of active tokens of one problem."""
-    keep = mask if mask.dtype == jnp.bool_ else mask > lowest_kept(mask.dtype, dtype)
-    keep = keep & support.row_active[:, None, :, None] & support.col_active[:, None, None, :]
-    if packed:
-        keep = keep & (support.row_segment[:, None, :, None] == support.col_segment[:, None, None, :])
-    return keep.any(-1), keep.any(-2)
 
 
 def _without_inactive(tensors: list[Array], row_active: Array, col_active: Array) -> list[Array]:
