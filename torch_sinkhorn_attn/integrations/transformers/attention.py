@@ -147,6 +147,8 @@ def _softmax(call: _Call) -> tuple[Tensor, Tensor | None]:
                 mask = torch.ones(*_lengths(call), dtype=torch.bool, device=query.device).tril()
             if mask is not None and mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+            if mask is not None:  # eager functions take the softmax in float32, where a row of float64's lowest is NaN
+                mask = mask.clamp_min(max(torch.finfo(mask.dtype).min, torch.finfo(torch.float32).min))
             scaling = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
             given = {"scaling": scaling, "dropout": call.dropout} | kwargs
             result: tuple[Tensor, Tensor | None] = eager(module, query, call.key, call.value, mask, **given)

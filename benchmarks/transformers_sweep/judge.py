@@ -1,0 +1,185 @@
+"""What one small model does with Sinkhorn attention."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_sinkhorn_attn import register_transformers, transformers_report
+
+LENGTH, REAL = 7, 5
+FIRST_ID = 10  # of ordinary tokens
+DTYPE = torch.float64
+PLAIN, MIXED, SOFTMAX, NONE = "sinkhorn", "sinkhorn_mixed", "sinkhorn_softmax", "sinkhorn_none"
+_BY_TOKEN = ("input_ids", "attention_mask", "bbox", "token_type_ids")
+_OUTPUTS = ("last_hidden_state", "encoder_last_hidden_state", "text_embeds", "image_embeds")
+Inputs = dict[str, Tensor]
+
+
+def register() -> None:
+    register_transformers(PLAIN)
+    register_transformers(MIXED, causal="softmax")
+    register_transformers(SOFTMAX, base_iters=0, tail_iters=0)
+    register_transformers(NONE, layers=lambda module: False)
+
+
+def judge(model_class: Any, config: Callable[[], Any]) -> dict[str, Any]:
+    """The row of one model: what was measured, or the reason why not, under "error"."""
+    row: dict[str, Any] = {"model": model_class.__name__}
+    try:
+        eager = built(model_class, config(), "eager")
+    except Exception as error:
+        return row | {"error": f"not built small: {_sentence(error)}"}
+    row["can_set"] = bool(model_class._can_set_attn_implementation())
+    inputs, tried = _accepted(eager, eager.config)
+    if inputs is None:
+        return row | {"error": f"no inputs found: {tried}"}
+    row["inputs"] = sorted(inputs)
+    truth = _outputs(eager, inputs)
+    row["padded"] = {"eager": _padded_minus_unpadded(eager, inputs, truth)}
+    for kind in (PLAIN, MIXED, SOFTMAX, NONE):
+        try:
+            model = built(model_class, config(), kind)
+        except Exception as error:
+            row.setdefault("refused", {})[kind] = _sentence(error)
+            continue
+        if kind in (PLAIN, MIXED):
+            report = transformers_report(model, **inputs)
+            row[f"layers {kind}"] = {
+                "sinkhorn": len(report.sinkhorn), "softmax": len(report.softmax), "refused": len(report.refused),
+                "own": len(report.own), "idle": len(report.idle),
+            }  # fmt: skip
+            sentences = dict.fromkeys([*report.refused.values()])
+            row[f"sentences {kind}"] = list(sentences)
+            row[f"own {kind}"] = sorted(set(report.own.values()))
+        try:
+            found = _outputs(model, inputs)
+            if kind != PLAIN:
+                row.setdefault("minus eager", {})[kind] = _distance(found, truth, inputs)
+            if kind in (PLAIN, MIXED):
+                row["padded"][kind] = _padded_minus_unpadded(model, inputs, found)
+        except Exception as error:
+            row.setdefault("refused", {})[kind] = _sentence(error)
+    return row
+
+
+def built(model_class: Any, config: Any, implementation: str) -> Any:
+    """The same weights for the same config, whatever the attention."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model_class._from_config(config, attn_implementation=implementation).to(DTYPE).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.2
+    return model
+
+
+def _accepted(model: nn.Module, config: Any) -> tuple[Inputs | None, str]:
+    """The first of a few sets of inputs that the model runs with, text first."""
+    last = ""
+    for inputs in _candidates(model, config):
+        try:
+            _outputs(model, inputs)
+        except Exception as error:
+            last = last or _sentence(error)
+        else:
+            return inputs, ""
+    return None, last
+
+
+def _candidates(model: nn.Module, config: Any) -> list[Inputs]:
+    takes = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "")
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) + FIRST_ID
+    padding = torch.ones(2, LENGTH, dtype=torch.long)
+    padding[1, REAL:] = 0
+    text: Inputs = {"input_ids": ids}
+    if "attention_mask" in takes:
+        text["attention_mask"] = padding
+    if "bbox" in takes:
+        text["bbox"] = (torch.arange(2 * LENGTH * 4) % 20).view(2, LENGTH, 4).sort(-1).values
+    decoder = {"decoder_input_ids": ids[:, :4] + 20} if "decoder_input_ids" in takes else {}
+    pictures = []
+    if "pixel_values" in takes:
+        pictures = [{"pixel_values": x} for x in _pictures(config)]
+    found: list[Inputs] = []
+    if "input_ids" in takes:
+        if main != "pixel_values":
+            found += [text | decoder, text] if decoder else [text]
+        found += [text | decoder | picture for picture in pictures]
+    found += [picture | decoder for picture in pictures]
+    return found
+
+
+def _pictures(config: Any) -> list[Tensor]:
+    visual = getattr(config, "vision_config", None) or getattr(config, "backbone_config", None) or config
+    visual = visual if not isinstance(visual, dict) else config
+    size = getattr(visual, "image_size", None) or getattr(config, "image_size", None) or 32
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(visual, "num_channels", None) or getattr(visual, "in_channels", None) or 3
+    channels = channels if isinstance(channels, int) else 3
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(2, channels, height, width), (2, channels, 64, 64), (2, 2, channels, height, width)]
+    return [torch.rand(shape, generator=generator, dtype=DTYPE) for shape in shapes]
+
+
+def _outputs(model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = model(**{k: v.clone() for k, v in inputs.items()}, **extra)
+    named = dict(result.items()) if hasattr(result, "items") else dict(enumerate(result))
+    tensors = {str(k): v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1}
+    wanted = {k: v for k, v in tensors.items() if k in _OUTPUTS}
+    return wanted or dict(list(tensors.items())[:1])
+
+
+def _alone(inputs: Inputs) -> Inputs:
+    """The second element of the batch without its padding."""
+    return {k: v[1:, :REAL] if k in _BY_TOKEN else v[1:] for k, v in inputs.items()}
+
+
+def _padded_minus_unpadded(model: nn.Module, inputs: Inputs, padded: dict[str, Tensor]) -> float:
+    """Relative to the outputs' own size."""
+    alone = _outputs(model, _alone(inputs))
+    return max(
+        (_relative(_real(padded[k][1:], alone[k].shape[1], inputs), alone[k]) for k in padded if k in alone), default=0.0
+    )
+
+
+def _real(x: Tensor, length: int, inputs: Inputs) -> Tensor:
+    """Without the tokens that are padding, wherever the outputs are one for one of the tokens, or more."""
+    if "attention_mask" not in inputs or x.shape[1] == length:
+        return x
+    return torch.cat([x[:, :REAL], x[:, LENGTH:]], 1)
+
+
+def _distance(found: dict[str, Tensor], truth: dict[str, Tensor], inputs: Inputs) -> float:
+    padded = "attention_mask" in inputs
+    worst = 0.0
+    for key, x in truth.items():
+        y = found[key]
+        by_token = padded and x.dim() > 2 and x.shape[1] >= LENGTH
+        pairs = [(y[:1], x[:1]), (_real(y[1:], 0, inputs), _real(x[1:], 0, inputs))] if by_token else [(y, x)]
+        worst = max(worst, *(_relative(a, b) for a, b in pairs))
+    return worst
+
+
+def _relative(x: Tensor, y: Tensor) -> float:
+    if x.shape != y.shape:
+        return float("inf")
+    if not y.numel():
+        return 0.0
+    return float((x - y).abs().max() / y.abs().max().clamp_min(1e-12))
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

@@ -1,0 +1,91 @@
+"""Small configs of any model of transformers, by the names of their fields."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+HIDDEN, HEADS, INNER, LAYERS, VOCABULARY, IMAGE, PATCH, WINDOW = 32, 4, 64, 2, 128, 32, 8, 4
+FIRST_SPECIAL = 100  # special tokens of a large vocabulary move here
+_IDS = re.compile(r"(_token_id|_token_index|_id)$")
+_INTEGERS: tuple[tuple[str, int], ...] = (
+    (r"(num_global_key_value_heads|key_value_heads|kv_heads|kv_n_heads|num_kv|multi_query_group_num)", 2),
+    (r"(qk_rope_head_dim|qk_nope_head_dim|index_head_dim)$", 4),
+    (r"(head_dim|d_kv|attention_head_size|kv_channels|d_head|head_size|kv_lora_rank|q_lora_rank)$", HIDDEN // HEADS),
+    (r"(attention_heads|_heads|^n_heads?|^num_head|_head$|nhead$|n_head$)", HEADS),
+    (r"(intermediate|ffn|d_ff$|n_inner|feed_?forward|inner_dim|d_inner|dim_ff|mlp_dim|mlp_hidden)", INNER),
+    (r"(num_.*layers?|n_layers?$|_layers?$|num_blocks|num_layers_.*|^depth$|num_hidden_groups|_depth$)", LAYERS),
+    (r"vocab_size", VOCABULARY),
+    (r"(experts_per_tok|top_k_experts|moe_topk|moe_top_k|num_selected_experts|n_group|topk_group|moe_k)$", 1),
+    (r"(num_.*experts|n_routed_experts|moe_num_experts|num_experts)$", 4),
+    (r"(num_.*queries|query_length|num_query_tokens|num_latents|num_image_tokens|latents)$", 8),
+    (r"(projector_hidden|cross_attention_dim|projection_dim|shared_dim|mapping_dim)", HIDDEN),
+    (r"(embed_dim|embedding_dim|embedding_size|hidden_size|hidden_dim|d_model|n_embd|^dim$|d_embed|emb_size|hidden_channels"
+     r"|out_hidden|encoder_dim|decoder_dim|output_dim|emb_dim|bottleneck|feature_size|model_dim|mask_feature|fpn)", HIDDEN),
+    (r"(image_size|img_size|input_size|resolution|max_img)$", IMAGE),
+    (r"image_embedding_size$", IMAGE // PATCH),
+    (r"(patch_size|tile_size)$", PATCH),
+    (r"(window_size|attention_window|local_attention|sliding_window|block_size)$", WINDOW),
+    (r"(max_position_embeddings|n_positions|max_length|seq_length|max_sequence_length|max_seq_len)$", 128),
+    (r"(num_attention_layers|num_frames)$", 2),
+)  # fmt: skip
+
+
+def small(config_class: type, **given: Any) -> Any:
+    """An instance of a config class, with everything in it that costs time or memory made small."""
+    try:
+        default = config_class()
+    except Exception:
+        default = config_class(**given)
+    return config_class(**_shrunk(default.to_dict(), default, {}) | given)
+
+
+def _shrunk(fields: dict[str, Any], config: Any, specials: dict[str, int]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    large = max((v for k, v in fields.items() if "vocab_size" in k and isinstance(v, int)), default=0)
+    for name, value in fields.items():
+        if isinstance(value, dict) and (name.endswith("config") or name in ("encoder", "decoder")):
+            sub = getattr(config, name, None)
+            kept = {k: value[k] for k in ("model_type",) if k in value}
+            out[name] = kept | _shrunk(value, sub, specials)
+        elif isinstance(value, bool) or value is None:
+            continue
+        elif isinstance(value, int):
+            small_value = _integer(name, value, large, specials)
+            if small_value is not None:
+                out[name] = small_value
+        elif isinstance(value, (list, tuple)) and value:
+            small_list = _listed(name, list(value))
+            if small_list is not None:
+                out[name] = small_list
+    return out
+
+
+def _integer(name: str, value: int, large: int, specials: dict[str, int]) -> int | None:
+    if _IDS.search(name):
+        if value < VOCABULARY - 28:
+            return None
+        return specials.setdefault(name, FIRST_SPECIAL + len(specials) % (VOCABULARY - FIRST_SPECIAL))
+    for pattern, small_value in _INTEGERS:
+        if re.search(pattern, name):
+            return min(value, small_value) if value > 0 else None
+    return None
+
+
+def _listed(name: str, values: list[Any]) -> list[Any] | None:
+    if all(isinstance(v, str) for v in values) and ("layer" in name or "block" in name) and len(values) > LAYERS:
+        kinds = list(dict.fromkeys(values))
+        return (kinds + kinds)[:LAYERS] if len(kinds) < LAYERS else [kinds[0], kinds[-1]]
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        return None
+    if re.search(r"(depths|num_.*layers|layers|num_blocks|num_encoder_blocks)$", name):
+        return [min(v, 1) for v in values]
+    if "head" in name:
+        return [v if HEADS % v == 0 else HEADS for v in values]
+    if re.search(r"(hidden_sizes|embed_dims?|encoder_hidden|decoder_hidden|channels|dims)$", name):
+        return [min(v, HIDDEN) for v in values]
+    if re.search(r"(image_size|img_size|input_size)$", name):
+        return [IMAGE] * len(values)
+    if name == "patch_size":
+        return [min(v, PATCH) for v in values]
+    return None
