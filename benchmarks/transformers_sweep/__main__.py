@@ -55,7 +55,11 @@ def main() -> None:
     torch.set_num_threads(1)
     judge.register()
     given.rows.parent.mkdir(parents=True, exist_ok=True)
-    rows = {row["model"]: row for row in map(json.loads, given.rows.read_text().splitlines())} if given.rows.exists() else {}
+    rows = (
+        {row["model"]: row for row in map(json.loads, given.rows.read_text().splitlines())}
+        if given.rows.exists()
+        else {}
+    )
     for kind, config, model in models():
         if not re.search(given.only, f"{model} {kind}") or (model in rows and not given.fresh):
             continue

@@ -14,8 +14,9 @@ from torch_sinkhorn_attn import register_transformers, transformers_report
 
 LENGTH, REAL = 7, 5
 FIRST_ID = 10  # of ordinary tokens
-DTYPE = torch.float64
 PLAIN, MIXED, SOFTMAX, NONE = "sinkhorn", "sinkhorn_mixed", "sinkhorn_softmax", "sinkhorn_none"
+_NEITHER = ("input_features", "input_values", "audio_mel", "codebook_idx", "past_values", "noise_embeds", "spectrogram",
+            "state", "states", "token_index", "audio_values")  # fmt: skip
 _BY_TOKEN = ("input_ids", "attention_mask", "bbox", "token_type_ids")
 _OUTPUTS = ("last_hidden_state", "encoder_last_hidden_state", "text_embeds", "image_embeds")
 Inputs = dict[str, Tensor]
@@ -31,20 +32,26 @@ def register() -> None:
 def judge(model_class: Any, config: Callable[[], Any]) -> dict[str, Any]:
     """The row of one model: what was measured, or the reason why not, under "error"."""
     row: dict[str, Any] = {"model": model_class.__name__}
-    try:
-        eager = built(model_class, config(), "eager")
-    except Exception as error:
-        return row | {"error": f"not built small: {_sentence(error)}"}
-    row["can_set"] = bool(model_class._can_set_attn_implementation())
-    inputs, tried = _accepted(eager, eager.config)
+    main = getattr(model_class, "main_input_name", "")
+    if main in _NEITHER:
+        return row | {"error": f"takes {main}: neither text nor pictures"}
+    for dtype in (torch.float64, torch.float32):
+        try:
+            eager = built(model_class, config(), "eager", dtype)
+        except Exception as error:
+            return row | {"error": f"not built small: {_sentence(error)}"}
+        inputs, tried = _accepted(eager, dtype)
+        if inputs is not None:
+            truth = _outputs(eager, inputs)
+            if all(x.isfinite().all() for x in truth.values()):
+                break
     if inputs is None:
         return row | {"error": f"no inputs found: {tried}"}
-    row["inputs"] = sorted(inputs)
-    truth = _outputs(eager, inputs)
+    row |= {"inputs": sorted(inputs), "dtype": str(dtype)}
     row["padded"] = {"eager": _padded_minus_unpadded(eager, inputs, truth)}
     for kind in (PLAIN, MIXED, SOFTMAX, NONE):
         try:
-            model = built(model_class, config(), kind)
+            model = built(model_class, config(), kind, dtype)
         except Exception as error:
             row.setdefault("refused", {})[kind] = _sentence(error)
             continue
@@ -68,12 +75,13 @@ def judge(model_class: Any, config: Callable[[], Any]) -> dict[str, Any]:
     return row
 
 
-def built(model_class: Any, config: Any, implementation: str) -> Any:
+def built(model_class: Any, config: Any, implementation: str, dtype: torch.dtype) -> Any:
     """The same weights for the same config, whatever the attention."""
     torch.manual_seed(0)
+    config._experts_implementation = "eager"  # the default takes no float64
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = model_class._from_config(config, attn_implementation=implementation).to(DTYPE).eval()
+        model = model_class._from_config(config, attn_implementation=implementation).to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -81,20 +89,20 @@ def built(model_class: Any, config: Any, implementation: str) -> Any:
     return model
 
 
-def _accepted(model: nn.Module, config: Any) -> tuple[Inputs | None, str]:
+def _accepted(model: Any, dtype: torch.dtype) -> tuple[Inputs | None, str]:
     """The first of a few sets of inputs that the model runs with, text first."""
-    last = ""
-    for inputs in _candidates(model, config):
+    tried: list[str] = []
+    for inputs in _candidates(model, model.config, dtype):
         try:
             _outputs(model, inputs)
         except Exception as error:
-            last = last or _sentence(error)
+            tried.append(_sentence(error))
         else:
             return inputs, ""
-    return None, last
+    return None, " / ".join(dict.fromkeys(x[:120] for x in tried))
 
 
-def _candidates(model: nn.Module, config: Any) -> list[Inputs]:
+def _candidates(model: nn.Module, config: Any, dtype: torch.dtype) -> list[Inputs]:
     takes = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "")
     ids = torch.arange(2 * LENGTH).view(2, LENGTH) + FIRST_ID
@@ -108,7 +116,7 @@ def _candidates(model: nn.Module, config: Any) -> list[Inputs]:
     decoder = {"decoder_input_ids": ids[:, :4] + 20} if "decoder_input_ids" in takes else {}
     pictures = []
     if "pixel_values" in takes:
-        pictures = [{"pixel_values": x} for x in _pictures(config)]
+        pictures = [{"pixel_values": x} for x in _pictures(config, dtype)]
     found: list[Inputs] = []
     if "input_ids" in takes:
         if main != "pixel_values":
@@ -118,16 +126,18 @@ def _candidates(model: nn.Module, config: Any) -> list[Inputs]:
     return found
 
 
-def _pictures(config: Any) -> list[Tensor]:
+def _pictures(config: Any, dtype: torch.dtype) -> list[Tensor]:
     visual = getattr(config, "vision_config", None) or getattr(config, "backbone_config", None) or config
     visual = visual if not isinstance(visual, dict) else config
     size = getattr(visual, "image_size", None) or getattr(config, "image_size", None) or 32
+    if getattr(config, "backbone_config", None) is not None:
+        size = max(size, 128) if isinstance(size, int) else 128  # a backbone leaves a 32nd of it
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(visual, "num_channels", None) or getattr(visual, "in_channels", None) or 3
     channels = channels if isinstance(channels, int) else 3
     generator = torch.Generator().manual_seed(2)
     shapes = [(2, channels, height, width), (2, channels, 64, 64), (2, 2, channels, height, width)]
-    return [torch.rand(shape, generator=generator, dtype=DTYPE) for shape in shapes]
+    return [torch.rand(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
 def _outputs(model: Any, inputs: Inputs) -> dict[str, Tensor]:
@@ -151,7 +161,8 @@ def _padded_minus_unpadded(model: nn.Module, inputs: Inputs, padded: dict[str, T
     """Relative to the outputs' own size."""
     alone = _outputs(model, _alone(inputs))
     return max(
-        (_relative(_real(padded[k][1:], alone[k].shape[1], inputs), alone[k]) for k in padded if k in alone), default=0.0
+        (_relative(_real(padded[k][1:], alone[k].shape[1], inputs), alone[k]) for k in padded if k in alone),
+        default=0.0,
     )
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 HIDDEN, HEADS, INNER, LAYERS, VOCABULARY, IMAGE, PATCH, WINDOW = 32, 4, 64, 2, 128, 32, 8, 4
 FIRST_SPECIAL = 100  # special tokens of a large vocabulary move here
+_KEPT = ("num_feat_extract_layers", "num_conv_layers")
+_KEY_HEADS = re.compile(r"(key_value_heads|kv_heads)$")
 _IDS = re.compile(r"(_token_id|_token_index|_id)$")
 _INTEGERS: tuple[tuple[str, int], ...] = (
+    (r"image_embedding_size$", IMAGE // PATCH),
     (r"(num_global_key_value_heads|key_value_heads|kv_heads|kv_n_heads|num_kv|multi_query_group_num)", 2),
-    (r"(qk_rope_head_dim|qk_nope_head_dim|index_head_dim)$", 4),
+    (r"(rotary_dim|qk_rope_head_dim|qk_nope_head_dim|index_head_dim)$", 4),
     (r"(head_dim|d_kv|attention_head_size|kv_channels|d_head|head_size|kv_lora_rank|q_lora_rank)$", HIDDEN // HEADS),
     (r"(attention_heads|_heads|^n_heads?|^num_head|_head$|nhead$|n_head$)", HEADS),
     (r"(intermediate|ffn|d_ff$|n_inner|feed_?forward|inner_dim|d_inner|dim_ff|mlp_dim|mlp_hidden)", INNER),
@@ -21,9 +24,9 @@ _INTEGERS: tuple[tuple[str, int], ...] = (
     (r"(num_.*queries|query_length|num_query_tokens|num_latents|num_image_tokens|latents)$", 8),
     (r"(projector_hidden|cross_attention_dim|projection_dim|shared_dim|mapping_dim)", HIDDEN),
     (r"(embed_dim|embedding_dim|embedding_size|hidden_size|hidden_dim|d_model|n_embd|^dim$|d_embed|emb_size|hidden_channels"
-     r"|out_hidden|encoder_dim|decoder_dim|output_dim|emb_dim|bottleneck|feature_size|model_dim|mask_feature|fpn)", HIDDEN),
+     r"|out_hidden|encoder_dim|decoder_dim|output_dim|emb_dim|bottleneck|feature_size|model_dim|mask_feature|fpn"
+     r"|output_channels)", HIDDEN),
     (r"(image_size|img_size|input_size|resolution|max_img)$", IMAGE),
-    (r"image_embedding_size$", IMAGE // PATCH),
     (r"(patch_size|tile_size)$", PATCH),
     (r"(window_size|attention_window|local_attention|sliding_window|block_size)$", WINDOW),
     (r"(max_position_embeddings|n_positions|max_length|seq_length|max_sequence_length|max_seq_len)$", 128),
@@ -31,12 +34,28 @@ _INTEGERS: tuple[tuple[str, int], ...] = (
 )  # fmt: skip
 
 
-def small(config_class: type, **given: Any) -> Any:
+_RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1],
+           "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
+_RESNET_LAST = _RESNET | {"out_features": ["stage4"]}
+_SWIN = {"depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
+_GIVEN: dict[str, dict[str, Any]] = {  # what no rule by name finds
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3},
+    "reformer": {"axial_pos_embds": False, "max_position_embeddings": 128},
+    "detr": {"backbone_config": _RESNET_LAST, "use_timm_backbone": False, "backbone": None},
+    "conditional_detr": {"backbone_config": _RESNET_LAST, "use_timm_backbone": False, "backbone": None},
+    "dab-detr": {"backbone_config": _RESNET_LAST, "use_timm_backbone": False, "backbone": None},
+    "table-transformer": {"backbone_config": _RESNET_LAST, "use_timm_backbone": False, "backbone": None},
+    "deformable_detr": {"backbone_config": _RESNET, "use_timm_backbone": False, "backbone": None},
+    "swin": _SWIN,
+    "donut-swin": _SWIN,
+    "maskformer-swin": _SWIN,
+    "bros": {"dim_bbox": 8, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_projection": 8},
+}
+
+
+def small(config_class: Any) -> Any:
     """An instance of a config class, with everything in it that costs time or memory made small."""
-    try:
-        default = config_class()
-    except Exception:
-        default = config_class(**given)
+    default, given = config_class(), _GIVEN.get(config_class.model_type, {})
     return config_class(**_shrunk(default.to_dict(), default, {}) | given)
 
 
@@ -48,8 +67,14 @@ def _shrunk(fields: dict[str, Any], config: Any, specials: dict[str, int]) -> di
             sub = getattr(config, name, None)
             kept = {k: value[k] for k in ("model_type",) if k in value}
             out[name] = kept | _shrunk(value, sub, specials)
-        elif isinstance(value, bool) or value is None:
+        elif name == "head_dim" and value is None:
+            out[name] = HIDDEN // HEADS
+        elif isinstance(value, bool) or value is None or name in _KEPT:
             continue
+        elif _KEY_HEADS.search(name) and value in (fields.get("num_attention_heads"), fields.get("n_head")):
+            out[name] = HEADS
+        elif name == "head_dim" and "qk_rope_head_dim" in fields:  # DeepSeek's is that one
+            out[name] = 4
         elif isinstance(value, int):
             small_value = _integer(name, value, large, specials)
             if small_value is not None:
@@ -78,14 +103,18 @@ def _listed(name: str, values: list[Any]) -> list[Any] | None:
         return (kinds + kinds)[:LAYERS] if len(kinds) < LAYERS else [kinds[0], kinds[-1]]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         return None
-    if re.search(r"(depths|num_.*layers|layers|num_blocks|num_encoder_blocks)$", name):
+    if re.search(r"(depths|blocks_per_stage|num_.*layers|layers|num_blocks|num_encoder_blocks)$", name):
         return [min(v, 1) for v in values]
     if "head" in name:
         return [v if HEADS % v == 0 else HEADS for v in values]
-    if re.search(r"(hidden_sizes|embed_dims?|encoder_hidden|decoder_hidden|channels|dims)$", name):
+    if re.search(
+        r"(hidden_sizes|embed_dims?|encoder_hidden|decoder_hidden|channels|channel_list|dims|dim_per_stage)$", name
+    ):
         return [min(v, HIDDEN) for v in values]
     if re.search(r"(image_size|img_size|input_size)$", name):
         return [IMAGE] * len(values)
+    if name == "window_size_per_stage":
+        return [2] * len(values)
     if name == "patch_size":
         return [min(v, PATCH) for v in values]
     return None
