@@ -356,7 +356,12 @@ def test_what_is_not_computed_is_refused() -> None:
         (ValueError, "Dustbin row_score holds NaN", "mine", {"dustbin": Dustbin(torch.tensor(torch.nan), 0.0)}),
         (TypeError, "needs a name", "", {}),
         (TypeError, "needs a name", "a|b", {}),
-        (TypeError, "unknown option 'scale'; it takes causal, cross_attention, layers, epsilon", "mine", {"scale": 1.0}),
+        (
+            TypeError,
+            "unknown option 'scale'; it takes causal, cross_attention, layers, epsilon",
+            "mine",
+            {"scale": 1.0},
+        ),
         (ValueError, "epsilon=-1.0", "mine", {"epsilon": -1.0}),
         (TypeError, "dustbin must be a Dustbin", "mine", {"dustbin": True}),
         (ValueError, "base_iters=-1", "mine", {"base_iters": -1}),

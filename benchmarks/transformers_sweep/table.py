@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.transformers_sweep.judge import MIXED, NONE, PLAIN, SOFTMAX
 
 Row = dict[str, Any]
-_EQUAL = 1e-5
+EQUAL = 1e-5
 _COLUMNS = (
     "| model | Sinkhorn | softmax | own | unused | padded = unpadded: eager | Sinkhorn | softmax = eager | refused |"
 )
@@ -44,7 +44,7 @@ def verdict(row: Row) -> str:
     if "error" in row:
         return str(row["error"])
     layers = " ".join(f"{n} {what}" for what, n in row.get(f"layers {MIXED}", {}).items() if n)
-    return f"{layers}; padded {_padded(row, 'eager')} / {_padded(row, MIXED)}; {_faults(row) or 'sound'}"
+    return f"{layers}; padded {_padded(row, 'eager')} / {_padded(row, MIXED)}; {faults(row) or 'sound'}"
 
 
 def page(rows: list[Row], version: str) -> str:
@@ -66,7 +66,7 @@ def page(rows: list[Row], version: str) -> str:
             parts.append(f"## {title} ({len(here)})\n\n{', '.join(row['model'] for row in here)}.\n")
         else:
             parts.append(f"## {title} ({len(here)})\n\n{_table(here, sentences)}\n")
-    faults = [f"{row['model']} ({_faults(row)})" for row in judged if _faults(row)]
+    faults = [f"{row['model']} ({faults(row)})" for row in judged if faults(row)]
     summary = f"{len(judged)} of {len(rows)} were judged ({'; '.join(counts)}).\n"
     summary += (
         f"Where eager attention holds and Sinkhorn attention does not: {', '.join(faults)}."
@@ -105,7 +105,7 @@ def _padded(row: Row, kind: str) -> str:
 
 
 def _number(x: float) -> str:
-    return "yes" if x <= _EQUAL else "other shapes" if x == float("inf") else "NaN" if x != x else f"{x:.0e}"
+    return "yes" if x <= EQUAL else "other shapes" if x == float("inf") else "NaN" if x != x else f"{x:.0e}"
 
 
 def _same(row: Row) -> str:
@@ -122,11 +122,11 @@ def _sentences(row: Row) -> list[str]:
     return list(dict.fromkeys(re.sub(r"^\w+ (is causal|asks for|has )", r"The layer \1", s) for s in found))
 
 
-def _faults(row: Row) -> str:
+def faults(row: Row) -> str:
     """Where Sinkhorn attention is worse than eager attention."""
     found = []
-    if row["padded"]["eager"] <= _EQUAL:
-        found += [f"padded {_number(x)}" for kind, x in row["padded"].items() if not x <= _EQUAL and kind != "eager"]
+    if row["padded"]["eager"] <= EQUAL:
+        found += [f"padded {_number(x)}" for kind, x in row["padded"].items() if not x <= EQUAL and kind != "eager"]
     found += [
         f"{kind} {_number(x)}" for kind, x in row.get("minus eager", {}).items() if kind != MIXED and not x <= 1e-4
     ]
