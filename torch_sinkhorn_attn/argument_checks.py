@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.problem import compute_dtype
+from torch_sinkhorn_attn.tensor_kinds import check_kind, plain_mask
 
 WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
 GRADIENTS = ("tail", "implicit", "unrolled")
@@ -24,10 +25,7 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, 
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
-        if x.is_nested:
-            raise TypeError(
-                f"{name} is a nested tensor; pad it (x.to_padded_tensor(0)) and pass lengths or segment ids."
-            )
+        check_kind(name, x)
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         lower = torch.get_autocast_dtype(query.device.type)
         given = {k: x.to(lower) if x.is_floating_point() and x.dtype != torch.float64 else x for k, x in given.items()}
@@ -164,6 +162,14 @@ def positive(name: str, x: Any) -> float:
     return value
 
 
+def floor(x: Any) -> float | None:
+    """`mask_floor`: a negative number, or None."""
+    value = None if x is None else number("mask_floor", x)
+    if value is not None and value >= 0:
+        raise ValueError(f"mask_floor={value} must be negative, as -1e3, or None to keep every finite mask entry.")
+    return value
+
+
 def count(name: str, x: Any) -> int:
     try:
         value = operator.index(x) if not isinstance(x, (bool, Tensor)) else None
@@ -217,10 +223,12 @@ def broadcasts(shape: tuple[int, ...] | torch.Size, target: tuple[int, ...]) -> 
 
 def score_mask(mask: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
     """The caller's mask as a 4-D view broadcasting to [N, H, L, S]."""
+    mask = plain_mask(mask, query.device)
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}.")
+    check_kind("attn_mask", mask)
     if mask.dtype not in (torch.bool, *DTYPES):
         raise TypeError(
             f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
@@ -243,6 +251,7 @@ def integers(name: str, x: Any, shape: tuple[int, ...] | torch.Size, device: tor
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be an integer tensor of shape {tuple(shape)}, got {kind}.")
+    check_kind(name, x)
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} but query is on {device}; move it.")
     if not broadcasts(x.shape, tuple(shape)):
@@ -257,6 +266,7 @@ def constant(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> Tensor
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating-point tensor broadcasting to {shape}, got {kind}.")
+    check_kind(name, x)
     if x.requires_grad:
         raise ValueError(f"{name} is a constant and cannot require grad; pass {name}.detach().")
     if x.device != query.device:

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn import data_checks
-from torch_sinkhorn_attn.argument_checks import constant, integers, number, potentials, score_mask, solver, tokens
-from torch_sinkhorn_attn.checks import data_checks_enabled, without_data
+from torch_sinkhorn_attn.argument_checks import (
+    constant,
+    floor,
+    integers,
+    number,
+    potentials,
+    score_mask,
+    solver,
+    tokens,
+)
+from torch_sinkhorn_attn.checks import data_checks_enabled, has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import xla
-from torch_sinkhorn_attn.mask_scan import scan_mask
+from torch_sinkhorn_attn.mask_scan import extremes, scan_mask
 from torch_sinkhorn_attn.masses import (
     Side,
     dustbin_capacities,
@@ -51,6 +60,7 @@ class Options(TypedDict, total=False):
     initial_potentials: tuple[Tensor, Tensor] | None
     dropout_p: float
     enable_gqa: bool
+    mask_floor: float | None
     engine: str | None
 
 
@@ -93,6 +103,7 @@ def prepare(
     initial_potentials: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
+    mask_floor: float | None = -1e3,
     engine: str | None = None,
 ) -> Prepared:
     """Check and canonicalise; `value` is None when only the plan is wanted."""
@@ -103,7 +114,7 @@ def prepare(
         features, dtype, scale, epsilon, window, relaxation,
         base_iters, tail_iters, tolerance, over_relaxation, gradient, engine,
     )  # fmt: skip
-    dropout_p = number("dropout_p", dropout_p)
+    mask_floor, dropout_p = floor(mask_floor), number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p} must lie in [0, 1).")
     if dustbin is not None and not isinstance(dustbin, Dustbin):
@@ -118,7 +129,6 @@ def prepare(
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
         data_checks.check_lengths(given.lengths[1], "key_lengths", size)
-        data_checks.check_mask(given.mask, dtype, softmax_mode)
         data_checks.check_dustbin_scores(dustbin)
         data_checks.check_potentials(given.initial)
 
@@ -129,7 +139,11 @@ def prepare(
     if look and given.packed:
         data_checks.check_segments(ids[0], ids[1])
     support = build_support(ids[0], ids[1], o.window, given.packed)
-    scan = None if given.mask is None else scan_mask(given.mask, support, given.packed, dtype)
+    scan = None
+    if given.mask is not None:
+        scan = scan_mask(given.mask, support, given.packed, dtype, None if softmax_mode else mask_floor, hulls=look)
+        if look and given.mask.dtype != torch.bool:
+            data_checks.check_mask(extremes(given.mask, support, given.packed, dtype, scan), dtype, softmax_mode)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
     col_active = (support.col_active[:, None] if scan is None else scan.col_active).expand(num, heads, size)
     row_segment, col_segment = (support.row_segment, support.col_segment) if given.packed else (None, None)
@@ -169,7 +183,7 @@ def prepare(
     if given.mask is not None or not problem.uniform:
         flat = _without_inactive(flat, row_active, col_active, look)
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
-    if query.device.type == "xla" and not torch.compiler.is_compiling() and not without_data(query):
+    if query.device.type == "xla" and has_data(query):
         inputs = inputs._replace(query=xla.placed(inputs.query, query))
     return Prepared(inputs, problem, batch, query.dtype, engine)
 

@@ -22,6 +22,7 @@ from torch_sinkhorn_attn.implicit import NormalPlan
 from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
+from torch_sinkhorn_attn.tensor_kinds import check_kind
 
 POWER_ITERS = 100
 
@@ -116,6 +117,9 @@ def certify(
     refuse_unknown("certify", options)
     if grad_output is not None and value is None:
         raise ValueError("certify got grad_output without value; pass both, or neither for the probe.")
+    for name, x in (("query", query), ("value", value), ("grad_output", grad_output)):
+        if isinstance(x, Tensor):
+            check_kind(name, x)
     options = {**options, "dropout_p": 0.0}
     with torch.no_grad(), full_precision(query.device):
         if value is None:
@@ -322,14 +326,15 @@ def _exact_components(tiles: Tiles) -> Components:
 
 
 def _probe(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def _table(c: Certificate, most_rows: int = 24) -> str:
     head = ["index", "row residual", "col residual", "contraction", "rate", "bias bound", "measured bias", "relative"]
     lines = []
-    for index in list(torch.cartesian_prod(*(torch.arange(n) for n in c.rate.shape)).reshape(-1, c.rate.ndim).tolist()):
+    places = torch.ones(c.rate.shape, dtype=torch.bool, device="cpu").nonzero().tolist()
+    for index in places:
         at = tuple(index)
         kappa, bound = c.contraction[at].item(), c.bias_bound[at].item()
         lines.append([

@@ -1,4 +1,4 @@
-"""When checks that look at data run. Shape and type checks always do."""
+"""When data may be looked at, and so when the checks of it run. Checks of shapes and types always do."""
 
 from __future__ import annotations
 
@@ -31,27 +31,34 @@ def set_checks(mode: str) -> None:
     _mode = mode
 
 
+def has_data(*tensors: Tensor | None) -> bool:
+    """The rule everything else here goes by: whether the values of all these tensors are there to be read, and what is
+    found may decide what is done. Not while a program is traced, which will run on other values."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
+        return False
+    return not any(without_data(t) for t in tensors if t is not None)
+
+
+def without_data(t: Tensor) -> bool:
+    """Whether the tensor has no memory to look at: fake, meta, or inside a transform of torch.func."""
+    return isinstance(t, FakeTensor) or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def can_look(*tensors: Tensor | None) -> bool:
+    """Whether reading them costs nothing: they have data, in the memory of the CPU."""
+    return has_data(*tensors) and all(t.device.type == "cpu" for t in tensors if t is not None)
+
+
 def data_checks_enabled(*tensors: Tensor | None) -> bool:
     """Whether data-dependent checks run for these tensors."""
-    if _mode == "never" or torch.compiler.is_compiling():
-        return False
-    given = [t for t in tensors if t is not None]
-    if any(without_data(t) for t in given):
-        return False
-    return _mode == "always" or all(t.device.type == "cpu" for t in given)
-
-
-def can_look(x: Tensor) -> bool:
-    """Whether looking at the data costs nothing: an eager CPU tensor."""
-    return not torch.compiler.is_compiling() and not without_data(x) and x.device.type == "cpu"
+    if _mode == "auto":
+        return can_look(*tensors)
+    return _mode == "always" and has_data(*tensors)
 
 
 def has_tangent(x: Tensor) -> bool:
     """Whether the tensor carries a tangent of forward-mode differentiation (outside torch.func)."""
     level = forward_ad._current_level
     return level >= 0 and forward_ad.unpack_dual(x, level=level).tangent is not None
-
-
-def without_data(t: Tensor) -> bool:
-    """Whether the tensor has no memory to look at: fake, meta, or inside a transform of torch.func."""
-    return isinstance(t, FakeTensor) or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t)

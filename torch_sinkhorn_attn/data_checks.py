@@ -7,8 +7,8 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import feasibility
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.mask_scan import MaskScan
-from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.mask_lines import MaskScan
+from torch_sinkhorn_attn.mask_scan import Extremes
 from torch_sinkhorn_attn.support import Support, segment_sum
 
 
@@ -39,23 +39,20 @@ def check_segments(row_ids: Tensor, col_ids: Tensor) -> None:
             )
 
 
-def check_mask(mask: Tensor | None, dtype: torch.dtype, softmax_mode: bool) -> None:
-    """A float mask is free of NaN and +inf, and of finite values that swallow the scores they are added to."""
-    if mask is None or mask.dtype == torch.bool or mask.numel() == 0:
-        return
-    mask = mask.detach()
-    largest = mask.amax()
-    if not largest < torch.inf:
+def check_mask(found: Extremes, dtype: torch.dtype, softmax_mode: bool) -> None:
+    """A float mask is free of NaN and +inf, and, between the tokens it leaves active, of finite values that swallow the
+    scores they are added to."""
+    if not found.highest < torch.inf:
         raise ValueError(
-            f"attn_mask holds {'NaN' if largest.isnan() else '+inf'}; a float mask is added to the scores: use finite "
-            "values, and -inf (or False in a bool mask) to forbid a pair."
+            f"attn_mask holds {'NaN' if found.highest.isnan() else '+inf'}; a float mask is added to the scores: use "
+            "finite values, and -inf (or False in a bool mask) to forbid a pair."
         )
     limit = 0.01 / torch.finfo(dtype).eps  # beyond it adding to a score loses its second decimal
-    lowest = torch.where(kept(mask, dtype), mask, 0.0).amin()
-    if lowest < -limit and not softmax_mode:
+    if found.lowest < -limit and not softmax_mode:
         raise ValueError(
-            f"attn_mask holds {lowest.item():.4g}: such a pair stays in the support and its key keeps its mass, but in "
-            f"{dtype} the score is lost in it. Use -inf (or False in a bool mask) to forbid a pair."
+            f"attn_mask holds {found.lowest.item():.4g} between a query and a key that are left active by others: such "
+            f"a pair stays in the support, but in {dtype} the score is lost in it. Use -inf (or False in a bool mask) "
+            "to forbid a pair."
         )
 
 

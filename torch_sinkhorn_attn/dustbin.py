@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from torch_sinkhorn_attn.tensor_kinds import check_kind
+
 
 @dataclass(frozen=True)
 class Dustbin:
@@ -75,6 +77,8 @@ class Dustbin:
                 raise TypeError(f"Dustbin value must be a tensor broadcasting to (..., H, Ev), got {given!r}.")
             if not isinstance(given, Tensor) and not -float("inf") < given < float("inf"):
                 raise ValueError(f"Dustbin {name} must be finite, got {given!r}; for no dustbin pass dustbin=None.")
+            if isinstance(given, Tensor):
+                check_kind(f"Dustbin {name}", given)
             if isinstance(given, Tensor) and not given.is_floating_point():
                 raise TypeError(f"Dustbin {name} must be a floating-point tensor, got {given.dtype}; use .float().")
             if not isinstance(given, Tensor) and name.endswith("capacity") and given <= 0:

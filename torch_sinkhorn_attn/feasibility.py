@@ -74,7 +74,7 @@ def check_interior(m: Marginals) -> None:
     live = m.row_mass > 0
     if not live.any():
         return
-    zero = torch.zeros(*m.row_mass.shape[:2], 1, dtype=torch.float64)
+    zero = m.row_mass.new_zeros(*m.row_mass.shape[:2], 1)
     a_before = torch.cat([zero, m.row_mass.cumsum(-1)], -1)
     b_before = torch.cat([zero, m.col_mass.cumsum(-1)], -1)
     size = m.col_mass.shape[-1]

@@ -39,6 +39,7 @@ def sinkhorn_attention(
     initial_potentials: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
+    mask_floor: float | None = -1e3,
     engine: str | None = None,
     return_aux: bool = False,
 ) -> Tensor | tuple[Tensor, SinkhornAux]:
@@ -62,7 +63,10 @@ def sinkhorn_attention(
         value: `(..., Hk, S, Ev)`.
         attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
             divided by epsilon; -inf, and anything at or below half the dtype's lowest value, forbids the pair. A token
-            left without any pair is inactive: output 0, gradient 0, no mass. A float mask may require grad.
+            left without any pair is inactive: output 0, gradient 0, no mass. So is one that the mask pads with a finite
+            "minus infinity"; see `mask_floor`. A float mask may require grad. torch's `CausalBias` is understood; a
+            tensor of another subclass is refused, and so is flex_attention's `BlockMask`. Beside a window a dense mask
+            is read within it only.
         scale: default 1/sqrt(E).
         epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
         window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
@@ -93,6 +97,11 @@ def sinkhorn_attention(
         initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
         dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
+        mask_floor: negative, in the units of a float mask. A balanced plan cannot honour a number added to a whole
+            column: its potential absorbs it, and a key padded by -1e4 would keep its mass. So a token whose every mask
+            entry inside the support lies `-mask_floor` or more below the highest of its problem (batch element, head
+            and, when packed, segment) is inactive, as if they were -inf. None keeps every finite entry, however large
+            the bias. Softmax mode has no need of it and ignores it. Default -1e3.
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
             (`python -m torch_sinkhorn_attn.engines` tells), "xla" for tensors of torch_xla (TPUs), else "tiled", plain
             PyTorch on any device; all O(n + m) memory. "reference" is the dense definition. Derivatives beyond the
@@ -128,7 +137,7 @@ def sinkhorn_attention(
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
         relaxation=relaxation, dustbin=dustbin, base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance,
         over_relaxation=over_relaxation, gradient=gradient, initial_potentials=initial_potentials,
-        dropout_p=dropout_p, enable_gqa=enable_gqa, engine=engine,
+        dropout_p=dropout_p, enable_gqa=enable_gqa, mask_floor=mask_floor, engine=engine,
     )  # fmt: skip
     result = run(prepared, residuals=return_aux)
     output = prepared.unflatten(result.output).to(prepared.dtype)

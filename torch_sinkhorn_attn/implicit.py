@@ -22,11 +22,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.problem import Problem
 from torch_sinkhorn_attn.support import Components, by_segment, segment_sum, segments
 
-MAX_ITERS = 500  # on CPU tensors, where convergence can be looked at; each iteration takes two passes
-FIXED_ITERS = 32  # elsewhere, where looking would force a synchronisation
+MAX_ITERS = 500  # where convergence can be looked at (eager CPU tensors); each iteration takes two passes
+FIXED_ITERS = 32  # elsewhere
 FIRST_ONLY = (
     "gradient='implicit' has no derivative beyond the first, nor forward mode: its backward solves a linear system. "
     "Use gradient='unrolled'."
@@ -103,8 +104,8 @@ def implicit_duals(
 ) -> tuple[Tensor, Tensor]:
     """(x, y) of the adjoint system for right-hand sides `row_sums [N, H, L(+G)]`, `col_sums [N, H, S(+G)]` of P*D.
 
-    Lines without mass get 0. On CPU tensors it stops at `TOLERANCE` or `MAX_ITERS`; elsewhere it runs `FIXED_ITERS`
-    without asking the device, converged heads standing still.
+    Lines without mass get 0. Where `checks.can_look` it stops at `TOLERANCE` or `MAX_ITERS`; elsewhere it runs
+    `FIXED_ITERS` without asking, converged heads standing still.
     """
     rho_r, rho_c = problem.rho_row, problem.rho_col
     normal = NormalPlan(plan, problem, parts)
@@ -140,7 +141,7 @@ def conjugate_gradients(
     solution = torch.zeros_like(rhs)
     residual, direction = rhs, rhs
     energy = dot(residual, residual)
-    may_look = rhs.device.type == "cpu"
+    may_look = can_look(rhs)
     for _ in range(MAX_ITERS if may_look else FIXED_ITERS):
         busy = energy > tolerance
         if may_look and not busy.any():

@@ -1,4 +1,12 @@
-"""One reading of an attn_mask, row block by row block: which tokens it leaves active, and the hull of what it keeps."""
+"""What an attn_mask leaves: the tokens that stay active, and the hull of what is kept of each row's interval.
+
+A constant added to a whole line of the scores is absorbed by that line's potential: a key padded with a finite "minus
+infinity" (-1e4) would keep its mass. So entries of a float mask that lie `-floor` or more below the highest of their
+problem are *low*, and a line that has no others is inactive, as if they were -inf.
+
+It takes O(n) for masks of one row or one column (padding). For dense masks beside intervals of width W it takes O(n W)
+where data may be looked at, plus the lines of which the interval keeps nothing; elsewhere O(L S).
+"""
 
 from __future__ import annotations
 
@@ -7,89 +15,107 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.checks import can_look
+from torch_sinkhorn_attn.dense_mask import DenseMask
+from torch_sinkhorn_attn.mask_lines import KeyMask, Lines, MaskScan, QueryMask, without_hulls
 from torch_sinkhorn_attn.support import Support
 
-_BLOCK_ELEMENTS = 1 << 21
+
+class Extremes(NamedTuple):
+    """Of the entries of a float mask that intervals hold: scalars."""
+
+    highest: Tensor  # NaN if any of them is
+    lowest: Tensor  # of what is kept between tokens left active; 0 where nothing is
 
 
-class MaskScan(NamedTuple):
-    """Shapes `[N, h, L]` and `[N, h, S]` with h the mask's heads (1 or H)."""
-
-    row_active: Tensor  # some active key of its problem is kept
-    col_active: Tensor
-    row_lo: Tensor  # hull of the kept entries inside the window; (0, 0) where there are none
-    row_hi: Tensor
-    col_covered: Tensor  # some kept entry lies inside the window
-
-
-def scan_mask(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) -> MaskScan:
-    """Read `mask` (4-D, broadcasting to [N, H, L, S]) once; temporaries are O(block), results O(n). `dtype` is the one
-    it is added in."""
+def scan_mask(
+    mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None = None, hulls: bool = True
+) -> MaskScan:
+    """Read `mask` (4-D, broadcasting to [N, H, L, S]), which is added in `dtype`. Temporaries are O(block), results
+    O(n); without `hulls` those are empty."""
     mask = mask.detach()
-    if not torch.compiler.is_compiling():
-        return _scan(mask, support, packed, dtype)
-    names = ("row_active", "col_active", "row_segment", "col_segment", "row_lo", "row_hi")
-    return MaskScan(*_scan_op(mask, *(getattr(support, name) for name in names), packed, dtype))
+    lines = Lines.of(support, packed)
+    if torch.compiler.is_compiling() and 1 not in mask.shape[-2:]:
+        row, col = _scan_op(mask, *support, packed, dtype, floor)
+        return without_hulls(row, col)
+    return _scan(mask, lines, dtype, floor, hulls)
+
+
+def _scan(mask: Tensor, lines: Lines, dtype: torch.dtype, floor: float | None, hulls: bool) -> MaskScan:
+    if 0 in (lines.length, lines.size):
+        row, col = (x.expand(-1, mask.shape[1], -1) & False for x in (lines.row_active, lines.col_active))
+        return MaskScan(row, col, row.to(torch.int64), row.to(torch.int64), col)
+    limit = _limit(mask, lines, dtype, floor)
+    reader = _reader(mask, lines, dtype)
+    if limit is None:
+        return reader.scan(None, hulls)
+    found = reader.scan(limit, hulls=False)
+    if not hulls:
+        return found
+    left = _reader(mask, lines.among(found.row_active, found.col_active), dtype).scan(None, hulls)
+    return left._replace(row_active=found.row_active, col_active=found.col_active)
+
+
+def extremes(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, left: MaskScan) -> Extremes:
+    """Of a float mask whose scan is `left`."""
+    lines = Lines.of(support, packed).among(left.row_active, left.col_active)
+    return Extremes(*_reader(mask.detach(), lines, dtype).extremes())
+
+
+def _limit(mask: Tensor, lines: Lines, dtype: torch.dtype, floor: float | None) -> Tensor | None:
+    """`[N, h, G]`: entries at or below it are low; None if none are."""
+    if floor is None or mask.dtype == torch.bool:
+        return None
+    reader = _reader(mask, lines, dtype)
+    if can_look(mask, lines.support.row_lo):
+        highest, lowest = reader.extremes()
+        if lowest > highest + floor:
+            return None
+    level = reader.level()
+    return torch.where(level.isfinite(), level + floor, -torch.inf)
+
+
+def _reader(mask: Tensor, lines: Lines, dtype: torch.dtype) -> KeyMask | QueryMask | DenseMask:
+    if mask.shape[-2] == 1:
+        return KeyMask(mask, lines, dtype)
+    return (QueryMask if mask.shape[-1] == 1 else DenseMask)(mask, lines, dtype)
 
 
 @torch.library.custom_op("torch_sinkhorn_attn::scan_mask", mutates_args=())
 def _scan_op(
     mask: Tensor,
-    row_active: Tensor,
-    col_active: Tensor,
-    row_segment: Tensor,
-    col_segment: Tensor,
     row_lo: Tensor,
     row_hi: Tensor,
+    col_lo: Tensor,
+    col_hi: Tensor,
+    row_segment: Tensor,
+    col_segment: Tensor,
+    row_active: Tensor,
+    col_active: Tensor,
     packed: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_scan` for compiled programs: its loop over blocks would tie them to one length."""
-    support = Support(
-        row_active=row_active, col_active=col_active, row_segment=row_segment, col_segment=col_segment,
-        row_lo=row_lo, row_hi=row_hi, col_lo=row_lo, col_hi=row_hi,
-    )  # fmt: skip
-    row, col, lo, hi, covered = _scan(mask, support, packed, dtype)
-    return row, col, lo, hi.clone(), covered.clone()
+    floor: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`_scan` of a dense mask for compiled programs: its loop over blocks would tie them to one length."""
+    support = Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
+    found = _scan(mask, Lines.of(support, packed), dtype, floor, hulls=False)
+    return found.row_active.clone(), found.col_active.clone()
 
 
 @_scan_op.register_fake
 def _scan_fake(
-    mask: Tensor, row_active: Tensor, col_active: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mask: Tensor,
+    row_lo: Tensor,
+    row_hi: Tensor,
+    col_lo: Tensor,
+    col_hi: Tensor,
+    row_segment: Tensor,
+    col_segment: Tensor,
+    row_active: Tensor,
+    col_active: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
     row, col = (
         mask.new_empty(x.shape[0], mask.shape[1], x.shape[1], dtype=torch.bool) for x in (row_active, col_active)
     )
-    lo, hi = (torch.empty_like(row, dtype=torch.int64) for _ in range(2))
-    return row, col, lo, hi, torch.empty_like(col)
-
-
-def _scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) -> MaskScan:
-    length, size = support.row_active.shape[-1], support.col_active.shape[-1]
-    num, heads = support.row_active.shape[0], mask.shape[1]
-    step = max(1, _BLOCK_ELEMENTS // max(1, num * heads * size))
-    if mask.device.type == "xla":  # fuses the reading into the reductions, and would unroll the loop
-        step = max(1, length)
-    column = torch.arange(size, device=mask.device)
-    rows: list[tuple[Tensor, ...]] = []
-    col_active = torch.zeros(num, heads, size, dtype=torch.bool, device=mask.device)
-    col_covered = col_active
-    for start in range(0, length if size else 0, step):
-        block = slice(start, min(start + step, length))
-        tile = kept(mask if mask.shape[-2] == 1 else mask[..., block, :], dtype)
-        tile = tile & support.row_active[:, None, block, None] & support.col_active[:, None, None, :]
-        if packed:
-            tile = tile & (support.row_segment[:, None, block, None] == support.col_segment[:, None, None, :])
-        lo, hi = support.row_lo[:, None, block, None], support.row_hi[:, None, block, None]
-        inside = tile & (column >= lo) & (column < hi)
-        some = inside.any(-1)
-        first = torch.where(some, inside.to(torch.uint8).argmax(-1), 0)
-        last = torch.where(some, size - inside.flip(-1).to(torch.uint8).argmax(-1), 0)
-        rows.append((tile.any(-1), first, last))
-        col_active, col_covered = col_active | tile.any(-2), col_covered | inside.any(-2)
-    if not rows or not size:
-        empty = torch.zeros(num, heads, length, dtype=torch.int64, device=mask.device)
-        return MaskScan(empty.bool(), col_active, empty, empty, col_covered)
-    row_active, row_lo, row_hi = (torch.cat(parts, -1) for parts in zip(*rows, strict=True))
-    return MaskScan(row_active, col_active, row_lo, row_hi, col_covered)
+    return row, col

@@ -13,6 +13,7 @@ from torch_sinkhorn_attn.checks import can_look, has_tangent
 from torch_sinkhorn_attn.problem import compute_dtype
 from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import build_support
+from torch_sinkhorn_attn.tensor_kinds import check_kind, plain_mask
 
 
 class Masks(NamedTuple):
@@ -30,23 +31,29 @@ def convert(
     shape: tuple[int, int, int, int],
     query: Tensor,
     queries_as_keys: bool,
+    floor: float | None,
 ) -> Masks:
     """The module's three masks, True = ignore, for a problem of `shape` (N, H, L, S) on the device and in the dtype of
     `query`.
 
-    `queries_as_keys`: without `query_padding`, the padded keys are inactive queries too.
+    `queries_as_keys`: without `query_padding`, the padded keys are inactive queries too. `floor`: as `mask_floor` of
+    `sinkhorn_attention`; of a padding mask everything at or below it is padding, whatever its other values are.
     """
     num, _, length, size = shape
     device, dtype = query.device, compute_dtype(query.dtype)
     if query_padding is not None and not (isinstance(query_padding, Tensor) and query_padding.dtype == torch.bool):
         raise TypeError("query_padding_mask must be a bool tensor, True = inactive.")
+    keep = plain_mask(attn_mask, device)
+    attn_mask = attn_mask if keep is attn_mask else ~keep
     given = {"attn_mask": attn_mask, "key_padding_mask": key_padding, "query_padding_mask": query_padding}
     for name, mask in given.items():
+        if isinstance(mask, Tensor):
+            check_kind(name, mask)
         if isinstance(mask, Tensor) and mask.device != device:
             raise ValueError(f"{name} is on {mask.device} but the query on {device}; move it there.")
     scores = _score_mask(attn_mask, shape)
-    key_off, added = _padding("key_padding_mask", key_padding, num, size, dtype)
-    query_off, _ = _padding("query_padding_mask", query_padding, num, length, dtype)
+    key_off, added = _padding("key_padding_mask", key_padding, num, size, dtype, floor)
+    query_off, _ = _padding("query_padding_mask", query_padding, num, length, dtype, None)
     if query_off is None and queries_as_keys:
         query_off = key_off
     if added is not None:
@@ -98,7 +105,9 @@ def _score_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor
     return ~mask if mask.dtype == torch.bool else mask
 
 
-def _padding(name: str, mask: Any, num: int, length: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _padding(
+    name: str, mask: Any, num: int, length: int, dtype: torch.dtype, floor: float | None
+) -> tuple[Tensor | None, Tensor | None]:
     """(inactive `[N, n]` bool, what to add to the scores, of `dtype`, `[N, n]` or None) of a padding mask."""
     if mask is None:
         return None, None
@@ -111,6 +120,8 @@ def _padding(name: str, mask: Any, num: int, length: int, dtype: torch.dtype) ->
     if mask.dtype == torch.bool:
         return mask, None
     off = ~kept(mask, dtype) & ~mask.isnan()
+    if floor is not None:
+        off = off | (mask <= floor)
     added = mask.masked_fill(off, 0.0)
     # Nothing but -inf is what nn.TransformerEncoderLayer makes of a bool mask; zeros that learn are something else.
     if can_look(mask) and not (mask.requires_grad or has_tangent(mask) or added.any()):
@@ -121,6 +132,16 @@ def _padding(name: str, mask: Any, num: int, length: int, dtype: torch.dtype) ->
 def both(keep: Tensor, mask: Tensor) -> Tensor:
     """A mask that keeps what a bool mask and another mask keep."""
     return keep & mask if mask.dtype == torch.bool else mask + as_float(keep, mask.dtype, mask.dtype)
+
+
+def forbidding(mask: Tensor, floor: float | None) -> Tensor:
+    """A float mask `[..., L, S]` with -inf in each column that lies wholly `-floor` or more below its highest entry:
+    what `mask_floor` of `sinkhorn_attention` does to keys, for callers that must know the padding themselves."""
+    if floor is None or mask.dtype == torch.bool or mask.numel() == 0:
+        return mask
+    level = mask.amax(-2, keepdim=True)
+    highest = level.amax(-1, keepdim=True)
+    return mask.masked_fill((level <= highest + floor) & highest.isfinite(), -torch.inf)
 
 
 def as_float(mask: Tensor, dtype: torch.dtype, compute: torch.dtype) -> Tensor:

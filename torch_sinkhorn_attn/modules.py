@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
-from torch_sinkhorn_attn.checks import can_look, without_data
+from torch_sinkhorn_attn.argument_checks import floor, is_softmax, plain_relaxation, solver
+from torch_sinkhorn_attn.checks import can_look, has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.nested import pad, unpad
+from torch_sinkhorn_attn.tensor_kinds import check_kind
 
 DUSTBIN_PARAMETERS = ("dustbin_row_score", "dustbin_col_score")
 
@@ -30,6 +31,7 @@ class ModuleOptions(NamedTuple):
     dustbin: bool = False
     relaxation: float | tuple[float | None, float | None] | None = None
     gradient: str = "tail"
+    mask_floor: float | None = -1e3
     engine: str | None = None
 
     def checked(self, module: nn.MultiheadAttention) -> ModuleOptions:
@@ -57,7 +59,10 @@ class ModuleOptions(NamedTuple):
                 f"window={self.window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no "
                 "place on the diagonal. Drop one of them."
             )
-        return self._replace(relaxation=relaxation, window=checked.window, tolerance=checked.tolerance or None)
+        return self._replace(
+            relaxation=relaxation, window=checked.window, tolerance=checked.tolerance or None,
+            mask_floor=floor(self.mask_floor),
+        )  # fmt: skip
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -71,8 +76,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             `torch.nn.MultiheadAttention`. The keys added by `add_bias_kv` and `add_zero_attn` are keys like any other:
             visible to every query, with a share of the mass, and left to the dustbin at the head's
             `dustbin_col_score` where there is one. Outside softmax mode they cannot be combined with a window.
-        epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, relaxation, gradient, engine: as
-            `sinkhorn_attention`.
+        epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, relaxation, gradient, mask_floor, engine:
+            as `sinkhorn_attention`.
         dustbin: give every head a learnable dustbin: parameters `dustbin_row_score` and `dustbin_col_score`,
             `[num_heads, 1]`, zeros at first. A state_dict without them (of `torch.nn.MultiheadAttention`, say) loads
             strictly and leaves them as they are.
@@ -121,6 +126,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         dustbin: bool = False,
         relaxation: float | tuple[float | None, float | None] | None = None,
         gradient: str = "tail",
+        mask_floor: float | None = -1e3,
         engine: str | None = None,
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
@@ -130,12 +136,14 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype,
         )  # fmt: skip
         self._configure(ModuleOptions(
-            epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, dustbin, relaxation, gradient, engine,
+            epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, dustbin, relaxation, gradient,
+            mask_floor, engine,
         ))  # fmt: skip
 
     base_iters: int  # nn.Module says of its attributes that they are tensors or modules
     tail_iters: int
     window: tuple[int, int] | None
+    mask_floor: float | None
 
     def _configure(self, options: ModuleOptions) -> None:
         """Add to what nn.MultiheadAttention's constructor made what this class has more: options and dustbin scores.
@@ -230,8 +238,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         Args:
             query: `(L, E)`, `(L, N, E)`, or `(N, L, E)` with `batch_first`; key and value likewise with S tokens. All
                 three may be nested tensors (`batch_first`, no masks); the output is then nested like the query.
-            key_padding_mask: `(N, S)` or `(S)`; bool, True = ignore, or float added to the scores, -inf = ignore.
-                Padded keys leave the problem: positions, counts and masses are those of the others.
+            key_padding_mask: `(N, S)` or `(S)`; bool, True = ignore, or float added to the scores, -inf and anything at
+                or below `mask_floor` (such as -1e4) = ignore. Padded keys leave the problem: positions, counts and
+                masses are those of the others.
             need_weights: also return the weights (this materialises L x S).
             attn_mask: `(L, S)` or `(N * num_heads, L, S)`; bool, True = ignore, or float added to the scores.
             average_attn_weights: average the weights over heads.
@@ -299,6 +308,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         masks = convert(
             attn_mask, key_padding_mask, query_padding_mask, (q.shape[0], self.num_heads, q.shape[1], k.shape[1]),
             q, queries_as_keys=not self.softmax_mode and _same_tokens(query, key),
+            floor=None if self.softmax_mode else self.mask_floor,
         )  # fmt: skip
         k, v, masks = self._extra_keys(k, v, masks, q.shape[1])
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
@@ -343,6 +353,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+            check_kind(name, x)
             if x.ndim not in (2, 3) or x.ndim != query.ndim:
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}; query, key and value must all be 2-D (unbatched) or 3-D."
@@ -391,7 +402,7 @@ def _same_tokens(query: Tensor, key: Tensor) -> bool:
     checkpointing makes."""
     if query is key:
         return True
-    if torch.compiler.is_compiling() or without_data(query) or without_data(key):
+    if not has_data(query, key):
         return False
     layouts = [(x.shape, x.stride(), x.dtype, x.device, x.storage_offset()) for x in (query, key)]
     return layouts[0] == layouts[1] and torch._C._is_alias_of(query, key)  # type: ignore[attr-defined]

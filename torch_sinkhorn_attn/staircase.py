@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.implicit import DensePlan, PlanOperator, implicit_duals
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem
 from torch_sinkhorn_attn.reference import Dense
@@ -67,7 +68,7 @@ class Staircase:
     """The factors of the tail, from its duals (augmented by the dustbins).
 
     `scaled`: whether every factor may be written as P times row and column exponentials. That needs a look at the data,
-    so it is asked on CPU tensors only; elsewhere the factors are always formed entry by entry.
+    so it is asked where `can_look`; elsewhere the factors are always formed entry by entry.
     """
 
     def __init__(self, potentials: Potentials, problem: Problem, may_scale: bool = True):
@@ -79,7 +80,7 @@ class Staircase:
         self.tail_iters = problem.schedule[1]
         factors = [self._row(r) for r in range(1, self.tail_iters + 1)] or [self._row(0)]
         factors += [self._column(r) for r in range(1, self.tail_iters + 1)]
-        self.scaled = may_scale and self.u.device.type == "cpu"
+        self.scaled = may_scale and can_look(self.u)
         if self.scaled:
             limit = LARGEST_EXPONENT[dtype]
             self.scaled = all(x.numel() == 0 or bool(x.max() <= limit) for pair in factors for x in pair)

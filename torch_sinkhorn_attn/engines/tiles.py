@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dropout import keep_mask
 from torch_sinkhorn_attn.engines.dustbin_vectors import DustbinVectors, Vectors
 from torch_sinkhorn_attn.problem import Inputs, Problem, compute_dtype
@@ -101,11 +102,12 @@ class Tiles:
         problem = self.problem
         if self.num * self.heads == 0:
             return [(0, 0, 0, 0)] * len(self.row_blocks)
-        if problem.row_lo.device.type == "cpu":
+        if can_look(problem.row_lo):
             lo, hi = problem.row_lo, problem.row_hi
         elif problem.uniform and problem.banded:
-            n, m = torch.tensor(self.length), torch.tensor(self.size)
-            lo, hi = window_ranks(torch.arange(self.length), n, m, problem.window_left, problem.window_right)
+            n, m = (torch.tensor(x, device="cpu") for x in (self.length, self.size))
+            rank = torch.arange(self.length, device="cpu")
+            lo, hi = window_ranks(rank, n, m, problem.window_left, problem.window_right)
         else:  # elsewhere intervals are data, and reading them would force a synchronisation: visit every tile
             return [(0, self.size, 0, 0 if problem.banded else self.size) for _ in self.row_blocks]
         spans: list[tuple[int, int, int, int]] = []

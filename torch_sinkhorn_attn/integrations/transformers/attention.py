@@ -47,7 +47,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """`(B, H, L, E)`, `(B, Hk, S, E)`, `(B, Hk, S, Ev)` to `(B, L, H, Ev)` and the weights `(B, H, L, S)` or None."""
     flag = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    causal = layers.is_causal_call(module, flag, attention_mask, query, key.shape[-2])
+    causal = layers.is_causal_call(module, flag, attention_mask, query, key.shape[-2], settings.options["mask_floor"])
     call = _Call(module, query, key, value, attention_mask, position_bias, dropout, scaling, flag, causal, kwargs)
     reason = _reason_for_softmax(settings, call)
     if reason is not None:
@@ -92,7 +92,7 @@ def _sinkhorn(settings: Settings, call: _Call) -> tuple[Tensor, Tensor | None]:
     for name in _BESIDE_SOFTMAX:
         if call.others.get(name) is not None:
             raise ValueError(f"{type(module).__name__} asks for {name}, which Sinkhorn attention does not compute.")
-    same = False
+    same, low = False, None if settings.is_softmax else settings.options["mask_floor"]
     if not settings.is_softmax:
         _refuse_without_plan(settings, call)
         if length == size:
@@ -100,7 +100,7 @@ def _sinkhorn(settings: Settings, call: _Call) -> tuple[Tensor, Tensor | None]:
             if known is None and call.mask is not None:
                 layers.warn_in_doubt(module)
             same = bool(known)
-    mask, ids = masks.for_sinkhorn(call.mask, call.bias, call.query, call.key, call.causal, same)
+    mask, ids = masks.for_sinkhorn(call.mask, call.bias, call.query, call.key, call.causal, same, low)
     given = settings.options | ids | {"scale": call.scaling, "enable_gqa": call.key.shape[1] != call.query.shape[1]}
     output = sinkhorn_attention(call.query, call.key, call.value, mask, dropout_p=call.dropout, **given)
     assert isinstance(output, Tensor)

@@ -97,7 +97,9 @@ def chosen(module: nn.Module) -> bool | None:
     return answer
 
 
-def is_causal_call(module: nn.Module, flag: bool, mask: Tensor | None, query: Tensor, size: int) -> bool:
+def is_causal_call(
+    module: nn.Module, flag: bool, mask: Tensor | None, query: Tensor, size: int, low: float | None
+) -> bool:
     """Whether earlier queries of this call may see less than later ones, as decoders have it.
 
     The flag tells what the module is for; the mask, where its data may decide, what it does in this call: a decoder
@@ -112,7 +114,7 @@ def is_causal_call(module: nn.Module, flag: bool, mask: Tensor | None, query: Te
         return False
     if not can_decide(mask):
         return flag
-    seen = visible(mask, query.dtype)
+    seen = visible(mask, query.dtype, low)
     if length != size:
         return flag and bool((seen != seen[..., :1, :]).any())
     seen = seen & seen.any(-2, keepdim=True).transpose(-1, -2)  # padding on both sides: not seen is not there

@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_sinkhorn_attn.checks import without_data
-from torch_sinkhorn_attn.module_masks import as_float, both
+from torch_sinkhorn_attn.module_masks import as_float, both, forbidding
 from torch_sinkhorn_attn.problem import compute_dtype
-
-FORBIDDEN = -1e3  # a key whose every score gets this or less is forbidden: older models write -10000 for minus infinity
 
 
 class _Made(NamedTuple):
@@ -63,17 +61,15 @@ def same_for_all_queries(mask: Tensor) -> bool:
     return mask.ndim >= 2 and (mask.shape[-2] == 1 or mask.stride(-2) == 0)
 
 
-def visible(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bool, True where a mask of any kind keeps the pair, for scores of `dtype`."""
-    return mask if mask.dtype == torch.bool else forbidden_as_infinity(mask, dtype) > -torch.inf
+def visible(mask: Tensor, dtype: torch.dtype, low: float | None) -> Tensor:
+    """Bool, True where a mask of any kind keeps the pair, for scores of `dtype`. `low`: the functional's mask_floor."""
+    return mask if mask.dtype == torch.bool else forbidden_as_infinity(mask, dtype, low) > -torch.inf
 
 
-def forbidden_as_infinity(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def forbidden_as_infinity(mask: Tensor, dtype: torch.dtype, low: float | None) -> Tensor:
     """A float mask whose forbidden pairs, and no others, hold -inf: those at or below half the lowest value of its
-    dtype or of `dtype`, and whole columns of `FORBIDDEN` and less (a constant on a column is no constraint to a
-    balanced plan: its potential takes it up)."""
-    mask = as_float(mask, mask.dtype, compute_dtype(dtype))
-    return mask.masked_fill((mask <= FORBIDDEN).all(-2, keepdim=True), -torch.inf)
+    dtype or of `dtype`, and whole columns that are `low` (older models write -10000 for minus infinity)."""
+    return forbidding(as_float(mask, mask.dtype, compute_dtype(dtype)), low)
 
 
 def can_decide(mask: Tensor) -> bool:
@@ -89,24 +85,31 @@ def for_softmax(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def for_sinkhorn(
-    mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, causal: bool, same: bool
+    mask: Tensor | None,
+    bias: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    same: bool,
+    low: float | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The mask of the scores, and padding as inactive ids where all queries see the same keys, which takes no L x S
-    memory. In self-attention (`same`) padded keys are padded queries. `causal`: what a missing mask means."""
+    memory. In self-attention (`same`) padded keys are padded queries. `causal`: what a missing mask means;
+    `low`: the mask_floor that applies."""
     num, length, size = query.shape[0], query.shape[-2], key.shape[-2]
     ids = {}
     if mask is None and causal and length > 1:  # a model that leaves it to the flag; sinkhorn_mask never does
         mask = torch.ones(length, size, dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.ndim == 4 and mask.shape[1] == 1 and length > 1 and same_for_all_queries(mask):
         row = mask[:, :, :1]
-        seen = visible(row, query.dtype)
+        seen = visible(row, query.dtype, low)
         key_ids = seen[:, 0, 0].expand(num, size).long() - 1
         ids = {"key_segment_ids": key_ids, "query_segment_ids": key_ids if same else key_ids.new_zeros(num, length)}
         made = _made(mask)
         plain = mask.dtype == torch.bool or (made is not None and made.only_padding)
         mask = None if plain else row.masked_fill(~seen, 0.0)
     elif mask is not None:
-        mask = mask if mask.dtype == torch.bool else forbidden_as_infinity(mask, query.dtype)
+        mask = mask if mask.dtype == torch.bool else forbidden_as_infinity(mask, query.dtype, low)
         if same:
             seen = mask if mask.dtype == torch.bool else mask > -torch.inf
             mask = both(seen.any(-2, keepdim=True).transpose(-1, -2), mask)

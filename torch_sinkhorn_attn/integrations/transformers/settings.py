@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from torch_sinkhorn_attn import data_checks
-from torch_sinkhorn_attn.argument_checks import is_softmax, plain_relaxation, solver
+from torch_sinkhorn_attn.argument_checks import floor, is_softmax, plain_relaxation, solver
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention
 
 OPTIONS = (
     "epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "tolerance", "over_relaxation",
-    "gradient", "engine",
+    "gradient", "mask_floor", "engine",
 )  # fmt: skip
 _CAUSAL = ("error", "softmax")
 _CROSS = ("sinkhorn", "softmax")
@@ -74,6 +74,7 @@ def checked(
         given["tail_iters"], given["tolerance"], given["over_relaxation"], given["gradient"], given["engine"],
     )  # fmt: skip
     data_checks.check_dustbin_scores(dustbin)
+    given["mask_floor"] = floor(given["mask_floor"])
     given["relaxation"] = plain_relaxation(given["relaxation"])
     if cross_attention is None:
         cross_attention = "softmax" if causal == "softmax" else "sinkhorn"
