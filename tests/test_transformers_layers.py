@@ -72,15 +72,15 @@ BAND = SHOWN.tril(1).triu(-1)
 SYMMETRIC = {"everything": SHOWN, "padding": PADDED, "band": BAND, "band and padding": BAND & PADDED}
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "-inf", "-1e4"])
-@pytest.mark.parametrize("name", SYMMETRIC)
+@pytest.mark.parametrize(
+    ("name", "kind"),  # -10000 for single pairs is a bias, which the potentials of a narrow band may take up
+    [*((name, kind) for name in SYMMETRIC for kind in ("bool", "float", "-inf")), ("padding", "-1e4")],
+)
 def test_a_decoder_whose_mask_hides_nothing_of_the_future_is_not_causal(name: str, kind: str) -> None:
     q, k, v = torch.randn(3, 2, 4, 6, 8, dtype=D)
     keep = SYMMETRIC[name]
     low = {"float": torch.finfo(D).min, "-inf": -torch.inf, "-1e4": -1e4}
     mask = keep if kind == "bool" else torch.zeros(keep.shape, dtype=D).masked_fill(~keep, low[kind])
-    if kind == "-1e4" and "band" in name:
-        pytest.skip("-10000 for single pairs is a bias, which the potentials of a narrow band may take up")
     active = keep.any(-2, keepdim=True)
     truth = sinkhorn_attention(q, k, v, keep & active.transpose(-1, -2))
     for implementation in ("sinkhorn", "sinkhorn_mixed"):

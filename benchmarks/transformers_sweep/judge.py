@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.transformers_sweep.shrink import PATCH
 from torch_sinkhorn_attn import register_transformers, transformers_report
 
 LENGTH, REAL = 7, 5
@@ -17,7 +18,10 @@ FIRST_ID = 10  # of ordinary tokens
 PLAIN, MIXED, SOFTMAX, NONE = "sinkhorn", "sinkhorn_mixed", "sinkhorn_softmax", "sinkhorn_none"
 _NEITHER = ("input_features", "input_values", "audio_mel", "codebook_idx", "past_values", "noise_embeds", "spectrogram",
             "state", "states", "token_index", "audio_values")  # fmt: skip
-_BY_TOKEN = ("input_ids", "attention_mask", "bbox", "token_type_ids")
+_BY_TOKEN = {  # by the mask that pads
+    "attention_mask": ("input_ids", "attention_mask", "bbox"),
+    "pixel_attention_mask": ("pixel_values", "pixel_attention_mask"),
+}
 _OUTPUTS = ("last_hidden_state", "encoder_last_hidden_state", "text_embeds", "image_embeds")
 Inputs = dict[str, Tensor]
 
@@ -113,6 +117,11 @@ def _candidates(model: nn.Module, config: Any, dtype: torch.dtype) -> list[Input
         text["attention_mask"] = padding
     if "bbox" in takes:
         text["bbox"] = (torch.arange(2 * LENGTH * 4) % 20).view(2, LENGTH, 4).sort(-1).values
+    if "visual_feats" in takes:
+        text |= {
+            "visual_feats": torch.ones(2, 3, config.visual_feat_dim, dtype=dtype),
+            "visual_pos": torch.rand(2, 3, 4),
+        }
     decoder = {"decoder_input_ids": ids[:, :4] + 20} if "decoder_input_ids" in takes else {}
     pictures = []
     if "pixel_values" in takes:
@@ -123,6 +132,16 @@ def _candidates(model: nn.Module, config: Any, dtype: torch.dtype) -> list[Input
             found += [text | decoder, text] if decoder else [text]
         found += [text | decoder | picture for picture in pictures]
     found += [picture | decoder for picture in pictures]
+    if "spatial_shapes" in takes and "pixel_attention_mask" in takes:  # of 4 x 4 and of 3 x 4 patches
+        patches = torch.rand(2, 16, 3 * getattr(config, "vision_config", config).patch_size ** 2, dtype=dtype)
+        mask = (torch.arange(16) < torch.tensor([[16], [12]])).long()
+        shapes = torch.tensor([[4, 4], [3, 4]])
+        found.append({"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes})
+    if "grid_thw" in takes:  # two pictures of 4 x 4 patches, one after the other
+        size = getattr(config, "patch_size", PATCH) ** 2 * getattr(config, "temporal_patch_size", 1)
+        patches = torch.rand(32, size * (getattr(config, "in_channels", None) or 3), dtype=dtype)
+        name = "hidden_states" if "hidden_states" in takes else "pixel_values"
+        found.append({name: patches, "grid_thw": torch.tensor([[1, 4, 4]] * 2)})
     return found
 
 
@@ -131,7 +150,7 @@ def _pictures(config: Any, dtype: torch.dtype) -> list[Tensor]:
     visual = visual if not isinstance(visual, dict) else config
     size = getattr(visual, "image_size", None) or getattr(config, "image_size", None) or 32
     if getattr(config, "backbone_config", None) is not None:
-        size = max(size, 128) if isinstance(size, int) else 128  # a backbone leaves a 32nd of it
+        size = max(size, 256) if isinstance(size, int) else 256  # a backbone leaves a 64th of it
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(visual, "num_channels", None) or getattr(visual, "in_channels", None) or 3
     channels = channels if isinstance(channels, int) else 3
@@ -154,32 +173,46 @@ def _outputs(model: Any, inputs: Inputs) -> dict[str, Tensor]:
 
 def _alone(inputs: Inputs) -> Inputs:
     """The second element of the batch without its padding."""
-    return {k: v[1:, :REAL] if k in _BY_TOKEN else v[1:] for k, v in inputs.items()}
+    names, _, real = _padding(inputs)
+    return {k: v[1:, :real] if k in names else v[len(v) // 2 :] for k, v in inputs.items()}
+
+
+def _padding(inputs: Inputs) -> tuple[tuple[str, ...], int, int]:
+    """The inputs that have a place for each token, of how many tokens, and of how many in the second element."""
+    for name, names in _BY_TOKEN.items():
+        if name in inputs:
+            return names, inputs[name].shape[1], int(inputs[name][1].sum())
+    return (), 0, 0
 
 
 def _padded_minus_unpadded(model: nn.Module, inputs: Inputs, padded: dict[str, Tensor]) -> float:
     """Relative to the outputs' own size."""
     alone = _outputs(model, _alone(inputs))
     return max(
-        (_relative(_real(padded[k][1:], alone[k].shape[1], inputs), alone[k]) for k in padded if k in alone),
+        (
+            _relative(_real(padded[k][len(padded[k]) // 2 :], alone[k].shape[1], inputs), alone[k])
+            for k in padded
+            if k in alone
+        ),
         default=0.0,
     )
 
 
 def _real(x: Tensor, length: int, inputs: Inputs) -> Tensor:
-    """Without the tokens that are padding, wherever the outputs are one for one of the tokens, or more."""
-    if "attention_mask" not in inputs or x.shape[1] == length:
-        return x
-    return torch.cat([x[:, :REAL], x[:, LENGTH:]], 1)
+    """Without the tokens that are padding, unless it has the `length` without: outputs have one place for each token,
+    or more."""
+    _, tokens, real = _padding(inputs)
+    return x if x.shape[1] == length or not tokens else torch.cat([x[:, :real], x[:, tokens:]], 1)
 
 
 def _distance(found: dict[str, Tensor], truth: dict[str, Tensor], inputs: Inputs) -> float:
-    padded = "attention_mask" in inputs
+    _, tokens, _ = _padding(inputs)
     worst = 0.0
     for key, x in truth.items():
         y = found[key]
-        by_token = padded and x.dim() > 2 and x.shape[1] >= LENGTH
-        pairs = [(y[:1], x[:1]), (_real(y[1:], 0, inputs), _real(x[1:], 0, inputs))] if by_token else [(y, x)]
+        pairs = [(y, x)]
+        if tokens and x.dim() > 2 and x.shape[1] >= tokens:
+            pairs = [(y[:1], x[:1]), (_real(y[1:], 0, inputs), _real(x[1:], 0, inputs))]
         worst = max(worst, *(_relative(a, b) for a, b in pairs))
     return worst
 

@@ -10,8 +10,10 @@ FIRST_SPECIAL = 100  # special tokens of a large vocabulary move here
 _KEPT = ("num_feat_extract_layers", "num_conv_layers")
 _KEY_HEADS = re.compile(r"(key_value_heads|kv_heads)$")
 _IDS = re.compile(r"(_token_id|_token_index|_id)$")
+_WINDOWS = r"(window_size|attention_window|local_attention|sliding_window|block_size)$"
 _INTEGERS: tuple[tuple[str, int], ...] = (
     (r"image_embedding_size$", IMAGE // PATCH),
+    (r"num_pos_feats$", HIDDEN // 2),
     (r"(num_global_key_value_heads|key_value_heads|kv_heads|kv_n_heads|num_kv|multi_query_group_num)", 2),
     (r"(rotary_dim|qk_rope_head_dim|qk_nope_head_dim|index_head_dim)$", 4),
     (r"(head_dim|d_kv|attention_head_size|kv_channels|d_head|head_size|kv_lora_rank|q_lora_rank)$", HIDDEN // HEADS),
@@ -28,7 +30,7 @@ _INTEGERS: tuple[tuple[str, int], ...] = (
      r"|output_channels)", HIDDEN),
     (r"(image_size|img_size|input_size|resolution|max_img)$", IMAGE),
     (r"(patch_size|tile_size)$", PATCH),
-    (r"(window_size|attention_window|local_attention|sliding_window|block_size)$", WINDOW),
+    (_WINDOWS, WINDOW),
     (r"(max_position_embeddings|n_positions|max_length|seq_length|max_sequence_length|max_seq_len)$", 128),
     (r"(num_attention_layers|num_frames)$", 2),
 )  # fmt: skip
@@ -46,6 +48,7 @@ _GIVEN: dict[str, dict[str, Any]] = {  # what no rule by name finds
     "dab-detr": {"backbone_config": _RESNET_LAST, "use_timm_backbone": False, "backbone": None},
     "table-transformer": {"backbone_config": _RESNET_LAST, "use_timm_backbone": False, "backbone": None},
     "deformable_detr": {"backbone_config": _RESNET, "use_timm_backbone": False, "backbone": None},
+    "lilt": {"hidden_size": 48},
     "swin": _SWIN,
     "donut-swin": _SWIN,
     "maskformer-swin": _SWIN,
@@ -67,6 +70,8 @@ def _shrunk(fields: dict[str, Any], config: Any, specials: dict[str, int]) -> di
             sub = getattr(config, name, None)
             kept = {k: value[k] for k in ("model_type",) if k in value}
             out[name] = kept | _shrunk(value, sub, specials)
+        elif isinstance(value, dict) and "mrope_section" in value:
+            out[name] = value | {"mrope_section": [2, 1, 1]}  # half of the head's dimensions
         elif name == "head_dim" and value is None:
             out[name] = HIDDEN // HEADS
         elif isinstance(value, bool) or value is None or name in _KEPT:
@@ -93,6 +98,8 @@ def _integer(name: str, value: int, large: int, specials: dict[str, int]) -> int
         return specials.setdefault(name, FIRST_SPECIAL + len(specials) % (VOCABULARY - FIRST_SPECIAL))
     for pattern, small_value in _INTEGERS:
         if re.search(pattern, name):
+            if pattern == _WINDOWS and value >= 100:  # in pixels
+                return IMAGE
             return min(value, small_value) if value > 0 else None
     return None
 
