@@ -149,6 +149,51 @@ def test_causal_decoders_are_softmax_on_request() -> None:
     assert torch.allclose(weights, eager, atol=1e-6)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_caches_of_a_softmax_decoder(cache: str) -> None:
+    given = {"attention_mask": PADDING.flip(1), "max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
+    found, truth = (
+        build(hf.LlamaForCausalLM, LLAMA, kind).generate(IDS.flip(1), **given) for kind in ("sinkhorn_mixed", "sdpa")
+    )
+    assert torch.equal(found, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_softmax_decoders_in_half_precision(dtype: torch.dtype) -> None:
+    found, truth = (
+        build(hf.LlamaForCausalLM, LLAMA, kind).to(dtype)(IDS, attention_mask=PADDING).logits
+        for kind in ("sinkhorn_mixed", "sdpa")
+    )
+    assert torch.equal(found, truth)
+
+
+def test_softmax_decoders_compile_without_graph_breaks() -> None:
+    model = build(hf.LlamaForCausalLM, LLAMA, "sinkhorn_mixed")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        found, truth = (m(IDS, attention_mask=PADDING, use_cache=False).logits for m in (compiled, model))
+    assert torch.allclose(found, truth, atol=1e-12)
+
+
+def test_a_decoder_used_in_both_directions_is_sinkhorn() -> None:
+    model = build(hf.LlamaModel, LLAMA, "sinkhorn")
+    shown = ((PADDING[:, None, :, None] & PADDING[:, None, None, :]) == 1).expand(2, 1, 7, 7)
+    out = model(IDS, attention_mask=shown)[0]
+    alone = model(IDS[1:, :5], attention_mask=shown[1:, :, :5, :5])[0]
+    assert torch.allclose(out[1, :5], alone[0], atol=1e-12)
+    assert len(transformers_report(model, IDS, attention_mask=shown).sinkhorn) == 2
+
+
+def test_finite_minus_infinities_are_biases_on_request() -> None:
+    q, k, v = torch.randn(3, 2, 4, 6, 8, dtype=D)
+    mask = torch.zeros(1, 1, 6, 6, dtype=D).masked_fill(~PADDED, -1e4)
+    register_transformers("sinkhorn_biased", mask_floor=None)
+    truth = sinkhorn_attention(q, k, v)  # the potentials take them up
+    assert isinstance(truth, Tensor)
+    assert torch.allclose(attend(nn.Module(), q, k, v, mask, name="sinkhorn_biased"), truth, atol=1e-9)
+    assert (attend(nn.Module(), q, k, v, mask)[:, :, 4:] == 0).all()
+
+
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_encoders_are_sinkhorn_beside_softmax_decoders(name: str) -> None:
     cls, config, inputs = SEQ2SEQ[name]

@@ -63,6 +63,7 @@ def register_transformers(
         TypeError, ValueError: for a wrong name or option, before anything is registered; and from the model, where it
             asks for what this attention does not compute (soft-capping, attention sinks).
 
+    >>> import torch
     >>> register_transformers("sinkhorn", epsilon=0.5)
     >>> from transformers import ViTConfig, ViTModel
     >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
