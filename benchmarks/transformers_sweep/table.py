@@ -61,16 +61,16 @@ def page(rows: list[Row], version: str) -> str:
     for title, belongs in groups:
         here = [row for row in left if belongs(row)]
         left = [row for row in left if not belongs(row)]
-        counts.append(f"{len(here)}: {title[0].lower() + title[1:]}")
+        counts.append(f"{len(here)}: {title}")
         if title.startswith("No attention"):
             parts.append(f"## {title} ({len(here)})\n\n{', '.join(row['model'] for row in here)}.\n")
         else:
             parts.append(f"## {title} ({len(here)})\n\n{_table(here, sentences)}\n")
-    faults = [f"{row['model']} ({faults(row)})" for row in judged if faults(row)]
+    wrong = [f"{row['model']} ({faults(row)})" for row in judged if faults(row)]
     summary = f"{len(judged)} of {len(rows)} were judged ({'; '.join(counts)}).\n"
     summary += (
-        f"Where eager attention holds and Sinkhorn attention does not: {', '.join(faults)}."
-        if faults
+        f"Where eager attention holds and Sinkhorn attention does not: {', '.join(wrong)}."
+        if wrong
         else "There is none for which eager attention gives padded = unpadded and Sinkhorn attention does not."
     )
     listed = "\n".join(f"{n}. {sentence}" for sentence, n in sentences.items())
@@ -130,7 +130,8 @@ def faults(row: Row) -> str:
     found += [
         f"{kind} {_number(x)}" for kind, x in row.get("minus eager", {}).items() if kind != MIXED and not x <= 1e-4
     ]
-    found += [f"{kind}: {e}" for kind, e in row.get("refused", {}).items() if kind in (MIXED, NONE)]
+    # A refusal is no fault, but where every layer is switched off there is nothing to refuse.
+    found += [f"{kind}: {e}" for kind, e in row.get("refused", {}).items() if kind == NONE]
     return ", ".join(dict.fromkeys(found))
 
 
