@@ -184,6 +184,21 @@ def test_a_decoder_used_in_both_directions_is_sinkhorn() -> None:
     assert len(transformers_report(model, IDS, attention_mask=shown).sinkhorn) == 2
 
 
+def test_fewer_keys_of_the_same_tokens_are_no_cross_attention() -> None:
+    """SegFormer's."""
+
+    class Reducing(nn.Module):
+        def forward(self, hidden_states: Tensor, height: int, width: int) -> None: ...
+
+    class Either(nn.Module):
+        def forward(self, hidden_states: Tensor, key_value_states: Tensor) -> None: ...
+
+    q, (k, v) = torch.randn(2, 4, 6, 8, dtype=D), torch.randn(2, 2, 4, 3, 8, dtype=D)
+    truth = {Reducing: sinkhorn_attention(q, k, v), Either: nn.functional.scaled_dot_product_attention(q, k, v)}
+    for kind, out in truth.items():
+        assert torch.allclose(attend(kind(), q, k, v, name="sinkhorn_mixed"), out, atol=1e-12)
+
+
 def test_finite_minus_infinities_are_biases_on_request() -> None:
     q, k, v = torch.randn(3, 2, 4, 6, 8, dtype=D)
     mask = torch.zeros(1, 1, 6, 6, dtype=D).masked_fill(~PADDED, -1e4)

@@ -83,8 +83,11 @@ def _reason_for_softmax(settings: Settings, call: _Call) -> str | None:
 
 
 def _is_cross(call: _Call) -> bool:
+    """Whether queries and keys come from different tokens. In doubt, numbers that differ decide; where there is none
+    they do not: SegFormer's keys are fewer, but made of the queries' tokens."""
     length, size = _lengths(call)
-    return not call.flag and (length != size or layers.is_self_attention(call.module) is False)
+    same = layers.is_self_attention(call.module)
+    return not call.flag and (same is False or (same is None and length != size))
 
 
 def _sinkhorn(settings: Settings, call: _Call) -> tuple[Tensor, Tensor | None]:
