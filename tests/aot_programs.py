@@ -29,9 +29,7 @@ def loops(topology: str) -> dict[str, Any]:
 
     def call(n: Any, x: Any) -> Any:
         block, row = pl.BlockSpec((512, 128), lambda i, n: (0, i)), pl.BlockSpec((8, 128), lambda i, n: (0, i))
-        grid = pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(4,), in_specs=[block], out_specs=[row, block]
-        )
+        grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(4,), in_specs=[block], out_specs=[row, block])
         shapes = [jax.ShapeDtypeStruct((size, 512), jnp.float32) for size in (8, 512)]
         with jax.named_scope("nested"):
             return pl.pallas_call(kernel, out_shape=shapes, grid_spec=grid, name="nested")(n, x)

@@ -12,7 +12,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import Dustbin, register_transformers, sinkhorn_attention
-from torch_sinkhorn_attn.integrations import transformers as integration
+from torch_sinkhorn_attn.integrations.transformers import attention as integration
+from torch_sinkhorn_attn.integrations.transformers.layers import is_self_attention
+from torch_sinkhorn_attn.integrations.transformers.masks import sinkhorn_mask
 
 D = torch.float64
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -273,15 +275,15 @@ def test_causal_decoders_are_refused_unless_softmax_or_relaxed() -> None:
 
 def test_a_causal_model_may_leave_the_mask_to_the_flag() -> None:
     """Ours never does: its mask function gives the mask that SDPA's leaves out."""
-    mask = integration.sinkhorn_mask(batch_size=2, q_length=5, kv_length=5)
-    assert mask is not None and torch.equal(mask[0, 0], torch.ones(5, 5, dtype=torch.bool).tril())
+    mask = sinkhorn_mask(batch_size=2, q_length=5, kv_length=5, dtype=D)
+    lowest = torch.full((5, 5), torch.finfo(D).min, dtype=D)
+    assert mask is not None and torch.equal(mask[0, 0], lowest.triu(1))
 
     class Causal(nn.Module):
         is_causal = True
 
     q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=D)
-    options = {"base_iters": 0, "tail_iters": 0, "relaxation": None, "dustbin": None}
-    found = integration.sinkhorn_attention_forward(options, Causal(), q, k, v)[0]
+    found = hf.AttentionInterface()["sinkhorn_softmax"](Causal(), q, k, v)[0]
     truth = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(found, truth.transpose(1, 2), atol=1e-12)
 
@@ -326,11 +328,17 @@ def test_modules_that_may_be_cross_attention_are_not_self_attention() -> None:
         def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None: ...
 
     modules = {Plain(): True, CrossAttention(): False, Either(False): True, Either(True): False, Encoder(): True,
-               Decoder(): False, Perceiver(): False}  # fmt: skip
+               Decoder(): False, Perceiver(): None}  # fmt: skip
     for module, same in modules.items():
-        assert integration._is_self_attention(module, masked=False) == same
+        assert is_self_attention(module) is same
+    attend, x = hf.AttentionInterface()["sinkhorn"], torch.randn(1, 2, 5, 4)
+    attend(Perceiver(), x, x, x)
+    mask = torch.tensor([True, True, True, False, False]).expand(1, 1, 5, 5)
     with pytest.warns(UserWarning, match="Perceiver may be self-attention or not, so its padded queries"):
-        assert not integration._is_self_attention(Perceiver(), masked=True)
+        out, _ = attend(Perceiver(), x, x, x, mask)
+    assert out.abs().amin((0, 2, 3)).min() > 0
+    out, _ = attend(Plain(), x, x, x, mask)
+    assert (out[:, 3:] == 0).all() and (out[:, :3] != 0).all()
 
 
 def test_what_is_not_computed_is_refused() -> None:
@@ -348,7 +356,12 @@ def test_what_is_not_computed_is_refused() -> None:
         (ValueError, "Dustbin row_score holds NaN", "mine", {"dustbin": Dustbin(torch.tensor(torch.nan), 0.0)}),
         (TypeError, "needs a name", "", {}),
         (TypeError, "needs a name", "a|b", {}),
-        (TypeError, "unknown option 'scale'; it takes epsilon", "mine", {"scale": 1.0}),
+        (
+            TypeError,
+            "unknown option 'scale'; it takes causal, cross_attention, layers, epsilon",
+            "mine",
+            {"scale": 1.0},
+        ),
         (ValueError, "epsilon=-1.0", "mine", {"epsilon": -1.0}),
         (TypeError, "dustbin must be a Dustbin", "mine", {"dustbin": True}),
         (ValueError, "base_iters=-1", "mine", {"base_iters": -1}),

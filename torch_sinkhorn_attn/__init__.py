@@ -5,7 +5,12 @@ from torch_sinkhorn_attn.checks import set_checks
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
-from torch_sinkhorn_attn.integrations.transformers import register_transformers
+from torch_sinkhorn_attn.integrations.transformers import (
+    TransformersReport,
+    choose_layers,
+    register_transformers,
+    transformers_report,
+)
 from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
 from torch_sinkhorn_attn.problem import SinkhornAux
 
@@ -17,11 +22,14 @@ __all__ = [
     "ReplacementReport",
     "SinkhornAux",
     "SinkhornMultiheadAttention",
+    "TransformersReport",
     "certify",
+    "choose_layers",
     "register_transformers",
     "replace_attention",
     "restore_attention",
     "set_checks",
     "sinkhorn_attention",
     "sinkhorn_plan",
+    "transformers_report",
 ]
