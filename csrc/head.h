@@ -168,6 +168,7 @@ class Head {
   void scores(const Block<T>& b, T* tile) const {
     constexpr int64_t W = kWidth<T>;
     matmul(tile, b.stride, query + b.row * width, width, 1, key_panels + b.col * d, d * W, W, b.rows, b.cols, d, false);
+    if (p.mask) add_mask(b, tile);  // first: what it holds off the support is nobody's
     if (b.ragged) {
       for (int64_t i = 0; i < b.rows; ++i) {
         T* line = tile + i * b.stride;
@@ -181,7 +182,6 @@ class Head {
         std::fill(tile + i * b.stride + (m - b.col), tile + i * b.stride + b.cols, -kInf<T>);
     }
     if (b.row + b.rows > n) std::fill(tile + (n - b.row) * b.stride, tile + b.rows * b.stride, -kInf<T>);
-    if (p.mask) add_mask(b, tile);
   }
 
   // exp(S + u + v), from the scores in place; u [rows] and v [cols] are -inf on dead lines and on padding. What is
