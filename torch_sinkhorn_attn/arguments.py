@@ -145,9 +145,9 @@ def prepare(
     capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins, mass_dtype)
     if look and not softmax_mode:
         data_checks.check_feasibility(
-            a, b, *capacities, support, scan, given.capacities,
+            a, b, *capacities, support, given.mask, scan, (*given.masses, *given.capacities),
             row_segment=row_segment, col_segment=col_segment, groups=groups, rho=o.rho,
-            full=not given.packed and o.window is None and given.mask is None, request=_request(o.window, given.mask),
+            banded=given.packed or o.window is not None, window=o.window, dtype=dtype,
         )  # fmt: skip
 
     problem = Problem(
@@ -260,11 +260,3 @@ def _without_inactive(
 def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """Two 32-bit words from torch's generator of the device, so that torch.manual_seed governs dropout."""
     return None if dropout_p == 0 else torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device)
-
-
-def _request(window: tuple[int, int] | None, mask: Tensor | None) -> str:
-    """The arguments that shape the support, for messages."""
-    parts = [] if window is None else [f"window={window}"]
-    if mask is not None:
-        parts.append("attn_mask")
-    return " with ".join(parts) if parts else "the support"
