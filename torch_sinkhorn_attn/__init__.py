@@ -7,7 +7,7 @@ from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
 from torch_sinkhorn_attn.integrations.transformers import register_transformers
 from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
-from torch_sinkhorn_attn.problem import SinkhornAux
+from torch_sinkhorn_attn.status import SinkhornAux, Status
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "ReplacementReport",
     "SinkhornAux",
     "SinkhornMultiheadAttention",
+    "Status",
     "certify",
     "register_transformers",
     "replace_attention",

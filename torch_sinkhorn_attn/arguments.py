@@ -16,6 +16,7 @@ from torch_sinkhorn_attn.argument_checks import constant, integers, number, pote
 from torch_sinkhorn_attn.checks import data_checks_enabled, without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import xla
+from torch_sinkhorn_attn.existence import Existence
 from torch_sinkhorn_attn.mask_scan import scan_mask
 from torch_sinkhorn_attn.masses import (
     Side,
@@ -62,6 +63,7 @@ class Prepared(NamedTuple):
     batch: torch.Size  # the user's leading dimensions, flattened to N
     dtype: torch.dtype  # of the output
     engine: str | None
+    existence: Existence | None  # None in softmax mode, which asks for no plan
 
     def unflatten(self, x: Tensor) -> Tensor:
         """`[N, ...]` back to `(..., ...)`."""
@@ -94,8 +96,10 @@ def prepare(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     engine: str | None = None,
+    check_data: bool = True,
 ) -> Prepared:
-    """Check and canonicalise; `value` is None when only the plan is wanted."""
+    """Check and canonicalise; `value` is None when only the plan is wanted, and without `check_data` no data is looked
+    at, whatever `set_checks` says."""
     query, key, value = tokens(query, key, value, enable_gqa)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
@@ -114,7 +118,7 @@ def prepare(
     )  # fmt: skip
     softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
     softmax_mode = softmax_mode and row_mass is None and col_mass is None
-    look = data_checks_enabled(query, key, value, *given.tensors())
+    look = check_data and data_checks_enabled(query, key, value, *given.tensors())
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
         data_checks.check_lengths(given.lengths[1], "key_lengths", size)
@@ -143,12 +147,14 @@ def prepare(
     cols = Side(given.masses[1], col_active, col_segment)
     a, b = marginal_masses(rows, cols, groups, dustbin, mass_dtype)
     capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins, mass_dtype)
-    if look and not softmax_mode:
-        data_checks.check_feasibility(
-            a, b, *capacities, support, given.mask, scan, (*given.masses, *given.capacities),
-            row_segment=row_segment, col_segment=col_segment, groups=groups, rho=o.rho,
-            banded=given.packed or o.window is not None, window=o.window, dtype=dtype,
+    existence = None
+    if not softmax_mode:
+        existence = Existence(
+            rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, o.rho,
+            given.packed or o.window is not None, o.window, dtype,
         )  # fmt: skip
+        if look:
+            existence.check((a, b), capacities)
 
     problem = Problem(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
@@ -171,7 +177,7 @@ def prepare(
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if query.device.type == "xla" and not torch.compiler.is_compiling() and not without_data(query):
         inputs = inputs._replace(query=xla.placed(inputs.query, query))
-    return Prepared(inputs, problem, batch, query.dtype, engine)
+    return Prepared(inputs, problem, batch, query.dtype, engine, existence)
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side

@@ -106,10 +106,11 @@ def check_feasibility(
     banded: bool,
     window: tuple[int, int] | None,
     dtype: torch.dtype,
+    first: tuple[int, int] = (0, 0),
 ) -> None:
     """Totals, capacities and the support, for masses a [N, H, L], b [N, H, S] and capacities [N, H, G]. `given` are the
-    user's masses and capacities, two each; `banded` says that the intervals do not hold all pairs of active tokens, and
-    `dtype` is that in which the mask is added."""
+    user's masses and capacities, two each; `banded` says that the intervals do not hold all pairs of active tokens,
+    `dtype` is that in which the mask is added, and messages count from batch element and head `first`."""
     rows = None if row_segment is None else row_segment.cpu()[:, None]
     cols = None if col_segment is None else col_segment.cpu()[:, None]
     a, b = a.cpu().double(), b.cpu().double()
@@ -130,7 +131,7 @@ def check_feasibility(
     m = feasibility.Marginals(
         a, b, lo.cpu().expand(a.shape), hi.cpu().expand(a.shape), covered.cpu().expand(b.shape),
         feasibility.Request(window, mask is not None, given[0] is not None or given[1] is not None),
-        rows, cols, groups, feasibility.rounding_of(*given[:2]),
+        rows, cols, groups, feasibility.rounding_of(*given[:2]), first,
     )  # fmt: skip
     masked = None
     if mask is not None:

@@ -57,6 +57,10 @@ class Marginals(NamedTuple):
     col_segment: Tensor | None = None
     groups: int = 1
     rounding: float = SLACK_TOLERANCE  # relative, of the masses given: by this the totals of a component may differ
+    first: tuple[int, int] = (0, 0)  # batch element and head counted from, in messages
+
+    def where(self, n: int, h: int) -> str:
+        return f"batch {n + self.first[0]}, head {h + self.first[1]}"
 
 
 def totals_tolerance(*masses: Tensor | None) -> float:
@@ -87,13 +91,13 @@ def check_lines(m: Marginals) -> None:
     if bare_rows.any():
         n, h, i = bare_rows.nonzero()[0].tolist()
         raise ValueError(
-            f"{m.request} leaves query {i} (batch {n}, head {h}) without any key. Ways out: {m.request.ways_out()}."
+            f"{m.request} leaves query {i} ({m.where(n, h)}) without any key. Ways out: {m.request.ways_out()}."
         )
     bare_cols = (m.col_mass > 0) & ~m.col_covered
     if bare_cols.any():
         n, h, j = bare_cols.nonzero()[0].tolist()
         raise ValueError(
-            f"{m.request} leaves key {j} (batch {n}, head {h}) uncovered by any query, but a balanced plan must use "
+            f"{m.request} leaves key {j} ({m.where(n, h)}) uncovered by any query, but a balanced plan must use "
             f"its mass. Ways out: {m.request.ways_out()}."
         )
 
@@ -195,7 +199,7 @@ def refusal(
         else ""
     )
     return (
-        f"{m.request} has no balanced plan that is positive on its support (batch {n}, head {h}): {why}.{forced} "
+        f"{m.request} has no balanced plan that is positive on its support ({m.where(n, h)}): {why}.{forced} "
         f"Ways out: {m.request.ways_out()}."
     )
 
@@ -225,7 +229,7 @@ def check_dustbin(m: Marginals, needed: Tensor, flow: Tensor, tolerance: Tensor)
         n, h, g = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"Dustbin capacities leave {needed[n, h, g]:.6g} of mass to real pairs, but {m.request} can carry "
-            f"{flow[n, h, g]:.6g} at most (batch {n}, head {h}, segment {g}), and the plan must stay below that: raise "
+            f"{flow[n, h, g]:.6g} at most ({m.where(n, h)}, segment {g}), and the plan must stay below that: raise "
             "row_capacity and col_capacity together, or allow more pairs."
         )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from torch_sinkhorn_attn import autograd, reference
 from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
+from torch_sinkhorn_attn.checks import without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
-from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux, full_precision
+from torch_sinkhorn_attn.problem import Potentials, Result, full_precision
+from torch_sinkhorn_attn.status import SinkhornAux
 
 
 def sinkhorn_attention(
@@ -151,9 +154,12 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
     row, col = result.potentials.row[-1], result.potentials.col[-1]
     detached = (x.detach() for x in (row, col, result.row_residual, result.col_residual))
     bins = (result.row_dustbin, result.col_dustbin) if has_dustbin else (None, None)
-    return SinkhornAux(
+    aux = SinkhornAux(
         *(prepared.unflatten(x) for x in detached), *(None if x is None else prepared.unflatten(x) for x in bins)
     )
+    if not torch.compiler.is_compiling() and not without_data(row):
+        aux.existence = prepared.existence
+    return aux
 
 
 def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:

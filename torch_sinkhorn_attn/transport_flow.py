@@ -120,10 +120,7 @@ class Flow:
         self.open = from_members([j for j, x in room.items() if x])  # columns with room left
         self.flow: dict[int, dict[int, int]] = {j: {} for j in room}  # by column, then row
         for i in sorted(excess, key=lambda i: graph.rows[i].bit_count()):
-            for j in members(graph.rows[i] & self.open) if self.excess[i] else ():
-                self._move([i], [j])
-                if not self.excess[i]:
-                    break
+            self._fill(i)
 
     def run(self) -> Cut | None:
         """Move as much as goes; the cut that stops it, if something is left."""
@@ -142,6 +139,21 @@ class Flow:
         """Once everything is moved: rows that fill the columns they reach, leaving them to no other row."""
         start = 1 << min(self.excess, key=lambda i: self.graph.rows[i].bit_count())  # for a small cut
         return self._closed(start, forward=True) or self._closed(start, forward=False)
+
+    def _fill(self, i: int) -> None:
+        """Move from a row straight to what it reaches."""
+        left, full = self.excess[i], 0
+        for j in members(self.graph.rows[i] & self.open) if left else ():
+            amount = min(left, self.room[j])
+            self.flow[j][i] = amount
+            left -= amount
+            self.room[j] -= amount
+            if not self.room[j]:
+                full |= 1 << j
+            if not left:
+                break
+        self.excess[i] = left
+        self.open &= ~full
 
     def _reach(self, rows: Sequence[int]) -> int:
         found = 0
