@@ -69,7 +69,7 @@ class Certificate:
     measured_bias: Tensor
     implicit_norm: Tensor
     status: Tensor
-    reasons: tuple[str, ...] = ()
+    reasons = ()  # no field: all of these are tensors
 
     @property
     def relative_bias(self) -> Tensor:
@@ -150,8 +150,9 @@ def certify(
         residuals = tuple(found[k].cpu().double() for k in (1, 3))
         status, reasons = judge(residuals, CONVERGED_WITHIN, prepared.existence, by_segment=packed)
         found = (*found, status.to(found[0].device))
-        shaped = [prepared.unflatten(x if packed else x[..., 0]) for x in found]
-        return Certificate(*shaped, reasons=tuple(reasons))
+        certificate = Certificate(*(prepared.unflatten(x if packed else x[..., 0]) for x in found))
+        object.__setattr__(certificate, "reasons", tuple(reasons))
+        return certificate
 
 
 class _Segments:
@@ -355,6 +356,6 @@ def _table(c: Certificate, most_rows: int = 24) -> str:
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
     text = "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
     text += f"\n... and {hidden} more" if hidden > 0 else ""
-    counts = [(status, int((c.status == status).sum())) for status in Status]
-    text += "\n" + ", ".join(f"{count} {status.words}" for status, count in counts if count)
-    return text + (f": {c.reasons[0]}" if c.reasons else "")
+    counts = [(status, int((c.status == status).sum())) for status in (Status.NO_PLAN, Status.NOT_CONVERGED)]
+    verdict = ", ".join(f"{status.words}: {count} of {c.status.numel()}" for status, count in counts if count)
+    return text + (f"\n{verdict}" if verdict else "") + (f". {c.reasons[0]}" if c.reasons else "")

@@ -74,9 +74,10 @@ class Existence(NamedTuple):
         )
         return self._replace(rows=rows, cols=cols)
 
-    def refusal(self, n: int, h: int, segment: int | None = None) -> str | None:
-        """Why one problem has no plan, or None. On the CPU."""
-        one = self.at(n, h)
+    def refusal(self, place: tuple[int, int] | None = None, segment: int | None = None) -> str | None:
+        """Why some problem has no plan, or that of one batch element and head (and segment); None if all have one. On
+        the CPU."""
+        one = self if place is None else self.at(*place)
         if segment is not None:
             one = one.only(segment)
         try:
@@ -84,7 +85,7 @@ class Existence(NamedTuple):
                 data_checks.check_positive_mass(name, side.given, side.active)
             masses = one.masses()
             capacities = dustbin_capacities(one.capacities, *masses, one.rows, one.cols, one.bins, torch.float64)
-            one.check(masses, capacities, (n, h))
+            one.check(masses, capacities, place or (0, 0))
         except ValueError as error:
             return str(error)
         return None

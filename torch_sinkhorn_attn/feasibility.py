@@ -189,9 +189,11 @@ def refusal(
     if apart:
         why = f"{queries} and {keys} reach only each other, but hold mass {held:.6g} and {room:.6g}"
     elif by_keys:
-        why = f"{keys} hold mass {room:.6g} but are reached by {queries} of mass {held:.6g} only"
+        hold, are = ("holds", "is") if int(cols.sum()) == 1 else ("hold", "are")
+        why = f"{keys} {hold} mass {room:.6g} but {are} reached by {queries} of mass {held:.6g} only"
     else:
-        why = f"{queries} hold mass {held:.6g} but reach {keys} of mass {room:.6g} only"
+        hold, reach = ("holds", "reaches") if int(rows.sum()) == 1 else ("hold", "reach")
+        why = f"{queries} {hold} mass {held:.6g} but {reach} {keys} of mass {room:.6g} only"
     forced = (
         " Equal masses force a block (the identity, for a causal or one-sided support) and leave the rest of the "
         "support empty: the iteration would crawl towards it with diverging potentials."

@@ -20,8 +20,8 @@ class Status(IntEnum):
 
     CONVERGED: no marginal that is enforced is off by more than the tolerance.
     NOT_CONVERGED: some is. More iterations help.
-    NO_PLAN: some is, and no number of iterations will help: no plan with these masses is positive on the support, and
-        the potentials grow without end.
+    NO_PLAN: no plan with these masses is positive on the support, so the potentials grow without end, whatever the
+        residuals are by now. More iterations do not help.
     RELAXED: no marginal is enforced, so residuals tell nothing.
     """
 
@@ -67,9 +67,8 @@ class SinkhornAux(_Fields):
         """`(..., H)` int8 on the CPU: a `Status` for each batch element and head.
 
         A marginal counts as met within `within` times the mean mass of an active token (of the whole problem's, when
-        packed). Where it is not, whether a plan exists at all is decided as before an eager CPU call (see
-        `set_checks`); this looks at data, on accelerators too, but only when asked, and only for what has not
-        converged.
+        packed). Whether a plan exists at all is decided as before an eager CPU call (see `set_checks`); this looks at
+        data, on accelerators too, but only when asked.
 
         Args:
             within: relative, positive.
@@ -148,14 +147,12 @@ def judge(
     for error, mass, needed in zip(residuals, typical, enforced, strict=True):
         met &= (error <= within * mass) | (not needed)
     found = torch.where(met, Status.CONVERGED, Status.NOT_CONVERGED).to(torch.int8)
-    reasons = []
-    for n, h in (~met).any(-1).nonzero().tolist():
-        whole = existence.refusal(n, h)
-        if whole is None:
-            continue
-        for g in (~met[n, h]).nonzero()[:, 0].tolist():
-            reason = existence.refusal(n, h, g) if by_segment else whole
-            if reason is not None:
-                found[n, h, g] = Status.NO_PLAN
-                reasons.append(reason)
+    reasons: list[str] = []
+    if existence.refusal() is None:
+        return found, reasons
+    for n, h, g in torch.cartesian_prod(*(torch.arange(size) for size in found.shape)).tolist():
+        reason = existence.refusal((n, h), g if by_segment else None)
+        if reason is not None:
+            found[n, h, g] = Status.NO_PLAN
+            reasons.append(reason)
     return found, reasons
