@@ -118,7 +118,8 @@ def check_intervals(m: Marginals) -> None:
         n, h, i = bad.nonzero()[0].tolist()
         row, col = (torch.arange(x.shape[-1]) for x in (m.row_mass, m.col_mass))
         first_row, next_row, first_col, next_col = (
-            int(x[n, h, i]) for x in (spans.row_from, spans.row_to, spans.col_from, spans.col_to)
+            int(x[n, h, i if x.shape[-1] > 1 else 0])
+            for x in (spans.row_from, spans.row_to, spans.col_from, spans.col_to)
         )
         if not apart[n, h, i]:
             next_row = i + 1 if crowded[n, h, i] else i
@@ -131,7 +132,8 @@ def check_intervals(m: Marginals) -> None:
 
 
 class _Spans:
-    """Components of monotone intervals, and the cuts between a row and those before or after it: all `[N, H, L]`."""
+    """Components of monotone intervals, and the cuts between a row and those before or after it: `[N, H, L]`, or
+    `[N, H, 1]` for what all rows share."""
 
     def __init__(self, m: Marginals):
         self.m, (length, size) = m, (m.row_mass.shape[-1], m.col_mass.shape[-1])
@@ -141,9 +143,13 @@ class _Spans:
         hi_before = torch.nn.functional.pad(self.hi[..., :-1], (1, 0))
         self.begins = live & (cols_before.gather(-1, self.lo) >= cols_before.gather(-1, hi_before))
         index = torch.arange(length).expand(live.shape)
-        self.row_from = torch.where(self.begins, index, 0).cummax(-1).values
-        later = torch.where(self.begins, index, length)[..., 1:].flip(-1).cummin(-1).values.flip(-1)
-        self.row_to = torch.nn.functional.pad(later, (0, 1), value=length)
+        if bool((self.begins.sum(-1) <= 1).all()):  # one component each, in a fraction of the memory
+            self.row_from = self.begins.to(torch.uint8).argmax(-1, keepdim=True)
+            self.row_to = torch.full_like(self.row_from, length)
+        else:
+            self.row_from = torch.where(self.begins, index, 0).cummax(-1).values
+            later = torch.where(self.begins, index, length)[..., 1:].flip(-1).cummin(-1).values.flip(-1)
+            self.row_to = torch.nn.functional.pad(later, (0, 1), value=length)
         lo_or_end = torch.nn.functional.pad(self.lo, (0, 1), value=size)
         self.col_from, self.col_to = lo_or_end.gather(-1, self.row_from), lo_or_end.gather(-1, self.row_to)
         self.index, self.ends = index, rows_before[..., 1:] == rows_before.gather(-1, self.row_to)
