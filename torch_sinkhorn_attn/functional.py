@@ -101,7 +101,8 @@ def sinkhorn_attention(
             PyTorch on any device; all O(n + m) memory. "reference" is the dense definition. Derivatives beyond the
             first, and forward mode, are taken densely (L x S memory) on every engine; the implicit gradient has none,
             and programs of `torch.export` have no forward mode.
-        return_aux: also return `SinkhornAux` (its residuals cost one more pass).
+        return_aux: also return `SinkhornAux` (its residuals cost one more pass); its `verdict()` says in words whether
+            the plan has converged, or none exists.
 
     Returns:
         `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
@@ -110,8 +111,9 @@ def sinkhorn_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument with a wrong shape, device or value, or a problem without a plan that is
             positive on its support (unequal masses, a window that leaves keys uncovered, or allows more than the
-            identity but forces it). The message names the argument and a way out. Checks that must look at data follow
-            `set_checks`.
+            identity but forces it; any mask is decided, by a maximum flow, in whatever order its tokens are). The
+            message names the argument and a way out. Checks that must look at data follow `set_checks`; where they do
+            not run, `SinkhornAux.status` and `certify` tell afterwards.
 
     Examples:
         >>> import torch
