@@ -23,7 +23,7 @@ from torch_sinkhorn_attn import (
 )
 from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import tiled, tiles
-from torch_sinkhorn_attn.problem import SinkhornAux
+from torch_sinkhorn_attn.status import SinkhornAux
 
 D = torch.float64
 engines = pytest.mark.parametrize("engine", [*ENGINES, "reference"])

@@ -1,40 +1,55 @@
-"""The O(n) feasibility condition against linear programs, and its largest flow against a maximum-flow program."""
+"""Existence of a plan: against linear programs, all cuts, maximum flows, and in any order of the tokens."""
 
 from __future__ import annotations
 
+import cuts
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin, sinkhorn_plan
-from torch_sinkhorn_attn.feasibility import Marginals, check_interior, check_lines, greedy_flow, monotone_hull
+from torch_sinkhorn_attn import Dustbin, mask_feasibility, sinkhorn_attention, sinkhorn_plan, transport_flow
+from torch_sinkhorn_attn.bits import from_members, integers, members, packed, transposed
+from torch_sinkhorn_attn.exact_sums import ExactSums
+from torch_sinkhorn_attn.feasibility import Marginals, Request, check_intervals, interval_flow
 
 D = torch.float64
 
 
-def constraint_matrix(support: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column sums of a vector of the support's entries."""
-    rows, cols = support.nonzero(as_tuple=True)
-    count = len(rows)
-    a, b = np.zeros((support.shape[0], count)), np.zeros((support.shape[1], count))
-    a[rows.numpy(), range(count)] = 1
-    b[cols.numpy(), range(count)] = 1
-    return a, b
+def accepts(keep: Tensor, a: Tensor, b: Tensor, **options) -> bool:
+    """Whether the public function takes the mask and masses."""
+    x = torch.zeros(1, max(keep.shape), 2)
+    try:
+        sinkhorn_attention(
+            x[:, : len(a)], x[:, : len(b)], x[:, : len(b)], keep, row_mass=a, col_mass=b, base_iters=0, **options
+        )
+    except ValueError as error:
+        assert "no balanced plan" in str(error)
+        return False
+    return True
 
 
-def has_interior(support: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether some plan with these marginals is positive on the whole support: maximise its smallest entry."""
-    rows, cols = constraint_matrix(support)
-    count = rows.shape[1]
-    equal = np.hstack([np.vstack([rows, cols]), np.zeros((sum(support.shape), 1))])
-    at_least = np.hstack([-np.eye(count), np.ones((count, 1))])  # t <= x
-    result = linprog(
-        [0.0] * count + [-1.0], A_ub=at_least, b_ub=[0.0] * count, A_eq=equal,
-        b_eq=np.concatenate([a.numpy(), b.numpy()]), bounds=[(None, None)] * count + [(None, 1.0)],
-    )  # fmt: skip
-    return result.status == 0 and -result.fun > 1e-7
+@pytest.mark.parametrize("start", range(0, 120, 40))
+def test_masks_agree_with_linear_programs(start: int) -> None:
+    """Masses over twelve decades, ties, and rounded sums; `benchmarks/feasibility.py` tries thousands."""
+    found = []
+    for seed in range(start, start + 40):
+        _, keep, a, b = cuts.draw(seed, 5)
+        found.append(cuts.has_plan_by_programs(keep, a, b))
+        assert accepts(keep, a, b) == found[-1], seed
+    assert 3 < sum(found) < 37  # both outcomes are drawn
+
+
+@pytest.mark.parametrize("start", range(0, 300, 100))
+def test_masks_agree_with_all_cuts_in_any_order(start: int) -> None:
+    g = torch.Generator().manual_seed(start)
+    for seed in range(start, start + 100):
+        kind, keep, a, b = cuts.draw(seed)
+        rows, cols = (torch.randperm(n, generator=g) for n in keep.shape)
+        truth = cuts.has_plan_by_enumeration(keep, a, b)
+        assert accepts(keep, a, b) == truth, (seed, kind)
+        assert accepts(keep[rows][:, cols], a[rows], b[cols]) == truth, (seed, kind)
 
 
 def intervals(g: torch.Generator, n: int, m: int) -> tuple[Tensor, Tensor]:
@@ -45,55 +60,316 @@ def intervals(g: torch.Generator, n: int, m: int) -> tuple[Tensor, Tensor]:
     return lo, hi.cummax(0).values
 
 
-def marginals(a: Tensor, b: Tensor, lo: Tensor, hi: Tensor) -> Marginals:
-    column = torch.arange(len(b))
-    covered = ((column >= lo[:, None]) & (column < hi[:, None])).any(0)
-    return Marginals(*(x[None, None] for x in (a, b, lo, hi, covered)), "window=...")
-
-
-def accepts(m: Marginals) -> bool:
-    try:
-        check_lines(m)
-        check_interior(m)
-    except ValueError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("start", range(0, 300, 75))
-def test_condition_agrees_with_linear_programs(start: int) -> None:
-    """Integer masses make ties, the hard cases, common."""
-    feasible = 0
-    for seed in range(start, start + 75):
+@pytest.mark.parametrize("start", range(0, 900, 300))
+def test_intervals_and_masks_decide_alike(start: int) -> None:
+    """Monotone intervals are decided by sums in O(n); written as masks and shuffled, by flows. With idle tokens."""
+    found = []
+    for seed in range(start, start + 300):
         g = torch.Generator().manual_seed(seed)
-        n, m = (int(torch.randint(1, 7, (1,), generator=g)) for _ in range(2))
+        n, m = (int(torch.randint(1, 9, (1,), generator=g)) for _ in range(2))
         lo, hi = intervals(g, n, m)
-        a = torch.randint(1, 4, (n,), generator=g).to(D)
-        b = torch.randint(1, 4, (m,), generator=g).to(D)
-        if seed % 3:
-            b = b * a.sum() / b.sum()
-        else:  # equal totals in integers: move the difference to the longer end
-            a[-1] += max(0.0, float(b.sum() - a.sum()))
-            b[-1] += max(0.0, float(a.sum() - b.sum()))
-        column = torch.arange(m)
-        support = (column >= lo[:, None]) & (column < hi[:, None])
-        truth = has_interior(support, a, b)
-        feasible += truth
-        assert accepts(marginals(a, b, lo, hi)) == truth, (seed, lo, hi, a, b)
-    assert 8 < feasible < 67  # both outcomes are drawn
+        keep = (torch.arange(m) >= lo[:, None]) & (torch.arange(m) < hi[:, None])
+        a, b = cuts._masses(cuts.KINDS[seed % 5], keep, g)
+        live = keep & (a > 0)[:, None] & (b > 0)
+        if not (live.any(1) == (a > 0)).all() or not (live.any(0) == (b > 0)).all() or not live.any():
+            continue
+        m_ = Marginals(*(x[None, None] for x in (a, b, lo, hi, live.any(0))), Request((1, 1), False, True))
+        try:
+            check_intervals(m_)
+            found.append(True)
+        except ValueError:
+            found.append(False)
+        active = live.any(1).nonzero()[:, 0], live.any(0).nonzero()[:, 0]
+        rows, cols = (x[torch.randperm(len(x), generator=g)] for x in active)
+        assert accepts(live[rows][:, cols], a[rows], b[cols]) == found[-1], (seed, lo, hi, a, b)
+    assert 30 < sum(found) < len(found) - 30
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_greedy_flow_is_a_largest_flow(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(60))
+def test_largest_flows(seed: int) -> None:
+    """Along intervals by composed functions, along pairs by augmenting paths, and by a linear program."""
     g = torch.Generator().manual_seed(seed)
-    n, m = (int(torch.randint(1, 7, (1,), generator=g)) for _ in range(2))
+    n, m = (int(torch.randint(1, 9, (1,), generator=g)) for _ in range(2))
     lo, hi = intervals(g, n, m)
     a, b = torch.rand(n, generator=g, dtype=D), torch.rand(m, generator=g, dtype=D)
-    given = marginals(a, b, lo, hi)
-    column = torch.arange(m)
-    rows, cols = constraint_matrix((column >= lo[:, None]) & (column < hi[:, None]))
-    best = linprog(-np.ones(rows.shape[1]), A_ub=np.vstack([rows, cols]), b_ub=np.concatenate([a.numpy(), b.numpy()]))
-    assert abs(greedy_flow(given, *monotone_hull(given)).sum().item() + best.fun) < 1e-9
+    a[torch.rand(n, generator=g) < 0.2] = 0
+    keep = (torch.arange(m) >= lo[:, None]) & (torch.arange(m) < hi[:, None])
+    given = Marginals(*(x[None, None] for x in (a, b, lo, hi, keep.any(0))), Request((1, 1), False, True))
+    pairs = keep.nonzero()
+    matrix = np.zeros((n + m, len(pairs)))
+    matrix[pairs[:, 0], range(len(pairs))] = matrix[n + pairs[:, 1], range(len(pairs))] = 1
+    best = -linprog(-np.ones(len(pairs)), A_ub=matrix, b_ub=torch.cat([a, b]).numpy()).fun
+    assert abs(interval_flow(given).sum().item() - best) < 1e-9
+    rows = integers(*packed(keep))
+    row_mass, col_mass = transport_flow.dyadic(a.tolist(), b.tolist())
+    graph = transport_flow.Graph(rows, transposed(rows, m))
+    left = sum(x for _, x in transport_flow.left_over(graph, row_mass, col_mass))
+    unit = a.sum().item() / max(1, sum(row_mass))
+    assert abs((sum(row_mass) - left) * unit - best) < 1e-9
+
+
+def test_bits_of_a_matrix() -> None:
+    for n, m in ((1, 1), (3, 7), (5, 8), (9, 9), (64, 65), (2, 130)):
+        matrix = torch.rand(n, m) < 0.5
+        rows = integers(*packed(matrix))
+        assert [list(members(row)) for row in rows] == [row.nonzero()[:, 0].tolist() for row in matrix]
+        assert transposed(rows, m) == integers(*packed(matrix.T)) == [
+            from_members(col.nonzero()[:, 0].tolist()) for col in matrix.T
+        ]  # fmt: skip
+
+
+def test_sums_are_exact() -> None:
+    """Over a dozen decades, and where float64 loses the small ones."""
+    a = torch.tensor([[[1.0, 1e-14, 3.0, 1e-13]]], dtype=D)
+    sums = ExactSums(a, a.flip(-1))
+    at = torch.tensor([[[1]]])
+    assert float(sums.between(at, at + 1) * sums.unit) == pytest.approx(1e-14, rel=1e-6)
+    whole = torch.tensor([[[0]]]), torch.tensor([[[4]]])
+    assert float(sums.excess(whole, whole)) == 0.0
+    shifted = sums.excess((at * 0, at + 1), (at + 1, at + 3))  # 1 + 1e-14 against 1e-14 + 1
+    assert float(shifted) == 0.0
+
+
+def band(n: int, width: int) -> Tensor:
+    i = torch.arange(n)
+    return (i[:, None] - i).abs() <= width
+
+
+@pytest.mark.parametrize("mass", [1e-12, 1e-6, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_one_light_token_is_no_tie(mass: float, dtype: torch.dtype) -> None:
+    """Slack of one token is small against the total, and large against nothing."""
+    n = 8
+    x = torch.randn(1, 1, n, 4, dtype=dtype)
+    for place in (0, 3, n - 1):
+        a = torch.ones(n, dtype=dtype)
+        a[place] = mass
+        shuffle = torch.randperm(n)
+        for options in (
+            {"attn_mask": torch.ones(n, n, dtype=torch.bool)},
+            {"attn_mask": torch.zeros(n, n, dtype=dtype)},
+            {"attn_mask": band(n, 3)},
+            {"window": (3, 3)},
+            {"window": (3, 3), "attn_mask": torch.ones(n, n, dtype=torch.bool)},
+        ):
+            plan = sinkhorn_plan(x, x, row_mass=a, col_mass=a, base_iters=600, **options)
+            assert torch.allclose(plan.sum(-2)[0, 0], a, atol=1e-4)
+        plan = sinkhorn_plan(x, x, band(n, 3)[shuffle][:, shuffle], row_mass=a[shuffle], col_mass=a[shuffle])
+        assert torch.isfinite(plan).all()
+
+
+def test_a_tie_is_a_tie_whichever_way_its_sums_were_rounded() -> None:
+    """0.1 + 0.2 against 0.3, either more or less by a unit in the last place: nothing is left for the second query."""
+    keep = torch.tensor([[True, True, False], [True, True, True]])
+    for first in (0.3, 0.1 + 0.2):
+        a, b = torch.tensor([first, 1.0], dtype=D), torch.tensor([0.1, 0.2, 1.0], dtype=D)
+        assert (
+            not accepts(keep, a, b) and not accepts(keep.T, b, a) and not accepts(keep.flip(0, 1), a.flip(0), b.flip(0))
+        )
+        assert accepts(keep, torch.tensor([first - 1e-13, 1 + 1e-13], dtype=D), b)
+        apart = torch.tensor([[True, True, False], [False, False, True]])
+        assert accepts(apart, a, b) and not accepts(apart, torch.tensor([first - 1e-13, 1 + 1e-13], dtype=D), b)
+
+
+def test_windows_over_millions_of_tokens() -> None:
+    n = 1_000_001
+    x = torch.zeros(1, 1, n, 1)
+    sinkhorn_attention(x, x, x, window=(8, 8), base_iters=0, tail_iters=1)
+    ids = (torch.arange(n) // 1000)[None]
+    sinkhorn_attention(x, x, x, window=(8, 8), base_iters=0, tail_iters=1, query_segment_ids=ids, key_segment_ids=ids)
+    with pytest.raises(ValueError, match="no balanced plan"):
+        sinkhorn_attention(x, x, x, window=(8, 0), base_iters=0, tail_iters=1)
+
+
+def test_ten_million_tokens_are_exact() -> None:
+    n = 10_000_000
+    a, index = torch.ones(1, 1, n, dtype=D), torch.arange(n)[None, None]
+    lo, hi, request = (index - 1).clamp(min=0), (index + 2).clamp(max=n), Request((1, 1), False, True)
+    check_intervals(Marginals(a, a, lo, hi, a > 0, request))
+
+
+@pytest.mark.parametrize("n", [8, 1000, 1_000_000])
+@pytest.mark.parametrize("light", [1e-9, 1e-12])
+def test_a_slack_of_next_to_nothing_in_many_tokens(n: int, light: float) -> None:
+    """The last key but one has the mass of one query less or more than a little; all others have that of one."""
+    a, index = torch.ones(1, 1, n, dtype=D), torch.arange(n)[None, None]
+    lo, request = torch.zeros_like(index), Request((1, 1), False, True)
+    hi = (index + 1).masked_fill(index == n - 1, n)
+    lo = lo + index  # the identity, but for one more key of the last query but one
+    hi[..., n - 2] = n
+    for more, exists in ((light, True), (0.0, False), (-light, False)):
+        b = a.clone()
+        b[..., -2], b[..., -1] = 1 - more, 1 + more
+        m = Marginals(a, b, lo, hi, a > 0, request)
+        if exists:
+            check_intervals(m)
+        else:
+            with pytest.raises(ValueError, match="no balanced plan"):
+                check_intervals(m)
+
+
+def plan_free_masks(n: int = 20) -> dict[str, Tensor]:
+    crowd = torch.ones(n, n, dtype=torch.bool)
+    crowd[: n // 2, n // 4 :] = False
+    pair = torch.ones(n, n, dtype=torch.bool)
+    pair[[3, 5]] = False
+    pair[[3, 5], 2] = True
+    tie = torch.ones(n, n, dtype=torch.bool)
+    tie[: n // 2, n // 2 :] = False
+    return {"crowd": crowd, "one key for two": pair, "tie": tie, "causal": tie.new_ones(n, n).tril()}
+
+
+@pytest.mark.parametrize("name", list(plan_free_masks()))
+def test_a_mask_without_a_plan_is_refused_in_any_order(name: str) -> None:
+    mask = plan_free_masks()[name]
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        rows, cols = (torch.randperm(len(mask), generator=g) for _ in range(2))
+        for keep in (mask, mask.T, mask[rows][:, cols], mask.T[rows][:, cols]):
+            message = refused(n=20, m=20, mask=keep)
+            assert message.startswith("attn_mask has no balanced plan") and "window" not in message
+            assert "let attn_mask keep more pairs" in message and "mass" in message
+    two = refused(n=20, m=20, mask=plan_free_masks()["one key for two"])
+    assert "2 queries (3, 5) hold mass 2 but reach key 2 of mass 1 only" in two
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 30), (30, 20), (1, 6), (7, 1)])
+def test_slack_of_whole_tokens(n: int, m: int, spare: int) -> None:
+    """Half of the queries reach their share of the keys, and `spare` more: only those leave anything for the rest."""
+    keep = torch.ones(n, m, dtype=torch.bool)
+    half, share = n // 2, m // 2 if n % 2 == 0 else 0
+    if half == 0 or share == 0:
+        sinkhorn_plan(torch.randn(1, n, 4), torch.randn(1, m, 4), keep)
+        return
+    keep[:half, share + spare :] = False
+    rows, cols = torch.randperm(n), torch.randperm(m)
+    q, k = torch.randn(1, n, 4), torch.randn(1, m, 4)
+    if spare:
+        sinkhorn_plan(q, k, keep[rows][:, cols])
+    else:
+        assert "mass" in refused(n=n, m=m, mask=keep[rows][:, cols])
+
+
+@pytest.mark.parametrize("engine", ["tiled", "reference", None])
+def test_what_is_accepted_converges(engine: str | None) -> None:
+    """Sparse random masks in random order: those accepted reach their marginals, on every engine."""
+    accepted = 0
+    for seed in range(15):
+        g = torch.Generator().manual_seed(seed)
+        n, m = (int(torch.randint(2, 9, (1,), generator=g)) for _ in range(2))
+        q, k = torch.randn(1, n, 4, generator=g, dtype=D), torch.randn(1, m, 4, generator=g, dtype=D)
+        keep = torch.rand(n, m, generator=g) < 0.5
+        try:
+            plan = sinkhorn_plan(q, k, keep, base_iters=1000, engine=engine)[0]
+        except ValueError:
+            continue
+        accepted += 1
+        active = keep.any(0)
+        b = keep.any(1).sum() / active.sum()
+        assert (plan.sum(-2)[active] - b).abs().max() < 1e-3, seed
+    assert 3 < accepted < 15
+
+
+def test_masks_beside_lengths_segments_and_windows() -> None:
+    """The mask leaves queries 3 and 5 of each problem one key; elsewhere everything is kept."""
+    n = 16
+    mask = torch.ones(n, n, dtype=torch.bool)
+    mask[[3, 5]] = False
+    mask[[3, 5], 2] = True
+    ids = torch.tensor([0] * 8 + [1] * 8)
+    for options in (
+        {"query_lengths": torch.tensor(9), "key_lengths": torch.tensor(9)},
+        {"query_segment_ids": ids, "key_segment_ids": ids},
+        {"window": (5, 5)},
+        {"window": (5, 5), "query_segment_ids": ids, "key_segment_ids": ids},
+    ):
+        message = refused(n=n, m=n, mask=mask, **options)
+        assert "2 queries (3, 5) hold mass 2" in message and ("window" in message) == ("window" in options)
+    x = torch.randn(1, n, 4)
+    short = {"query_lengths": torch.tensor(3), "key_lengths": torch.tensor(9)}
+    sinkhorn_plan(x, x, mask, **short)  # queries 3 and 5 are padding
+    apart = torch.block_diag(torch.ones(3, 2), torch.ones(5, 6)).bool()
+    assert "3 queries (0 to 2) and 2 keys (0 to 1) reach only each other, but hold mass 3 and 2" in refused(mask=apart)
+    even = torch.block_diag(torch.ones(3, 3), torch.ones(5, 5)).bool()
+    order = torch.randperm(8)
+    sinkhorn_plan(x[:, :8], x[:, :8], even[order][:, torch.randperm(8)])
+
+
+def test_which_batch_element_and_head_is_named() -> None:
+    q = torch.randn(2, 3, 6, 4)
+    mask = torch.ones(2, 3, 6, 6, dtype=torch.bool)
+    mask[1, 2, :2] = False
+    mask[1, 2, :2, 4] = True
+    with pytest.raises(ValueError, match=r"batch 1, head 2\): 2 queries \(0 to 1\) hold mass 2 but reach key 4"):
+        sinkhorn_plan(q, q, mask)
+
+
+def test_relaxed_on_one_side_nothing_but_lines_is_asked() -> None:
+    mask = plan_free_masks()["crowd"]
+    x = torch.randn(1, 20, 4)
+    for relaxation in (1.0, (1.0, None), (None, 1.0)):
+        assert torch.isfinite(sinkhorn_plan(x, x, mask, relaxation=relaxation)).all()
+
+
+def test_dustbin_with_a_mask_in_any_order() -> None:
+    """Ten queries reach five keys: five of their mass must find room in the dustbin column, and a little more."""
+    mask, x = plan_free_masks()["crowd"], torch.randn(1, 20, 4)
+    rows, cols = torch.randperm(20), torch.randperm(20)
+    for keep in (mask, mask[rows][:, cols]):
+        sinkhorn_plan(x, x, keep, dustbin=Dustbin(0.0, 0.0))
+        sinkhorn_plan(x, x, keep, dustbin=Dustbin(0.0, 0.0, col_capacity=5.01))
+        for capacity in (5.0, 4.9):
+            message = refused(n=20, m=20, mask=keep, dustbin=Dustbin(0.0, 0.0, col_capacity=capacity))
+            assert "can carry 15 at most" in message
+    ids = torch.tensor([0] * 10 + [1] * 10)
+    two = torch.ones(20, 20, dtype=torch.bool)
+    two[10:15, 12:] = False
+    packed_ids = {"query_segment_ids": ids, "key_segment_ids": ids}
+    message = refused(n=20, m=20, mask=two, dustbin=Dustbin(0.0, 0.0, col_capacity=2.9), **packed_ids)
+    assert "segment 1" in message and "can carry 7 at most" in message
+    sinkhorn_plan(x, x, two, dustbin=Dustbin(0.0, 0.0, col_capacity=3.1), **packed_ids)
+
+
+def test_a_problem_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads, batch elements and later calls that share mask and masses; another mask, or other masses, is another."""
+    calls = []
+    solve = transport_flow.blocking_cut
+    monkeypatch.setattr(transport_flow, "blocking_cut", lambda *x: calls.append(1) or solve(*x))
+    mask_feasibility._has_plan.clear()
+    x, mask = torch.randn(2, 3, 6, 4), torch.ones(6, 6, dtype=torch.bool)
+    mask[0, 0] = False
+    for _ in range(2):
+        sinkhorn_plan(x, x, mask)
+        assert len(calls) == 1
+    for count in (2, 3):
+        sinkhorn_plan(x, x, mask, row_mass=torch.rand(6) + 0.5)
+        assert len(calls) == count
+    x = torch.randn(1, 1, 6, 4)
+    sinkhorn_plan(x, x, mask.flip(0))
+    assert len(calls) == 4
+    padding = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    padding[..., 4:] = False
+    x = torch.randn(2, 3, 6, 4)
+    sinkhorn_plan(x, x, padding)
+    sinkhorn_plan(x, x, padding.expand(2, 3, 6, 6).contiguous())
+    assert len(calls) == 4  # whole keys: no flow is needed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_totals_may_differ_by_what_the_masses_dtype_rounds(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 40, 4, dtype=dtype)
+    a, b = torch.rand(40), torch.rand(40)
+    a, b = (a / a.sum()).to(dtype), (b / b.sum()).to(dtype)
+    sinkhorn_plan(x, x, row_mass=a, col_mass=b)
+    with pytest.raises(ValueError, match="needs equal totals"):
+        sinkhorn_plan(x, x, row_mass=a, col_mass=b * 1.1)
+    parts = torch.zeros(1, 40, 40, dtype=torch.bool)
+    parts[:, :20, :20] = parts[:, 20:, 20:] = True
+    halves = torch.rand(20)
+    a = torch.cat([halves, halves]).to(dtype)
+    order = torch.randperm(20)
+    sinkhorn_plan(x, x, parts, row_mass=a, col_mass=torch.cat([halves[order], halves]).to(dtype))
 
 
 def refused(**options) -> str:
@@ -138,7 +414,7 @@ def test_windows_that_leave_lines_bare() -> None:
 def test_masses_may_make_a_band_infeasible() -> None:
     heavy = torch.ones(8)
     heavy[0] = 50.0
-    assert "hold mass" in refused(row_mass=heavy, window=(1, 1))
+    assert "query 0 holds mass 50 but reaches 2 keys (0 to 1) of mass" in refused(row_mass=heavy, window=(1, 1))
 
 
 def test_causal_is_fine_with_dustbin_or_relaxation() -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cuts
 import numpy as np
 import problems
 import pytest
@@ -301,3 +302,26 @@ def test_a_balanced_problem_does_not_depend_on_the_unit_of_mass(options: dict[st
         assert abs(totals[0] - totals[1] - jnp.log(unit)) < 1e-3
         for x, y in zip((found.col_residual, found.row_dustbin), (aux.col_residual, aux.row_dustbin), strict=True):
             assert y is None or jnp.allclose(x / unit, y, atol=1e-5)
+
+
+def test_the_order_of_the_potentials_shows_that_there_is_no_plan() -> None:
+    """Against all cuts, on random masks: what it calls without a plan has none, and after some iterations it misses
+    few."""
+    rng = np.random.default_rng(0)
+    keep = rng.random((60, 6, 6)) < rng.uniform(0.3, 0.9, (60, 1, 1))
+    keep[0] = True
+    keep[1] = True
+    keep[1, :4, 2:] = False
+    keep[1] = keep[1][rng.permutation(6)]
+    x = jax.random.normal(jax.random.key(0), (60, 6, 4))
+    aux = tpu.sinkhorn_attention(x, x, x, keep, base_iters=200, return_aux=True)[1]
+    exists = []
+    for pairs in keep:
+        active = torch.from_numpy(pairs[pairs.any(1)][:, pairs.any(0)])
+        n, m = active.shape
+        exists.append(cuts.has_plan_by_enumeration(active, torch.ones(n).double(), torch.full((m,), n / m).double()))
+    status, truth = aux.status(mask=keep), np.array(exists)
+    assert list(status[:2]) == [0, 2] and not (truth & (status == 2)).any()
+    assert (~truth).sum() > 10 and (~truth & (status != 2)).sum() <= (~truth).sum() // 4
+    verdict = aux.verdict(mask=keep)
+    assert f"no plan: {(status == 2).sum()} of 60" in verdict and verdict.startswith("converged")

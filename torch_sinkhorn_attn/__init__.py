@@ -12,7 +12,7 @@ from torch_sinkhorn_attn.integrations.transformers import (
     transformers_report,
 )
 from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
-from torch_sinkhorn_attn.problem import SinkhornAux
+from torch_sinkhorn_attn.status import SinkhornAux, Status
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "ReplacementReport",
     "SinkhornAux",
     "SinkhornMultiheadAttention",
+    "Status",
     "TransformersReport",
     "certify",
     "choose_layers",

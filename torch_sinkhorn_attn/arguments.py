@@ -25,6 +25,7 @@ from torch_sinkhorn_attn.argument_checks import (
 from torch_sinkhorn_attn.checks import data_checks_enabled, has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import xla
+from torch_sinkhorn_attn.existence import Existence
 from torch_sinkhorn_attn.mask_scan import extremes, scan_mask
 from torch_sinkhorn_attn.mass_scale import MassScale, find_scale, in_units
 from torch_sinkhorn_attn.masses import (
@@ -73,6 +74,7 @@ class Prepared(NamedTuple):
     batch: torch.Size  # the user's leading dimensions, flattened to N
     dtype: torch.dtype  # of the output
     engine: str | None
+    existence: Existence | None  # None in softmax mode, which asks for no plan
     scale: MassScale | None = None  # of the problem's masses, None where they are the user's
 
     def unflatten(self, x: Tensor) -> Tensor:
@@ -107,8 +109,10 @@ def prepare(
     enable_gqa: bool = False,
     mask_floor: float | None = -1e3,
     engine: str | None = None,
+    check_data: bool = True,
 ) -> Prepared:
-    """Check and canonicalise; `value` is None when only the plan is wanted."""
+    """Check and canonicalise; `value` is None when only the plan is wanted, and without `check_data` no data is looked
+    at, whatever `set_checks` says."""
     query, key, value = tokens(query, key, value, enable_gqa)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
@@ -127,7 +131,7 @@ def prepare(
     )  # fmt: skip
     softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
     softmax_mode = softmax_mode and row_mass is None and col_mass is None
-    look = data_checks_enabled(query, key, value, *given.tensors())
+    look = check_data and data_checks_enabled(query, key, value, *given.tensors())
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
         data_checks.check_lengths(given.lengths[1], "key_lengths", size)
@@ -159,12 +163,14 @@ def prepare(
     cols = Side(given.masses[1], col_active, col_segment)
     a, b = marginal_masses(rows, cols, groups, dustbin, mass_dtype)
     capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins, mass_dtype)
-    if look and not softmax_mode:
-        data_checks.check_feasibility(
-            a, b, *capacities, support, scan, given.capacities,
-            row_segment=row_segment, col_segment=col_segment, groups=groups, rho=o.rho,
-            full=not given.packed and o.window is None and given.mask is None, request=_request(o.window, given.mask),
+    existence = None
+    if not softmax_mode:
+        existence = Existence(
+            rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, o.rho,
+            given.packed or o.window is not None, o.window, dtype,
         )  # fmt: skip
+        if look:
+            existence.check((a, b), capacities)
 
     scale = None
     if any(x is not None for x in (*given.masses, *given.capacities)):
@@ -206,7 +212,7 @@ def prepare(
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if query.device.type == "xla" and has_data(query):
         inputs = inputs._replace(query=xla.placed(inputs.query, query))
-    return Prepared(inputs, problem, batch, query.dtype, engine, scale)
+    return Prepared(inputs, problem, batch, query.dtype, engine, existence, scale)
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side
@@ -300,11 +306,3 @@ def _widest(dtype: torch.dtype, *given: Tensor | None) -> torch.dtype:
 def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """Two 32-bit words from torch's generator of the device, so that torch.manual_seed governs dropout."""
     return None if dropout_p == 0 else torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device)
-
-
-def _request(window: tuple[int, int] | None, mask: Tensor | None) -> str:
-    """The arguments that shape the support, for messages."""
-    parts = [] if window is None else [f"window={window}"]
-    if mask is not None:
-        parts.append("attn_mask")
-    return " with ".join(parts) if parts else "the support"

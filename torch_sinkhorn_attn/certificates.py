@@ -22,6 +22,7 @@ from torch_sinkhorn_attn.implicit import NormalPlan
 from torch_sinkhorn_attn.mass_scale import MassScale
 from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
+from torch_sinkhorn_attn.status import CONVERGED_WITHIN, Status, judge
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
 from torch_sinkhorn_attn.tensor_kinds import check_kind
 
@@ -51,6 +52,9 @@ class Certificate:
         measured_bias: ||dS_tail - dS_implicit||_1, both evaluated at the returned plan, with your options' gradient in
             place of the tail.
         implicit_norm: ||dS_implicit||_1, what to divide `measured_bias` by.
+        status: int8, a `Status`: converged, not converged, or no plan. Without a plan there are no potentials to
+            converge to, and the numbers above are those of an iterate on its way to nowhere.
+        reasons: in words, why problems without a plan have none.
     """
 
     row_residual_l1: Tensor
@@ -66,6 +70,8 @@ class Certificate:
     implicit_bias_bound: Tensor
     measured_bias: Tensor
     implicit_norm: Tensor
+    status: Tensor
+    reasons = ()  # no field: all of these are tensors
 
     @property
     def relative_bias(self) -> Tensor:
@@ -147,7 +153,12 @@ def certify(
             prepared.scale,
         )  # fmt: skip
         packed = problem.row_segment is not None
-        return Certificate(*(prepared.unflatten(x if packed else x[..., 0]) for x in found))
+        residuals = tuple(found[k].cpu().double() for k in (1, 3))
+        status, reasons = judge(residuals, CONVERGED_WITHIN, prepared.existence, by_segment=packed)
+        found = (*found, status.to(found[0].device))
+        certificate = Certificate(*(prepared.unflatten(x if packed else x[..., 0]) for x in found))
+        object.__setattr__(certificate, "reasons", tuple(reasons))
+        return certificate
 
 
 class _Segments:
@@ -335,20 +346,25 @@ def _probe(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
 
 
 def _table(c: Certificate, most_rows: int = 24) -> str:
-    head = ["index", "row residual", "col residual", "contraction", "rate", "bias bound", "measured bias", "relative"]
+    head = ["index", "status", "row residual", "col residual"]
+    head += ["contraction", "rate", "bias bound", "measured bias", "relative"]
     lines = []
     places = torch.ones(c.rate.shape, dtype=torch.bool, device="cpu").nonzero().tolist()
     for index in places:
         at = tuple(index)
-        kappa, bound = c.contraction[at].item(), c.bias_bound[at].item()
+        kappa, bound, status = c.contraction[at].item(), c.bias_bound[at].item(), Status(int(c.status[at]))
+        exists = status != Status.NO_PLAN
         lines.append([
-            ",".join(map(str, index)), f"{c.row_residual_max[at]:.2e}", f"{c.col_residual_max[at]:.2e}",
-            f"{kappa:.6f}" if kappa < 1 else "not certified", f"{c.rate[at]:.6f}",
+            ",".join(map(str, index)), status.words, f"{c.row_residual_max[at]:.2e}", f"{c.col_residual_max[at]:.2e}",
+            f"{kappa:.6f}" if kappa < 1 else "not certified", f"{c.rate[at]:.6f}" if exists else "-",
             f"{bound:.2e}" if bound < torch.inf else "not certified",
-            f"{c.measured_bias[at]:.2e}", f"{100 * c.relative_bias[at]:.3g} %",
+            f"{c.measured_bias[at]:.2e}" if exists else "-", f"{100 * c.relative_bias[at]:.3g} %" if exists else "-",
         ])  # fmt: skip
     hidden = len(lines) - most_rows
     lines = [head, *lines[:most_rows]]
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
     text = "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-    return text + (f"\n... and {hidden} more" if hidden > 0 else "")
+    text += f"\n... and {hidden} more" if hidden > 0 else ""
+    counts = [(status, int((c.status == status).sum())) for status in (Status.NO_PLAN, Status.NOT_CONVERGED)]
+    verdict = ", ".join(f"{status.words}: {count} of {c.status.numel()}" for status, count in counts if count)
+    return text + (f"\n{verdict}" if verdict else "") + (f". {c.reasons[0]}" if c.reasons else "")

@@ -19,6 +19,8 @@ def set_checks(mode: str) -> None:
             accelerators, where looking at data would force a host synchronisation. "always": on every device, at that
             price. "never": not at all. Checks of shapes, types and options always run.
 
+    What was not checked can be asked afterwards: `SinkhornAux.status` and `certify` tell problems without a plan.
+
     Raises:
         ValueError: for any other mode.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn import feasibility
+from torch_sinkhorn_attn import feasibility, mask_feasibility
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.mask_lines import MaskScan
 from torch_sinkhorn_attn.mask_scan import Extremes
@@ -107,54 +107,90 @@ def check_feasibility(
     row_capacity: Tensor | None,
     col_capacity: Tensor | None,
     support: Support,
+    mask: Tensor | None,
     scan: MaskScan | None,
-    given: tuple[Tensor | None, Tensor | None],
+    given: tuple[Tensor | None, ...],
     *,
     row_segment: Tensor | None,
     col_segment: Tensor | None,
     groups: int,
     rho: tuple[float, float],
-    full: bool,
-    request: str,
+    banded: bool,
+    window: tuple[int, int] | None,
+    dtype: torch.dtype,
+    first: tuple[int, int] = (0, 0),
 ) -> None:
-    """Totals, capacities and the support, for masses a [N, H, L], b [N, H, S] and capacities [N, H, G]."""
+    """Totals, capacities and the support, for masses a [N, H, L], b [N, H, S] and capacities [N, H, G]. `given` are the
+    user's masses and capacities, two each; `banded` says that the intervals do not hold all pairs of active tokens,
+    `dtype` is that in which the mask is added, and messages count from batch element and head `first`."""
     rows = None if row_segment is None else row_segment.cpu()[:, None]
     cols = None if col_segment is None else col_segment.cpu()[:, None]
     a, b = a.cpu().double(), b.cpu().double()
     balanced = rho == (1.0, 1.0)
     totals = [segment_sum(x, s, groups) for x, s in ((a, rows), (b, cols))]
+    capacities = None
     if row_capacity is not None and col_capacity is not None:
         capacities = row_capacity.cpu().double(), col_capacity.cpu().double()
-        check_capacities(capacities, given, (a, b), (rows, cols), totals, balanced)
+        tolerance = feasibility.totals_tolerance(*given)
+        check_capacities(capacities, given[2:], (a, b), (rows, cols), totals, tolerance if balanced else None)
     elif balanced:
-        feasibility.check_balanced_totals(totals[0], totals[1])
-    if full or (rho[0] < 1 and rho[1] < 1):
+        feasibility.check_balanced_totals(totals[0], totals[1], feasibility.totals_tolerance(*given))
+    if (mask is None and not banded) or (rho[0] < 1 and rho[1] < 1):
         return
     lo, hi, covered = support.row_lo[:, None], support.row_hi[:, None], (support.col_lo < support.col_hi)[:, None]
     if scan is not None:
         lo, hi, covered = scan.row_lo, scan.row_hi, scan.col_covered
-    marginals = feasibility.Marginals(
-        a, b, lo.cpu().expand(a.shape), hi.cpu().expand(a.shape), covered.cpu().expand(b.shape), request
-    )
-    if row_capacity is None or col_capacity is None:
-        feasibility.check_lines(marginals)
+    m = feasibility.Marginals(
+        a, b, lo.cpu().expand(a.shape), hi.cpu().expand(a.shape), covered.cpu().expand(b.shape),
+        feasibility.Request(window, mask is not None, given[0] is not None or given[1] is not None),
+        rows, cols, groups, feasibility.rounding_of(*given[:2]), first,
+    )  # fmt: skip
+    masked = None
+    if mask is not None:
+        intervals = support.row_lo.cpu(), support.row_hi.cpu()
+        masked = mask_feasibility.MaskedSupport(mask.detach().cpu(), *intervals, banded, dtype)
+    if capacities is not None:
         if balanced:
-            feasibility.check_interior(marginals)
-            if scan is not None:  # a mask may be triangular from the other side
-                feasibility.check_interior(feasibility.mirrored(marginals))
-    elif balanced:
-        feasibility.check_dustbin(marginals, totals[0] - capacities[1], rows)
+            _check_dustbin(m, masked, totals[0], capacities[1], derived=given[2:] == (None, None))
+        return
+    feasibility.check_lines(m)
+    if not balanced:
+        return
+    if masked is not None:
+        mask_feasibility.check_masked(m, masked)
+    else:
+        feasibility.check_intervals(m)
+
+
+def _check_dustbin(
+    m: feasibility.Marginals,
+    masked: mask_feasibility.MaskedSupport | None,
+    row_total: Tensor,
+    col_capacity: Tensor,
+    derived: bool,
+) -> None:
+    """The largest flow is looked for only where the capacities leave mass to real pairs; `derived` capacities leave
+    none, exactly."""
+    needed = torch.zeros_like(row_total) if derived else row_total - col_capacity
+    tolerance = 0.0 if derived else feasibility.SLACK_TOLERANCE
+    margin = tolerance * (row_total + col_capacity)
+    flow = feasibility.some_flow(m)
+    if (needed > margin).any():
+        largest = feasibility.interval_flow(m) if masked is None else mask_feasibility.masked_flow(m, masked)
+        flow = torch.where(needed > margin, largest, flow)
+    feasibility.check_dustbin(m, needed, flow, margin)
 
 
 def check_capacities(
     capacities: tuple[Tensor, Tensor],
-    given: tuple[Tensor | None, Tensor | None],
+    given: tuple[Tensor | None, ...],
     masses: tuple[Tensor, Tensor],
     segments: tuple[Tensor | None, Tensor | None],
     totals: list[Tensor],
-    balanced: bool,
+    tolerance: float | None,
 ) -> None:
-    """Capacities are positive, constant in each problem, and leave the augmented totals equal."""
+    """Capacities are positive, constant in each problem, and leave the augmented totals equal to a relative
+    `tolerance` (None: whatever they are)."""
     live = (totals[0] > 0) & (totals[1] > 0)
     for name, capacity, x, mass, segment in zip(
         ("row_capacity", "col_capacity"), capacities, given, masses, segments, strict=True
@@ -177,8 +213,8 @@ def check_capacities(
                 "needs a positive finite mass: sum(a) + row_capacity = sum(b) + col_capacity. Raise the other capacity."
             )
     rows, cols = totals[0] + capacities[0], totals[1] + capacities[1]
-    if balanced:
-        wrong = live & ((rows - cols).abs() > feasibility.RELATIVE_TOLERANCE * torch.maximum(rows, cols))
+    if tolerance is not None:
+        wrong = live & ((rows - cols).abs() > tolerance * torch.maximum(rows, cols))
         if wrong.any():
             n, h, g = wrong.nonzero()[0].tolist()
             raise ValueError(

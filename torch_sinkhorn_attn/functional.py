@@ -10,12 +10,14 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn import autograd, reference
 from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
+from torch_sinkhorn_attn.checks import without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.engines.tiled import marginal_errors
 from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.mass_scale import MassScale
-from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux, full_precision
+from torch_sinkhorn_attn.problem import Potentials, Result, full_precision
+from torch_sinkhorn_attn.status import SinkhornAux
 from torch_sinkhorn_attn.support import largest, with_dustbin
 
 
@@ -113,7 +115,8 @@ def sinkhorn_attention(
             PyTorch on any device; all O(n + m) memory. "reference" is the dense definition. Derivatives beyond the
             first, and forward mode, are taken densely (L x S memory) on every engine; the implicit gradient has none,
             and programs of `torch.export` have no forward mode.
-        return_aux: also return `SinkhornAux` (its residuals cost one more pass).
+        return_aux: also return `SinkhornAux` (its residuals cost one more pass); its `verdict()` says in words whether
+            the plan has converged, or none exists.
 
     Returns:
         `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
@@ -122,8 +125,9 @@ def sinkhorn_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument with a wrong shape, device or value, or a problem without a plan that is
             positive on its support (unequal masses, a window that leaves keys uncovered, or allows more than the
-            identity but forces it). The message names the argument and a way out. Checks that must look at data follow
-            `set_checks`.
+            identity but forces it; any mask is decided, by a maximum flow, in whatever order its tokens are). The
+            message names the argument and a way out. Checks that must look at data follow `set_checks`; where they do
+            not run, `SinkhornAux.status` and `certify` tell afterwards.
 
     Examples:
         >>> import torch
@@ -181,9 +185,12 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
     row, col = result.potentials.row[-1], result.potentials.col[-1]
     detached = (x.detach() for x in (row, col, result.row_residual, result.col_residual))
     bins = (result.row_dustbin, result.col_dustbin) if has_dustbin else (None, None)
-    return SinkhornAux(
+    aux = SinkhornAux(
         *(prepared.unflatten(x) for x in detached), *(None if x is None else prepared.unflatten(x) for x in bins)
     )
+    if not torch.compiler.is_compiling() and not without_data(row):
+        aux.existence = prepared.existence
+    return aux
 
 
 def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:

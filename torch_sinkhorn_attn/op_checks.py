@@ -185,8 +185,8 @@ def _check_data(problem: Problem, length: int, size: int) -> None:
             raise ValueError("row_lo and row_hi leave columns out; banded must be true then.")
     whole = (problem.window_left, problem.window_right) if problem.banded else (-1, -1)
     if problem.uniform and lo.numel() and problem.row_segment is None:
-        n, m = torch.tensor(length), torch.tensor(size)
-        first, end = window_ranks(torch.arange(length), n, m, *whole)
+        n, m = (torch.tensor(x, device="cpu") for x in (length, size))
+        first, end = window_ranks(torch.arange(length, device="cpu"), n, m, *whole)
         if bool(((lo < hi) & ((lo != first) | (hi != end))).any()):
             raise ValueError("row_lo and row_hi are not those of the window, of which uniform=True speaks.")
 

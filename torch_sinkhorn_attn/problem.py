@@ -32,27 +32,6 @@ class Inputs(NamedTuple):
         return self.row_score is not None
 
 
-class SinkhornAux(NamedTuple):
-    """What `sinkhorn_attention(..., return_aux=True)` returns beside the output.
-
-    Attributes:
-        row_potential: `(..., H, L)` final row potentials u, log domain, detached; 0 for inactive tokens. With a dustbin
-            the last dimension has one trailing entry for it (one per segment, `min(L, S)` entries, when packed).
-        col_potential: `(..., H, S)` final column potentials v, likewise.
-        row_residual: `(..., H)` largest absolute row marginal error, detached.
-        col_residual: `(..., H)` largest absolute column marginal error, detached.
-        row_dustbin: `(..., H, L)` mass each query sends to the dustbin, differentiable; None without a dustbin.
-        col_dustbin: `(..., H, S)` mass each key receives from the dustbin, differentiable; None without one.
-    """
-
-    row_potential: Tensor
-    col_potential: Tensor
-    row_residual: Tensor
-    col_residual: Tensor
-    row_dustbin: Tensor | None
-    col_dustbin: Tensor | None
-
-
 class Potentials(NamedTuple):
     """The duals the tail's backward needs: u^0..u^R and v^0..v^R, stacked.
 

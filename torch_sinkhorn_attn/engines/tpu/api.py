@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from torch_sinkhorn_attn.engines.tpu import batching
+from torch_sinkhorn_attn.engines.tpu import batching, status
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.mass_scale import MassScale
@@ -33,6 +34,27 @@ class SinkhornAux(NamedTuple):
     col_residual: Array
     row_dustbin: Array | None
     col_dustbin: Array | None
+
+    def status(
+        self,
+        within: float = status.CONVERGED_WITHIN,
+        mask: Any = None,
+        row_mass: Any = None,
+        col_mass: Any = None,
+    ) -> np.ndarray:
+        """`(..., H)` int8, places in `status.WORDS`: 0 converged (no marginal is off by more than `within` times the
+        mean mass of an active token), 1 not converged, 2 no plan: the order of the potentials shows queries that hold
+        as much as all the keys they reach, or more. Outside of jit, for balanced calls without window, lengths or
+        segments (or with these written into the mask); repeat the call's mask and masses. 0 and 1 are no proof that a
+        plan exists: the torch function proves it, before the call.
+        """
+        return status.judged(self, within, mask, row_mass, col_mass)
+
+    def verdict(self, *args: Any, **kwargs: Any) -> str:
+        """`status` in words, with the number of problems of each."""
+        found = self.status(*args, **kwargs)
+        counts = [(word, int((found == code).sum())) for code, word in enumerate(status.WORDS)]
+        return ", ".join(f"{word}: {count} of {found.size}" for word, count in counts if count)
 
 
 def sinkhorn_attention(
@@ -74,7 +96,7 @@ def sinkhorn_attention(
     Only types, dtypes and shapes are checked: arrays may be traced, so nothing looks into them. The caller sees to it
     that lengths lie in [0, L] and [0, S]; that segment ids are contiguous runs in the same order on both sides; that
     masses are positive and their totals equal where balanced; that a mask holds neither NaN nor +inf; and that the
-    support admits a plan, which `aux`'s residuals tell afterwards. The torch function checks all of these on CPU
+    support admits a plan, which `aux.status` tells afterwards. The torch function checks all of these on CPU
     tensors.
 
     Args:
