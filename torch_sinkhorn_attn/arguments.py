@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import data_checks
 from torch_sinkhorn_attn.argument_checks import constant, integers, number, potentials, score_mask, solver, tokens
+from torch_sinkhorn_attn.causal import checked_causal, refuse_balanced_causal
 from torch_sinkhorn_attn.checks import data_checks_enabled, without_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import xla
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
     gradient: str
     initial_potentials: tuple[Tensor, Tensor] | None
     dropout_p: float
+    is_causal: bool
     enable_gqa: bool
     engine: str | None
 
@@ -92,6 +94,7 @@ def prepare(
     gradient: str = "tail",
     initial_potentials: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
     enable_gqa: bool = False,
     engine: str | None = None,
 ) -> Prepared:
@@ -114,6 +117,14 @@ def prepare(
     )  # fmt: skip
     softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
     softmax_mode = softmax_mode and row_mass is None and col_mass is None
+    window, causal = o.window, False
+    if checked_causal(is_causal, attn_mask):
+        plain = not given.packed and query_lengths is None and key_lengths is None
+        if plain and o.rho == (1.0, 1.0) and dustbin is None and row_mass is None and col_mass is None:
+            refuse_balanced_causal(length, size, o.window, softmax_mode)
+        causal = not (plain and length == size)
+        if not causal:  # then it is a window, which engines know ahead of the data
+            window = (-1 if o.window is None else o.window[0], 0)
     look = data_checks_enabled(query, key, value, *given.tensors())
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
@@ -128,7 +139,7 @@ def prepare(
     ]
     if look and given.packed:
         data_checks.check_segments(ids[0], ids[1])
-    support = build_support(ids[0], ids[1], o.window, given.packed)
+    support = build_support(ids[0], ids[1], window, given.packed, causal)
     scan = None if given.mask is None else scan_mask(given.mask, support, given.packed, dtype)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
     col_active = (support.col_active[:, None] if scan is None else scan.col_active).expand(num, heads, size)
@@ -147,7 +158,8 @@ def prepare(
         data_checks.check_feasibility(
             a, b, *capacities, support, scan, given.capacities,
             row_segment=row_segment, col_segment=col_segment, groups=groups, rho=o.rho,
-            full=not given.packed and o.window is None and given.mask is None, request=_request(o.window, given.mask),
+            full=not (given.packed or is_causal) and o.window is None and given.mask is None,
+            request=_request(o.window, given.mask, is_causal),
         )  # fmt: skip
 
     problem = Problem(
@@ -161,9 +173,9 @@ def prepare(
         scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1],
         base_iters=o.base_iters, tail_iters=o.tail_iters, tolerance=o.tolerance, over_relaxation=o.over_relaxation,
         gradient=o.gradient, dropout_p=dropout_p,
-        banded=given.packed or o.window is not None,
-        window_left=-1 if o.window is None else o.window[0], window_right=-1 if o.window is None else o.window[1],
-        uniform=not given.packed and query_lengths is None and key_lengths is None,
+        banded=given.packed or window is not None or causal,
+        window_left=-1 if window is None else window[0], window_right=-1 if window is None else window[1],
+        uniform=not (given.packed or causal) and query_lengths is None and key_lengths is None,
     )  # fmt: skip
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     if given.mask is not None or not problem.uniform:
@@ -262,9 +274,11 @@ def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return None if dropout_p == 0 else torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device)
 
 
-def _request(window: tuple[int, int] | None, mask: Tensor | None) -> str:
+def _request(window: tuple[int, int] | None, mask: Tensor | None, is_causal: bool) -> str:
     """The arguments that shape the support, for messages."""
     parts = [] if window is None else [f"window={window}"]
+    if is_causal:
+        parts.append("is_causal=True")
     if mask is not None:
         parts.append("attn_mask")
     return " with ".join(parts) if parts else "the support"

@@ -12,13 +12,17 @@ from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux, full_precision
+from torch_sinkhorn_attn.symbolic import one_node
 
 
+@one_node
 def sinkhorn_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
     scale: float | None = None,
     epsilon: float = 1.0,
@@ -37,7 +41,6 @@ def sinkhorn_attention(
     over_relaxation: float = 1.0,
     gradient: str = "tail",
     initial_potentials: tuple[Tensor, Tensor] | None = None,
-    dropout_p: float = 0.0,
     enable_gqa: bool = False,
     engine: str | None = None,
     return_aux: bool = False,
@@ -52,8 +55,8 @@ def sinkhorn_attention(
     not differentiated, the last R are, exactly (arXiv:2605.08123, with columns first and rows last, so that a balanced
     output row is an exact weighted average).
 
-    Shapes follow `torch.nn.functional.scaled_dot_product_attention`: `...` are batch dimensions, H heads, L queries,
-    S keys, E and Ev features.
+    The call is that of `torch.nn.functional.scaled_dot_product_attention`, and so are the shapes: `...` are batch
+    dimensions, H heads, L queries, S keys, E and Ev features.
 
     Args:
         query: `(..., H, L, E)`, float16, bfloat16, float32 or float64. Potentials and sums are kept in float32 (float64
@@ -63,6 +66,11 @@ def sinkhorn_attention(
         attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
             divided by epsilon; -inf, and anything at or below half the dtype's lowest value, forbids the pair. A token
             left without any pair is inactive: output 0, gradient 0, no mass. A float mask may require grad.
+        dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
+        is_causal: support the pairs j <= i alone, counted from the first active token on both sides (with segment ids:
+            of each segment), as `torch.ones(L, S).tril()`; keys beyond the last query are inactive. Not with attn_mask.
+            Balanced, L = S tokens have no causal plan but the identity, and it is refused: it needs a dustbin,
+            relaxation, or softmax mode. Beside `window`, whose diagonal is another for L != S, both must hold.
         scale: default 1/sqrt(E).
         epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
         window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
@@ -91,7 +99,6 @@ def sinkhorn_attention(
             if converged), by conjugate gradients; beside a nearly hard plan its float32 result is mostly rounding.
             "unrolled" stops nothing, so it takes no `tolerance` and no `over_relaxation`.
         initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
-        dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
             (`python -m torch_sinkhorn_attn.engines` tells), "xla" for tensors of torch_xla (TPUs), else "tiled", plain
@@ -128,7 +135,7 @@ def sinkhorn_attention(
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
         relaxation=relaxation, dustbin=dustbin, base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance,
         over_relaxation=over_relaxation, gradient=gradient, initial_potentials=initial_potentials,
-        dropout_p=dropout_p, enable_gqa=enable_gqa, engine=engine,
+        dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa, engine=engine,
     )  # fmt: skip
     result = run(prepared, residuals=return_aux)
     output = prepared.unflatten(result.output).to(prepared.dtype)
@@ -156,6 +163,7 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
     )
 
 
+@one_node
 def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
     """The transport plan itself, `(..., H, L, S)`, or `(..., H, L+1, S+1)` with a dustbin (its row and column last).
 

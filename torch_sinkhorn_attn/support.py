@@ -157,18 +157,24 @@ def _number_up_to(x: Tensor, count: int) -> Tensor:
     return counts.scatter_add(-1, x, torch.ones_like(x)).cumsum(-1)[:, :-1]
 
 
-def build_support(row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | None, packed: bool) -> Support:
+def build_support(
+    row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | None, packed: bool, causal: bool = False
+) -> Support:
     """The support of problems given by `row_ids [N, L]` and `col_ids [N, S]` (-1 = inactive).
 
     `packed` says that ids may differ or leave holes; without it the active tokens are prefixes of one problem, and no
-    sort is needed.
+    sort is needed. `causal` leaves to each query the keys of its problem whose rank is no higher than its own, and keys
+    beyond the last query without a pair, inactive.
     """
     num_cols = col_ids.shape[-1]
     left, right = (-1, -1) if window is None else window
     if packed and row_ids.shape[-1] and num_cols:
         rows, cols = _match(row_ids, col_ids)
         row_active, col_active = (row_ids >= 0) & (rows.matches > 0), (col_ids >= 0) & (cols.matches > 0)
+        if causal:
+            col_active = col_active & (cols.rank < cols.matches)
         lo, hi = window_ranks(rows.rank, rows.own_count, rows.matches, left, right)
+        hi = torch.minimum(hi, rows.rank + 1) if causal else hi
         nonempty = row_active & (lo < hi)
         at = cols.order.gather(-1, (rows.first + lo).clamp(max=num_cols - 1))
         end = cols.order.gather(-1, (rows.first + hi - 1).clamp(0, num_cols - 1)) + 1
@@ -181,9 +187,13 @@ def build_support(row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | No
         row_active, col_active = row_active & (m > 0), col_active & (n > 0)
         row, col = (torch.arange(x.shape[-1], device=x.device).expand_as(x) for x in (row_ids, col_ids))
         lo, hi = window_ranks(row, n, m, left, right)
+        first, end = window_rows(col, n, m, left, right)
+        if causal:
+            hi, first = torch.minimum(hi, row + 1), torch.maximum(first, col)
+            end, col_active = torch.maximum(end, first), col_active & (col < n)
         nonempty = row_active & (lo < hi)
         row_lo, row_hi = torch.where(nonempty, lo, 0), torch.where(nonempty, hi, 0)
-        col_lo, col_hi = (torch.where(col_active, x, row.shape[-1]) for x in window_rows(col, n, m, left, right))
+        col_lo, col_hi = (torch.where(col_active, x, row.shape[-1]) for x in (first, end))
         row_segment, col_segment = torch.zeros_like(row_ids), torch.zeros_like(col_ids)
     return Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
 
