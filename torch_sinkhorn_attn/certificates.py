@@ -22,7 +22,7 @@ from torch_sinkhorn_attn.implicit import NormalPlan
 from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
-from torch_sinkhorn_attn.symbolic import one_node
+from torch_sinkhorn_attn.tracing import one_node
 
 POWER_ITERS = 100
 

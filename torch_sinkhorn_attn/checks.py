@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from torch_sinkhorn_attn.tracing import recording
+
 _MODES = ("auto", "always", "never")
 _mode = "auto"
 
@@ -15,7 +17,7 @@ def set_checks(mode: str) -> None:
     """Say when data-dependent checks run (lengths in range, masks without NaN, balanced masses, feasible windows).
 
     Args:
-        mode: "auto" (default): for eager CPU tensors only; never under torch.compile, vmap or fake tensors, nor on
+        mode: "auto" (default): for eager CPU tensors only; never under torch.compile, torch.jit.trace, vmap or fake tensors, nor on
             accelerators, where looking at data would force a host synchronisation. "always": on every device, at that
             price. "never": not at all. Checks of shapes, types and options always run.
 
@@ -33,7 +35,7 @@ def set_checks(mode: str) -> None:
 
 def data_checks_enabled(*tensors: Tensor | None) -> bool:
     """Whether data-dependent checks run for these tensors."""
-    if _mode == "never" or torch.compiler.is_compiling():
+    if _mode == "never" or recording():
         return False
     given = [t for t in tensors if t is not None]
     if any(without_data(t) for t in given):
@@ -43,7 +45,7 @@ def data_checks_enabled(*tensors: Tensor | None) -> bool:
 
 def can_look(x: Tensor) -> bool:
     """Whether looking at the data costs nothing: an eager CPU tensor."""
-    return not torch.compiler.is_compiling() and not without_data(x) and x.device.type == "cpu"
+    return not recording() and not without_data(x) and x.device.type == "cpu"
 
 
 def has_tangent(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.problem import Potentials, Result, SinkhornAux, full_precision
-from torch_sinkhorn_attn.symbolic import one_node
+from torch_sinkhorn_attn.tracing import one_node
 
 
 @one_node

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import Support
+from torch_sinkhorn_attn.tracing import for_onnx, recording
 
 _BLOCK_ELEMENTS = 1 << 21
 
@@ -27,7 +28,7 @@ def scan_mask(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype) 
     """Read `mask` (4-D, broadcasting to [N, H, L, S]) once; temporaries are O(block), results O(n). `dtype` is the one
     it is added in."""
     mask = mask.detach()
-    if not torch.compiler.is_compiling():
+    if not recording() or for_onnx():
         return _scan(mask, support, packed, dtype)
     names = ("row_active", "col_active", "row_segment", "col_segment", "row_lo", "row_hi")
     return MaskScan(*_scan_op(mask, *(getattr(support, name) for name in names), packed, dtype))

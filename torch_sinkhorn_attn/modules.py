@@ -15,7 +15,7 @@ from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.nested import pad, unpad
-from torch_sinkhorn_attn.symbolic import call_module, tracer_of
+from torch_sinkhorn_attn.tracing import call_module, tracer_of
 
 DUSTBIN_PARAMETERS = ("dustbin_row_score", "dustbin_col_score")
 _SAVED = "_sinkhorn_options"  # in a pickled state: the options of the version that pickled it
@@ -206,7 +206,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         state = {"_qkv_same_embed_dim": state["_parameters"].get("in_proj_weight") is not None, **state}
         saved = state.pop(_SAVED, ())
         defaults = {name: x for name, x in ModuleOptions._field_defaults.items() if name != "dustbin"}
-        state["_parameters"] = {**dict.fromkeys(DUSTBIN_PARAMETERS), **state["_parameters"]}
+        for name in DUSTBIN_PARAMETERS:
+            state["_parameters"].setdefault(name, None)
         super().__setstate__({**defaults, **state})
         unknown = sorted(set(saved) - set(ModuleOptions._fields))
         if unknown:

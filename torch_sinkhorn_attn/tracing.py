@@ -1,5 +1,7 @@
-"""Recording by torch.fx. torch's attention is one node in a traced graph: its function by an override, its module because
-Tracer takes classes of torch.nn for leaves. So are ours, whatever tracer it is, by asking for its `Proxy` objects."""
+"""Calls that are recorded, to be run later: by torch.compile, torch.export, torch.jit.trace, torch.onnx.export, torch.fx.
+
+In a graph of torch.fx torch's attention is one node: its function by an override, its module because Tracer takes
+classes of torch.nn for leaves. So are ours, whatever tracer it is, by asking for its `Proxy` objects."""
 
 from __future__ import annotations
 
@@ -17,6 +19,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 call_for_real = nn.Module.__call__  # before a tracer patches it
+
+
+NOT_IN_ONNX = (
+    "ONNX has no operator for Sinkhorn attention, and this program was exported with this package's own: hand the module "
+    "to torch.onnx.export, not a program that torch.export made of it, or export it with engine='reference'."
+)
+
+
+def recording() -> bool:
+    """Whether a program is being made of the calls: what a tensor holds now is not what it will hold."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def for_onnx() -> bool:
+    """Whether that program is for ONNX, which has none of this package's operators."""
+    return torch.onnx.is_in_onnx_export()
 
 
 def tracer_of(arguments: object) -> Any:
