@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.problem import Problem
+from torch_sinkhorn_attn.tracing import for_onnx, recording
 
 
 class Support(NamedTuple):
@@ -63,7 +64,7 @@ class _Side(NamedTuple):
 def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Side, _Side]:
     """Both sides, from one sort of all tokens, by which the ids are numbered: rows first among equals."""
     length, total = row_ids.shape[-1], row_ids.shape[-1] + col_ids.shape[-1]
-    ids, order = torch.cat([row_ids, col_ids], -1).sort(dim=-1, stable=True)
+    ids, order = _stable_sort(torch.cat([row_ids, col_ids], -1))
     position = torch.arange(total, device=ids.device).expand_as(ids)
     place = torch.zeros_like(order).scatter(-1, order, position)  # of each token in the sorted ones
     number = torch.nn.functional.pad((ids[..., 1:] != ids[..., :-1]).to(ids.dtype).cumsum(-1), (1, 0)).gather(-1, place)
@@ -77,6 +78,17 @@ def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Side, _Side]:
         _Side(_order(first_row, rank, row), first_col[..., row], cols[..., row], rank[..., row], rows[..., row]),
         _Side(_order(first_col, rank, col), first_row[..., col], rows[..., col], rank[..., col], cols[..., col]),
     )
+
+
+def _stable_sort(ids: Tensor) -> tuple[Tensor, Tensor]:
+    if not (recording() and for_onnx()):
+        return ids.sort(dim=-1, stable=True)
+    position = torch.arange(ids.shape[-1], device=ids.device)  # ONNX has none; its programs are dense anyway
+    mine, other = ids[..., :, None], ids[..., None, :]
+    before = (other < mine) | ((other == mine) & (position[None, :] < position[:, None]))
+    place = before.to(ids.dtype).sum(-1)
+    order = torch.zeros_like(place).scatter(-1, place, position.expand_as(place))
+    return ids.gather(-1, order), order
 
 
 def _order(first: Tensor, rank: Tensor, tokens: slice) -> Tensor:

@@ -22,8 +22,8 @@ call_for_real = nn.Module.__call__  # before a tracer patches it
 
 
 NOT_IN_ONNX = (
-    "ONNX has no operator for Sinkhorn attention, and this program was exported with this package's own: hand the module "
-    "to torch.onnx.export, not a program that torch.export made of it, or export it with engine='reference'."
+    "ONNX has no operator for Sinkhorn attention, and this program holds this package's own. Hand the module to "
+    "torch.onnx.export, with engine=None or 'reference', and not a program that torch.export made of it."
 )
 
 
@@ -35,6 +35,12 @@ def recording() -> bool:
 def for_onnx() -> bool:
     """Whether that program is for ONNX, which has none of this package's operators."""
     return torch.onnx.is_in_onnx_export()
+
+
+def refuse_onnx() -> None:
+    """RuntimeError while a program that holds this package's operators is turned into ONNX."""
+    if for_onnx():
+        raise RuntimeError(NOT_IN_ONNX)
 
 
 def tracer_of(arguments: object) -> Any:
