@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from torch_sinkhorn_attn.engines import cpu, tiled, xla
+from torch_sinkhorn_attn.engines import cpu, missing, tiled, xla
 from torch_sinkhorn_attn.problem import Inputs, Problem
 from torch_sinkhorn_attn.tracing import for_onnx, recording
 
@@ -39,6 +39,8 @@ def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
     for candidate in [name] if name else ENGINES:
         reason = ENGINES[candidate].refusal(inputs, problem)
         if reason is None:
+            if name is None and inputs.query.device.type == "cpu" and candidate != cpu.NAME:
+                missing.warn_once(candidate)
             return candidate
         reasons.append(f"{candidate}: {reason}")
     raise ValueError(f"engine={name!r} cannot run this problem. " + "; ".join(reasons))
