@@ -1,4 +1,4 @@
-"""The PEP 517 backend: that of setuptools, which also asks for torch where the C++ kernels have none to build against."""
+"""The PEP 517 backend: that of setuptools, asking also for torch where the kernels have none to be built against."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ print(json.dumps({"version": torch.__version__, "folder": folder, "cxx11_abi": t
 
 def require_tools() -> None:
     """End with a sentence where Python or setuptools is too old to read what is here."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(f"torch_sinkhorn_attn needs Python 3.10 or later, and this is {sys.version.split()[0]}.")
     try:
         import setuptools

@@ -1,4 +1,4 @@
-"""The call of torch.nn.functional.scaled_dot_product_attention: positional dropout_p, and is_causal as it defines it."""
+"""The call of torch.nn.functional.scaled_dot_product_attention: its positions, and is_causal as it defines it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_causal_is_the_lower_triangle_as_a_mask(options: dict[str, Any]) -> None
 
 def test_balanced_causal_needs_more_queries_than_keys() -> None:
     for length, size in ((2, 2), (5, 5), (2, 9)):
-        with pytest.raises(ValueError, match=r"is the identity .* Give it a dustbin or relaxation=tau, or use base_iters"):
+        with pytest.raises(ValueError, match=r"is the identity .* Give it a dustbin or relaxation=tau, or use base"):
             sinkhorn_attention(*tokens(length, size), is_causal=True)
     plan = sinkhorn_plan(*tokens(6, 2)[:2], is_causal=True, base_iters=400)
     assert torch.allclose(plan.sum(-2), torch.tensor(3.0, dtype=D)) and (plan[..., 0, 1] == 0).all()

@@ -1,4 +1,4 @@
-"""What torch grants its own attention, by namespace, by class or by being torch's: tracers, exporters, files, wrappers."""
+"""What torch grants its own attention by namespace, by class or by being its own: tracers, exporters, files."""
 
 import copy
 import io

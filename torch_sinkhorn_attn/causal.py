@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 def checked_causal(is_causal: object, mask: object) -> bool:
     """`is_causal`, a bool that excludes `attn_mask`, as in torch.
 
@@ -25,7 +26,7 @@ def refuse_balanced_causal(length: int, size: int, window: tuple[int, int] | Non
     if softmax_mode or length > size or length <= 1 or (window is not None and window[0] == 0):
         return
     raise ValueError(
-        f"is_causal=True over {length} queries and {size} keys: the only balanced causal plan is the identity (the first "
-        f"query can only take the first key, which leaves the second query the second, and so on). "
+        f"is_causal=True over {length} queries and {size} keys: the only balanced causal plan is the identity (the "
+        "first query can only take the first key, which leaves the second query the second, and so on). "
         "Give it a dustbin or relaxation=tau, or use base_iters=0, tail_iters=0 (softmax attention, causal as ever)."
     )

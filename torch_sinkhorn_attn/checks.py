@@ -17,9 +17,9 @@ def set_checks(mode: str) -> None:
     """Say when data-dependent checks run (lengths in range, masks without NaN, balanced masses, feasible windows).
 
     Args:
-        mode: "auto" (default): for eager CPU tensors only; never under torch.compile, torch.jit.trace, vmap or fake tensors, nor on
-            accelerators, where looking at data would force a host synchronisation. "always": on every device, at that
-            price. "never": not at all. Checks of shapes, types and options always run.
+        mode: "auto" (default): for eager CPU tensors only; never under torch.compile, torch.jit.trace, vmap or fake
+            tensors, nor on accelerators, where looking at data would force a host synchronisation. "always": on every
+            device, at that price. "never": not at all. Checks of shapes, types and options always run.
 
     Raises:
         ValueError: for any other mode.

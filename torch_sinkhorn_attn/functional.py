@@ -101,10 +101,11 @@ def sinkhorn_attention(
         initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
-            (`python -m torch_sinkhorn_attn.engines` tells, and a warning where they are missed), "xla" for tensors of torch_xla (TPUs), else "tiled", plain
-            PyTorch on any device; all O(n + m) memory. "reference" is the dense definition. Derivatives beyond the
-            first, and forward mode, are taken densely (L x S memory) on every engine; the implicit gradient has none,
-            and programs of `torch.export` have no forward mode.
+            (`python -m torch_sinkhorn_attn.engines` tells, and a warning where they are missed), "xla" for tensors of
+            torch_xla (TPUs), else "tiled", plain PyTorch on any device; all O(n + m) memory. "reference" is the dense
+            definition, which ONNX gets. Derivatives beyond the first, and forward mode, are taken densely (L x S
+            memory) on every engine; the implicit gradient has none, and programs of `torch.export` have no forward
+            mode.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass).
 
     Returns:

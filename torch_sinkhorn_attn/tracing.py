@@ -1,4 +1,4 @@
-"""Calls that are recorded, to be run later: by torch.compile, torch.export, torch.jit.trace, torch.onnx.export, torch.fx.
+"""Calls recorded to be run later: by torch.compile, torch.export, torch.jit.trace, torch.onnx.export and torch.fx.
 
 In a graph of torch.fx torch's attention is one node: its function by an override, its module because Tracer takes
 classes of torch.nn for leaves. So are ours, whatever tracer it is, by asking for its `Proxy` objects."""
@@ -29,7 +29,7 @@ NOT_IN_ONNX = (
 
 def recording() -> bool:
     """Whether a program is being made of the calls: what a tensor holds now is not what it will hold."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def for_onnx() -> bool:
@@ -44,7 +44,7 @@ def refuse_onnx() -> None:
 
 
 def tracer_of(arguments: object) -> Any:
-    """The tracer of the first `Proxy` among the arguments, in tuples, lists, dicts and dataclasses too; None without."""
+    """The tracer of the first `Proxy` in the arguments, their tuples, lists, dicts and dataclasses; None without."""
     if isinstance(arguments, Proxy):
         return arguments.tracer
     if isinstance(arguments, torch.Tensor):
@@ -75,8 +75,8 @@ def one_node(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def call_module(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `module(*args, **kwargs)` is: while torch.fx traces, one `call_module` node, as of a module of torch.nn, into
-    whose hooks and forward no tracer looks."""
+    """What `module(*args, **kwargs)` is: while torch.fx traces, one `call_module` node, as of a module of torch.nn,
+    into whose hooks and forward no tracer looks."""
     tracer = tracer_of((args, kwargs))
     if tracer is None and is_fx_symbolic_tracing():  # of constants: then a parameter tells, which is a Proxy now
         tracer = tracer_of(getattr(module.out_proj, "weight", None))

@@ -5,7 +5,8 @@ import argparse
 from torch_sinkhorn_attn.engines import ENGINES, REFERENCE
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m torch_sinkhorn_attn.engines", description="Which engines there are.").parse_args()
+    name = "python -m torch_sinkhorn_attn.engines"
+    argparse.ArgumentParser(prog=name, description="Which engines there are, and why one is missing.").parse_args()
     for name, engine in ENGINES.items():
         print(f"{name:10} {engine.status()}")
     print(f"{REFERENCE:10} the dense definition, any device")

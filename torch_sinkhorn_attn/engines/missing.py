@@ -26,8 +26,8 @@ def warn_once(taken: str) -> None:
         return
     _said = True
     warnings.warn(
-        f"engine={taken!r} computes CPU tensors here, some ten times slower than the C++ kernels of engine 'cpu', which "
-        f"are missing: {reason}. With engine={taken!r} given, or "
+        f"engine={taken!r} computes CPU tensors here, some ten times slower than the C++ kernels of engine 'cpu', "
+        f"which are missing: {reason}. With engine={taken!r} given, or "
         f"warnings.filterwarnings('ignore', message='engine=.* computes CPU tensors'), this is not said again.",
         MissingKernelsWarning,
         stacklevel=_users_level(),
