@@ -64,7 +64,8 @@ def test_only_a_torch_of_the_supported_range_serves(tmp_path, bare, version, ser
     needed, found = asked(path=[tmp_path], executable=bare)
     assert (found == version, needed == []) == (serves, serves)
     if not serves:
-        said = python("-c", "import sinkhorn_build as b; print(b.find_torch())", path=[tmp_path], executable=bare).stdout
+        why = "import sinkhorn_build as b; print(b.find_torch())"
+        said = python("-c", why, path=[tmp_path], executable=bare).stdout
         assert "torch could not be imported" in said or f"torch {version} is installed" in said
 
 
