@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 
-import torch
-
 from torch_sinkhorn_attn.engines import cpu
 
 _ELSEWHERE = ("torch_sinkhorn_attn", "torch")
@@ -17,7 +15,6 @@ class MissingKernelsWarning(UserWarning):
     """CPU tensors are computed many times slower than they could be."""
 
 
-@torch.compiler.assume_constant_result  # when compiled: while the program is made
 def warn_once(taken: str) -> None:
     """Warn, once in a process, that engine `taken` stands in for "cpu", and how to mend it or not to hear of it."""
     global _said
@@ -32,6 +29,10 @@ def warn_once(taken: str) -> None:
         MissingKernelsWarning,
         stacklevel=_users_level(),
     )
+
+
+# As torch.compiler.assume_constant_result would, which imports all of the compiler: said while a program is compiled.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _users_level() -> int:
