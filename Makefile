@@ -92,7 +92,7 @@ $(REQUIREMENTS): requirements.txt
 	@$(RUN) -m pip install --quiet --requirement requirements.txt
 	@rm $(VENV)/.incomplete && touch $@
 
-$(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py torch_sinkhorn_attn/__init__.py $(wildcard csrc/*)
+$(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py $(wildcard build_backend/*.py) torch_sinkhorn_attn/__init__.py $(wildcard csrc/*)
 	@echo "Installing torch_sinkhorn_attn into $(VENV), editable; its C++ kernels take a minute or two to compile."
 	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -1,8 +1,9 @@
 """Builds the package and, where torch and a C++ compiler are at hand, the kernels of csrc/ (engine "cpu").
 
 The kernels are one shared library of torch ops, free of the Python ABI. Its hot translation unit is compiled once for
-each instruction set and chosen at run time, so no flag names the machine it is built on. Without torch or a compiler
-the package installs all the same, and says why that engine is missing. Environment:
+each instruction set and chosen at run time, so no flag names the machine it is built on. Which torch they are built
+against is found by build_backend/sinkhorn_build.py. Without torch or a compiler the package installs all the same, and
+says why that engine is missing: here and when it is first missed. Environment:
 
     TORCH_SINKHORN_ATTN_BUILD_CPU   "0" leaves the kernels out, "1" makes a failure an error (default: try)
     TORCH_SINKHORN_ATTN_SANITIZE    e.g. "address,undefined": instrument them (see `make sanitize`)
@@ -14,20 +15,25 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from sinkhorn_build import BUILD_VARIABLE, Torch, find_torch, require_tools, tell  # noqa: E402
 
-ROOT = Path(__file__).parent
+require_tools()
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
 NAME = "torch_sinkhorn_attn.engines._cpu"
 MISSING = "_cpu_missing.txt"
 PORTABLE = os.environ.get("TORCH_SINKHORN_ATTN_PORTABLE", "") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64") and not PORTABLE
-BUILD = os.environ.get("TORCH_SINKHORN_ATTN_BUILD_CPU", "")
+BUILD = os.environ.get(BUILD_VARIABLE, "")
 SANITIZE = os.environ.get("TORCH_SINKHORN_ATTN_SANITIZE", "")
 
 CAPABILITIES = {"DEFAULT": []}  # the instruction sets, with the flags PyTorch builds its own kernels with
@@ -54,7 +60,10 @@ class BuildKernels(build_ext):
             raise RuntimeError(f'engine "cpu" was not built: {reason}')
         target.unlink(missing_ok=True)
         missing.write_text(reason + "\n")
-        print(f'warning: engine "cpu" is left out: {reason}', file=sys.stderr)
+        tell(
+            f'warning: engine "cpu" is left out: {reason}. The package works without it, on CPUs many times slower; '
+            f"mend that and install again, or set {BUILD_VARIABLE}=1 to make it an error."
+        )
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.get_ext_fullpath(NAME)).parent
@@ -64,10 +73,6 @@ class BuildKernels(build_ext):
         """None, or why it could not be built."""
         if BUILD == "0":
             return "the package was built with TORCH_SINKHORN_ATTN_BUILD_CPU=0"
-        try:
-            import torch
-        except Exception as error:  # an installed torch may fail to load its libraries
-            return f"torch could not be imported when the package was built ({error})"
         if self.compiler.compiler_type != "unix":
             return f"the kernels are built with GCC or Clang, not {self.compiler.compiler_type}"
         compiler = self.compiler.compiler_so_cxx or self.compiler.compiler_so
@@ -75,13 +80,17 @@ class BuildKernels(build_ext):
             return "CXX was set to nothing when the package was built"
         if shutil.which(compiler[0]) is None:
             return f"the C++ compiler {compiler[0]!r} was not found when the package was built"
+        torch = find_torch()
+        if isinstance(torch, str):
+            return f"{torch} when the package was built"
         objects = Path(self.build_temp) / "csrc"
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 built = list(pool.map(lambda unit: self._object(torch, objects, *unit), self._units(ext.sources)))
             self._link(torch, built, target)
             if not SANITIZE:  # a compiler whose OpenMP is another than torch's shows only now
-                self.compiler.spawn([sys.executable, "-c", f"import torch; torch.ops.load_library({str(target)!r})"])
+                load = f"import torch; torch.ops.load_library({str(target.resolve())!r})"
+                subprocess.run([sys.executable, "-c", load], env=torch.environment, check=True)
         except Exception as error:  # distutils raises its own
             return f"{type(error).__name__} when the package was built: {error}"
         return None
@@ -107,24 +116,20 @@ class BuildKernels(build_ext):
             flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
         return flags
 
-    def _object(self, torch, folder: Path, name: str, source: str, flags: list[str]) -> str:
-        from torch.utils.cpp_extension import include_paths
-
+    def _object(self, torch: Torch, folder: Path, name: str, source: str, flags: list[str]) -> str:
         compiler = self.compiler.compiler_so_cxx or self.compiler.compiler_so
         output = folder / f"{name}.o"
         output.parent.mkdir(parents=True, exist_ok=True)
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        headers = [x for path in include_paths() for x in ("-isystem", path)]
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={torch.cxx11_abi}"
+        headers = [x for path in torch.include for x in ("-isystem", str(path))]
         command = [*compiler, *self._flags(), abi, *headers, *flags, "-c", str(ROOT / source), "-o", str(output)]
         self.compiler.spawn(command)
         return str(output)
 
-    def _link(self, torch, objects: list[str], target: Path) -> None:
+    def _link(self, torch: Torch, objects: list[str], target: Path) -> None:
         """Without -fopenmp: the OpenMP runtime must be the one torch has loaded, or its thread count would not hold."""
-        from torch.utils.cpp_extension import library_paths
-
         linker = self.compiler.linker_so_cxx or self.compiler.linker_so
-        libraries = [x for path in library_paths() for x in (f"-L{path}",)] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries = [f"-L{torch.libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
         extra = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
         self.compiler.spawn([*linker, *objects, *libraries, *extra, "-o", str(target)])
 

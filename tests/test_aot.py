@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import torch_sinkhorn_attn
 from torch_sinkhorn_attn.aot import attention, cli, environment
 from torch_sinkhorn_attn.aot.attention import Configuration
 from torch_sinkhorn_attn.aot.child import CompileError, call
@@ -215,3 +217,23 @@ def test_generations_that_libtpu_lacks_are_named(capsys: pytest.CaptureFixture[s
         pytest.skip("a newer libtpu knows them all")
     assert main(["attention", "--topology", "tpu7x", "--length", "256"]) == cli.DOES_NOT_FIT
     assert "does not compile: this libtpu does not know the generation" in capsys.readouterr().out
+
+
+def test_the_training_step_outside_a_checkout_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """With the package alone on the path, or beside a folder of examples that is another."""
+    (tmp_path / "torch_sinkhorn_attn").symlink_to(Path(torch_sinkhorn_attn.__file__).parent)
+    command = [sys.executable, "-m", "torch_sinkhorn_attn.aot", "pfam"]
+    for other in (False, True):
+        if other:
+            (tmp_path / "examples").mkdir()
+            (tmp_path / "examples/__init__.py").touch()
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "error: there is no examples/pfam here: run this in a checkout of the repository\n"
+
+
+def test_what_is_missing_is_named_whether_or_not_its_package_is_there() -> None:
+    for name in ("no_such_module", "no_such_package.module", "json.no_such_module", "json.decoder.not_a_package"):
+        assert f"{name} is not installed" in (environment.missing(name) or "")
+    assert environment.missing("json", "json.decoder") is None

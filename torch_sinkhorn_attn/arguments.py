@@ -22,6 +22,7 @@ from torch_sinkhorn_attn.argument_checks import (
     solver,
     tokens,
 )
+from torch_sinkhorn_attn.causal import checked_causal, refuse_balanced_causal
 from torch_sinkhorn_attn.checks import data_checks_enabled, has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import xla
@@ -61,6 +62,7 @@ class Options(TypedDict, total=False):
     gradient: str
     initial_potentials: tuple[Tensor, Tensor] | None
     dropout_p: float
+    is_causal: bool
     enable_gqa: bool
     mask_floor: float | None
     engine: str | None
@@ -106,6 +108,7 @@ def prepare(
     gradient: str = "tail",
     initial_potentials: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
     enable_gqa: bool = False,
     mask_floor: float | None = -1e3,
     engine: str | None = None,
@@ -131,6 +134,14 @@ def prepare(
     )  # fmt: skip
     softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
     softmax_mode = softmax_mode and row_mass is None and col_mass is None
+    window, causal = o.window, False
+    if checked_causal(is_causal, attn_mask):
+        plain = not given.packed and query_lengths is None and key_lengths is None
+        if plain and o.rho == (1.0, 1.0) and dustbin is None and row_mass is None and col_mass is None:
+            refuse_balanced_causal(length, size, o.window, softmax_mode)
+        causal = not (plain and length == size)
+        if not causal:  # then it is a window, which engines know ahead of the data
+            window = (-1 if o.window is None else o.window[0], 0)
     look = check_data and data_checks_enabled(query, key, value, *given.tensors())
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
@@ -144,7 +155,7 @@ def prepare(
     ]
     if look and given.packed:
         data_checks.check_segments(ids[0], ids[1])
-    support = build_support(ids[0], ids[1], o.window, given.packed)
+    support = build_support(ids[0], ids[1], window, given.packed, causal)
     scan = None
     if given.mask is not None:
         scan = scan_mask(given.mask, support, given.packed, dtype, None if softmax_mode else mask_floor, hulls=look)
@@ -167,7 +178,7 @@ def prepare(
     if not softmax_mode:
         existence = Existence(
             rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, o.rho,
-            given.packed or o.window is not None, o.window, dtype,
+            given.packed or o.window is not None or is_causal, o.window, is_causal, dtype, mask_floor,
         )  # fmt: skip
         if look:
             existence.check((a, b), capacities)
@@ -202,9 +213,9 @@ def prepare(
         scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1],
         base_iters=o.base_iters, tail_iters=o.tail_iters, tolerance=o.tolerance, over_relaxation=o.over_relaxation,
         gradient=o.gradient, dropout_p=dropout_p,
-        banded=given.packed or o.window is not None,
-        window_left=-1 if o.window is None else o.window[0], window_right=-1 if o.window is None else o.window[1],
-        uniform=not given.packed and query_lengths is None and key_lengths is None,
+        banded=given.packed or window is not None or causal,
+        window_left=-1 if window is None else window[0], window_right=-1 if window is None else window[1],
+        uniform=not (given.packed or causal) and query_lengths is None and key_lengths is None,
     )  # fmt: skip
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     if given.mask is not None or not problem.uniform:

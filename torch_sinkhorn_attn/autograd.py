@@ -1,7 +1,8 @@
 """The derivatives of the ops: the first by the engine's backward, all others by `higher_order`.
 
-In eager mode autograd.Functions stand around the ops. torch.compile and torch.export see the ops themselves, with the
-same backward registered for them: they take no Function with a jvp, and export none over dynamic shapes.
+In eager mode autograd.Functions stand around the ops. torch.compile, torch.export and torch.jit.trace see the ops
+themselves, with the same backward registered for them: they take no Function with a jvp, save none, and export none
+over dynamic shapes.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from torch import Tensor
 from torch_sinkhorn_attn import ops
 from torch_sinkhorn_attn.higher_order import Surrogate, or_zeros, pullback, pushforward
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem
+from torch_sinkhorn_attn.tracing import recording
 
 _MASK = Inputs._fields.index("mask")
 
 
 def attention(inputs: Inputs, problem: Problem, engine: str, residuals: bool) -> tuple[Tensor, ...]:
     """The seven results of the forward op, differentiable."""
-    function = torch.ops.torch_sinkhorn_attn.forward if torch.compiler.is_compiling() else _Attention.apply
+    function = torch.ops.torch_sinkhorn_attn.forward if recording() else _Attention.apply
     output, *constants, to_bin, from_bin = function(*ops.flatten(inputs, problem, engine), residuals)
     return output, *(x.detach() for x in constants), to_bin, from_bin
 
 
 def plan(inputs: Inputs, problem: Problem, engine: str) -> Tensor:
     """The plan, differentiable."""
-    function = torch.ops.torch_sinkhorn_attn.plan if torch.compiler.is_compiling() else _Plan.apply
+    function = torch.ops.torch_sinkhorn_attn.plan if recording() else _Plan.apply
     return function(*ops.flatten(inputs, problem, engine))[0]
 
 

@@ -25,6 +25,7 @@ from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_fi
 from torch_sinkhorn_attn.status import CONVERGED_WITHIN, Status, judge
 from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
 from torch_sinkhorn_attn.tensor_kinds import check_kind
+from torch_sinkhorn_attn.tracing import one_node
 
 POWER_ITERS = 100
 
@@ -84,6 +85,7 @@ class Certificate:
     __repr__ = __str__
 
 
+@one_node
 def certify(
     query: Tensor,
     key: Tensor,

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from torch_sinkhorn_attn.tracing import recording
+
 _MODES = ("auto", "always", "never")
 _mode = "auto"
 
@@ -15,9 +17,9 @@ def set_checks(mode: str) -> None:
     """Say when data-dependent checks run (lengths in range, masks without NaN, balanced masses, feasible windows).
 
     Args:
-        mode: "auto" (default): for eager CPU tensors only; never under torch.compile, vmap or fake tensors, nor on
-            accelerators, where looking at data would force a host synchronisation. "always": on every device, at that
-            price. "never": not at all. Checks of shapes, types and options always run.
+        mode: "auto" (default): for eager CPU tensors only; never under torch.compile, torch.jit.trace, vmap or fake
+            tensors, nor on accelerators, where looking at data would force a host synchronisation. "always": on every
+            device, at that price. "never": not at all. Checks of shapes, types and options always run.
 
     What was not checked can be asked afterwards: `SinkhornAux.status` and `certify` tell problems without a plan.
 
@@ -36,7 +38,7 @@ def set_checks(mode: str) -> None:
 def has_data(*tensors: Tensor | None) -> bool:
     """The rule everything else here goes by: whether the values of all these tensors are there to be read, and what is
     found may decide what is done. Not while a program is traced, which will run on other values."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if recording():
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
         return False

@@ -117,6 +117,7 @@ def check_feasibility(
     rho: tuple[float, float],
     banded: bool,
     window: tuple[int, int] | None,
+    is_causal: bool,
     dtype: torch.dtype,
     first: tuple[int, int] = (0, 0),
 ) -> None:
@@ -142,7 +143,7 @@ def check_feasibility(
         lo, hi, covered = scan.row_lo, scan.row_hi, scan.col_covered
     m = feasibility.Marginals(
         a, b, lo.cpu().expand(a.shape), hi.cpu().expand(a.shape), covered.cpu().expand(b.shape),
-        feasibility.Request(window, mask is not None, given[0] is not None or given[1] is not None),
+        feasibility.Request(window, mask is not None, given[0] is not None or given[1] is not None, is_causal),
         rows, cols, groups, feasibility.rounding_of(*given[:2]), first,
     )  # fmt: skip
     masked = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from torch_sinkhorn_attn.tensor_kinds import check_kind
 
@@ -70,6 +71,9 @@ class Dustbin:
         for name, given in fields.items():
             optional = name in ("row_capacity", "col_capacity", "value")
             if given is None and optional:
+                continue
+            if isinstance(given, Proxy):  # torch.fx is recording: it is checked when the graph runs
+                object.__setattr__(self, name, given)
                 continue
             if isinstance(given, bool) or not isinstance(given, (int, float, Tensor)):
                 raise TypeError(f"Dustbin {name} must be a number or a tensor, got {type(given).__name__}: {given!r}.")

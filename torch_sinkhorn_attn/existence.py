@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import data_checks
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.mask_scan import MaskScan
+from torch_sinkhorn_attn.mask_lines import MaskScan
+from torch_sinkhorn_attn.mask_scan import scan_mask
 from torch_sinkhorn_attn.masses import Side, dustbin_capacities, marginal_masses
 from torch_sinkhorn_attn.support import Support, segment_sum
 
@@ -30,7 +31,9 @@ class Existence(NamedTuple):
     rho: tuple[float, float]
     banded: bool
     window: tuple[int, int] | None
+    is_causal: bool
     dtype: torch.dtype  # in which the mask is added
+    mask_floor: float | None
 
     def masses(self) -> tuple[Tensor, Tensor]:
         """Row and column masses in float64."""
@@ -48,12 +51,16 @@ class Existence(NamedTuple):
             *masses, *capacities, self.support, self.mask, self.scan,
             (self.rows.given, self.cols.given, *self.capacities),
             row_segment=self.rows.segment, col_segment=self.cols.segment, groups=self.groups, rho=self.rho,
-            banded=self.banded, window=self.window, dtype=self.dtype, first=first,
+            banded=self.banded, window=self.window, is_causal=self.is_causal, dtype=self.dtype, first=first,
         )  # fmt: skip
 
     def fetched(self) -> Existence:
-        """The same on the CPU."""
-        return _each(self, lambda x: x.cpu())
+        """The same on the CPU, with the hulls that a call does without where it does not look."""
+        there = _each(self, lambda x: x.cpu())
+        if there.mask is None or there.scan is None or there.scan.row_lo.shape == there.scan.row_active.shape:
+            return there
+        packed = there.rows.segment is not None
+        return there._replace(scan=scan_mask(there.mask, there.support, packed, self.dtype, self.mask_floor))
 
     def at(self, n: int, h: int) -> Existence:
         """One batch element and head."""

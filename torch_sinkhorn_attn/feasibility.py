@@ -32,13 +32,15 @@ class Request(NamedTuple):
     window: tuple[int, int] | None
     mask: bool
     masses: bool  # some were given
+    is_causal: bool = False
 
     def __str__(self) -> str:
         parts = [] if self.window is None else [f"window={self.window}"]
-        return " with ".join(parts + ["attn_mask"] * self.mask) or "the support"
+        return " with ".join(parts + ["is_causal=True"] * self.is_causal + ["attn_mask"] * self.mask) or "the support"
 
     def ways_out(self) -> str:
         own = [] if self.window is None else ["widen the window on both sides"]
+        own += ["leave is_causal=False"] * self.is_causal
         own += ["let attn_mask keep more pairs"] * self.mask + ["change row_mass or col_mass"] * self.masses
         dustbin = "pass dustbin=Dustbin(...) to take what cannot be matched"
         return ", ".join([*own, dustbin, "or relaxation=tau to relax the marginals"])

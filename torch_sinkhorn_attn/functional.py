@@ -19,13 +19,17 @@ from torch_sinkhorn_attn.mass_scale import MassScale
 from torch_sinkhorn_attn.problem import Potentials, Result, full_precision
 from torch_sinkhorn_attn.status import SinkhornAux
 from torch_sinkhorn_attn.support import largest, with_dustbin
+from torch_sinkhorn_attn.tracing import one_node
 
 
+@one_node
 def sinkhorn_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
     scale: float | None = None,
     epsilon: float = 1.0,
@@ -44,7 +48,6 @@ def sinkhorn_attention(
     over_relaxation: float = 1.0,
     gradient: str = "tail",
     initial_potentials: tuple[Tensor, Tensor] | None = None,
-    dropout_p: float = 0.0,
     enable_gqa: bool = False,
     mask_floor: float | None = -1e3,
     engine: str | None = None,
@@ -60,8 +63,8 @@ def sinkhorn_attention(
     not differentiated, the last R are, exactly (arXiv:2605.08123, with columns first and rows last, so that a balanced
     output row is an exact weighted average).
 
-    Shapes follow `torch.nn.functional.scaled_dot_product_attention`: `...` are batch dimensions, H heads, L queries,
-    S keys, E and Ev features.
+    The call is that of `torch.nn.functional.scaled_dot_product_attention`, and so are the shapes: `...` are batch
+    dimensions, H heads, L queries, S keys, E and Ev features.
 
     Args:
         query: `(..., H, L, E)`, float16, bfloat16, float32 or float64. Potentials and sums are kept in float32 (float64
@@ -74,6 +77,11 @@ def sinkhorn_attention(
             "minus infinity"; see `mask_floor`. A float mask may require grad. torch's `CausalBias` is understood; a
             tensor of another subclass is refused, and so is flex_attention's `BlockMask`. Beside a window a dense mask
             is read within it only.
+        dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
+        is_causal: support the pairs j <= i alone, counted from the first active token on both sides (with segment ids:
+            of each segment), as `torch.ones(L, S).tril()`; keys beyond the last query are inactive. Not with attn_mask.
+            Balanced, L = S tokens have no causal plan but the identity, and it is refused: it needs a dustbin,
+            relaxation, or softmax mode. Beside `window`, whose diagonal is another for L != S, both must hold.
         scale: default 1/sqrt(E).
         epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
         window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
@@ -103,7 +111,6 @@ def sinkhorn_attention(
             if converged), by conjugate gradients; beside a nearly hard plan its float32 result is mostly rounding.
             "unrolled" stops nothing, so it takes no `tolerance` and no `over_relaxation`.
         initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
-        dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1); drawn from torch's generator.
         enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
         mask_floor: negative, in the units of a float mask. A balanced plan cannot honour a number added to a whole
             column: its potential absorbs it, and a key padded by -1e4 would keep its mass. So a token whose every mask
@@ -111,10 +118,11 @@ def sinkhorn_attention(
             and, when packed, segment) is inactive, as if they were -inf. None keeps every finite entry, however large
             the bias. Softmax mode has no need of it and ignores it. Default -1e3.
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
-            (`python -m torch_sinkhorn_attn.engines` tells), "xla" for tensors of torch_xla (TPUs), else "tiled", plain
-            PyTorch on any device; all O(n + m) memory. "reference" is the dense definition. Derivatives beyond the
-            first, and forward mode, are taken densely (L x S memory) on every engine; the implicit gradient has none,
-            and programs of `torch.export` have no forward mode.
+            (`python -m torch_sinkhorn_attn.engines` tells, and a warning where they are missed), "xla" for tensors of
+            torch_xla (TPUs), else "tiled", plain PyTorch on any device; all O(n + m) memory. "reference" is the dense
+            definition, which ONNX gets. Derivatives beyond the first, and forward mode, are taken densely (L x S
+            memory) on every engine; the implicit gradient has none, and programs of `torch.export` have no forward
+            mode.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass); its `verdict()` says in words whether
             the plan has converged, or none exists.
 
@@ -147,7 +155,7 @@ def sinkhorn_attention(
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
         relaxation=relaxation, dustbin=dustbin, base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance,
         over_relaxation=over_relaxation, gradient=gradient, initial_potentials=initial_potentials,
-        dropout_p=dropout_p, enable_gqa=enable_gqa, mask_floor=mask_floor, engine=engine,
+        dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa, mask_floor=mask_floor, engine=engine,
     )  # fmt: skip
     result = run(prepared, residuals=return_aux)
     output = prepared.unflatten(result.output).to(prepared.dtype)
@@ -193,6 +201,7 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
     return aux
 
 
+@one_node
 def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
     """The transport plan itself, `(..., H, L, S)`, or `(..., H, L+1, S+1)` with a dustbin (its row and column last).
 

@@ -19,6 +19,7 @@ from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dense_mask import DenseMask
 from torch_sinkhorn_attn.mask_lines import KeyMask, Lines, MaskScan, QueryMask, without_hulls
 from torch_sinkhorn_attn.support import Support
+from torch_sinkhorn_attn.tracing import for_onnx, recording
 
 
 class Extremes(NamedTuple):
@@ -35,7 +36,7 @@ def scan_mask(
     O(n); without `hulls` those are empty."""
     mask = mask.detach()
     lines = Lines.of(support, packed)
-    if torch.compiler.is_compiling() and 1 not in mask.shape[-2:]:
+    if recording() and not for_onnx() and 1 not in mask.shape[-2:]:
         row, col = _scan_op(mask, *support, packed, dtype, floor)
         return without_hulls(row, col)
     return _scan(mask, lines, dtype, floor, hulls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.nested import pad, unpad
 from torch_sinkhorn_attn.tensor_kinds import check_kind
+from torch_sinkhorn_attn.tracing import call_module, tracer_of
 
 DUSTBIN_PARAMETERS = ("dustbin_row_score", "dustbin_col_score")
+_SAVED = "_sinkhorn_options"  # in a pickled state: the options of the version that pickled it
 
 
 class ModuleOptions(NamedTuple):
@@ -86,8 +89,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
     key is also an inactive query: it gives no mass and its output is `out_proj.bias`. In softmax mode
     (`base_iters=0, tail_iters=0`) rows stay active, as in `torch.nn.MultiheadAttention`.
 
-    `torch.nn.TransformerEncoderLayer` never takes its fused softmax path with this module. `torch.jit.script` is
-    refused; use `torch.compile` or `torch.export`.
+    `torch.nn.TransformerEncoderLayer` never takes its fused softmax path with this module. torch.fx records it as one
+    node. `torch.onnx.export` gets the dense definition. `torch.jit.script` is refused; use `torch.compile` or
+    `torch.export`.
 
     Raises:
         ValueError: for options that contradict each other; see `sinkhorn_attention` for the rest.
@@ -201,6 +205,27 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         if present and not own & state_dict.keys():  # made without a dustbin
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, _SAVED: ModuleOptions._fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Modules pickled by other versions: options that did not exist get their defaults, under which nothing has
+        changed; those of a newer version are kept, and named in a warning."""
+        state = {"_qkv_same_embed_dim": state["_parameters"].get("in_proj_weight") is not None, **state}
+        saved = state.pop(_SAVED, ())
+        defaults = {name: x for name, x in ModuleOptions._field_defaults.items() if name != "dustbin"}
+        for name in DUSTBIN_PARAMETERS:
+            state["_parameters"].setdefault(name, None)
+        super().__setstate__({**defaults, **state})
+        unknown = sorted(set(saved) - set(ModuleOptions._fields))
+        if unknown:
+            warnings.warn(
+                f"SinkhornMultiheadAttention was saved by a newer version of torch_sinkhorn_attn, with "
+                f"{', '.join(f'{name}={state.get(name)!r}' for name in unknown)}, which this version does not know: it "
+                "computes without.",
+                stacklevel=2,
+            )
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise TypeError(
             "torch.jit.script cannot compile SinkhornMultiheadAttention; use torch.compile or torch.export."
@@ -219,6 +244,11 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
     def softmax_mode(self) -> bool:
         """T = R = 0, balanced, no dustbin: softmax attention."""
         return is_softmax(self.base_iters, self.tail_iters, self.relaxation, self.dustbin)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        return call_module(self, args, kwargs)
 
     def forward(
         self,
@@ -257,6 +287,11 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: for inputs or masks of the wrong type, shape or value.
         """
+        if not torch.compiler.is_compiling() and tracer_of((query, key, value)) is not None:
+            raise TypeError(
+                "torch.fx records SinkhornMultiheadAttention as one node, as nn.MultiheadAttention, and does not trace "
+                "into it: call it in a module of yours, not by its forward, and trace that."
+            )
         nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
         if not any(nested):
             return self._attend_dense(

@@ -26,6 +26,7 @@ from torch_sinkhorn_attn.problem import (
     compute_dtype,
     full_precision,
 )
+from torch_sinkhorn_attn.tracing import refuse_onnx
 
 NAMESPACE = "torch_sinkhorn_attn"
 NUM_INPUTS = len(Inputs._fields)
@@ -109,6 +110,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake(f"{NAMESPACE}::forward")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    refuse_onnx()
     inputs, problem, _ = unflatten(args[:-1])
     assert inputs.value is not None
     num, heads, length = problem.log_row_mass.shape
@@ -179,6 +181,7 @@ def _plan(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake(f"{NAMESPACE}::plan")
 def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
+    refuse_onnx()
     inputs, problem, _ = unflatten(args)
     num, heads, length = problem.log_row_mass.shape
     extra = int(problem.has_dustbin)

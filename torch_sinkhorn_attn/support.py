@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.problem import Problem
+from torch_sinkhorn_attn.tracing import for_onnx, recording
 
 
 class Support(NamedTuple):
@@ -63,7 +64,7 @@ class _Side(NamedTuple):
 def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Side, _Side]:
     """Both sides, from one sort of all tokens, by which the ids are numbered: rows first among equals."""
     length, total = row_ids.shape[-1], row_ids.shape[-1] + col_ids.shape[-1]
-    ids, order = torch.cat([row_ids, col_ids], -1).sort(dim=-1, stable=True)
+    ids, order = _stable_sort(torch.cat([row_ids, col_ids], -1))
     position = torch.arange(total, device=ids.device).expand_as(ids)
     place = torch.zeros_like(order).scatter(-1, order, position)  # of each token in the sorted ones
     number = torch.nn.functional.pad((ids[..., 1:] != ids[..., :-1]).to(ids.dtype).cumsum(-1), (1, 0)).gather(-1, place)
@@ -77,6 +78,17 @@ def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Side, _Side]:
         _Side(_order(first_row, rank, row), first_col[..., row], cols[..., row], rank[..., row], rows[..., row]),
         _Side(_order(first_col, rank, col), first_row[..., col], rows[..., col], rank[..., col], cols[..., col]),
     )
+
+
+def _stable_sort(ids: Tensor) -> tuple[Tensor, Tensor]:
+    if not (recording() and for_onnx()):
+        return ids.sort(dim=-1, stable=True)
+    position = torch.arange(ids.shape[-1], device=ids.device)  # ONNX has none; its programs are dense anyway
+    mine, other = ids[..., :, None], ids[..., None, :]
+    before = (other < mine) | ((other == mine) & (position[None, :] < position[:, None]))
+    place = before.to(ids.dtype).sum(-1)
+    order = torch.zeros_like(place).scatter(-1, place, position.expand_as(place))
+    return ids.gather(-1, order), order
 
 
 def _order(first: Tensor, rank: Tensor, tokens: slice) -> Tensor:
@@ -157,18 +169,24 @@ def _number_up_to(x: Tensor, count: int) -> Tensor:
     return counts.scatter_add(-1, x, torch.ones_like(x)).cumsum(-1)[:, :-1]
 
 
-def build_support(row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | None, packed: bool) -> Support:
+def build_support(
+    row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | None, packed: bool, causal: bool = False
+) -> Support:
     """The support of problems given by `row_ids [N, L]` and `col_ids [N, S]` (-1 = inactive).
 
     `packed` says that ids may differ or leave holes; without it the active tokens are prefixes of one problem, and no
-    sort is needed.
+    sort is needed. `causal` leaves to each query the keys of its problem whose rank is no higher than its own, and keys
+    beyond the last query without a pair, inactive.
     """
     num_cols = col_ids.shape[-1]
     left, right = (-1, -1) if window is None else window
     if packed and row_ids.shape[-1] and num_cols:
         rows, cols = _match(row_ids, col_ids)
         row_active, col_active = (row_ids >= 0) & (rows.matches > 0), (col_ids >= 0) & (cols.matches > 0)
+        if causal:
+            col_active = col_active & (cols.rank < cols.matches)
         lo, hi = window_ranks(rows.rank, rows.own_count, rows.matches, left, right)
+        hi = torch.minimum(hi, rows.rank + 1) if causal else hi
         nonempty = row_active & (lo < hi)
         at = cols.order.gather(-1, (rows.first + lo).clamp(max=num_cols - 1))
         end = cols.order.gather(-1, (rows.first + hi - 1).clamp(0, num_cols - 1)) + 1
@@ -181,9 +199,13 @@ def build_support(row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | No
         row_active, col_active = row_active & (m > 0), col_active & (n > 0)
         row, col = (torch.arange(x.shape[-1], device=x.device).expand_as(x) for x in (row_ids, col_ids))
         lo, hi = window_ranks(row, n, m, left, right)
+        first, end = window_rows(col, n, m, left, right)
+        if causal:
+            hi, first = torch.minimum(hi, row + 1), torch.maximum(first, col)
+            end, col_active = torch.maximum(end, first), col_active & (col < n)
         nonempty = row_active & (lo < hi)
         row_lo, row_hi = torch.where(nonempty, lo, 0), torch.where(nonempty, hi, 0)
-        col_lo, col_hi = (torch.where(col_active, x, row.shape[-1]) for x in window_rows(col, n, m, left, right))
+        col_lo, col_hi = (torch.where(col_active, x, row.shape[-1]) for x in (first, end))
         row_segment, col_segment = torch.zeros_like(row_ids), torch.zeros_like(col_ids)
     return Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
 

@@ -64,10 +64,10 @@ def _attention(options: argparse.Namespace, topology: Topology) -> int:
 
 
 def _pfam(options: argparse.Namespace, topology: Topology) -> int:
-    if reason := missing("torch_xla", "jax", "libtpu"):
-        raise ValueError(reason)
     if missing("examples.pfam"):
         raise ValueError("there is no examples/pfam here: run this in a checkout of the repository")
+    if reason := missing("torch_xla", "jax", "libtpu"):
+        raise ValueError(reason)
     settings = {name: getattr(options, name) for name in _PFAM}
     print(
         f"training step of examples/pfam: {options.pairs} pairs per device of {options.length} residues a side, window "

@@ -59,9 +59,16 @@ def prepare() -> Path:
     return Path(os.environ[DUMP])
 
 
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # no parent package, or one that does not import; a module without a spec
+        return False
+
+
 def missing(*modules: str) -> str | None:
     """What to install if one of the modules is not there, in a sentence; None if all are."""
-    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    absent = [name for name in modules if not _installed(name)]
     if not absent:
         return None
     needed = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"

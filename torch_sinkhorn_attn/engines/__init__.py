@@ -8,8 +8,9 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from torch_sinkhorn_attn.engines import cpu, tiled, xla
+from torch_sinkhorn_attn.engines import cpu, missing, tiled, xla
 from torch_sinkhorn_attn.problem import Inputs, Problem
+from torch_sinkhorn_attn.tracing import for_onnx, recording
 
 ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, tiled)}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
@@ -32,10 +33,14 @@ def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
     """
     if name == REFERENCE or (torch.compiler.is_compiling() and forward_ad._current_level >= 0):
         return REFERENCE  # a compiled op drops the tangents of forward mode; the definition is traced through
+    if name is None and recording() and for_onnx():
+        return REFERENCE
     reasons = []
     for candidate in [name] if name else ENGINES:
         reason = ENGINES[candidate].refusal(inputs, problem)
         if reason is None:
+            if name is None and inputs.query.device.type == "cpu" and candidate != cpu.NAME:
+                missing.warn_once(candidate)
             return candidate
         reasons.append(f"{candidate}: {reason}")
     raise ValueError(f"engine={name!r} cannot run this problem. " + "; ".join(reasons))

@@ -41,7 +41,7 @@ def _load() -> str | None:
     """Load the kernels; the reason if that fails."""
     if not _LIBRARY.exists():
         reason = _REASON.read_text().strip() if _REASON.exists() else "the C++ kernels were not built"
-        return f"{reason}. To build them: pip install --no-build-isolation . (needs a C++17 compiler)"
+        return f"{reason}. To build them: pip install . in the source folder (needs GCC or Clang with C++17)"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -107,6 +107,11 @@ def set_workspace_budget(num_bytes: int) -> None:
     _budget = int(num_bytes)
     if _unavailable is None:
         torch.ops.torch_sinkhorn_attn.cpu_retain_workspace(_budget)
+
+
+def unavailable() -> str | None:
+    """Why there are no kernels, and how to get them; None where there are."""
+    return _unavailable
 
 
 def _require() -> None:

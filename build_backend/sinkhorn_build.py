@@ -1,0 +1,109 @@
+"""What building needs beside setuptools: the tools, and torch.
+
+The C++ kernels are compiled against torch. An isolated build (`pip install .`) does not see the environment it installs
+into, but pip runs it by that environment's Python: a torch found there is the one that the kernels will be used with,
+and is taken. Where there is none (a fresh environment, `python -m build`, uv), torch is required of the isolated
+environment, unless nothing could be compiled against it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUPTOOLS = 77  # the first that reads a license expression, as pyproject.toml has
+BUILD_VARIABLE = "TORCH_SINKHORN_ATTN_BUILD_CPU"
+_ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")  # what pip hides the environment with that it installs into
+_PROBE = """
+import json, torch
+folder = torch.__file__.rpartition("__init__")[0]
+print(json.dumps({"version": torch.__version__, "folder": folder, "cxx11_abi": torch.compiled_with_cxx11_abi()}))
+"""
+
+
+def require_tools() -> None:
+    """End with a sentence where Python or setuptools is too old to read what is here."""
+    if sys.version_info < (3, 10):  # noqa: UP036
+        sys.exit(f"torch_sinkhorn_attn needs Python 3.10 or later, and this is {sys.version.split()[0]}.")
+    try:
+        import setuptools
+    except ImportError:
+        sys.exit(f"Building torch_sinkhorn_attn needs setuptools {SETUPTOOLS} or later: pip install -U setuptools")
+    if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
+        sys.exit(
+            f"Building torch_sinkhorn_attn needs setuptools {SETUPTOOLS} or later, and {setuptools.__version__} is "
+            "installed: pip install -U setuptools, or leave --no-build-isolation out."
+        )
+
+
+class Torch:
+    """An installed torch, seen from another process: how to compile against it, and how to run with it."""
+
+    def __init__(self, found: dict[str, Any], environment: dict[str, str]):
+        self.version: str = found["version"]
+        self.environment = environment
+        folder = Path(found["folder"])
+        self.include = [folder / "include", folder / "include/torch/csrc/api/include"]
+        self.libraries = folder / "lib"
+        self.cxx11_abi = int(found["cxx11_abi"])
+
+
+def requirement() -> str:
+    """The torch that the package depends on, as in pyproject.toml."""
+    found = re.search(r'^dependencies = \["(torch[^"]*)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)
+    assert found is not None
+    return found[1]
+
+
+def find_torch() -> Torch | str:
+    """The torch of this environment or else of the one that pip installs into; or why none will do."""
+    hidden = {name: value for name, value in os.environ.items() if name not in _ISOLATION}
+    reasons = []
+    for environment in (dict(os.environ), hidden):
+        command = [sys.executable, "-c", _PROBE]
+        done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+        if done.returncode:
+            reasons.append(f"torch could not be imported ({_last_line(done.stderr)})")
+            continue
+        torch = Torch(json.loads(_last_line(done.stdout)), environment)
+        if _supported(torch.version):
+            return torch
+        reasons.append(f"torch {torch.version} is installed, and {requirement()} is needed")
+    return reasons[-1]
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1]
+
+
+def _supported(version: str) -> bool:
+    """Whether a version of torch lies in the range `>=A.B,<C.D` of the requirement."""
+    given = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    low, high = (tuple(map(int, x)) for x in re.findall(r"(\d+)\.(\d+)", requirement()))
+    return low <= given < high
+
+
+def build_requirements() -> list[str]:
+    """torch, where kernels can be compiled and have none to be compiled against; else nothing."""
+    compiler = shlex.split(os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++"))
+    can = os.name == "posix" and bool(compiler) and shutil.which(compiler[0]) is not None
+    wanted = can and os.environ.get(BUILD_VARIABLE) != "0"
+    return [requirement()] if wanted and isinstance(find_torch(), str) else []
+
+
+def tell(message: str) -> None:
+    """To the terminal too where pip builds, which keeps what a build prints to itself unless it fails."""
+    print(message, file=sys.stderr)
+    if "PIP_BUILD_TRACKER" in os.environ and not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"\n{message}", file=terminal)
