@@ -99,7 +99,7 @@ def test_relaxed_problems_of_hardly_any_mass(name: str, engine: str, monkeypatch
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "reference"])
-@pytest.mark.parametrize("dtype, decades", [(torch.float32, 12), (torch.float32, 36), (D, 12), (D, 200)])
+@pytest.mark.parametrize("dtype, decades", [(torch.float32, 12), (torch.float32, 45), (D, 12), (D, 200)])
 def test_masses_over_many_decades(engine: str, dtype: torch.dtype, decades: int) -> None:
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(1, 1, 24, 4, generator=g, dtype=D) for _ in range(3)]
@@ -113,8 +113,8 @@ def test_masses_over_many_decades(engine: str, dtype: torch.dtype, decades: int)
 
 def test_masses_too_far_apart_for_the_dtype_are_refused() -> None:
     x = torch.randn(1, 3, 2)
-    mass = torch.tensor([1.0, 1e-39, 1.0], dtype=D)
-    with pytest.raises(ValueError, match=r"Masses of batch 0, head 0 span 1e-39 to 1, more than torch.float32 can"):
+    mass = torch.tensor([1.0, 1e-50, 1.0], dtype=D)
+    with pytest.raises(ValueError, match=r"Masses of batch 0, head 0 span 1e-50 to 1, more than torch.float32 can"):
         sinkhorn_attention(x, x, x, row_mass=mass)
     assert sinkhorn_attention(x.double(), x.double(), x.double(), row_mass=mass).isfinite().all()
 

@@ -90,7 +90,8 @@ def sinkhorn_attention(
         query_segment_ids, key_segment_ids: integer tensors `(..., L)`, `(..., S)`: packed sequences, contiguous runs in
             the same order; negative is inactive. Packed equals separate, exactly.
         row_mass, col_mass: positive, broadcasting to `(..., H, L)`, `(..., H, S)`. Default: uniform with the other
-            side's total; with neither given, a = 1 and b = n/m. Constants.
+            side's total; with neither given, a = 1 and b = n/m. Constants. The output of a balanced problem does not
+            depend on their unit, however small or large; potentials, plan and residuals are in it.
         relaxation: KL penalty strength tau > 0 for both marginals, or `(row tau, column tau)`, in score units; None
             keeps a side balanced. rho = tau / (tau + epsilon).
         dustbin: `Dustbin` for tokens without a partner.

@@ -117,7 +117,7 @@ def sinkhorn_attention(
     >>> sinkhorn_attention(q, k, v, window=(3, 3)).shape
     (4, 10, 8)
     """
-    inputs, constants, statics, batch, scale = prepare(
+    inputs, constants, statics, batch, unit = prepare(
         query, key, value, mask, dustbin, enable_gqa,
         scale=scale, epsilon=epsilon, window=window, query_lengths=query_lengths, key_lengths=key_lengths,
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
@@ -139,9 +139,10 @@ def sinkhorn_attention(
         return output
     fixed = (result.row_potentials[-1], result.col_potentials[-1], result.row_residual, result.col_residual)
     masses = (result.row_dustbin, result.col_dustbin)
-    if scale is not None:
-        fixed = (*_in_callers_unit(fixed[:2], scale, constants), scale.back(fixed[2]), scale.back(fixed[3]))
-        masses = tuple(None if x is None else scale.back(x) for x in masses)
+    if unit is not None:
+        fixed = (*_in_callers_unit(fixed[:2], unit, constants), unit.back(fixed[2]), unit.back(fixed[3]))
+        row, col = (None if x is None else unit.back(x) for x in masses)
+        masses = row, col
     bins = (None if x is None else shaped(x) for x in masses)
     return output, SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
 

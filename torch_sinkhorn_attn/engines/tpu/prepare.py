@@ -111,9 +111,11 @@ def prepare(
         scale = find_scale(every, half_steps=o.base_iters + o.tail_iters > 0)
     if scale is not None:
         a, b = scale.into(a), scale.into(b)
-        capacities = tuple(None if x is None else scale.into(x) for x in capacities)
+        row, col = (None if x is None else scale.into(x) for x in capacities)
+        capacities = row, col
         if initial[0] is not None:  # a start from 0 does not depend on the unit
-            initial = tuple(x - y for x, y in zip(initial, scale.shifts(dtype), strict=True))
+            moved = [None if x is None else x - y for x, y in zip(initial, scale.shifts(dtype), strict=True)]
+            initial = moved[0], moved[1]
 
     stopped, kept = o.base_iters, o.tail_iters
     if o.gradient == "unrolled":
