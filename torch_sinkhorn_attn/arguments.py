@@ -183,24 +183,24 @@ def prepare(
         if look:
             existence.check((a, b), capacities)
 
-    scale = None
+    unit = None
     if any(x is not None for x in (*given.masses, *given.capacities)):
         masses = [x for x in (a, b, *capacities) if x is not None]
         if look:
             data_checks.check_span(masses, dtype)
-        scale = find_scale(masses, o.rho, o.base_iters + o.tail_iters > 0, look, dtype)
+        unit = find_scale(masses, o.rho, o.base_iters + o.tail_iters > 0, look, dtype)
     initial = given.initial
-    if scale is not None:
-        a, b = in_units(scale, a), in_units(scale, b)
-        if given.bins:
-            capacities = in_units(scale, capacities[0]), in_units(scale, capacities[1])
+    if unit is not None:
+        a, b = in_units(unit, a), in_units(unit, b)
+        if capacities[0] is not None and capacities[1] is not None:
+            capacities = in_units(unit, capacities[0]), in_units(unit, capacities[1])
         if initial[0] is not None or o.rho != (1.0, 1.0):  # a balanced start from 0 does not depend on the unit
             zero = a.new_zeros((), dtype=dtype)
-            start = (
+            row, col = (
                 (zero if x is None else x).expand(num, heads, n + given.bins)
                 for x, n in zip(initial, (length, size), strict=True)
             )
-            initial = scale.shifted(*start, back=True)
+            initial = unit.shifted(row, col, back=True)
 
     problem = Problem(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
@@ -223,7 +223,7 @@ def prepare(
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if query.device.type == "xla" and has_data(query):
         inputs = inputs._replace(query=xla.placed(inputs.query, query))
-    return Prepared(inputs, problem, batch, query.dtype, engine, existence, scale)
+    return Prepared(inputs, problem, batch, query.dtype, engine, existence, unit)
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side

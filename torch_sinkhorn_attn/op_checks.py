@@ -219,13 +219,13 @@ def check_cotangents(
     for name, x, shape in expected:
         if x.shape != shape or not x.is_floating_point() or x.device != device:
             _refuse(name, x, dtype, shape, device)
-    for name, x, tokens in (("grad_to_bin", bins[0], length), ("grad_from_bin", bins[1], size)):
-        if x is None:
+    for name, mass, tokens in (("grad_to_bin", bins[0], length), ("grad_from_bin", bins[1], size)):
+        if mass is None:
             continue
         if not problem.has_dustbin:
             raise ValueError(f"{name} is given, but there is no dustbin.")
-        if x.shape != (num, heads, tokens) or not x.is_floating_point() or x.device != device:
-            _refuse(name, x, dtype, (num, heads, tokens), device)
+        if mass.shape != (num, heads, tokens) or not mass.is_floating_point() or mass.device != device:
+            _refuse(name, mass, dtype, (num, heads, tokens), device)
 
 
 def _described(x: Tensor) -> str:
