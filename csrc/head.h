@@ -168,7 +168,10 @@ class Head {
   void scores(const Block<T>& b, T* tile) const {
     constexpr int64_t W = kWidth<T>;
     matmul(tile, b.stride, query + b.row * width, width, 1, key_panels + b.col * d, d * W, W, b.rows, b.cols, d, false);
-    if (p.mask) add_mask(b, tile);  // first: what it holds off the support is nobody's
+    if (p.mask) {  // first: what it holds off the support is nobody's
+      add_mask(b, tile);
+      forget_dead_columns(b, tile);
+    }
     if (b.ragged) {
       for (int64_t i = 0; i < b.rows; ++i) {
         T* line = tile + i * b.stride;
@@ -316,6 +319,15 @@ class Head {
       case Kind::float16:
         return add_values<uint16_t>(b, tile, float_of_float16);
     }
+  }
+
+  // Dead rows have no interval or no entry that the mask keeps; dead columns are amid the intervals of live rows.
+  void forget_dead_columns(const Block<T>& b, T* tile) const {
+    const T* mass = p.log_col_mass + head_index() * p.size + job.col0 + b.col;
+    const int64_t real_cols = std::min(b.cols, m - b.col);
+    for (int64_t j = 0; j < real_cols; ++j)
+      if (mass[j] == -kInf<T>)
+        for (int64_t i = 0; i < b.rows; ++i) tile[i * b.stride + j] = -kInf<T>;
   }
 
   template <typename S, typename Value>

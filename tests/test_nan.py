@@ -146,6 +146,66 @@ def test_a_nan_in_a_mask_nobody_looked_at(engine: str) -> None:
         assert sinkhorn_attention(*tensors_of(size, torch.float32), mask, engine=engine).isnan().all()
 
 
+@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
+def test_a_line_of_nan_in_a_mask_is_no_padding(engine: str) -> None:
+    """NaN lies neither above nor below `mask_floor`: where a key or query has no other entry it stays active."""
+    set_checks("never")
+    for size in (2, 5, 9):
+        for shape in ((size, size), (1, size), (size, 1)):
+            for place in ((..., -1), (-1, slice(None))):
+                mask = torch.zeros(shape)
+                mask[place] = NAN
+                out = sinkhorn_attention(*tensors_of(size, torch.float32), mask, engine=engine)
+                assert out.isnan().all(), (shape, place)
+        padded = torch.zeros(size, size)
+        padded[:, 0] = -1e4
+        padded[-1, 0] = NAN  # amid padding
+        assert sinkhorn_attention(*tensors_of(size, torch.float32), padded, engine=engine).isnan().all()
+
+
+def off_the_support(n: int) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Masks marked where they belong to no pair of the problem, and what makes it so."""
+    half, none = torch.arange(n) // (n // 2), torch.zeros(n, dtype=torch.int64)
+    hole, last = none.clone(), n - 2
+    hole[n // 2] = -1
+    rows, cols = torch.zeros(2, n, n, dtype=torch.bool).unbind()
+    rows[last:], cols[:, last:] = True, True
+    amid_rows, amid_cols = (hole < 0)[:, None].expand(n, n), (hole < 0).expand(n, n)
+    lengths, distance = torch.tensor([last]), (torch.arange(n)[:, None] - torch.arange(n)).abs()
+    return {
+        "padded keys": (cols, {"key_lengths": lengths}),
+        "padded queries": (rows, {"query_lengths": lengths}),
+        "one row": (cols[:1], {"key_lengths": lengths}),
+        "one column": (rows[:, :1], {"query_lengths": lengths}),
+        "hole in the keys": (amid_cols, {"query_segment_ids": none, "key_segment_ids": hole}),
+        "hole in the queries": (amid_rows, {"query_segment_ids": hole, "key_segment_ids": none}),
+        "other segments": (half[:, None] != half, {"query_segment_ids": half, "key_segment_ids": half}),
+        "beyond a window": (distance > 2, {"window": (2, 2)}),
+        "beyond a wide one": (distance > n - 3, {"window": (n - 3, n - 3)}),
+        "holes beside a window": (
+            amid_cols | (distance > 4), {"window": (2, 2), "query_segment_ids": none, "key_segment_ids": hole}
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
+@pytest.mark.parametrize("checks", ["auto", "never"])
+@pytest.mark.parametrize("name", off_the_support(20))
+def test_what_a_mask_holds_off_the_support_is_nobodys(name: str, checks: str, engine: str) -> None:
+    set_checks(checks)
+    marked, options = off_the_support(20)[name]
+    for more in ({}, {"dustbin": Dustbin(0.2, 0.1)}, {"gradient": "implicit", "base_iters": 60}):
+        found = []
+        for value in (0.0, NAN, INF):
+            leaves = [x.double().requires_grad_() for x in tensors_of(20, torch.float32)]
+            mask = torch.zeros(marked.shape, dtype=torch.float64).masked_fill(marked, value).requires_grad_()
+            out = sinkhorn_attention(*leaves, mask, engine=engine, **options, **more)
+            found.append([out, *torch.autograd.grad(out.sin().sum(), [*leaves, mask])])
+        for other in found[1:]:
+            for x, truth in zip(other, found[0], strict=True):
+                assert torch.allclose(x, truth, atol=1e-12), (name, list(more))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("gradient", ["tail", "implicit"])
 def test_a_nan_cotangent_shows_in_every_gradient(gradient: str, engine: str) -> None:

@@ -42,8 +42,8 @@ def check_segments(row_ids: Tensor, col_ids: Tensor) -> None:
 
 
 def check_mask(found: Extremes, dtype: torch.dtype, softmax_mode: bool) -> None:
-    """A float mask is free of NaN and +inf, and, between the tokens it leaves active, of finite values that swallow the
-    scores they are added to."""
+    """Between the tokens it leaves active a float mask is free of NaN, +inf and finite values that swallow the scores
+    they are added to."""
     if not found.highest < torch.inf:
         raise ValueError(
             f"attn_mask holds {'NaN' if found.highest.isnan() else '+inf'}; a float mask is added to the scores: use "
@@ -139,7 +139,7 @@ def check_feasibility(
         check_capacities(capacities, given[2:], (a, b), (rows, cols), totals, tolerance if balanced else None)
     elif balanced:
         feasibility.check_balanced_totals(totals[0], totals[1], feasibility.totals_tolerance(*given))
-    if (mask is None and not banded) or (rho[0] < 1 and rho[1] < 1):
+    if (mask is None and not banded) or (rho[0] < 1 and rho[1] < 1) or 0 in (a.numel(), b.numel()):
         return
     lo, hi, covered = support.row_lo[:, None], support.row_hi[:, None], (support.col_lo < support.col_hi)[:, None]
     if scan is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.checks import can_look
-from torch_sinkhorn_attn.mask_lines import Lines, MaskScan, highest, without_hulls
+from torch_sinkhorn_attn.mask_lines import Lines, MaskScan, extremes, highest, without_hulls
 from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import by_segment
 
@@ -38,7 +38,7 @@ class DenseMask:
     def _width(self) -> int | None:
         """Of the widest interval, if it pays to read those alone."""
         s = self.lines.support
-        if self.num == 0 or not can_look(self.mask, s.row_lo):
+        if s.row_lo.numel() == 0 or not can_look(self.mask, s.row_lo):
             return None
         width = max(1, int((s.row_hi - s.row_lo).max()))
         return width if width * _GATHER_COST <= self.lines.size else None
@@ -82,12 +82,10 @@ class DenseMask:
         return self.lines.highest(torch.cat(rows, -1), self.lines.row_index)
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """The highest value read, and the lowest inside."""
-        pairs = [
-            (highest(b.values).to(self.dtype), torch.where(b.inside, b.values.to(self.dtype), 0.0).min())
-            for b in self._blocks()
-            if b.inside.numel()
-        ] or [(self.mask.new_zeros((), dtype=self.dtype),) * 2]
+        """The highest value inside and the lowest."""
+        pairs = [extremes(b.values.to(self.dtype), b.inside) for b in self._blocks()]
+        if not pairs:
+            return self.mask.new_full((), -torch.inf, dtype=self.dtype), self.mask.new_zeros((), dtype=self.dtype)
         tops, bottoms = (torch.stack(x) for x in zip(*pairs, strict=True))
         return highest(tops), bottoms.min()
 
@@ -99,8 +97,8 @@ class DenseMask:
         high = torch.zeros(self.num, self.heads, t.size, dtype=torch.bool, device=self.mask.device)
         anywhere = high  # columns with an entry that is not low, inside and within
         for b in self._blocks():
-            above = None if limits is None else b.values.to(self.dtype) > limits[..., b.rows, None]
-            inside, within = (x if above is None else x & above for x in (b.inside, b.within))
+            low_entry = None if limits is None else b.values.to(self.dtype) <= limits[..., b.rows, None]  # NaN is not
+            inside, within = (x if low_entry is None else x & ~low_entry for x in (b.inside, b.within))
             rows.append(within.any(-1))
             high = high | self._columns(b, inside)
             if self._width is None:
@@ -148,7 +146,7 @@ class DenseMask:
                     group = own[n, 0, lines]
                     marked &= group[:, None] == other[n, 0]
                 if limit is not None:
-                    marked &= values.to(self.dtype) > limit[n, h, group][:, None]
+                    marked &= ~(values.to(self.dtype) <= limit[n, h, group][:, None])
                 found[n, h, lines] = marked.view(torch.uint8).amax(-1) > 0  # 16 times faster than any()
         return found & asked
 

@@ -85,13 +85,13 @@ class KeyMask:
         return self.lines.highest(torch.where(inside, self.values, -torch.inf), self.lines.col_index)
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """The highest value, and the lowest within."""
-        return highest(self.values), torch.where(self.within, self.values, 0.0).min()
+        """The highest value within and the lowest."""
+        return extremes(self.values, self.within)
 
     def scan(self, limit: Tensor | None, hulls: bool) -> MaskScan:
         """Entries at or below `limit [N, h, G]` are low."""
         t, s = self.lines, self.lines.support
-        high = _above(self.within, self.values, limit, t.col_index)
+        high = _not_low(self.within, self.values, limit, t.col_index)
         rows = t.row_active & t.any(high, t.col_index, t.row_index, t.length)
         if not hulls:
             return without_hulls(rows, high)
@@ -115,13 +115,13 @@ class QueryMask:
         return self.lines.highest(torch.where(inside, self.values, -torch.inf), self.lines.row_index)
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """The highest value, and the lowest within."""
-        return highest(self.values), torch.where(self.within, self.values, 0.0).min()
+        """The highest value within and the lowest."""
+        return extremes(self.values, self.within)
 
     def scan(self, limit: Tensor | None, hulls: bool) -> MaskScan:
         """Entries at or below `limit [N, h, G]` are low."""
         t, s = self.lines, self.lines.support
-        high = _above(self.within, self.values, limit, t.row_index)
+        high = _not_low(self.within, self.values, limit, t.row_index)
         cols = t.col_active & t.any(high, t.row_index, t.col_index, t.size)
         if not hulls:
             return without_hulls(high, cols)
@@ -149,6 +149,13 @@ def shrunk(lo: Tensor, hi: Tensor, live: Tensor, rows: Tensor) -> tuple[Tensor, 
     return torch.where(some, first, 0), torch.where(some, last, 0)
 
 
+def extremes(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest of the values that are marked, -inf over none and NaN if any is; and the lowest, 0 over none."""
+    if among.numel() == 0:
+        return values.new_full((), -torch.inf), values.new_zeros(())
+    return highest(torch.where(among, values, -torch.inf)), torch.where(among, values, 0.0).min()
+
+
 def highest(x: Tensor) -> Tensor:
     """The largest value of all, NaN if any is: XLA's own maximum may lose it."""
     return x.max().masked_fill(x.isnan().any(), torch.nan)
@@ -159,5 +166,6 @@ def _counts(marked: Tensor) -> Tensor:
     return torch.nn.functional.pad(marked.to(torch.int64).cumsum(-1), (1, 0))
 
 
-def _above(within: Tensor, values: Tensor, limit: Tensor | None, index: Tensor | None) -> Tensor:
-    return within if limit is None else within & (values > by_segment(limit, index, values.shape[-1]))
+def _not_low(within: Tensor, values: Tensor, limit: Tensor | None, index: Tensor | None) -> Tensor:
+    # Not "above": NaN is not low, and stays to be seen.
+    return within if limit is None else within & ~(values <= by_segment(limit, index, values.shape[-1]))

@@ -156,6 +156,8 @@ class Tiles:
             keep = kept(mask, self.dtype)
             if mask.dtype != torch.bool:
                 tile = tile + mask.to(self.dtype).masked_fill(~keep, 0.0)
+                dead = self.row_dead[..., rows, None] | self.col_dead[..., None, cols]
+                keep = keep & ~dead  # what it holds there, NaN or infinity, is nobody's
             tile = tile.masked_fill(~keep, -torch.inf)
         if self.problem.banded and not interior:
             column = torch.arange(cols.start, cols.stop, device=tile.device)
