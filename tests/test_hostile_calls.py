@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_sinkhorn_attn import Dustbin, ops
 from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import cpu
+from torch_sinkhorn_attn.support import build_support
 
 LIB = torch.ops.torch_sinkhorn_attn
 NAMES = [*ops.Inputs._fields, *ops.PROBLEM_FIELDS, "engine"]
@@ -145,6 +146,37 @@ def test_the_compiled_ops_look_for_themselves() -> None:
         LIB.cpu_retain_workspace(-5)
     with pytest.raises(ValueError, match="capability='sse99' is not usable"):
         LIB.cpu_set_capability("sse99")
+
+
+SCANS: dict[str, tuple[dict[str, Any], str]] = {
+    "intervals too short": ({"row_hi": torch.zeros(2, 1, dtype=I64)}, r"row_hi is int64\[2, 1\]; int64\[2, 6\] is"),
+    "flat intervals": ({"row_lo": torch.zeros(6, dtype=I64)}, r"row_lo is int64\[6\]; two dimensions"),
+    "intervals beyond the keys": ({"row_hi": torch.full((2, 6), 1 << 40)}, "0 <= row_lo <= row_hi <= 8"),
+    "intervals beyond the queries": ({"col_hi": torch.full((2, 8), 7)}, "0 <= col_lo <= col_hi <= 6"),
+    "intervals of floats": ({"col_lo": torch.zeros(2, 8)}, r"col_lo is float32\[2, 8\]; int64"),
+    "segments that do not exist": ({"col_segment": torch.full((2, 8), 9), "packed": True}, "indices from 0 to 5"),
+    "negative segments": ({"row_segment": torch.full((2, 6), -1), "packed": True}, "indices from 0 to 5"),
+    "activity of numbers": ({"row_active": torch.ones(2, 6)}, r"row_active is float32\[2, 6\]; bool"),
+    "mask of another size": ({"mask": torch.zeros(2, 3, 6, 7)}, r"that broadcast to \[2, 3, 6, 8\]"),
+    "mask of two dimensions": ({"mask": torch.zeros(6, 8)}, "four dimensions"),
+    "mask of integers": ({"mask": torch.zeros(1, 1, 6, 8, dtype=I64)}, "mask is int64"),
+    "no mask": ({"mask": None}, "mask is missing"),
+    "half precision": ({"dtype": torch.float16}, "dtype=torch.float16"),
+    "a floor of nothing": ({"floor": 0.0}, "floor=0.0"),
+    "a floor of NaN": ({"floor": torch.nan}, "floor=nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_reading_a_mask_that_does_not_fit(name: str) -> None:
+    ids = [torch.zeros(2, n, dtype=I64) for n in (6, 8)]
+    support = build_support(*ids, (2, 2), False)
+    good: dict[str, Any] = {"mask": torch.zeros(2, 3, 6, 8), **support._asdict()}
+    good |= {"packed": False, "dtype": torch.float32, "floor": -1.0}
+    assert [x.all() for x in LIB.scan_mask(*good.values())] == [True, True]
+    changed, message = SCANS[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        LIB.scan_mask(*(good | changed).values())
 
 
 def huge() -> dict[str, Tensor | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dense_mask import DenseMask
 from torch_sinkhorn_attn.mask_lines import KeyMask, Lines, MaskScan, QueryMask, without_hulls
+from torch_sinkhorn_attn.op_checks import check_scan
 from torch_sinkhorn_attn.support import Support
 from torch_sinkhorn_attn.tracing import for_onnx, recording
 
@@ -99,6 +100,7 @@ def _scan_op(
 ) -> tuple[Tensor, Tensor]:
     """`_scan` of a dense mask for compiled programs: its loop over blocks would tie them to one length."""
     support = Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
+    check_scan(mask, support, packed, dtype, floor)
     found = _scan(mask, Lines.of(support, packed), dtype, floor, hulls=False)
     return found.row_active.clone(), found.col_active.clone()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines import ENGINES, cpu
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem, compute_dtype
-from torch_sinkhorn_attn.support import window_ranks
+from torch_sinkhorn_attn.support import Support, window_ranks
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_ITERATIONS = 1 << 24  # as kMostIterations in csrc/checks.cpp
@@ -189,6 +189,35 @@ def _check_data(problem: Problem, length: int, size: int) -> None:
         first, end = window_ranks(torch.arange(length, device="cpu"), n, m, *whole)
         if bool(((lo < hi) & ((lo != first) | (hi != end))).any()):
             raise ValueError("row_lo and row_hi are not those of the window, of which uniform=True speaks.")
+
+
+def check_scan(
+    mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None
+) -> None:
+    """A call of `scan_mask`, whose tensors are a mask and the fields of a support."""
+    check_present(mask=mask, **support._asdict())
+    for name, x in (("row_lo", support.row_lo), ("col_lo", support.col_lo)):
+        if x.ndim != 2:
+            raise ValueError(f"{name} is {_described(x)}; two dimensions are needed: batch and tokens.")
+    (num, length), size, device = support.row_lo.shape, support.col_lo.shape[1], mask.device
+    for name, x in support._asdict().items():
+        kind, shape = torch.bool if name.endswith("active") else torch.int64, (num, size if "col" in name else length)
+        if x.shape != shape or x.dtype != kind or x.device != device:
+            _refuse(name, x, kind, shape, device)
+    _check_mask(mask, (num, mask.shape[1] if mask.ndim == 4 else 1, length, size), device)
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype={dtype}; the compute dtype is needed, float32 or float64.")
+    if floor is not None and not -math.inf < floor < 0:
+        raise ValueError(f"floor={floor} is out of range; a negative number or None is needed.")
+    if device.type != "cpu":
+        return
+    most = max(1, min(length, size)) if packed else 1
+    for side, end in (("row", size), ("col", length)):
+        lo, hi, segment = (getattr(support, f"{side}_{name}") for name in ("lo", "hi", "segment"))
+        if lo.numel() and not bool(((lo >= 0) & (lo <= hi) & (hi <= end)).all()):
+            raise ValueError(f"{side}_lo and {side}_hi must hold 0 <= {side}_lo <= {side}_hi <= {end}.")
+        if packed and segment.numel() and not 0 <= int(segment.min()) <= int(segment.max()) < most:
+            raise ValueError(f"{side}_segment must hold indices from 0 to {most - 1}.")
 
 
 def check_cotangents(
