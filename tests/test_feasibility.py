@@ -109,6 +109,7 @@ def test_largest_flows(seed: int) -> None:
 
 
 def test_bits_of_a_matrix() -> None:
+    assert integers(*packed(torch.zeros(3, 0, dtype=torch.bool))) == [0, 0, 0]
     for n, m in ((1, 1), (3, 7), (5, 8), (9, 9), (64, 65), (2, 130)):
         matrix = torch.rand(n, m) < 0.5
         rows = integers(*packed(matrix))
@@ -294,6 +295,33 @@ def test_masks_beside_lengths_segments_and_windows() -> None:
     even = torch.block_diag(torch.ones(3, 3), torch.ones(5, 5)).bool()
     order = torch.randperm(8)
     sinkhorn_plan(x[:, :8], x[:, :8], even[order][:, torch.randperm(8)])
+
+
+def test_a_batch_element_without_tokens_has_no_pairs_to_read() -> None:
+    x, mask = torch.randn(2, 1, 9, 4), torch.rand(9, 9) < 0.9
+    mask |= torch.eye(9, dtype=torch.bool).roll(1, 0) | torch.eye(9, dtype=torch.bool)
+    lengths = torch.tensor([9, 0])
+    apart = torch.stack([torch.zeros(9, dtype=torch.int64), torch.full((9,), -1)])
+    for options in (
+        {"window": (8, 8), "query_lengths": lengths, "key_lengths": lengths},
+        {"query_segment_ids": apart, "key_segment_ids": apart},
+    ):
+        out, aux = sinkhorn_attention(x, x, x, mask, return_aux=True, base_iters=200, **options)
+        torch.testing.assert_close(out[:1], sinkhorn_attention(x[:1], x[:1], x[:1], mask, base_iters=200))
+        assert (out[1] == 0).all() and aux.verdict() == "converged"
+
+
+@pytest.mark.parametrize("unit", [1e-320, 1e-307, 1e-295, 1e-200, 1.0, 1e300, 3e307])
+def test_existence_does_not_depend_on_the_unit_of_mass(unit: float) -> None:
+    x, mass = torch.randn(1, 6, 4, dtype=D), torch.tensor([1, 2, 3, 3, 2, 1], dtype=D)
+    ids = torch.arange(6) // 3
+    keep = (torch.arange(6)[:, None] - torch.arange(6)).abs() < 3
+    for options in ({"window": (1, 1)}, {"query_segment_ids": ids, "key_segment_ids": ids}, {"attn_mask": keep}):
+        sinkhorn_plan(x, x, row_mass=mass * unit, col_mass=mass * unit, **options)
+    with pytest.raises(ValueError, match="no balanced plan"):
+        sinkhorn_plan(x, x, row_mass=mass * unit, col_mass=mass * unit, window=(0, 1))
+    with pytest.raises(ValueError, match="no balanced plan"):
+        sinkhorn_plan(x, x, keep.triu(), row_mass=mass * unit, col_mass=mass * unit)
 
 
 def test_which_batch_element_and_head_is_named() -> None:

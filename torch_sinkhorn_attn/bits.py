@@ -13,8 +13,8 @@ _GATHER_BITS = 0x0102040810204080  # times eight bytes of 0 or 1, as one integer
 
 def packed(matrix: Tensor) -> tuple[int, bytes]:
     """A boolean CPU matrix `[n, m]` as bytes, eight entries in each, behind the number of bytes of a row."""
-    width = -(-matrix.shape[-1] // 8)
-    if matrix.shape[-1] % 8:
+    width = max(1, -(-matrix.shape[-1] // 8))  # so that rows without columns can be counted too
+    if matrix.shape[-1] != 8 * width:
         matrix = torch.nn.functional.pad(matrix, (0, 8 * width - matrix.shape[-1]))
     eights = matrix.contiguous().view(torch.int64)
     found = ((eights * _GATHER_BITS) >> 56).to(torch.uint8)

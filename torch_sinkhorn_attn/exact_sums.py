@@ -21,15 +21,16 @@ class ExactSums:
     """
 
     def __init__(self, rows: Tensor, cols: Tensor):
-        total = torch.maximum(rows.sum(-1), cols.sum(-1))[..., None]
-        exponent = _BITS - 1 - torch.frexp(total).exponent  # the sum itself may have been rounded up
+        largest = torch.maximum(_largest(rows), _largest(cols))[..., None]
+        unit = torch.frexp(largest).exponent  # in which the totals neither overflow nor vanish
+        total = torch.maximum(*(_times_exp2(x, -unit).sum(-1, keepdim=True) for x in (rows, cols)))
+        exponent = _BITS - 1 - torch.frexp(total).exponent - unit  # the sum itself may have been rounded up
         most = max(rows.shape[-1], cols.shape[-1], 1)
         rest_bits = _BITS - math.ceil(math.log2(most + 1))
         parts = [_split(x, exponent, rest_bits) for x in (rows, cols)]
         if not any(bool(rest.any()) for _, rest in parts):
             parts = [[whole] for whole, _ in parts]
         self.weights = [1.0, 2.0**-rest_bits]
-        self.unit = torch.ldexp(torch.ones_like(total), -exponent)
         (self._row_terms, self.row), (self._col_terms, self.col) = (
             (terms, [_before(t) for t in terms]) for terms in parts
         )
@@ -55,8 +56,18 @@ class ExactSums:
         return sum(x.double() * w for x, w in zip(terms, self.weights, strict=False))  # type: ignore[return-value]
 
 
+def _largest(x: Tensor) -> Tensor:
+    return x.amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+
+
+def _times_exp2(x: Tensor, exponent: Tensor) -> Tensor:
+    """In two steps: 2 to an exponent that leads from the smallest numbers to 1 is itself no number."""
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(x, half), exponent - half)
+
+
 def _split(x: Tensor, exponent: Tensor, rest_bits: int) -> list[Tensor]:
-    scaled = torch.ldexp(x, exponent)
+    scaled = _times_exp2(x, exponent)
     whole = scaled.floor()
     return [whole.to(torch.int64), ((scaled - whole) * 2.0**rest_bits).to(torch.int64)]
 
