@@ -165,6 +165,13 @@ def test_autocast_stays_out_of_the_op() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad(out, inputs[0], out.cos().detach())[0]
     assert torch.allclose(found, truth, atol=1e-6)
+    for engine in (*ENGINES, "reference"):  # backward within it too
+        half[0].requires_grad_()
+        out = sinkhorn_attention(*half, gradient="implicit", engine=engine)
+        truth = torch.autograd.grad(out, half[0], out.float().cos().to(out.dtype).detach(), retain_graph=True)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(out, half[0], out.float().cos().to(out.dtype).detach())[0]
+        assert (found - truth).norm() < 0.1 * truth.norm()
 
 
 def test_meta_tensors_give_shapes() -> None:
@@ -257,6 +264,13 @@ def test_empty_axes(engine: str) -> None:
     assert (sinkhorn_attention(q, no_keys, no_keys, torch.zeros(4, 0), engine=engine) == 0).all()
     assert sinkhorn_attention(q, q, torch.randn(2, 1, 4, 0), engine=engine).shape == (2, 1, 4, 0)
     assert certify(torch.randn(1, 0, 3), torch.randn(1, 4, 3), engine=engine).rate.tolist() == [0.0]
+    for num, length, size in ((0, 3, 3), (2, 0, 3), (2, 3, 0), (2, 0, 0)):
+        q, k = torch.randn(num, 1, length, 3), torch.randn(num, 1, size, 3)
+        for mask in (torch.zeros(length, size), torch.zeros(1, size), torch.zeros(length, 1), torch.ones(length, size)):
+            for kind in (torch.float32, torch.bool):
+                out, aux = sinkhorn_attention(q, k, k, mask.to(kind), engine=engine, window=(1, 1), return_aux=True)
+                assert out.shape == q.shape and not out.any() and "no plan" not in aux.verdict()
+    q, no_keys = torch.randn(2, 1, 4, 3), torch.randn(2, 1, 0, 3)
     with pytest.raises(ValueError, match="at least one head"):
         sinkhorn_attention(torch.randn(2, 0, 4, 3), q[:, :0], q[:, :0], engine=engine)
 

@@ -21,7 +21,7 @@ from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dropout import keep_mask
 from torch_sinkhorn_attn.implicit import FIRST_ONLY, DensePlan, implicit_duals
 from torch_sinkhorn_attn.once import differentiable_once
-from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem, Result, compute_dtype
+from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem, Result, compute_dtype, full_precision
 from torch_sinkhorn_attn.support import (
     Components,
     by_segment,
@@ -236,7 +236,7 @@ class _ImplicitPlan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scores, u, v = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(grad.device):
             plan = DensePlan(scores + u[..., :, None] + v[..., None, :])
             weighted = plan.plan * grad
             x, y = implicit_duals(plan, weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
