@@ -11,7 +11,7 @@ import torch
 from conformance import ENGINES, relative_error, results
 from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin, arguments, certify, mass_scale, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn import Dustbin, arguments, certify, mass_scale, set_checks, sinkhorn_attention, sinkhorn_plan
 
 D = torch.float64
 SCALES = {torch.float32: (1e-20, 1e-36, 1e-39, 1e-44, 1e30, 1e300), D: (1e-3, 1e-300, 1e-307, 1e300)}
@@ -91,6 +91,7 @@ def test_everything_comes_back_in_the_callers_unit(name: str, scale: float, monk
 @pytest.mark.parametrize("name", ["both", "rows", "columns"])
 def test_relaxed_problems_of_hardly_any_mass(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = in_the_callers_unit(monkeypatch, call(name, RELAXED[name], 1e-37))
+    set_checks("auto" if name == "both" else "never")  # a side that is balanced has room for a unit unseen
     for key, x in results(call(name, RELAXED[name], 1e-37, torch.float32), engine).items():
         if "plan" not in key and "residual" not in key:
             assert relative_error(x.double(), truth[key], 1e-2) < 1e-4, key

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.problem import Result
 
-COMFORT = 32  # relaxed problems change their unit only if a mass lies beyond 2^-32 .. 2^32
+COMFORT = 32  # problems relaxed on both sides change their unit only if a mass lies beyond 2^-32 .. 2^32
 
 
 class MassScale(NamedTuple):
@@ -77,8 +77,8 @@ def find_scale(
     masses: list[Tensor], rho: tuple[float, float], half_steps: bool, look: bool, dtype: torch.dtype
 ) -> MassScale | None:
     """The unit of each head for its masses `[N, H, n]`, 0 where inactive: the power of two in the middle of the largest
-    and the smallest. None where the caller's may stay: a relaxed problem, whose residuals cost another pass in any
-    other, unless `look` finds masses that are far from 1."""
+    and the smallest. None where the caller's may stay: a problem relaxed on both sides, whose residuals cost another
+    pass in any other, unless `look` finds masses that are far from 1."""
     every = torch.cat(masses, -1)
     if every.shape[-1] == 0:
         return None
@@ -87,7 +87,7 @@ def find_scale(
     smallest = torch.where(every > 0, exponent, torch.inf).amin(-1)
     some = largest > -torch.inf
     far = some & ((largest > COMFORT) | (smallest < -COMFORT))
-    if rho != (1.0, 1.0) and not (look and bool(far.any())):
+    if 1.0 not in rho and not (look and bool(far.any())):
         return None
     middle = torch.where(some, ((largest + smallest) / 2).round(), 0.0)
     shares = _shares(rho, half_steps)
