@@ -195,8 +195,10 @@ def test_masks_that_swallow_scores_are_refused_unless_softmax() -> None:
     inputs = qkv(1, 2, 8, 8)
     mask = torch.zeros(8)
     mask[6:] = -1e9
-    with pytest.raises(ValueError, match=r"attn_mask holds -1e\+09.*its key keeps its mass.*Use -inf"):
-        sinkhorn_attention(*inputs, mask)
+    with pytest.raises(ValueError, match=r"attn_mask holds -1e\+09.*the score is lost in it.*Use -inf"):
+        sinkhorn_attention(*inputs, mask, mask_floor=None)
+    forbidden = sinkhorn_attention(*inputs, mask.masked_fill(mask < 0, -torch.inf))
+    assert torch.equal(sinkhorn_attention(*inputs, mask), forbidden)  # whole keys: padding
     softmax = sinkhorn_attention(*inputs, mask, base_iters=0, tail_iters=0)
     assert torch.allclose(softmax, nn.functional.scaled_dot_product_attention(*inputs, mask[None]), atol=1e-6)
     sinkhorn_attention(*inputs, mask.clamp(min=-1e4))
@@ -241,7 +243,7 @@ def test_module_keeps_half_masks_forbidden_beside_float_padding() -> None:
 
 def test_antitriangular_masks_are_refused_too() -> None:
     q, k, _ = qkv(1, 8, 4)
-    with pytest.raises(ValueError, match="columns counted from the end"):
+    with pytest.raises(ValueError, match="no balanced plan.*force a block"):
         sinkhorn_plan(q, k, torch.ones(8, 8, dtype=torch.bool).tril().flip(-1))
 
 

@@ -31,6 +31,7 @@ class ExactSums:
         if not any(bool(rest.any()) for _, rest in parts):
             parts = [[whole] for whole, _ in parts]
         self.weights = [1.0, 2.0**-rest_bits]
+        self.unit = _times_exp2(torch.ones_like(total), -exponent)  # of what is returned
         (self._row_terms, self.row), (self._col_terms, self.col) = (
             (terms, [_before(t) for t in terms]) for terms in parts
         )
