@@ -49,8 +49,8 @@ def run_chunk(first: int) -> dict[str, object]:
                 found["checked"] += 1
             except ValueError:  # a drawn window or mask may leave no plan
                 found["refused"] += 1
-            except AssertionError as error:
-                found["wrong"].append(f"{engine}: {error}")
+            except Exception as error:
+                found["wrong"].append(f"{engine}: {call}: {type(error).__name__}: {error}")
     return found
 
 
