@@ -464,3 +464,14 @@ def test_dustbin_capacities_must_leave_room() -> None:
     x = torch.randn(1, 8, 4)
     plan = sinkhorn_plan(x, x, window=(0, 0), dustbin=Dustbin(0.0, 0.0, col_capacity=0.5), base_iters=4000)
     assert torch.allclose(plan.sum(-1)[0], torch.tensor([1.0] * 8 + [0.5]), atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 16])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_matrices_of_any_strides_are_packed(rows: int, columns: int) -> None:
+    whole = torch.rand(rows + 3, columns + 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    part = whole[1 : rows + 1, 2 : columns + 2]
+    views = [part, part.contiguous(), part.t().contiguous().t()]
+    views += [part.contiguous().as_strided(part.shape, (1, 1))] * (rows == 1)
+    for view in views:
+        assert integers(*packed(view)) == [sum(1 << j for j, bit in enumerate(row) if bit) for row in part.tolist()]

@@ -13,10 +13,10 @@ _GATHER_BITS = 0x0102040810204080  # times eight bytes of 0 or 1, as one integer
 
 def packed(matrix: Tensor) -> tuple[int, bytes]:
     """A boolean CPU matrix `[n, m]` as bytes, eight entries in each, behind the number of bytes of a row."""
-    width = max(1, -(-matrix.shape[-1] // 8))  # so that rows without columns can be counted too
-    if matrix.shape[-1] != 8 * width:
-        matrix = torch.nn.functional.pad(matrix, (0, 8 * width - matrix.shape[-1]))
-    eights = matrix.contiguous().view(torch.int64)
+    rows, columns = matrix.shape
+    width = max(1, -(-columns // 8))  # so that rows without columns can be counted too
+    eights = torch.zeros(rows, width, dtype=torch.int64, device="cpu")  # a view of any strides can't be read by eights
+    eights.view(torch.bool)[:, :columns] = matrix
     found = ((eights * _GATHER_BITS) >> 56).to(torch.uint8)
     return width, raw(found)
 
