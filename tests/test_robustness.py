@@ -243,7 +243,7 @@ def test_module_keeps_half_masks_forbidden_beside_float_padding() -> None:
 
 def test_antitriangular_masks_are_refused_too() -> None:
     q, k, _ = qkv(1, 8, 4)
-    with pytest.raises(ValueError, match="no balanced plan.*force a block"):
+    with pytest.raises(ValueError, match=r"no balanced plan.*force a block"):
         sinkhorn_plan(q, k, torch.ones(8, 8, dtype=torch.bool).tril().flip(-1))
 
 

@@ -191,9 +191,7 @@ def _check_data(problem: Problem, length: int, size: int) -> None:
             raise ValueError("row_lo and row_hi are not those of the window, of which uniform=True speaks.")
 
 
-def check_scan(
-    mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None
-) -> None:
+def check_scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None) -> None:
     """A call of `scan_mask`, whose tensors are a mask and the fields of a support."""
     check_present(mask=mask, **support._asdict())
     for name, x in (("row_lo", support.row_lo), ("col_lo", support.col_lo)):
