@@ -142,6 +142,14 @@ def test_absurd_settings_are_refused_before_anything_is_built(
         assert error.startswith("error: ") and error.count("\n") == 1 and "\x1b" not in error and len(error) < 500
 
 
+@pytest.mark.parametrize("settings", ["null", "5", "[]", '"x"'])
+def test_settings_that_are_no_settings_are_told_so(settings: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(2)}, path, {"format": release._FORMAT, "config": settings})
+    with pytest.raises(ValueError, match="settings must be values by their names"):
+        load_release(path)
+
+
 def test_weights_are_those_of_the_settings_and_finite(model: Aligner, tmp_path: Path) -> None:
     path, settings = tmp_path / "a.safetensors", json.dumps(CONFIG.to_dict())
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -159,6 +159,8 @@ def test_config_round_trips_and_refuses_nonsense() -> None:
         ("--dim", "20", "at least 21 and at most 1024"),
         ("--dim", "100000", "at least 21 and at most 1024"),
         ("--steps", "1" + "0" * 400, "at least 1 and at most 1000000000"),
+        ("--batch-cells", "0", "at least 1"),
+        ("--batch-cells", "1" + "0" * 19, "at least 1 and at most 1000000000000000000"),
     ],
 )
 def test_values_out_of_range_are_refused_before_any_work(
@@ -169,6 +171,12 @@ def test_values_out_of_range_are_refused_before_any_work(
     shown = value if len(value) <= 40 else f"{value[:37]}..."
     assert capsys.readouterr().err == f"error: {option} must be {allowed}, got {shown}\n"
     assert not out.exists()
+
+
+def test_a_batch_may_be_computed_in_one_part() -> None:
+    """As `aot pfam` and `examples.tpu_vm` have it: as many cells as there are."""
+    for cells in (2**40, 128 * 256 * 8192**2):
+        assert Config(batch_cells=cells).batch_cells == cells
 
 
 def test_evaluation_settings_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,15 @@ def test_padding_alone_takes_no_square_memory(monkeypatch: pytest.MonkeyPatch) -
     assert masks == [None, None]
 
 
+@pytest.mark.parametrize("name", ["bert", "sliding windows", "position bias"])
+def test_inference_mode_changes_nothing(name: str) -> None:
+    model = encoder(name, "sinkhorn")
+    with torch.no_grad():
+        truth = model(input_ids=IDS, attention_mask=PADDING)[0]
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=IDS, attention_mask=PADDING)[0], truth)
+
+
 def test_bert_trains() -> None:
     torch.manual_seed(0)
     config = hf.BertConfig(**TEXT, **SIZES, attn_implementation="sinkhorn")

@@ -323,6 +323,13 @@ def test_report_puts_everything_back() -> None:
     assert counts.seen == 0 and counts.calls == 0 and counts.training and not counts._forward_hooks
 
 
+def test_report_of_a_model_without_data() -> None:
+    with torch.device("meta"):
+        model = hf.BertModel(hf.BertConfig(**TEXT, **SIZES, attn_implementation="sinkhorn"))
+        report = transformers_report(model, input_ids=torch.zeros(2, 5, dtype=torch.long))
+    assert len(report.sinkhorn) == SIZES["num_hidden_layers"]
+
+
 def test_report_needs_inputs_it_cannot_make_up() -> None:
     with pytest.raises(TypeError, match="transformers_report needs a model, got int"):
         transformers_report(3)  # type: ignore[arg-type]

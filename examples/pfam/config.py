@@ -14,7 +14,8 @@ TRAIN_SAMPLE = _DATA / "train.sto.gz"
 HELDOUT_SAMPLE = _DATA / "heldout.sto.gz"
 _HUGE = 10**300
 _VAST = 10**9
-"""A bound that only those who exceed it are told of."""
+_VAST_AREA = _VAST**2  # of plan entries, which are products of two lengths
+"""Bounds that only those who exceed them are told of."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,15 @@ class Range:
         text = f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"
         return text + (
             f" and {'at most' if self.ends[1] == ']' else 'below'} {self.high}"
-            if self.high not in (_VAST, math.inf)
+            if self.high not in (_VAST, _VAST_AREA, math.inf)
             else ""
         )
 
     def check(self, option: str, value: float) -> None:
         """Raise ValueError unless ``value`` belongs."""
         if value not in self:
-            allowed = f"{self} and at most {self.high}" if self.high == _VAST < value else str(self)
+            hidden = self.high in (_VAST, _VAST_AREA)
+            allowed = f"{self} and at most {self.high}" if hidden and self.high < value else str(self)
             raise ValueError(f"{option} must be {allowed}, got {clip(str(value))}")
 
 
@@ -73,6 +75,7 @@ def _choice(default: str, allowed: Choice, meaning: str) -> Any:
 
 
 _COUNT, _FRACTION, _ANY_COUNT = Range(1, _VAST), Range(0, 1, "[)"), Range(0, _VAST)
+_CELLS = Range(1, _VAST_AREA)
 # A released file holds settings that somebody else chose: what they may cost has bounds.
 _WIDTH, _ROUNDS = 1024, Range(1, 8)
 _KINDS = {"int": (int,), "float": (int, float), "str": (str,)}
@@ -98,7 +101,7 @@ class Config:
     seed: int = _number(0, Range(0, 2**32 - 1), "seed of the initial weights, the batches and the dropout")
     steps: int = _number(200, _COUNT, "training steps")
     batch_size: int = _number(6, _COUNT, "pairs in a batch, over all processes")
-    batch_cells: int = _number(320_000, _COUNT, "most plan entries computed at once; larger batches go in parts")
+    batch_cells: int = _number(320_000, _CELLS, "most plan entries computed at once; larger batches go in parts")
     pool: int = _number(4, _COUNT, "pairs of so many steps are sorted by length: more, less padding, more like batches")
     cap: int = _number(160, Range(16, _VAST), "longest side of a training pair, longer ones are cropped")
     eval_cap: int = _number(400, _COUNT, "longest side of an evaluation pair, longer ones are skipped")
@@ -142,6 +145,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """The inverse of ``to_dict``; a setting that is unknown or lacking means that another version wrote it."""
+        if not isinstance(values, dict):
+            raise TypeError(f"settings must be values by their names, got {clip(repr(values))}")
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             names = clip(visible(", ".join(sorted(map(str, unknown)))), 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +42,11 @@ def sinkhorn_mask(
     if only_padding:
         keep = keep[:, :, :1]
     zero = torch.zeros((), device=keep.device, dtype=dtype)
-    mask = torch.where(keep, zero, torch.finfo(dtype).min)
-    if only_padding:
-        mask = mask.expand(-1, -1, length, -1)
+    # torch does not count the changes of what is made in inference mode, and the record below needs the count.
+    with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        mask = torch.where(keep, zero, torch.finfo(dtype).min)
+        if only_padding:
+            mask = mask.expand(-1, -1, length, -1)
     if not torch.compiler.is_compiling():
         _MADE[mask] = _Made(mask._version, only_padding)
     return mask

@@ -32,8 +32,10 @@ def register_transformers(
 
     Padded tokens leave the problem: in self-attention a key that no query may see is also an inactive query, and its
     output is zero. (Where a module does not show whether it is self-attention, its padded queries stay active, with a
-    warning.) Grouped-query attention, sliding windows and position biases work, and packed sequences, which are
-    separate but for a dustbin, which they share. `output_attentions=True` returns the weights P/a.
+    warning.) Cross-attention is told of padded keys alone: padded queries take part in its plan and change the outputs
+    of real ones; give it none, or `cross_attention="softmax"`. Grouped-query attention, sliding windows and position
+    biases work, and packed sequences, which are separate but for a dustbin, which they share. `output_attentions=True`
+    returns the weights P/a.
 
     Args:
         name: any but those of transformers itself.

@@ -185,7 +185,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         for buffer, value in values:
-            if not torch.equal(buffer, value):
+            if not buffer.is_meta and not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 
