@@ -392,6 +392,7 @@ def test_the_defaults_of_torch_change_nothing(default: torch.device | torch.dtyp
         found = [everything(*call) for call in calls] + [of_modules(x, pad)]
     finally:
         torch.set_default_device(None)
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # None in it fails torch.get_default_device
         torch.set_default_dtype(before)
     for one, other in zip(expected, found, strict=True):
         for a, b in zip(one, other, strict=True):

@@ -115,10 +115,9 @@ def test_static_bounds_without_looking_at_data_cover_the_same_band(monkeypatch: 
     """What an accelerator uses: spans from the window alone."""
     x = torch.randn(1, 300, 4)
     problem = prepare(x, x, x, window=(20, 7)).problem
-    fake = type("Device", (), {"type": "elsewhere"})
     made = tiles.Tiles(prepare(x, x, x, window=(20, 7)).inputs, problem)
     truth = made._spans
-    elsewhere = type("T", (), {"device": fake})
+    elsewhere = problem.row_lo.to("meta")
     other = tiles.Tiles(made.inputs, problem)
     other.problem = type(
         "P", (), {"row_lo": elsewhere, "uniform": True, "banded": True, "window_left": 20, "window_right": 7}
