@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn import autograd, reference
 from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
-from torch_sinkhorn_attn.checks import without_data
+from torch_sinkhorn_attn.checks import has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.engines.tiled import marginal_errors
@@ -197,7 +197,7 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
     aux = SinkhornAux(
         *(prepared.unflatten(x) for x in detached), *(None if x is None else prepared.unflatten(x) for x in bins)
     )
-    if not torch.compiler.is_compiling() and not without_data(row):
+    if has_data(row):
         aux.existence = prepared.existence
     return aux
 

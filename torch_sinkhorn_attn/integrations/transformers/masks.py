@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torch_sinkhorn_attn.checks import without_data
+from torch_sinkhorn_attn.checks import has_data
 from torch_sinkhorn_attn.module_masks import as_float, both, forbidding
 from torch_sinkhorn_attn.problem import compute_dtype
 
@@ -77,7 +77,7 @@ def forbidden_as_infinity(mask: Tensor, dtype: torch.dtype, low: float | None) -
 
 def can_decide(mask: Tensor) -> bool:
     """Whether what is computed may depend on the mask's data: eagerly, and not on a device that is lazy about it."""
-    return not torch.compiler.is_compiling() and not without_data(mask) and mask.device.type != "xla"
+    return has_data(mask) and mask.device.type != "xla"
 
 
 def for_softmax(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
