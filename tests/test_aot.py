@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,46 @@ def test_weights_multiply_along_the_nest() -> None:
     assert weighted(loops[:1], filled=True) == 4 * 50
     with pytest.raises(ValueError, match="the trips of loop 3"):
         weighted(loops)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_compilation_ends_with_whoever_wants_it(ended_by: signal.Signals, tmp_path: Path) -> None:
+    """The process that compiles does not outlive the one that was stopped."""
+    (tmp_path / "waiting.py").write_text("""
+import os, time
+def wait(folder):
+    print(os.getpid(), file=open(folder + "/pid", "w"), flush=True)
+    time.sleep(600)
+""")
+    started = f"""
+from torch_sinkhorn_attn.aot.child import call
+call("waiting:wait", {{"folder": {str(tmp_path)!r}}}, environment={{"PYTHONPATH": {str(tmp_path)!r}}})
+"""
+    parent = subprocess.Popen([sys.executable, "-c", started], cwd=ROOT, stderr=subprocess.DEVNULL)
+    told = tmp_path / "pid"
+    wait_until(lambda: told.exists() and told.read_text().endswith("\n"))
+    parent.send_signal(ended_by)
+    parent.wait(30)
+    wait_until(lambda: not is_running(int(told.read_text())))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended; one that nobody has asked for its exit status has."""
+    if (stat := Path(f"/proc/{pid}/stat")).exists():
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path("/proc/self/stat").exists()
 
 
 PROGRAM = """HloModule test

@@ -118,6 +118,11 @@ KINDS = {
         dict(row_mass=torch.ones(6), col_mass=torch.ones(5)),
     ),
     "relaxation zero": (ValueError, "relaxation=0.0 must be positive", dict(relaxation=0.0)),
+    "relaxation vanishing": (
+        ValueError,
+        "relaxation=1e-308 is too small beside epsilon",
+        dict(relaxation=1e-308, epsilon=1e30),
+    ),
     "relaxation NaN": (ValueError, "relaxation=nan must be finite", dict(relaxation=(math.nan, None))),
     "relaxation three": (TypeError, "relaxation must be", dict(relaxation=(1.0, 1.0, 1.0))),
     "dustbin number": (TypeError, "dustbin must be a Dustbin", dict(dustbin=1.0)),

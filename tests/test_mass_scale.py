@@ -118,6 +118,28 @@ def test_masses_too_far_apart_for_the_dtype_are_refused() -> None:
     assert sinkhorn_attention(x.double(), x.double(), x.double(), row_mass=mass).isfinite().all()
 
 
+@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
+@pytest.mark.parametrize("checks", ["never", "auto"])
+@pytest.mark.parametrize(
+    ("dustbin", "sides"),
+    [(None, ("row_mass",)), (None, ("row_mass", "col_mass")), (Dustbin(0.2, 0.1), ("row_mass", "col_mass"))],
+)
+def test_sums_of_the_largest_masses_do_not_overflow(
+    dustbin: Dustbin | None, sides: tuple[str, ...], checks: str, engine: str
+) -> None:
+    """Nor where no data may be looked at."""
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    set_checks(checks)
+    try:
+        expected, found = (
+            sinkhorn_attention(q, k, v, engine=engine, dustbin=dustbin, **{side: torch.full((8,), x) for side in sides})
+            for x in (1.0, 3e38)
+        )
+    finally:
+        set_checks("auto")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_programs_take_the_unit_too() -> None:
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     mass = torch.full((8,), 1e-39, dtype=D)

@@ -99,7 +99,7 @@ def solver(
         raise ValueError(
             f"epsilon={epsilon} is too small: scale / epsilon overflows {dtype}; the plan needs epsilon > 0."
         )
-    rho = [tau / (tau + epsilon) if tau < math.inf else 1.0 for tau in relaxation_pair(relaxation)]
+    rho = [_damping(tau, epsilon) for tau in relaxation_pair(relaxation)]
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient={gradient!r} is unknown; choose one of {', '.join(map(repr, GRADIENTS))}.")
     if engine is not None and not isinstance(engine, str):
@@ -206,6 +206,17 @@ def relaxation_pair(relaxation: Any) -> tuple[float, float]:
         else:
             taus.append(positive("relaxation", tau))
     return taus[0], taus[1]
+
+
+def _damping(tau: float, epsilon: float) -> float:
+    """rho; of halves, whose sum does not overflow."""
+    rho = (tau / 2) / (tau / 2 + epsilon / 2) if tau < math.inf else 1.0
+    if not rho > 0:
+        raise ValueError(
+            f"relaxation={tau} is too small beside epsilon={epsilon}: tau / (tau + epsilon) is 0 in float64; "
+            "a larger one is needed, or None for exact marginals."
+        )
+    return rho
 
 
 def plain_relaxation(relaxation: Any) -> float | tuple[float | None, float | None] | None:

@@ -166,7 +166,7 @@ def prepare(
     row_segment, col_segment = (support.row_segment, support.col_segment) if given.packed else (None, None)
 
     groups = max(1, min(length, size)) if given.packed else 1
-    mass_dtype = torch.float64 if look else _widest(dtype, *given.masses, *given.capacities)
+    mass_dtype = torch.float64 if look else _mass_dtype(dtype, query.device, *given.masses, *given.capacities)
     if look:
         data_checks.check_positive_mass("row_mass", given.masses[0], row_active)
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
@@ -309,9 +309,11 @@ def _without_inactive(
     ]
 
 
-def _widest(dtype: torch.dtype, *given: Tensor | None) -> torch.dtype:
-    """What masses are read in: the compute dtype, or float64 where some are given in it."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in given) else dtype
+def _mass_dtype(dtype: torch.dtype, device: torch.device, *given: Tensor | None) -> torch.dtype:
+    """What masses are added up in: float64, in which no sum of float32 overflows, where some are given in it or the
+    device is sure to have it; else the compute dtype."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in given)
+    return torch.float64 if wide or device.type in ("cpu", "cuda") else dtype
 
 
 def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:

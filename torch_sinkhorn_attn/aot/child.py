@@ -5,6 +5,7 @@ The process need not have torch: the JAX half of the package is imported without
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch_sinkhorn_attn.aot.environment import variables
 from torch_sinkhorn_attn.aot.failures import explain
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+# It ends with the process that wants its result, however that ends: then nothing holds the other end of its input.
 # Parents that are only folders: the real ones import torch.
 _START = """
-import importlib, json, sys, types
+import importlib, json, os, sys, threading, types
+threading.Thread(target=lambda: os._exit(1 + len(os.read(0, 1))), daemon=True).start()
 package, bare, target, result, arguments = sys.argv[1:6]
 if bare == "bare":
     for name in ("", ".engines"):
@@ -46,6 +49,17 @@ with open(result, "w") as file:
 def _inherited() -> dict[str, str]:
     """This process's environment, without the libtpu that a jax imported here has found: the other has its own."""
     return {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}
+
+
+@contextlib.contextmanager
+def _held_open() -> Iterator[int]:
+    """The end to read of a pipe that nothing is written to, and that ends with this process."""
+    ends = os.pipe()
+    try:
+        yield ends[0]
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 class CompileError(Exception):
@@ -77,13 +91,15 @@ def call(
         dump, result = Path(folder, "listings"), Path(folder, "result.json")
         dump.mkdir()
         command = [python or sys.executable, "-c", _START, str(_PACKAGE), "bare" if bare else "full", target]
-        done = subprocess.run(
-            [*command, str(result), json.dumps(dict(arguments))],
-            env={**_inherited(), **variables(dump), **(environment or {})},
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        with _held_open() as held:
+            done = subprocess.run(
+                [*command, str(result), json.dumps(dict(arguments))],
+                env={**_inherited(), **variables(dump), **(environment or {})},
+                stdin=held,
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
         if keep:
             shutil.copytree(dump, keep, dirs_exist_ok=True)
         if not result.exists():

@@ -103,7 +103,8 @@ def _pairs(options: argparse.Namespace, source: str | Config) -> tuple[list[Fami
         found, where = list(load_dataset(source, **reading).heldout_families), "held-out families"
     families = [family for family in found if not family.name.startswith(tuple(options.exclude))]
     if not families:
-        raise ValueError(f"no family with two sequences in {where}, {len(found)} being left out by --exclude")
+        left_out = f", {len(found)} being left out by --exclude" if found else ""
+        raise ValueError(f"no family with two sequences in {where}{left_out}")
     chosen = evaluation_pairs(families, options.pairs, options.cap, _PAIR_SEED)
     count = len(set(labels(families)))
     records = f" in {len(families)} alignments" if count < len(families) else ""
