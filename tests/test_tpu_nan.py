@@ -1,8 +1,10 @@
-"""NaN in a float mask, in the JAX engines: it shows on the support, and off it is nobody's. `test_nan.py` is for tensors."""
+"""NaN in a float mask, in the JAX engines: it shows on the support, and is nobody's off it; `test_nan.py` has tensors'."""
 
 from __future__ import annotations
 
 from functools import partial
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
