@@ -122,9 +122,8 @@ class BlockwisePasses:
             if mask.dtype == jnp.bool_:
                 keep = keep & mask
             else:
-                kept = mask > lowest_kept(mask.dtype, self.dtype)
-                tile = tile + jnp.where(kept, mask, 0).astype(self.dtype)
-                keep = keep & kept
+                keep = keep & kept(mask, self.dtype)
+                tile = tile + mask.astype(self.dtype)
         return jnp.where(keep, tile, -jnp.inf)
 
     def _mask_tile(self, mask: Array, i: Array, j: Array) -> Array:
@@ -322,6 +321,11 @@ def closed(top: Array, total: Array) -> Array:
     return jnp.where(top == -jnp.inf, -jnp.inf, jnp.log(total) + top)
 
 
+def kept(mask: Array, dtype: jnp.dtype) -> Array:
+    """True where a mask keeps the entry; a float one drops what is at or below `lowest_kept`."""
+    return mask if mask.dtype == jnp.bool_ else ~(mask <= lowest_kept(mask.dtype, dtype))  # NaN stays, to be seen
+
+
 def lowest_kept(mask_dtype: jnp.dtype, dtype: jnp.dtype) -> float:
-    """A float mask drops what is at or below it: half the lowest value of its own or of the compute dtype."""
+    """Half the lowest value of a float mask's own or of the compute dtype."""
     return max(float(jnp.finfo(mask_dtype).min), float(jnp.finfo(dtype).min)) / 2

@@ -1,7 +1,8 @@
 """Which tokens a mask leaves active: what `torch_sinkhorn_attn.mask_scan` is for tensors.
 
 Entries of a float mask that lie `-floor` or more below the highest of their problem are low, and a line that has no
-others is inactive, as if they were -inf: its potential would absorb the number, and a padded key keep its mass.
+others is inactive, as if they were -inf: its potential would absorb the number, and a padded key keep its mass. NaN is
+not low: it stays, to be seen.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.blockwise import lowest_kept
+from torch_sinkhorn_attn.engines.tpu.blockwise import kept
 from torch_sinkhorn_attn.engines.tpu.segments import by_segment, segment_max, segment_sum
 from torch_sinkhorn_attn.engines.tpu.support import Support
 
@@ -19,7 +20,7 @@ def active_tokens(
 ) -> tuple[Array, Array]:
     """Rows `[N, h, L]` and columns `[N, h, S]` of which `mask [N or 1, h, L or 1, S or 1]`, added in `dtype`, keeps
     some pair that is not low. One row (padding) is read in O(S), others in passes that XLA fuses."""
-    keep = mask if mask.dtype == jnp.bool_ else mask > lowest_kept(mask.dtype, dtype)
+    keep = kept(mask, dtype)
     row_index, col_index = (x[:, None] if packed else None for x in (support.row_segment, support.col_segment))
     length, size = support.row_lo.shape[-1], support.col_lo.shape[-1]
     groups = max(1, min(length, size)) if packed else 1
@@ -30,7 +31,7 @@ def active_tokens(
             values = jnp.broadcast_to(mask[..., 0, :], within.shape).astype(dtype)
             inside = within & (support.col_lo < support.col_hi)[:, None]
             level = segment_max(jnp.where(inside, values, -jnp.inf), col_index, groups)
-            within &= values > by_segment(_limit(level, floor), col_index, size)
+            within &= ~(values <= by_segment(_limit(level, floor), col_index, size))
         some = by_segment(segment_sum(within.astype(jnp.int32), col_index, groups), row_index, length) > 0
         return support.row_active[:, None] & some, within
     within = keep & support.row_active[:, None, :, None] & support.col_active[:, None, None, :]
@@ -41,7 +42,7 @@ def active_tokens(
     column = jnp.arange(size, dtype=jnp.int32)
     inside = within & (column >= support.row_lo[:, None, :, None]) & (column < support.row_hi[:, None, :, None])
     level = segment_max(jnp.where(inside, mask.astype(dtype), -jnp.inf).max(-1), row_index, groups)
-    high = within & (mask.astype(dtype) > by_segment(_limit(level, floor), row_index, length)[..., None])
+    high = within & ~(mask.astype(dtype) <= by_segment(_limit(level, floor), row_index, length)[..., None])
     rows = high.any(-1)
     inside = inside & rows[..., None]
     return rows, jnp.where(inside.any(-2), (inside & high).any(-2), high.any(-2))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu import dropout
-from torch_sinkhorn_attn.engines.tpu.blockwise import lowest_kept
+from torch_sinkhorn_attn.engines.tpu.blockwise import kept, lowest_kept
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.problem import Constants, Field, Inputs, Statics, compute_dtype
 from torch_sinkhorn_attn.engines.tpu.streaming_kernels import (
@@ -63,8 +63,7 @@ class StreamingPasses:
         if mask.shape[-2] > 1 and mask.shape[-1] > 1:
             self.tile_mask = mask.astype(jnp.int8) if boolean else _loadable(mask)
             return
-        kept = mask if boolean else mask > self.mask_floor
-        shift = jnp.where(kept, 0 if boolean else mask, -jnp.inf).astype(self.dtype)
+        shift = jnp.where(kept(mask, self.dtype), 0 if boolean else mask, -jnp.inf).astype(self.dtype)
         if mask.shape[-1] > 1:
             self.col_shift = shift[..., 0, :]
         else:

@@ -89,20 +89,21 @@ class Cell:
 
     # The tile
 
-    def scores(self, boundary: bool) -> Array:
-        """S in base 2, -inf where the mask or, on a boundary tile, the intervals exclude."""
+    def scores(self, boundary: bool, across: str, lines: str | None = None) -> Array:
+        """S in base 2, -inf where the mask or, on a boundary tile, the intervals exclude. `across` and `lines` name the
+        exponents that will be added, -inf on dead lines: what a mask holds there may be NaN."""
         reading = self.reading
         factor = reading.statics.scale / reading.statics.epsilon * math.log2(math.e)
         found = self.product(self.refs["lines"][...], self.matrix("across"), 1) * self.constant(factor)
         if reading.mask is not None:
-            found = self._masked(found)
+            found = self._masked(found, across, lines)
         if boundary:
             column = self._positions(1).astype(self.dtype)
             keep = (column >= self.line("lo")) & (column < self.line("hi"))
             found = jnp.where(keep, found, -jnp.inf)
         return found
 
-    def _masked(self, scores: Array) -> Array:
+    def _masked(self, scores: Array, across: str, lines: str | None) -> Array:
         reading = self.reading
         assert reading.mask is not None
         mask = self.refs["mask"][...]
@@ -112,9 +113,10 @@ class Cell:
         mask = mask.T if reading.transposed else mask
         if reading.mask.dtype == jnp.int8:
             return jnp.where(mask != 0, scores, -jnp.inf)
-        keep = mask > self.constant(reading.mask_floor)
-        if reading.size % reading.tile:
-            keep = keep & (self._positions(1) < reading.size)
+        keep = jnp.logical_not(mask <= self.constant(reading.mask_floor))  # NaN stays, to be seen
+        keep = keep & (self.across(across) != -jnp.inf)  # as it is past the edge
+        if lines is not None:
+            keep = keep & (self.line(lines) != -jnp.inf)
         return jnp.where(keep, scores + mask * self.constant(math.log2(math.e)), -jnp.inf)
 
     @staticmethod

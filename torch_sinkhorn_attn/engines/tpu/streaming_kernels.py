@@ -24,7 +24,7 @@ class LogSumExp:
 
     def tile(self, cell: Cell, boundary: bool) -> None:
         top, sums = cell.sums
-        scores = cell.scores(boundary) + cell.across("v")
+        scores = cell.scores(boundary, "v") + cell.across("v")
         old = top[...]
         new = jnp.maximum(old, cell.fold(scores, jnp.maximum))
         sums[...] = sums[...] * jnp.exp2(old - new) + cell.fold(jnp.exp2(scores - cell.all_lanes(new)))
@@ -44,7 +44,7 @@ class TimesVector:
         cell.sums[0][...] = jnp.zeros_like(cell.sums[0])
 
     def tile(self, cell: Cell, boundary: bool) -> None:
-        plan = cell.plan(cell.scores(boundary), cell.line("p"), cell.across("q"))
+        plan = cell.plan(cell.scores(boundary, "q", "p"), cell.line("p"), cell.across("q"))
         cell.sums[0][...] += cell.fold(plan * cell.across("y"))
 
     def end(self, cell: Cell) -> None:
@@ -60,7 +60,7 @@ class TimesMatrix:
             sums[...] = jnp.zeros_like(sums)
 
     def tile(self, cell: Cell, boundary: bool) -> None:
-        plan = cell.plan(cell.scores(boundary), cell.line("p"), cell.across("q"))
+        plan = cell.plan(cell.scores(boundary, "q", "p"), cell.line("p"), cell.across("q"))
         for sums in cell.sums:
             sums[...] += cell.fold(plan)
         factor = cell.matrix("w")
@@ -99,7 +99,7 @@ class ScoreCotangent:
 
 def score_cotangent(cell: Cell, boundary: bool, terms: int, scaled: bool = False) -> Array:
     """dS on the tile."""
-    scores = cell.scores(boundary)
+    scores = cell.scores(boundary, "v", "u")
     weights = cell.dropped_out(cell.product(cell.refs["g"][...], cell.matrix("h"), 1))
     plan = cell.plan(scores, cell.line("u"), cell.across("v"))
 

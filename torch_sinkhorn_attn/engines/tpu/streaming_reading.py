@@ -64,7 +64,7 @@ class Reading:
         intervals: lo, hi `[N, n]` of the lines where they are tested entry by entry, else None.
         spans, most: the tiles each block of lines touches, and the number of tile steps, static or traced.
         mask: `[N', H', L, S]`, int8 for a boolean one, or None.
-        mask_floor: a float mask keeps what is above.
+        mask_floor: a float mask drops what is at or below.
         streams: `[N * H]` int32, the bits of the dropout streams, or None.
         interpret: of `pallas_call`.
     """
