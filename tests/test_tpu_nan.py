@@ -1,10 +1,8 @@
-"""NaN in a float mask, in the JAX engines: it shows on the support, and is nobody's off it; `test_nan.py` has tensors'."""
+"""NaN in a float mask, in the JAX engines: shown on the support, nobody's off it; `test_nan.py` has tensors'."""
 
 from __future__ import annotations
 
 from functools import partial
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
