@@ -106,7 +106,7 @@ class BuildKernels(build_ext):
         return units + [(Path(source).stem, source, []) for source in sources if source != kernels]
 
     def _flags(self) -> list[str]:
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
         flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # torch's headers, seen by GCC
         if X86:
             flags.append("-DSINKHORN_X86")
@@ -120,9 +120,8 @@ class BuildKernels(build_ext):
         compiler = self.compiler.compiler_so_cxx or self.compiler.compiler_so
         output = folder / f"{name}.o"
         output.parent.mkdir(parents=True, exist_ok=True)
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={torch.cxx11_abi}"
         headers = [x for path in torch.include for x in ("-isystem", str(path))]
-        command = [*compiler, *self._flags(), abi, *headers, *flags, "-c", str(ROOT / source), "-o", str(output)]
+        command = [*compiler, *self._flags(), *headers, *flags, "-c", str(ROOT / source), "-o", str(output)]
         self.compiler.spawn(command)
         return str(output)
 

@@ -27,7 +27,7 @@ _ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")  # what pip hides the environmen
 _PROBE = """
 import json, torch
 folder = torch.__file__.rpartition("__init__")[0]
-print(json.dumps({"version": torch.__version__, "folder": folder, "cxx11_abi": torch.compiled_with_cxx11_abi()}))
+print(json.dumps({"version": torch.__version__, "folder": folder}))
 """
 
 
@@ -55,7 +55,6 @@ class Torch:
         folder = Path(found["folder"])
         self.include = [folder / "include", folder / "include/torch/csrc/api/include"]
         self.libraries = folder / "lib"
-        self.cxx11_abi = int(found["cxx11_abi"])
 
 
 def requirement() -> str:
@@ -87,10 +86,9 @@ def _last_line(text: str) -> str:
 
 
 def _supported(version: str) -> bool:
-    """Whether a version of torch lies in the range `>=A.B,<C.D` of the requirement."""
-    given = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    low, high = (tuple(map(int, x)) for x in re.findall(r"(\d+)\.(\d+)", requirement()))
-    return low <= given < high
+    """Whether a version of torch is at least the A.B of the requirement `>=A.B`."""
+    given, least = (tuple(map(int, re.findall(r"\d+", x)[:2])) for x in (version, requirement()))
+    return given >= least
 
 
 def build_requirements() -> list[str]:

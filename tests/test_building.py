@@ -50,16 +50,16 @@ def test_an_isolated_build_finds_the_torch_that_the_package_will_run_with(tmp_pa
 
 def test_torch_is_required_where_kernels_could_be_compiled_against_it(bare):
     (found,), version = asked(executable=bare)
-    assert version is None and str(Requirement(found)) == "torch<2.10,>=2.9"
+    assert version is None and str(Requirement(found)) == "torch>=2.9"
     for environment in ({"CXX": "/nowhere/c++"}, {"CXX": ""}, {"TORCH_SINKHORN_ATTN_BUILD_CPU": "0"}):
         assert asked(executable=bare, **environment) == [[], None]
     assert asked(executable=bare, CXX="g++ -O1")[0] == [found]
 
 
-@pytest.mark.parametrize(("version", "serves"), [("2.8.0", False), ("2.9.1+cpu", True), ("2.10.0", False)])
-def test_only_a_torch_of_the_supported_range_serves(tmp_path, bare, version, serves):
+@pytest.mark.parametrize(("version", "serves"), [("2.8.0", False), ("2.9.1+cpu", True), ("2.15.0", True), ("3.0.0a0+git", True)])
+def test_a_torch_that_is_not_too_old_serves(tmp_path, bare, version, serves):
     (tmp_path / "torch").mkdir()
-    source = f"__version__ = {version!r}\ncompiled_with_cxx11_abi = lambda: True\n"
+    source = f"__version__ = {version!r}\n"
     (tmp_path / "torch/__init__.py").write_text(source)
     needed, found = asked(path=[tmp_path], executable=bare)
     assert (found == version, needed == []) == (serves, serves)

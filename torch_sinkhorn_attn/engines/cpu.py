@@ -41,7 +41,7 @@ def _load() -> str | None:
     """Load the kernels; the reason if that fails."""
     if not _LIBRARY.exists():
         reason = _REASON.read_text().strip() if _REASON.exists() else "the C++ kernels were not built"
-        return f"{reason}. To build them: pip install . in the source folder (needs GCC or Clang with C++17)"
+        return f"{reason}. To build them: pip install . in the source folder (needs GCC or Clang with C++20)"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except (OSError, RuntimeError) as error:
