@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from sinkhorn_build import BUILD_VARIABLE, Torch, find_torch, require_tools, tell  # noqa: E402
+from sinkhorn_build import BUILD_VARIABLE, FLAGS, Torch, find_torch, instruction_sets, require_tools, tell  # noqa: E402
 
 require_tools()
 from setuptools import Extension, setup  # noqa: E402
@@ -32,14 +32,9 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 NAME = "torch_sinkhorn_attn.engines._cpu"
 MISSING = "_cpu_missing.txt"
 PORTABLE = os.environ.get("TORCH_SINKHORN_ATTN_PORTABLE", "") == "1"
-X86 = platform.machine().lower() in ("x86_64", "amd64") and not PORTABLE
+SETS = instruction_sets("portable" if PORTABLE else platform.machine())
 BUILD = os.environ.get(BUILD_VARIABLE, "")
 SANITIZE = os.environ.get("TORCH_SINKHORN_ATTN_SANITIZE", "")
-
-CAPABILITIES = {"DEFAULT": []}  # the instruction sets, with the flags PyTorch builds its own kernels with
-if X86:
-    CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 
 
 class BuildKernels(build_ext):
@@ -101,14 +96,13 @@ class BuildKernels(build_ext):
         kernels = "csrc/kernels.cpp"
         units = [
             (f"kernels_{name}", kernels, [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *flags])
-            for name, flags in reversed(CAPABILITIES.items())
+            for name, flags in reversed(SETS.items())
         ]
         return units + [(Path(source).stem, source, []) for source in sources if source != kernels]
 
     def _flags(self) -> list[str]:
-        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-        flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # torch's headers, seen by GCC
-        if X86:
+        flags = [*FLAGS, "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+        if "AVX2" in SETS:
             flags.append("-DSINKHORN_X86")
         if sys.platform.startswith("linux"):
             flags.append("-fopenmp")  # of at::parallel_for

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = 77  # the first that reads a license expression, as pyproject.toml has
 BUILD_VARIABLE = "TORCH_SINKHORN_ATTN_BUILD_CPU"
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")  # what pip hides the environment with that it installs into
 _PROBE = """
 import json, torch
@@ -55,6 +56,15 @@ class Torch:
         folder = Path(found["folder"])
         self.include = [folder / "include", folder / "include/torch/csrc/api/include"]
         self.libraries = folder / "lib"
+
+
+def instruction_sets(machine: str) -> dict[str, list[str]]:
+    """Those that the kernels are compiled for, with the flags PyTorch builds its own with."""
+    sets: dict[str, list[str]] = {"DEFAULT": []}
+    if machine.lower() in ("x86_64", "amd64"):
+        sets["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+        sets["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    return sets
 
 
 def requirement() -> str:
