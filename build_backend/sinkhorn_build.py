@@ -22,12 +22,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = 77  # the first that reads a license expression, as pyproject.toml has
+STABLE = (2, 10)  # the first release whose stable ABI has what the kernels need
 BUILD_VARIABLE = "TORCH_SINKHORN_ATTN_BUILD_CPU"
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")  # what pip hides the environment with that it installs into
+_PROMISES = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h")
+# The last GLIBCXX_3.4.X that systems with glibc 2.Y have, as auditwheel knows them.
+_LIBSTDCXX = ((19, 17), (22, 24), (24, 27), (28, 31), (29, 34), (30, 35), (33, 39))
 _PROBE = """
 import json, torch
 folder = torch.__file__.rpartition("__init__")[0]
-print(json.dumps({"version": torch.__version__, "folder": folder, "cxx11_abi": torch.compiled_with_cxx11_abi()}))
+print(json.dumps({"version": torch.__version__, "folder": folder}))
 """
 
 
@@ -47,15 +52,54 @@ def require_tools() -> None:
 
 
 class Torch:
-    """An installed torch, seen from another process: how to compile against it, and how to run with it."""
+    """An installed torch, seen from another process: how to compile against it, and how to run with it.
+
+    Since 2.10 the kernels use its stable ABI, so that one library serves every release from 2.10 on, whichever it was
+    compiled against; before, a library is for the release it was compiled against alone.
+    """
 
     def __init__(self, found: dict[str, Any], environment: dict[str, str]):
         self.version: str = found["version"]
+        release = _release(self.version)
+        self.stable = release >= STABLE
+        self.serves = ".".join(map(str, STABLE)) + "+" if self.stable else ".".join(map(str, release))
         self.environment = environment
         folder = Path(found["folder"])
         self.include = [folder / "include", folder / "include/torch/csrc/api/include"]
         self.libraries = folder / "lib"
-        self.cxx11_abi = int(found["cxx11_abi"])
+
+
+def instruction_sets(machine: str) -> dict[str, list[str]]:
+    """Those that the kernels are compiled for, with the flags PyTorch builds its own with."""
+    sets: dict[str, list[str]] = {"DEFAULT": []}
+    if machine.lower() in ("x86_64", "amd64"):
+        sets["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+        sets["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    return sets
+
+
+def symbols_needed(library: Path) -> list[str]:
+    """What a library of Linux takes from elsewhere, as `name` or `name@VERSION`; not what it can do without."""
+    command = ["nm", "-D", "--undefined-only", "--format=posix", str(library)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [line.split()[0] for line in lines if line.split()[1] != "w"]
+
+
+def unpromised(needed: list[str], torch: Torch) -> list[str]:
+    """Those of the symbols of which neither the system nor torch's stable ABI promises that the next release has
+    them."""
+    headers = [torch.include[0] / "torch/csrc" / name for name in _PROMISES]
+    promised = set(re.findall(r"\w+", "".join(header.read_text() for header in headers)))
+    return [name for name in needed if not re.search("@+(GLIBC|GLIBCXX|CXXABI|GCC)_", name) and name not in promised]
+
+
+def manylinux(needed: list[str]) -> str | None:
+    """The first manylinux tag whose systems have the symbols, without the processor: "manylinux_2_28"; None if none."""
+    text = " ".join(needed)
+    glibc = [int(minor) for minor in re.findall(r"@GLIBC_2\.(\d+)", text)]
+    libstdcxx = max((int(minor) for minor in re.findall(r"@GLIBCXX_3\.4\.(\d+)", text)), default=0)
+    with_it = [minor for first, minor in _LIBSTDCXX if first >= libstdcxx]
+    return f"manylinux_2_{max(*glibc, with_it[0])}" if glibc and with_it else None
 
 
 def requirement() -> str:
@@ -87,10 +131,12 @@ def _last_line(text: str) -> str:
 
 
 def _supported(version: str) -> bool:
-    """Whether a version of torch lies in the range `>=A.B,<C.D` of the requirement."""
-    given = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    low, high = (tuple(map(int, x)) for x in re.findall(r"(\d+)\.(\d+)", requirement()))
-    return low <= given < high
+    return _release(version) >= _release(requirement())
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """(A, B) of a version A.B.C, or of a requirement `>=A.B`."""
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
 
 
 def build_requirements() -> list[str]:

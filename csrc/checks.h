@@ -2,17 +2,13 @@
 // is checked here, once and in O(n), so that the kernels may trust every size, range and pointer.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <vector>
 
-namespace sinkhorn {
+#include "tensor_api.h"
 
-using MaybeTensor = std::optional<at::Tensor>;
-using MaybeTensors = c10::List<MaybeTensor>;
+namespace sinkhorn {
 
 // Places in the lists of the ops, as in engines/cpu.py.
 enum Tensors : size_t {
@@ -38,28 +34,29 @@ enum Tensors : size_t {
   kTensorCount,
 };
 enum Numbers : size_t { kScale, kEpsilon, kRhoRow, kRhoCol, kTolerance, kOverRelaxation, kDropoutP, kNumberCount };
-enum Counts : size_t { kStopped, kKept, kImplicit, kBanded, kBudget, kCountCount };
+enum Counts : size_t { kStopped, kKept, kImplicit, kBanded, kBudget, kPoisoned, kCountCount };
 
 // What an op is given, alive as long as the pointers into it.
 struct Given {
   std::vector<MaybeTensor> tensors;  // undefined ones are absent
-  c10::ArrayRef<double> numbers;
-  c10::ArrayRef<int64_t> counts;
+  Doubles numbers;
+  Integers counts;
   // Sizes, as in problem.h
   int64_t num = 0, heads = 0, key_heads = 0, length = 0, size = 0, features = 0, value_features = 0, bins = 0;
-  at::ScalarType dtype = at::kFloat;  // the compute dtype
+  ScalarType dtype = ScalarType::Float;  // the compute dtype
 
-  const at::Tensor& operator[](size_t k) const { return *tensors[k]; }
+  const Tensor& operator[](size_t k) const { return *tensors[k]; }
   bool has(size_t k) const { return tensors[k].has_value(); }
 };
 
-// The problem of a call. ValueError or TypeError naming the first thing that does not fit, and what was expected.
-Given check_problem(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts);
+// The problem of a call. Throws std::invalid_argument, in Python ValueError, naming the first thing that does not fit and
+// what was expected.
+Given check_problem(const MaybeTensors& tensors, Doubles numbers, Integers counts);
 
 // The rest of a backward call: the cotangent of attention, with its output, or of the plan; and the duals.
-void check_cotangents(const Given& given, const at::Tensor& grad, const MaybeTensor& grad_to_bin,
-                      const MaybeTensor& grad_from_bin, const MaybeTensor& output, const at::Tensor& row_potentials,
-                      const at::Tensor& col_potentials);
+void check_cotangents(const Given& given, const Tensor& grad, const MaybeTensor& grad_to_bin,
+                      const MaybeTensor& grad_from_bin, const MaybeTensor& output, const Tensor& row_potentials,
+                      const Tensor& col_potentials);
 
 // A number of bytes that a setting takes.
 void check_bytes(const char* name, int64_t bytes);

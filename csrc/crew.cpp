@@ -1,10 +1,11 @@
 #include "crew.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
+#include <new>
+#include <stdexcept>
 
 #include "interrupt.h"
+#include "tensor_api.h"
 #include "tsan.h"
 
 namespace sinkhorn {
@@ -65,21 +66,25 @@ Crew::Crew(int64_t workers, int64_t leaders, bool shared)
 void Crew::run(int64_t tasks, const std::function<void(int64_t, int64_t, const Team&)>& lead) {
   lead_ = &lead;
   tasks_ = tasks;
+  caller_ = std::this_thread::get_id();
   next_poll_ = std::chrono::steady_clock::now() + kPollEvery;
   if (workers_ == 1) {
     work(0);
   } else {
-    // A range is one worker's, however many threads there turn out to be: its first number is below `workers_`.
-    const auto serve = [this](int64_t worker, int64_t) {
+    // However many threads there turn out to be (one, where the caller is a thread of a team itself): worker 0 is there,
+    // and nobody waits for the others.
+    const auto serve = [this](int64_t worker) {
       tsan_acquire();
       work(worker);
       tsan_release();
     };
     tsan_release();
-    at::parallel_for(0, workers_, 1, serve);
+    parallel_for(workers_, serve);
     tsan_acquire();
   }
-  if (why_) std::rethrow_exception(why_);
+  if (why_ == Stop::interrupted) throw Interrupted{};
+  if (why_ == Stop::memory) throw std::bad_alloc();
+  if (why_ == Stop::error) throw std::runtime_error(error_);
 }
 
 void Crew::work(int64_t worker) {
@@ -94,7 +99,7 @@ void Crew::lead_tasks(int64_t rank, int64_t slot) {
   try {
     for (int64_t task = next_++; task < tasks_ && !stopped_; task = next_++) (*lead_)(task, rank, team);
   } catch (...) {
-    stop(std::current_exception());
+    stop_as_thrown();
   }
   if (--leading_ == 0) wake_all();
 }
@@ -130,7 +135,7 @@ void Crew::do_part(Board& board, int64_t part, int64_t parts, int64_t slot) {
   try {
     if (!stopped_) board.body(board.context, part, slot);
   } catch (...) {
-    stop(std::current_exception());
+    stop_as_thrown();
   }
   if (board.done.fetch_add(1) + 1 == parts && board.waiting > 0) {
     { const std::lock_guard<std::mutex> lock(mutex_); }
@@ -162,7 +167,7 @@ void Crew::run_phase(const Team& team, int64_t parts, void (*body)(void*, int64_
 
 void Crew::check_stop(const Team& team) {
   const auto& member = static_cast<const Member&>(team);
-  if (at::get_thread_num() == 0) member.crew.poll();
+  if (std::this_thread::get_id() == member.crew.caller_) member.crew.poll();
   if (member.crew.stopped_) throw Interrupted{};
 }
 
@@ -170,16 +175,32 @@ void Crew::poll() {
   const auto now = std::chrono::steady_clock::now();
   if (now < next_poll_) return;
   next_poll_ = now + kPollEvery;
-  if (hears_interrupts() && interrupt_pending()) stop(std::make_exception_ptr(Interrupted{}));
+  if (hears_interrupts() && interrupt_pending()) stop(Stop::interrupted);
 }
 
-void Crew::stop(const std::exception_ptr& why) {
+void Crew::stop(Stop why) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!why_) why_ = why;
+    if (why_ == Stop::no) why_ = why;
     stopped_ = true;
   }
   wake_all();
+}
+
+void Crew::stop_as_thrown() {
+  try {
+    throw;
+  } catch (const Interrupted&) {
+    stop(Stop::interrupted);
+  } catch (const std::bad_alloc&) {
+    stop(Stop::memory);
+  } catch (const std::exception& error) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (error_.empty()) error_ = error.what();
+    }
+    stop(Stop::error);
+  }
 }
 
 void Crew::wake_all() {

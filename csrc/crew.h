@@ -9,10 +9,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <thread>
 
 #include "problem.h"
 
@@ -62,6 +63,9 @@ class Crew {
     const int64_t slot;
   };
 
+  // Not a std::exception_ptr, whose members ask for a newer libstdc++ than anything else here.
+  enum class Stop { no, interrupted, memory, error };
+
   static void run_phase(const Team& team, int64_t parts, void (*body)(void*, int64_t, int64_t), void* context);
   static void check_stop(const Team& team);
 
@@ -72,7 +76,8 @@ class Crew {
   void do_part(Board& board, int64_t part, int64_t parts, int64_t slot);
   bool any_part(int64_t group) const;
   bool finished() const;
-  void stop(const std::exception_ptr& why);
+  void stop(Stop why);
+  void stop_as_thrown();  // within a handler
   void poll();  // the caller's thread: stops the crew when an interrupt is pending
 
   // Until ready(): spins briefly, then sleeps.
@@ -88,9 +93,11 @@ class Crew {
   int64_t tasks_ = 0;
   std::atomic<int64_t> next_{0}, leading_{0};
   std::atomic<bool> stopped_{false};
-  std::exception_ptr why_;
+  Stop why_ = Stop::no;
+  std::string error_;  // what() of an exception that is neither
   std::mutex mutex_;
   std::condition_variable done_;  // for leaders
+  std::thread::id caller_;
   std::chrono::steady_clock::time_point next_poll_;
 };
 

@@ -190,7 +190,7 @@ class Solver : Scalings<T> {
       const T to_bin = bin.present() ? bin.to_score[row] + beta[h.cols] : -kInf<T>;
       Vec<T> tops(-kInf<T>);
       for (int64_t j = 0; j < block.cols; j += W)
-        tops = at::vec::maximum(tops, Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j));
+        tops = maximum(tops, Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j));
       const T top = larger(max_of(tops), to_bin);
       if (top == -kInf<T>) {  // no support: its plan is 0 whatever its potential
         a[row] = 0;
@@ -221,9 +221,9 @@ class Solver : Scalings<T> {
         const Vec<T> before = Vec<T>::loadu(tops + at + j);
         Vec<T> top = before;
         for (int64_t i = 0; i < block.rows; ++i)
-          top = at::vec::maximum(top, Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]));
+          top = maximum(top, Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]));
         top.store(tops + at + j);
-        const Vec<T> shift = Vec<T>::blendv(top, Vec<T>(T(0)), top == Vec<T>(-kInf<T>));
+        const Vec<T> shift = finite_or_zero(top);
         Vec<T> total = Vec<T>::loadu(totals + at + j) * exp_of(before - shift);
         for (int64_t i = 0; i < block.rows; ++i)
           total = total + exp_of(Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]) - shift);

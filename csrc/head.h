@@ -369,7 +369,7 @@ inline void row_column_pass(const Block<T>& b, const T* tile, const T* y, T* c, 
       for (int64_t r = 0; r < R; ++r) total[r] = Vec<T>(T(0));
       for (int64_t j = 0; j < b.cols; j += W) {
         const Vec<T> column = Vec<T>::loadu(y + j);
-        for (int64_t r = 0; r < R; ++r) total[r] = at::vec::fmadd(Vec<T>::loadu(line[r] + j), column, total[r]);
+        for (int64_t r = 0; r < R; ++r) total[r] = fmadd(Vec<T>::loadu(line[r] + j), column, total[r]);
       }
       for (int64_t r = 0; r < R; ++r) sums[r] = sum_of(total[r]);
     }
@@ -377,7 +377,7 @@ inline void row_column_pass(const Block<T>& b, const T* tile, const T* y, T* c, 
     if constexpr (WantColumns) {
       for (int64_t j = 0; j < b.cols; j += W) {
         Vec<T> column = Vec<T>::loadu(c + j);
-        for (int64_t r = 0; r < R; ++r) column = at::vec::fmadd(Vec<T>::loadu(line[r] + j), Vec<T>(x[r]), column);
+        for (int64_t r = 0; r < R; ++r) column = fmadd(Vec<T>::loadu(line[r] + j), Vec<T>(x[r]), column);
         column.store(c + j);
       }
     }

@@ -1,13 +1,13 @@
 // The ops that torch_sinkhorn_attn/engines/cpu.py calls: tensors in, checked by checks.h, `Problem` and pointers out.
-#include <ATen/Dispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "capability.h"
 #include "checks.h"
@@ -16,24 +16,22 @@
 namespace sinkhorn {
 namespace {
 
-using at::Tensor;
-
-constexpr int64_t kInterface = 2;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
+constexpr int64_t kInterface = 3;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
 
 Kind kind_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kDouble:
+    case ScalarType::Double:
       return Kind::float64;
-    case at::kFloat:
+    case ScalarType::Float:
       return Kind::float32;
-    case at::kHalf:
+    case ScalarType::Half:
       return Kind::float16;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Kind::bfloat16;
-    case at::kBool:
+    case ScalarType::Bool:
       return Kind::boolean;
     default:
-      TORCH_CHECK(false, "the CPU engine does not read tensors of dtype ", x.scalar_type());
+      throw std::invalid_argument("the CPU engine does not read tensors of this dtype");
   }
 }
 
@@ -53,13 +51,13 @@ const T* pointer(const std::optional<Tensor>& x) {
   return x.has_value() ? x->const_data_ptr<T>() : nullptr;
 }
 
-double lowest(at::ScalarType type) {
+double lowest(ScalarType type) {
   switch (type) {
-    case at::kDouble:
+    case ScalarType::Double:
       return std::numeric_limits<double>::lowest();
-    case at::kHalf:
+    case ScalarType::Half:
       return -65504.0;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return -3.3895313892515355e38;
     default:
       return std::numeric_limits<float>::lowest();
@@ -100,7 +98,7 @@ Problem<T> problem_of(const Given& given) {
   p.dropout_p = numbers[kDropoutP];
   p.stopped = counts[kStopped], p.kept = counts[kKept], p.implicit = counts[kImplicit] != 0;
   p.banded = counts[kBanded] != 0;
-  p.budget = counts[kBudget];
+  p.budget = counts[kBudget], p.poisoned = counts[kPoisoned] != 0;
   return p;
 }
 
@@ -123,8 +121,8 @@ const Kernels<double>& kernels_of() {
 // Largest of `per_job` by batch element and head.
 template <typename T>
 Tensor by_head(const std::vector<Job>& jobs, const Tensor& per_job, const Problem<T>& p) {
-  Tensor found = at::zeros({p.num, p.heads}, per_job.options());
-  T* to = found.data_ptr<T>();
+  Tensor found = zeros({p.num, p.heads}, per_job.scalar_type());
+  T* to = found.mutable_data_ptr<T>();
   const T* from = per_job.const_data_ptr<T>();
   for (size_t k = 0; k < jobs.size(); ++k) {
     T& most = to[jobs[k].batch * p.heads + jobs[k].head];
@@ -147,55 +145,63 @@ template <typename T>
 Results forward_as(const Given& given, bool residuals) {
   const Problem<T> p = problem_of<T>(given);
   const auto jobs = jobs_of(given, p);
-  const auto options = given[kLogRowMass].options();
-  const auto none = [&] { return at::zeros({0}, options); };
+  const ScalarType dtype = given.dtype;
+  const auto none = [&] { return zeros({0}, dtype); };
   const auto count = static_cast<int64_t>(jobs.size());
-  Tensor output = given.has(kValue) ? at::zeros({p.num, p.heads, p.length, p.value_features}, options) : none();
-  Tensor row = at::zeros({p.kept + 1, p.num, p.heads, p.length + p.bins}, options);
-  Tensor col = at::zeros({p.kept + 1, p.num, p.heads, p.size + p.bins}, options);
-  Tensor to_bin = p.bins ? at::zeros({p.num, p.heads, p.length}, options) : none();
-  Tensor from_bin = p.bins ? at::zeros({p.num, p.heads, p.size}, options) : none();
-  Tensor row_residual = residuals ? at::zeros({count}, options) : none(), col_residual = row_residual.clone();
+  Tensor output = given.has(kValue) ? zeros({p.num, p.heads, p.length, p.value_features}, dtype) : none();
+  Tensor row = zeros({p.kept + 1, p.num, p.heads, p.length + p.bins}, dtype);
+  Tensor col = zeros({p.kept + 1, p.num, p.heads, p.size + p.bins}, dtype);
+  Tensor to_bin = p.bins ? zeros({p.num, p.heads, p.length}, dtype) : none();
+  Tensor from_bin = p.bins ? zeros({p.num, p.heads, p.size}, dtype) : none();
+  Tensor row_residual = residuals ? zeros({count}, dtype) : none(), col_residual = residuals ? zeros({count}, dtype) : none();
   ForwardResult<T> result;
-  result.output = given.has(kValue) ? output.data_ptr<T>() : nullptr;
-  result.row_potentials = row.data_ptr<T>(), result.col_potentials = col.data_ptr<T>();
-  if (p.bins) result.to_bin = to_bin.data_ptr<T>(), result.from_bin = from_bin.data_ptr<T>();
-  if (residuals) result.row_residual = row_residual.data_ptr<T>(), result.col_residual = col_residual.data_ptr<T>();
+  result.output = given.has(kValue) ? output.mutable_data_ptr<T>() : nullptr;
+  result.row_potentials = row.mutable_data_ptr<T>(), result.col_potentials = col.mutable_data_ptr<T>();
+  if (p.bins) result.to_bin = to_bin.mutable_data_ptr<T>(), result.from_bin = from_bin.mutable_data_ptr<T>();
+  if (residuals) result.row_residual = row_residual.mutable_data_ptr<T>(), result.col_residual = col_residual.mutable_data_ptr<T>();
   run_forward(p, jobs, result);
   if (residuals) row_residual = by_head(jobs, row_residual, p), col_residual = by_head(jobs, col_residual, p);
   return {output, row, col, row_residual, col_residual, to_bin, from_bin};
 }
 
-Results cpu_forward(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts,
+Results cpu_forward(const MaybeTensors& tensors, Doubles numbers, Integers counts,
                     bool residuals) {
   const Given given = check_problem(tensors, numbers, counts);
-  return given.dtype == at::kDouble ? forward_as<double>(given, residuals)
+  return given.dtype == ScalarType::Double ? forward_as<double>(given, residuals)
                                                          : forward_as<float>(given, residuals);
 }
 
 using PlanResults = std::tuple<Tensor, Tensor, Tensor>;
 
+// The plan's last entry of each head: what goes from its dustbins to its dustbins.
+template <typename T>
+void fill_corners(const ForwardResult<T>& result, const Problem<T>& p) {
+  const int64_t entries = (p.length + 1) * (p.size + 1);
+  for (int64_t k = 0; k < p.num * p.heads; ++k)
+    result.plan[(k + 1) * entries - 1] = std::accumulate(result.corner + k * p.bins, result.corner + (k + 1) * p.bins, T(0));
+}
+
 template <typename T>
 PlanResults plan_as(const Given& given) {
   const Problem<T> p = problem_of<T>(given);
   const auto jobs = jobs_of(given, p);
-  const auto options = given[kLogRowMass].options();
+  const ScalarType dtype = given.dtype;
   const int64_t extra = p.bins > 0;
-  Tensor plan = at::zeros({p.num, p.heads, p.length + extra, p.size + extra}, options);
-  Tensor corner = at::zeros({p.num, p.heads, p.bins}, options);
-  Tensor row = at::zeros({p.kept + 1, p.num, p.heads, p.length + p.bins}, options);
-  Tensor col = at::zeros({p.kept + 1, p.num, p.heads, p.size + p.bins}, options);
+  Tensor plan = zeros({p.num, p.heads, p.length + extra, p.size + extra}, dtype);
+  Tensor corner = zeros({p.num, p.heads, p.bins}, dtype);
+  Tensor row = zeros({p.kept + 1, p.num, p.heads, p.length + p.bins}, dtype);
+  Tensor col = zeros({p.kept + 1, p.num, p.heads, p.size + p.bins}, dtype);
   ForwardResult<T> result;
-  result.plan = plan.data_ptr<T>(), result.corner = corner.data_ptr<T>();
-  result.row_potentials = row.data_ptr<T>(), result.col_potentials = col.data_ptr<T>();
+  result.plan = plan.mutable_data_ptr<T>(), result.corner = corner.mutable_data_ptr<T>();
+  result.row_potentials = row.mutable_data_ptr<T>(), result.col_potentials = col.mutable_data_ptr<T>();
   run_forward(p, jobs, result);
-  if (extra) plan.select(3, p.size).select(2, p.length).copy_(corner.sum(-1));
+  if (extra) fill_corners(result, p);
   return {plan, row, col};
 }
 
-PlanResults cpu_plan(const MaybeTensors& tensors, c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts) {
+PlanResults cpu_plan(const MaybeTensors& tensors, Doubles numbers, Integers counts) {
   const Given given = check_problem(tensors, numbers, counts);
-  return given.dtype == at::kDouble ? plan_as<double>(given) : plan_as<float>(given);
+  return given.dtype == ScalarType::Double ? plan_as<double>(given) : plan_as<float>(given);
 }
 
 // Jobs that add to the same entries of the mask's gradient.
@@ -212,33 +218,33 @@ std::vector<Tensor> backward_as(const Given& given, const BackwardGiven<T>& cota
   mask_grad &= given.has(kMask);
   const Problem<T> p = problem_of<T>(given);
   const auto jobs = jobs_of(given, p);
-  const auto options = given[kLogRowMass].options();
-  const auto made = [&](bool wanted, c10::IntArrayRef shape) {
-    return wanted ? at::zeros(shape, options) : at::zeros({0}, options);
+  const ScalarType dtype = given.dtype;
+  const auto made = [&](bool wanted, Shape shape) {
+    return wanted ? zeros(shape, dtype) : zeros({0}, dtype);
   };
   const bool bins = p.bins > 0;
   Tensor query = made(true, {p.num, p.heads, p.length, p.features}),
          key = made(true, {p.num, p.heads, p.size, p.features});
   Tensor value = made(given.has(kValue), {p.num, p.heads, p.size, p.value_features});
-  Tensor mask = mask_grad ? at::zeros(given[kMask].sizes(), options) : made(false, {});
+  Tensor mask = mask_grad ? zeros(given[kMask].sizes(), dtype) : made(false, {});
   Tensor row_score = made(bins, {p.num, p.heads, p.length}), col_score = made(bins, {p.num, p.heads, p.size});
   Tensor corner = made(bins, {p.num, p.heads, p.bins});
   Tensor stored = made(given.has(kDustbinValue), {p.num, p.heads, p.bins, p.value_features});
   Tensor dropped = made(true, {p.num, p.heads, (p.kept || p.implicit ? p.length : p.size) + p.bins});
   BackwardResult<T> result;
-  result.query = query.data_ptr<T>(), result.key = key.data_ptr<T>(),
-  result.value = given.has(kValue) ? value.data_ptr<T>() : nullptr;
+  result.query = query.mutable_data_ptr<T>(), result.key = key.mutable_data_ptr<T>(),
+  result.value = given.has(kValue) ? value.mutable_data_ptr<T>() : nullptr;
   if (mask_grad) {
     const auto step = [&](int64_t dim) { return mask.size(dim) == 1 ? 0 : mask.stride(dim); };
-    result.mask = mask.data_ptr<T>();
+    result.mask = mask.mutable_data_ptr<T>();
     result.mask_batch = step(0), result.mask_head = step(1), result.mask_row = step(2), result.mask_col = step(3);
   }
   if (bins) {
-    result.row_score = row_score.data_ptr<T>(), result.col_score = col_score.data_ptr<T>();
-    result.corner_score = corner.data_ptr<T>();
+    result.row_score = row_score.mutable_data_ptr<T>(), result.col_score = col_score.mutable_data_ptr<T>();
+    result.corner_score = corner.mutable_data_ptr<T>();
   }
-  if (given.has(kDustbinValue)) result.dustbin_value = stored.data_ptr<T>();
-  if (!p.implicit) result.dropped = dropped.data_ptr<T>();
+  if (given.has(kDustbinValue)) result.dustbin_value = stored.mutable_data_ptr<T>();
+  if (!p.implicit) result.dropped = dropped.mutable_data_ptr<T>();
   const auto& k = kernels_of<T>();
   run_jobs<T>(p, jobs, mask_grad ? mask_groups(jobs, p, given[kMask]) : std::vector<int64_t>{},
               {k.backward_bytes,
@@ -264,16 +270,34 @@ std::vector<Tensor> backward_of(const Given& given, const Tensor& grad, const st
 std::vector<Tensor> cpu_backward(const Tensor& grad, const std::optional<Tensor>& grad_to_bin,
                                  const std::optional<Tensor>& grad_from_bin, const std::optional<Tensor>& output,
                                  const Tensor& row, const Tensor& col, const MaybeTensors& tensors,
-                                 c10::ArrayRef<double> numbers, c10::ArrayRef<int64_t> counts, bool mask_grad) {
+                                 Doubles numbers, Integers counts, bool mask_grad) {
   const Given given = check_problem(tensors, numbers, counts);
   check_cotangents(given, grad, grad_to_bin, grad_from_bin, output, row, col);
-  const auto run = given.dtype == at::kDouble ? backward_of<double> : backward_of<float>;
+  const auto run = given.dtype == ScalarType::Double ? backward_of<double> : backward_of<float>;
   return run(given, grad, grad_to_bin, grad_from_bin, output, row, col, mask_grad);
 }
 
+int64_t cpu_interface() { return kInterface; }
+
+void cpu_retain_workspace(int64_t num_bytes) {
+  check_bytes("num_bytes", num_bytes);
+  retain_workspace(num_bytes);
+}
+
+// In place of `function` where a tensor's bits are to be read with the other sign: torch resolves that by itself for
+// single tensors, not for those in a list.
+template <auto function>
+struct Negated;
+template <typename Result, typename... Arguments, Result (*function)(Arguments...)>
+struct Negated<function> {
+  static Result refuse(Arguments...) {
+    throw std::invalid_argument("a tensor has the negative bit; pass x.resolve_neg()");
+  }
+};
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(torch_sinkhorn_attn, m) {
+SINKHORN_LIBRARY(torch_sinkhorn_attn, m) {
   m.def(
       "cpu_forward(Tensor?[] tensors, float[] numbers, int[] counts, bool residuals) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -282,21 +306,33 @@ TORCH_LIBRARY_FRAGMENT(torch_sinkhorn_attn, m) {
       "cpu_backward(Tensor grad, Tensor? grad_to_bin, Tensor? grad_from_bin, Tensor? output, "
       "Tensor row_potentials, Tensor col_potentials, Tensor?[] tensors, float[] numbers, int[] counts, "
       "bool mask_grad) -> Tensor[]");
-  m.def("cpu_interface() -> int", [] { return kInterface; });
-  m.def("cpu_capabilities() -> str[]", capabilities);
-  m.def("cpu_capability() -> str", capability);
-  m.def("cpu_set_capability(str name) -> ()", set_capability);
-  m.def("cpu_last_workspace() -> int", last_workspace);
-  m.def("cpu_retain_workspace(int num_bytes) -> ()", [](int64_t num_bytes) {
-    check_bytes("num_bytes", num_bytes);
-    retain_workspace(num_bytes);
-  });
+  m.def("cpu_interface() -> int");
+  m.def("cpu_capabilities() -> str[]");
+  m.def("cpu_capability() -> str");
+  m.def("cpu_set_capability(str name) -> ()");
+  m.def("cpu_last_workspace() -> int");
+  m.def("cpu_retain_workspace(int num_bytes) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(torch_sinkhorn_attn, CPU, m) {
-  m.impl("cpu_forward", cpu_forward);
-  m.impl("cpu_plan", cpu_plan);
-  m.impl("cpu_backward", cpu_backward);
+SINKHORN_IMPL(torch_sinkhorn_attn, CPU, m) {
+  m.impl("cpu_forward", SINKHORN_KERNEL(cpu_forward));
+  m.impl("cpu_plan", SINKHORN_KERNEL(cpu_plan));
+  m.impl("cpu_backward", SINKHORN_KERNEL(cpu_backward));
+}
+
+SINKHORN_IMPL(torch_sinkhorn_attn, Negative, m) {
+  m.impl("cpu_forward", SINKHORN_KERNEL(Negated<cpu_forward>::refuse));
+  m.impl("cpu_plan", SINKHORN_KERNEL(Negated<cpu_plan>::refuse));
+  m.impl("cpu_backward", SINKHORN_KERNEL(Negated<cpu_backward>::refuse));
+}
+
+SINKHORN_IMPL(torch_sinkhorn_attn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_interface", SINKHORN_KERNEL(cpu_interface));
+  m.impl("cpu_capabilities", SINKHORN_KERNEL(capabilities));
+  m.impl("cpu_capability", SINKHORN_KERNEL(capability));
+  m.impl("cpu_set_capability", SINKHORN_KERNEL(set_capability));
+  m.impl("cpu_last_workspace", SINKHORN_KERNEL(last_workspace));
+  m.impl("cpu_retain_workspace", SINKHORN_KERNEL(cpu_retain_workspace));
 }
 
 }  // namespace sinkhorn

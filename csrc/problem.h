@@ -1,4 +1,4 @@
-// What the CPU engine is given: plain pointers and numbers, no ATen types, so that every capability's translation unit
+// What the CPU engine is given: plain pointers and numbers, nothing of torch, so that every capability's translation unit
 // can include it. Shapes as in torch_sinkhorn_attn/problem.py: N batch, H heads, Hk key heads, L queries, S keys,
 // E features, Ev value features, G dustbins.
 #pragma once
@@ -45,7 +45,8 @@ struct Problem {
   int64_t stopped = 0, kept = 0;  // base and tail iterations
   double tolerance = 0, over_relaxation = 1;
   bool balanced = true, banded = false, implicit = false;
-  int64_t budget = 0;  // bytes of plan tiles that one problem may keep
+  int64_t budget = 0;     // bytes of plan tiles that one problem may keep
+  bool poisoned = false;  // the workspace is filled with NaN first, as torch fills what nobody has written when asked to
 };
 
 // Zero-filled contiguous tensors; a job writes its own tokens only.

@@ -1,19 +1,22 @@
 #include "schedule.h"
 
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <mutex>
+#include <new>
+#include <stdexcept>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
 
 #include "crew.h"
+#include "tensor_api.h"
 
 namespace sinkhorn {
 namespace {
@@ -51,27 +54,46 @@ class TileShare {
   }
 };
 
+// Much of it is the system's own pages: malloc would keep what a thread has given back for that thread alone.
+constexpr size_t kMuch = 1 << 20;
+constexpr std::align_val_t kAlignment{64};
+struct Free {
+  size_t size = 0;
+  void operator()(char* start) const {
+    if (size < kMuch)
+      ::operator delete(start, kAlignment);
+    else
+      munmap(start, size);
+  }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory take(size_t size) {
+  if (size < kMuch) return Memory(static_cast<char*>(::operator new(size, kAlignment)), Free{size});
+  void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) throw std::bad_alloc();
+  return Memory(static_cast<char*>(start), Free{size});
+}
+size_t size_of(const Memory& memory) { return memory ? memory.get_deleter().size : 0; }
+
 // Memory for one call. The largest of up to `retained_limit` bytes is kept for the next call, since mapping fresh pages
 // would cost as much as the work of a narrow band; it holds nothing that anybody needs.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : size(bytes) {
+  Workspace(int64_t bytes, bool poisoned) : size(bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex());
-      if (kept().defined() && kept().numel() >= bytes) memory_ = std::exchange(kept(), at::Tensor());
+      if (size_of(kept()) >= static_cast<size_t>(bytes)) memory_ = std::move(kept());
     }
-    if (!memory_.defined())
-      memory_ = at::empty({bytes}, at::kByte);
-    else if (at::globalContext().deterministicAlgorithms() &&
-             at::globalContext().deterministicFillUninitializedMemory())
-      memory_.fill_(255);  // as torch.empty would be
+    if (!memory_) memory_ = take(static_cast<size_t>(bytes));
+    if (poisoned) std::memset(data(), 255, static_cast<size_t>(bytes));
   }
 
   ~Workspace() { offer(std::move(memory_)); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  char* data() const { return static_cast<char*>(memory_.data_ptr()); }
+  char* data() const { return memory_.get(); }
   const int64_t size;
 
   static void set_limit(int64_t bytes) {
@@ -80,17 +102,17 @@ class Workspace {
   }
 
  private:
-  static void offer(at::Tensor memory) {
+  static void offer(Memory memory) {
     const std::lock_guard<std::mutex> lock(mutex());
-    if (memory.defined() && (!kept().defined() || kept().numel() < memory.numel())) kept() = std::move(memory);
-    if (kept().defined() && kept().numel() > limit()) kept().reset();
+    if (size_of(kept()) < size_of(memory)) kept() = std::move(memory);
+    if (size_of(kept()) > static_cast<size_t>(limit())) kept().reset();
   }
   static std::mutex& mutex() {
     static std::mutex m;
     return m;
   }
-  static at::Tensor& kept() {
-    static auto* memory = new at::Tensor;  // outlives whatever torch takes down at exit
+  static Memory& kept() {
+    static auto* memory = new Memory;  // outlives whatever is taken down at exit
     return *memory;
   }
   static std::atomic<int64_t>& limit() {
@@ -98,7 +120,7 @@ class Workspace {
     return bytes;
   }
 
-  at::Tensor memory_;
+  Memory memory_;
 };
 
 // Pairs in the support of a job, before its mask.
@@ -175,7 +197,7 @@ void run_jobs(const Problem<T>& given, const std::vector<Job>& jobs, const std::
     return most;
   };
   // One number, taken once: everything below is sized and indexed by it.
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = num_threads();
   const bool shared = most_pairs >= kSharedPairs;
   const int64_t possible = std::min<int64_t>(threads, static_cast<int64_t>(tasks.size()));  // leaders
   Problem<T> problem = given;
@@ -188,7 +210,7 @@ void run_jobs(const Problem<T>& given, const std::vector<Job>& jobs, const std::
   const int64_t workers = shared ? std::min(threads, leaders * Crew::slots(threads)) : leaders;
   problem.budget = share.bytes / leaders;
   const int64_t bytes = (most_bytes(problem, shared ? Crew::slots(workers) : 1) + 4095) / 4096 * 4096;
-  const Workspace workspace(bytes * leaders);
+  const Workspace workspace(bytes * leaders, given.poisoned);
   last_bytes = workspace.size;
   Crew crew(workers, leaders, shared);
   try {
@@ -196,7 +218,7 @@ void run_jobs(const Problem<T>& given, const std::vector<Job>& jobs, const std::
       for (const int64_t k : tasks[task]) work.run(problem, jobs[k], k, team, workspace.data() + rank * bytes);
     });
   } catch (const Interrupted&) {
-    TORCH_CHECK(false, "interrupted by a signal");  // as INTERRUPTED in engines/cpu.py
+    throw std::runtime_error("interrupted by a signal");  // as INTERRUPTED in engines/cpu.py
   }
 }
 

@@ -23,7 +23,7 @@ struct Work {
 };
 
 // Runs every job. Jobs of one `group` (one number per job, or none) run one after the other, in order. `problem.budget`
-// bounds the plan tiles that all calls of the process keep at a time. Throws c10::Error when a signal is pending.
+// bounds the plan tiles that all calls of the process keep at a time. Throws std::runtime_error when a signal is pending.
 template <typename T>
 void run_jobs(const Problem<T>& problem, const std::vector<Job>& jobs, const std::vector<int64_t>& group,
               const Work<T>& work);

@@ -1,9 +1,7 @@
-// Vectors of the capability this translation unit is compiled for, the arena of a job's workspace, and the one matrix
-// product everything is made of. All of it lives in a namespace of the capability, so that no linker merges two of
-// them.
+// The arena of a job's workspace, and the one matrix product everything is made of. All of it lives in a namespace of the
+// capability this translation unit is compiled for, so that no linker merges two of them.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
@@ -14,15 +12,10 @@
 #include <limits>
 
 #include "problem.h"
+#include "simd.h"
 
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
-
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-template <typename T>
-inline constexpr int64_t kWidth = Vec<T>::size();
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 inline constexpr int64_t kRows = 8;  // rows of a register tile: 32 vector registers
@@ -94,14 +87,6 @@ inline T max_of(const Vec<T>& x) {
   return top;
 }
 
-// exp, with results below the smallest normal number flushed to 0 (subnormal products are slow and carry nothing); NaN
-// stays.
-template <typename T>
-inline Vec<T> exp_of(const Vec<T>& x) {
-  const Vec<T> least(std::log(std::numeric_limits<T>::min()));
-  return Vec<T>::blendv(x.exp(), Vec<T>(T(0)), x <= least);
-}
-
 template <typename T, int64_t Rows, int64_t Vectors>
 inline void register_tile(T* c, int64_t c_row, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_vector,
                           int64_t b_k, int64_t inner, bool add) {
@@ -114,7 +99,7 @@ inline void register_tile(T* c, int64_t c_row, const T* a, int64_t a_row, int64_
     for (int64_t v = 0; v < Vectors; ++v) line[v] = Vec<T>::loadu(b + v * b_vector + k * b_k);
     for (int64_t r = 0; r < Rows; ++r) {
       const Vec<T> x(a[r * a_row + k * a_k]);
-      for (int64_t v = 0; v < Vectors; ++v) sums[r][v] = at::vec::fmadd(x, line[v], sums[r][v]);
+      for (int64_t v = 0; v < Vectors; ++v) sums[r][v] = fmadd(x, line[v], sums[r][v]);
     }
   }
   for (int64_t r = 0; r < Rows; ++r)

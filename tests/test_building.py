@@ -50,16 +50,18 @@ def test_an_isolated_build_finds_the_torch_that_the_package_will_run_with(tmp_pa
 
 def test_torch_is_required_where_kernels_could_be_compiled_against_it(bare):
     (found,), version = asked(executable=bare)
-    assert version is None and str(Requirement(found)) == "torch<2.10,>=2.9"
+    assert version is None and str(Requirement(found)) == "torch>=2.9"
     for environment in ({"CXX": "/nowhere/c++"}, {"CXX": ""}, {"TORCH_SINKHORN_ATTN_BUILD_CPU": "0"}):
         assert asked(executable=bare, **environment) == [[], None]
     assert asked(executable=bare, CXX="g++ -O1")[0] == [found]
 
 
-@pytest.mark.parametrize(("version", "serves"), [("2.8.0", False), ("2.9.1+cpu", True), ("2.10.0", False)])
-def test_only_a_torch_of_the_supported_range_serves(tmp_path, bare, version, serves):
+@pytest.mark.parametrize(
+    ("version", "serves"), [("2.8.0", False), ("2.9.1+cpu", True), ("2.15.0", True), ("3.0.0a0+git", True)]
+)
+def test_a_torch_that_is_not_too_old_serves(tmp_path, bare, version, serves):
     (tmp_path / "torch").mkdir()
-    source = f"__version__ = {version!r}\ncompiled_with_cxx11_abi = lambda: True\n"
+    source = f"__version__ = {version!r}\n"
     (tmp_path / "torch/__init__.py").write_text(source)
     needed, found = asked(path=[tmp_path], executable=bare)
     assert (found == version, needed == []) == (serves, serves)
@@ -67,6 +69,46 @@ def test_only_a_torch_of_the_supported_range_serves(tmp_path, bare, version, ser
         why = "import sinkhorn_build as b; print(b.find_torch())"
         said = python("-c", why, path=[tmp_path], executable=bare).stdout
         assert "torch could not be imported" in said or f"torch {version} is installed" in said
+
+
+def said_of(program, **how):
+    done = python("-c", f"import json, sinkhorn_build as b; print(json.dumps({program}))", **how)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_symbols_that_a_later_release_may_lack_are_found(tmp_path):
+    """A library for all releases takes C functions of torch's stable ABI and the system's, and nothing else."""
+    for name in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h"):
+        header = tmp_path / "torch/include/torch/csrc" / name
+        header.parent.mkdir(parents=True)
+        header.write_text("AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);")
+    source, library = tmp_path / "library.c", tmp_path / "library.so"
+    source.write_text(
+        "int aoti_torch_get_dim(); int _ZN2at5emptyEv(); int aoti_torch_get(); void* malloc(unsigned long);\n"
+        "int f() { return malloc(1) && aoti_torch_get_dim() && _ZN2at5emptyEv() && aoti_torch_get(); }\n"
+    )
+    if subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], capture_output=True).returncode:
+        pytest.skip("needs a C compiler")
+    torch = f"b.Torch({{'version': '2.10.0', 'folder': {str(tmp_path / 'torch')!r}}}, {{}})"
+    found = said_of(f"b.unpromised(b.symbols_needed(b.Path({str(library)!r})), {torch})")
+    assert sorted(found) == ["_ZN2at5emptyEv", "aoti_torch_get"]
+
+
+def test_the_tag_is_that_of_the_newest_symbol():
+    for needed, tag in (
+        (["memcpy@GLIBC_2.14", "f"], "manylinux_2_17"),
+        (["memcpy@GLIBC_2.14", "log@GLIBC_2.29", "x@GLIBCXX_3.4.21"], "manylinux_2_29"),
+        (["memcpy@GLIBC_2.14", "wait@GLIBCXX_3.4.30"], "manylinux_2_35"),
+        (["memcpy"], None),
+        (["memcpy@GLIBC_2.14", "x@GLIBCXX_3.4.99"], None),
+    ):
+        assert said_of(f"b.manylinux({needed!r})") == tag
+
+
+@pytest.mark.parametrize(("version", "serves"), [("2.9.1", "2.9"), ("2.10.0+cpu", "2.10+"), ("2.16.0a0", "2.10+")])
+def test_which_releases_a_library_is_for(version, serves):
+    assert said_of(f"b.Torch({{'version': {version!r}, 'folder': ''}}, {{}}).serves") == serves
 
 
 @pytest.mark.parametrize("command", [["setup.py", "--version"], ["-c", "import backend"]], ids=["setup.py", "pip"])

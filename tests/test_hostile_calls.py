@@ -132,16 +132,20 @@ def test_the_compiled_ops_look_for_themselves() -> None:
         ({"row_lo": torch.zeros(1, 8, dtype=torch.int32)}, "row_lo is int32"),
         ({"query": torch.zeros(1).expand(1, 2, 8, 1 << 50)}, "key is float32|too large"),
         ({"row_hi": torch.full((1, 8), 2)}, "without a band all of the active columns"),
+        ({"key": torch.zeros(1, 2, 8, 4, dtype=torch.complex64).conj().imag}, "a tensor has the negative bit"),
+        ({"mask": torch.zeros(8, 8, dtype=torch.complex64)}, "mask is complex64|mask is ComplexFloat"),
+        ({"query": torch.zeros(1, 2, 8, 4).to_sparse()}, "SparseCPU|not strided"),
+        ({"value": torch.zeros(1, 2, 8, 4, device="meta")}, "not on the CPU|Meta"),
     ):
-        with pytest.raises((ValueError, TypeError), match=message):
+        with pytest.raises((ValueError, NotImplementedError), match=message):
             LIB.cpu_forward(list((tensors | changed).values()), numbers, counts, False)
-    for k, value in ((0, -3), (1, 1 << 62), (2, 7), (3, -1), (4, -(10**12))):
+    for k, value in ((0, -3), (1, 1 << 62), (2, 7), (3, -1), (4, -(10**12)), (5, 2)):
         with pytest.raises(ValueError, match=f"is {value}; 0 to"):
             LIB.cpu_forward(list(tensors.values()), numbers, [*counts[:k], value, *counts[k + 1 :]], False)
-    with pytest.raises(ValueError, match="got 18 tensors, 7 numbers and 5 counts; 19, 7 and 5 are needed"):
+    with pytest.raises(ValueError, match="got 18 tensors, 7 numbers and 6 counts; 19, 7 and 6 are needed"):
         LIB.cpu_plan(list(tensors.values())[:-1], numbers, counts)
     with pytest.raises(ValueError, match="potentials are too large"):
-        LIB.cpu_forward(list(huge().values()), numbers, [0, 1 << 24, 0, 0, 0], False)
+        LIB.cpu_forward(list(huge().values()), numbers, [0, 1 << 24, 0, 0, 0, 0], False)
     with pytest.raises(ValueError, match="num_bytes is -5"):
         LIB.cpu_retain_workspace(-5)
     with pytest.raises(ValueError, match="capability='sse99' is not usable"):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from torch_sinkhorn_attn.releases import FakeTensor, forward_level, in_transform, making_fx
 from torch_sinkhorn_attn.tracing import recording
 
 _MODES = ("auto", "always", "never")
@@ -38,16 +37,14 @@ def set_checks(mode: str) -> None:
 def has_data(*tensors: Tensor | None) -> bool:
     """The rule everything else here goes by: whether the values of all these tensors are there to be read, and what is
     found may decide what is done. Not while a program is traced, which will run on other values."""
-    if recording():
-        return False
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
+    if recording() or making_fx():
         return False
     return not any(without_data(t) for t in tensors if t is not None)
 
 
 def without_data(t: Tensor) -> bool:
     """Whether the tensor has no memory to look at: fake, meta, or inside a transform of torch.func."""
-    return isinstance(t, FakeTensor) or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return isinstance(t, FakeTensor) or t.is_meta or in_transform(t)
 
 
 def can_look(*tensors: Tensor | None) -> bool:
@@ -64,5 +61,5 @@ def data_checks_enabled(*tensors: Tensor | None) -> bool:
 
 def has_tangent(x: Tensor) -> bool:
     """Whether the tensor carries a tangent of forward-mode differentiation (outside torch.func)."""
-    level = forward_ad._current_level
+    level = forward_level()
     return level >= 0 and forward_ad.unpack_dual(x, level=level).tangent is not None

@@ -15,6 +15,7 @@ from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.nested import pad, unpad
+from torch_sinkhorn_attn.releases import same_memory
 from torch_sinkhorn_attn.tensor_kinds import check_kind
 from torch_sinkhorn_attn.tracing import call_module, tracer_of
 
@@ -440,4 +441,4 @@ def _same_tokens(query: Tensor, key: Tensor) -> bool:
     if not has_data(query, key):
         return False
     layouts = [(x.shape, x.stride(), x.dtype, x.device, x.storage_offset()) for x in (query, key)]
-    return layouts[0] == layouts[1] and torch._C._is_alias_of(query, key)  # type: ignore[attr-defined]
+    return layouts[0] == layouts[1] and same_memory(query, key)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.releases import nested_of, nested_sizes
+
 
 class Padded(NamedTuple):
     """A nested tensor's dense form."""
@@ -26,7 +28,7 @@ def pad(x: Any) -> Padded:
         if x.lengths() is not None:
             raise TypeError("nested tensors with holes (made by narrow) are not supported; pass x.contiguous().")
         return Padded(torch.nested.to_padded_tensor(x, 0.0), x.offsets().diff())
-    sizes = x._nested_tensor_size()
+    sizes = nested_sizes(x)
     if (sizes[:, 1:] != sizes[:1, 1:]).any():
         raise ValueError(f"nested tensors must have one number of features, got components of sizes {sizes.tolist()}.")
     dense = torch.nested.to_padded_tensor(x, 0.0)
@@ -39,4 +41,4 @@ def unpad(dense: Tensor, padded: Padded, like: Any) -> Tensor:
     keep = ~padded.padding
     if like.layout == torch.jagged:
         return torch.nested.nested_tensor_from_jagged(dense[keep], like.offsets())
-    return torch._nested_tensor_from_mask(dense, keep, mask_check=False)
+    return nested_of(dense, keep)

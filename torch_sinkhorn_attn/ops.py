@@ -26,6 +26,7 @@ from torch_sinkhorn_attn.problem import (
     compute_dtype,
     full_precision,
 )
+from torch_sinkhorn_attn.releases import functionalized
 from torch_sinkhorn_attn.tracing import refuse_onnx
 
 NAMESPACE = "torch_sinkhorn_attn"
@@ -74,21 +75,9 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
         check_present(query_or_cotangent=args[0])
         with full_precision(args[0].device):
-            return _functionalized(function, args) if args[0].device.type == "xla" else function(*args)
+            return functionalized(function, args) if args[0].device.type == "xla" else function(*args)
 
     return wrapped
-
-
-def _functionalized(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The function on XLA tensors as they are outside of an op, where views are views: inside, the dispatcher has taken
-    off the wrapper that makes them so."""
-    outside = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.Functionalize)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), outside):
-        wrapped = [torch._to_functional_tensor(x) if isinstance(x, Tensor) else x for x in args]
-        results = function(*wrapped)
-        for x in results:
-            torch._sync(x)  # type: ignore[attr-defined]
-        return tuple(torch._from_functional_tensor(x) for x in results)
 
 
 def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

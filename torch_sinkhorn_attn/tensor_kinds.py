@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from torch_sinkhorn_attn.releases import FakeTensor, FunctionalTensor, materialized
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _WAYS_OUT = {
@@ -45,8 +45,7 @@ def plain_mask(mask: Any, device: torch.device) -> Any:
     """
     causal = _class("torch.nn.attention.bias", "CausalBias")
     if causal is not None and isinstance(mask, causal):
-        keep: Tensor = mask._materialize(device)
-        return keep
+        return materialized(mask, device)
     block = _class("torch.nn.attention.flex_attention", "BlockMask")
     if block is not None and isinstance(mask, block):
         raise TypeError(

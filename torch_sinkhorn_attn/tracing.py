@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.fx import Proxy
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from torch_sinkhorn_attn.releases import is_fx_symbolic_tracing
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -6,10 +6,10 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch.autograd import forward_ad
 
 from torch_sinkhorn_attn.engines import cpu, missing, tiled, xla
 from torch_sinkhorn_attn.problem import Inputs, Problem
+from torch_sinkhorn_attn.releases import forward_level
 from torch_sinkhorn_attn.tracing import for_onnx, recording
 
 ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, tiled)}
@@ -31,7 +31,7 @@ def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
     Raises:
         ValueError: the engine named cannot run the problem (with its reason).
     """
-    if name == REFERENCE or (torch.compiler.is_compiling() and forward_ad._current_level >= 0):
+    if name == REFERENCE or (torch.compiler.is_compiling() and forward_level() >= 0):
         return REFERENCE  # a compiled op drops the tangents of forward mode; the definition is traced through
     if name is None and recording() and for_onnx():
         return REFERENCE

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn import releases
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result, compute_dtype
 
 NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
-INTERFACE = 2  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+INTERFACE = 3  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 INTERRUPTED = "interrupted by a signal"  # as in csrc/schedule.cpp
 _FOLDER = Path(__file__).parent
 _BUDGET_VARIABLE = "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB"
 _LIBRARY = _FOLDER / "_cpu.so"
+_RELEASES = _FOLDER / "_cpu_torch.txt"  # "2.9", or "2.10+": the releases of torch it is for; written by setup.py
 _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
 _TENSORS = (
     "row_lo", "row_hi", "row_segment", "col_segment", "log_row_mass", "log_col_mass", "log_row_capacity",
@@ -41,7 +43,14 @@ def _load() -> str | None:
     """Load the kernels; the reason if that fails."""
     if not _LIBRARY.exists():
         reason = _REASON.read_text().strip() if _REASON.exists() else "the C++ kernels were not built"
-        return f"{reason}. To build them: pip install . in the source folder (needs GCC or Clang with C++17)"
+        return f"{reason}. To build them: pip install . in the source folder (needs GCC or Clang with C++20)"
+    serves = _RELEASES.read_text().strip() if _RELEASES.exists() else None
+    if serves is not None and not releases.among(serves):
+        which = f"{serves[:-1]} and later" if serves.endswith("+") else f"{serves} alone"
+        return (
+            f"the C++ kernels were built for torch {which}, and this is torch {torch.__version__}. To build them for "
+            "it: pip install . in the source folder (needs GCC or Clang with C++20)"
+        )
     try:
         torch.ops.load_library(str(_LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -229,7 +238,8 @@ def _arguments(inputs: Inputs, problem: Problem) -> tuple[list[Tensor | None], l
         problem.scale, problem.epsilon, problem.rho_row, problem.rho_col, problem.tolerance, problem.over_relaxation,
         problem.dropout_p,
     ]  # fmt: skip
-    return tensors, numbers, [stopped, kept, int(problem.gradient == "implicit"), int(problem.banded), _budget]
+    counts = [stopped, kept, problem.gradient == "implicit", problem.banded, _budget, releases.poisons_memory()]
+    return tensors, numbers, [int(x) for x in counts]
 
 
 def _integers(x: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 from torch_sinkhorn_attn.engines import cpu
+from torch_sinkhorn_attn.releases import constant_in_programs
 
 _ELSEWHERE = ("torch_sinkhorn_attn", "torch")
 _said = False
@@ -15,6 +16,7 @@ class MissingKernelsWarning(UserWarning):
     """CPU tensors are computed many times slower than they could be."""
 
 
+@constant_in_programs  # said while a program is compiled
 def warn_once(taken: str) -> None:
     """Warn, once in a process, that engine `taken` stands in for "cpu", and how to mend it or not to hear of it."""
     global _said
@@ -29,10 +31,6 @@ def warn_once(taken: str) -> None:
         MissingKernelsWarning,
         stacklevel=_users_level(),
     )
-
-
-# As torch.compiler.assume_constant_result would, which imports all of the compiler: said while a program is compiled.
-warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _users_level() -> int:
