@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.engines import ENGINES, traits_of
 from torch_sinkhorn_attn.op_checks import check_cotangents, check_present, check_problem
 from torch_sinkhorn_attn.problem import (
     Inputs,
@@ -74,21 +74,10 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
         check_present(query_or_cotangent=args[0])
         with full_precision(args[0].device):
-            return _functionalized(function, args) if args[0].device.type == "xla" else function(*args)
+            found: tuple[Tensor, ...] = traits_of(args[0].device).call(function, args)
+            return found
 
     return wrapped
-
-
-def _functionalized(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The function on XLA tensors as they are outside of an op, where views are views: inside, the dispatcher has taken
-    off the wrapper that makes them so."""
-    outside = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.Functionalize)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), outside):
-        wrapped = [torch._to_functional_tensor(x) if isinstance(x, Tensor) else x for x in args]
-        results = function(*wrapped)
-        for x in results:
-            torch._sync(x)  # type: ignore[attr-defined]
-        return tuple(torch._from_functional_tensor(x) for x in results)
 
 
 def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from torch_sinkhorn_attn.engines import traits_of
+
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _WAYS_OUT = {
     "DTensor": "pass x.full_tensor(), or x.to_local() where batch and heads are sharded",
@@ -29,7 +31,7 @@ def check_kind(name: str, x: Tensor) -> None:
     if x.is_nested:
         raise TypeError(f"{name} is a nested tensor; pad it (x.to_padded_tensor(0)) and pass lengths or segment ids.")
     kind = type(x)
-    if kind not in _PLAIN and not kind.__module__.startswith("torch_xla."):  # which wraps tensors that are sharded
+    if kind not in _PLAIN and kind.__module__.partition(".")[0] not in traits_of(x.device).wrappers:
         way_out = _WAYS_OUT.get(kind.__name__, _OTHER_WAY_OUT)
         raise TypeError(f"{name} is a {kind.__name__}, a subclass of torch.Tensor that is not understood; {way_out}.")
     if x.layout != torch.strided:

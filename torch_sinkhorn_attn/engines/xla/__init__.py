@@ -10,27 +10,25 @@ torch's autograd counts the devices at the first backward of a process: where th
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines import tiled
+from torch_sinkhorn_attn.engines.traits import Traits
+from torch_sinkhorn_attn.engines.xla import tensors
 from torch_sinkhorn_attn.engines.xla.settings import Settings, lowering, set_lowering
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 __all__ = [
     "NAME",
+    "TRAITS",
     "Settings",
     "backward",
-    "fetched",
     "forward",
     "lowering",
-    "placed",
     "plan",
     "plan_backward",
     "refusal",
@@ -40,6 +38,7 @@ __all__ = [
 ]
 
 NAME = "xla"
+TRAITS = Traits(NAME, True, ("torch_xla",), tensors.inside_op, tensors.placed, tensors.fetched)
 
 
 def _absence() -> str | None:
@@ -68,7 +67,7 @@ def refusal(inputs: Inputs, problem: Problem) -> str | None:
     """Why this engine cannot run the problem: the tensors are elsewhere, something is missing, or it is a float64 one
     on a TPU."""
     device = inputs.query.device.type
-    if device != "xla":
+    if device != TRAITS.device:
         return f"it runs on XLA tensors, and query is on {device}: query.to(torch_xla.device())"
     if _missing is not None:
         return _missing
@@ -78,34 +77,6 @@ def refusal(inputs: Inputs, problem: Problem) -> str | None:
         if binding.platform() == "tpu":
             return "a TPU has no float64: use float32"
     return None
-
-
-def placed(x: Tensor, source: Tensor) -> Tensor:
-    """x `[N, H, L, E]`, made from the user's `source`, marked as lying on the devices that source lies on."""
-    from torch_sinkhorn_attn.engines.xla import spmd
-
-    return spmd.carry(x, source)
-
-
-def fetched(tree: Any) -> Any:
-    """A tuple, NamedTuple or dataclass with copies on the CPU in place of its XLA tensors, computed in one graph."""
-    from torch_xla import _XLAC  # type: ignore[attr-defined]
-
-    found: list[Tensor] = []
-    _each(tree, found.append)
-    copies = iter(_XLAC._xla_get_cpu_tensors(found))
-    return _each(tree, lambda _: next(copies))
-
-
-def _each(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(tree, **{name: _each(x, function) for name, x in vars(tree).items()})
-    if isinstance(tree, tuple):
-        parts = [_each(x, function) for x in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return tree
 
 
 def solve(inputs: Inputs, problem: Problem) -> Potentials:
