@@ -8,12 +8,12 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from torch_sinkhorn_attn.engines import cpu, missing, tiled, xla
+from torch_sinkhorn_attn.engines import cpu, missing, tiled, torchtpu, xla
 from torch_sinkhorn_attn.engines.traits import PLAIN, Traits
 from torch_sinkhorn_attn.problem import Inputs, Problem
 from torch_sinkhorn_attn.tracing import for_onnx, recording
 
-ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, tiled)}
+ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, torchtpu, tiled)}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
 
 
