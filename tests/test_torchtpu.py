@@ -3,9 +3,14 @@ that what it would have compiled for a TPU is what torch_xla's would."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import problems
@@ -309,3 +314,45 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
             run_for_tpu(name, library, prepared.inputs, prepared.problem)
         texts.append(str(error.value))
     assert "tpu_custom_call" in texts[0] and texts[0] == texts[1]
+
+
+def test_on_a_mesh_it_is_what_it_is_on_one_device() -> None:
+    """Dropout too: each shard knows its place in the whole."""
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+    }  # fmt: skip
+    command = [sys.executable, str(tests / "torchtpu_shards.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "agrees on 4 devices\n", done.stderr[-3000:]
+
+
+def test_an_axis_of_a_mesh_has_one_use() -> None:
+    from torch_sinkhorn_attn.engines.torchtpu import mesh
+
+    with pytest.raises(ValueError, match=r"heads='x' is not an axis of the mesh; its axes are \['data', 'model'\]"):
+        mesh.set_sharding({"data": 4, "model": 2}, batch="data", heads="x")
+    with pytest.raises(ValueError, match="batch and heads both name 'data'; give each axis of the mesh one use"):
+        mesh.set_sharding({"data": 4}, batch="data", heads="data")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("function", ["forward", "backward"])
+def test_the_tpus_compiler_takes_it(function: str, standing_in: None, tmp_path: Path) -> None:
+    """Exactly what is registered, exported as the library does, for a v6e."""
+    from jax import export
+
+    from torch_sinkhorn_attn.aot.child import call
+    from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+
+    found = {name: (made, leaves) for name, made, leaves in recorded(case("window, unrolled", torch.float32))}
+    made, leaves = found[function]
+    text = dataclasses.replace(made, lowering=Lowering("auto", generation="v6e")).text()
+    arrays = [jax.ShapeDtypeStruct(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in leaves]
+    jitted = jax.jit(getattr(program, function), static_argnames="program", keep_unused=True)
+    written = export.export(jitted, platforms=["tpu"])(arrays, program=text).serialize()
+    (tmp_path / "exported").write_bytes(written)
+    arguments = {"path": str(tmp_path / "exported"), "topology": "v6e:2x4"}
+    compiled = call("torch_sinkhorn_attn.aot.exported:compile_exported", arguments)
+    assert [kernel["name"] for kernel in compiled["kernels"]] and compiled["memory"]["code"] > 0

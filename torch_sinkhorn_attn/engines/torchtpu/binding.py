@@ -27,9 +27,11 @@ def platform() -> str:
     return "tpu"
 
 
+@functools.cache
 def device_kind() -> str:
     """What the device calls itself; "TPU" where none is attached."""
-    return str(torch.tpu.get_device_name())  # type: ignore[attr-defined]
+    with mesh.experimental():
+        return str(torch.tpu.get_device_name())  # type: ignore[attr-defined]
 
 
 def lowering() -> Lowering:
@@ -39,7 +41,8 @@ def lowering() -> Lowering:
 
 def jax_op(name: str, function: Callable[..., Any], **sharding: Any) -> Any:
     """torch_tpu's registration of a JAX function as an op."""
-    return torch.tpu.pallas.jax_op(name, function, **sharding)  # type: ignore[attr-defined]
+    with mesh.experimental():
+        return torch.tpu.pallas.jax_op(name, function, **sharding)  # type: ignore[attr-defined]
 
 
 @functools.cache

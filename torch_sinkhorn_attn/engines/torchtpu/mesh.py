@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from torch_sinkhorn_attn.engines.binding.shards import BATCH, HEADS, axes
 from torch_sinkhorn_attn.engines.torchtpu.program import Program, Shape, parse
+
+
+@contextmanager
+def experimental() -> Iterator[None]:
+    """Around what torch_tpu says is experimental: our users did not choose it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is experimental and subject to change")
+        yield
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,8 @@ def set_sharding(shape: Mapping[str, int] | None, batch: str | None = None, head
             raise ValueError(f"{argument}={axis!r} is not an axis of the mesh; its axes are {list(shape)}.")
     if batch is not None and batch == heads:
         raise ValueError(f"batch and heads both name {batch!r}; give each axis of the mesh one use.")
-    mesh = torch.tpu.pallas.get_pallas_mesh(tuple(shape), tuple(shape.values()))  # type: ignore[attr-defined]
+    with experimental():
+        mesh = torch.tpu.pallas.get_pallas_mesh(tuple(shape), tuple(shape.values()))  # type: ignore[attr-defined]
     _place = Place(mesh, batch, heads)
 
 
