@@ -22,7 +22,7 @@ from torch_sinkhorn_attn.engines import cpu, torchtpu
 from torch_sinkhorn_attn.engines.torchtpu import binding
 from torch_sinkhorn_attn.engines.traits import PLAIN, Traits
 
-enable_x64 = getattr(jax, "enable_x64", None) or importlib.import_module("jax.experimental").enable_x64
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
 TRACED: list[str] = []  # the functions, each time that one is traced
 _SCHEMA = {list[jax.Array]: "Tensor[]", str: "str"}
 
