@@ -40,7 +40,7 @@ class Program:
 
     def text(self) -> str:
         """For `parse`."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return _text(self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,6 +77,11 @@ class Program:
             if "log_row_capacity" in given:
                 found |= {"row_dustbin": (num, heads, length), "col_dustbin": (num, heads, size)}
         return dict(sorted(found.items()))
+
+
+@functools.lru_cache(maxsize=4096)  # every step asks again
+def _text(program: Program) -> str:
+    return json.dumps(asdict(program), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=4096)
