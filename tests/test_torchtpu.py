@@ -65,7 +65,7 @@ def case(name: str, dtype: torch.dtype = D) -> problems.Call:
         "no batch": {},
     }[name]
     num, length = 0 if name == "no batch" else 2, 0 if name == "no queries" else 13
-    size = 0 if name == "no keys" else 13
+    size = {"no keys": 0, "softmax": 11}.get(name, 13)
     shapes = [(num, 4, length, 6), (num, 2, size, 6), (num, 2, size, 5)]
     tensors = [randn(*shape, dtype=dtype, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
     call = problems.Call(0, *tensors, options={**options, "enable_gqa": True}, leaves=list(tensors))

@@ -96,7 +96,7 @@ class Sharded:
 
     Attributes:
         place: the mesh.
-        function: of the program.
+        program_function: the name of the program's function.
         specs: of each leaf.
         results: the names of the results and their specs.
     """
