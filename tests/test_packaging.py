@@ -138,6 +138,7 @@ def test_wheel_requires_the_torch_it_was_tested_with(distributions):
     required = set(map(str, map(Requirement, re.findall("^Requires-Dist: (.*)$", metadata, flags=re.M))))
     assert "torch>=2.9" in required
     assert 'torch_xla[pallas,tpu]==2.9.0; extra == "tpu"' in required
+    assert {'torch_tpu>=0.2; extra == "torchtpu"', 'jax>=0.10; extra == "torchtpu"'} <= required
 
 
 def test_installed_wheel_runs_elsewhere(installed, tmp_path):
@@ -165,7 +166,7 @@ def test_readme_code_runs_with_the_installed_wheel(installed, tmp_path):
 
 def test_import_is_light(tmp_path):
     """Stand-ins for what may not be installed here, so that an attempt to import it shows."""
-    for name in ("jax", "jaxlib", "torch_xla", "transformers"):
+    for name in ("jax", "jaxlib", "torch_tpu", "torch_xla", "transformers"):
         (tmp_path / f"{name}.py").touch()
     program = """
 import sys, torch

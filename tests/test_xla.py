@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from torch_sinkhorn_attn import (
 )
 from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import xla
+from torch_sinkhorn_attn.engines.binding import engine
 
 torch_xla = pytest.importorskip("torch_xla")
 pytest.importorskip("jax")
@@ -305,9 +307,9 @@ def test_each_engine_keeps_to_its_device(device: torch.device) -> None:
 
 
 def test_without_jax_it_says_what_to_install(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = xla.importlib.util.find_spec
-    monkeypatch.setattr(xla.importlib.util, "find_spec", lambda name: None if name == "jax" else real(name))
-    monkeypatch.setattr(xla, "_missing", xla._absence())
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else real(name))
+    monkeypatch.setattr(xla, "_missing", engine.absence(xla._LIBRARIES, xla._REMEDY))
     x = torch.randn(1, 4, 3).to(device)
     with pytest.raises(ValueError, match=r"xla: jax is not installed: pip install 'torch_sinkhorn_attn\[tpu\]'"):
         sinkhorn_attention(x, x, x, engine="xla")
@@ -323,11 +325,11 @@ def asked() -> Iterator[None]:
 
 
 def test_the_kernels_are_the_users_choice(device: torch.device, asked: None) -> None:
-    from torch_sinkhorn_attn.engines.xla import program
+    from torch_sinkhorn_attn.engines.xla import sharded
 
-    assert program.lowering().shape == "blockwise"
+    assert sharded.lowering().shape == "blockwise"
     xla.set_lowering("streaming", interpret=True)
-    assert (program.lowering().shape, program.lowering().interpret) == ("streaming", True)
+    assert (sharded.lowering().shape, sharded.lowering().interpret) == ("streaming", True)
     xla.set_lowering("streaming")
     x = torch.randn(1, 4, 3).to(device)
     with pytest.raises(
@@ -375,17 +377,19 @@ def test_a_kernel_for_a_tpu_is_in_the_graph_that_is_lowered_for_one(device: torc
     """In the version of its payload that the pinned libtpu reads: those of `jax.export` are."""
     import jax
 
+    from torch_sinkhorn_attn.engines.binding import functions, program
     from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-    from torch_sinkhorn_attn.engines.xla import binding, program, sharded
+    from torch_sinkhorn_attn.engines.xla import binding
 
     q = on(device, randn(1, 1, 128, 64, dtype=torch.float32))
     prepared = prepare(q, q, q, window=(16, 16))
     trees = program.arrays(prepared.inputs, prepared.problem)
-    statics = program.statics(prepared.problem, placed=True) | {"lowering": Lowering("streaming"), "residuals": False}
+    found = program.statics(prepared.problem)
+    statics = {"statics": found, "lowering": Lowering("streaming"), "residuals": False}
     leaves, structure = jax.tree.flatten(trees)
 
     def flat(*x: Any) -> Any:
-        return sharded._forward(*jax.tree.unflatten(structure, x), **statics)
+        return functions.forward(*jax.tree.unflatten(structure, x), **statics)
 
     shapes = [jax.ShapeDtypeStruct(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in leaves]
     lowered, _ = binding._program(flat, shapes, "tpu")

@@ -140,6 +140,8 @@ for text in ("<=[2,2]T(1,0)}", "0,2,1,3 last_tile_dim_replicate}"):
 
 def test_a_kernel_in_shards() -> None:
     run("""
+from torch_sinkhorn_attn.engines.xla import binding
+assert binding.device_kind() == "TPU v6e"  # of the environment: the device of SPMD has none
 set_lowering("streaming", interpret=True)
 lengths = torch.tensor([3, 16, 11, 7])
 compare("data", "fsdp", (4, 2, 16, 8), query_lengths=lengths, key_lengths=lengths, base_iters=3)

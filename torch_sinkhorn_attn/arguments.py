@@ -25,7 +25,7 @@ from torch_sinkhorn_attn.argument_checks import (
 from torch_sinkhorn_attn.causal import checked_causal, refuse_balanced_causal
 from torch_sinkhorn_attn.checks import data_checks_enabled, has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import xla
+from torch_sinkhorn_attn.engines import traits_of
 from torch_sinkhorn_attn.existence import Existence
 from torch_sinkhorn_attn.mask_scan import extremes, scan_mask
 from torch_sinkhorn_attn.mass_scale import MassScale, find_scale, in_units
@@ -221,8 +221,8 @@ def prepare(
     if given.mask is not None or not problem.uniform:
         flat = _without_inactive(flat, row_active, col_active, look)
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
-    if query.device.type == "xla" and has_data(query):
-        inputs = inputs._replace(query=xla.placed(inputs.query, query))
+    if has_data(query):
+        inputs = inputs._replace(query=traits_of(query.device).placed(inputs.query, query))
     return Prepared(inputs, problem, batch, query.dtype, engine, existence, unit)
 
 

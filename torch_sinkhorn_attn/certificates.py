@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn import reference
 from torch_sinkhorn_attn.arguments import Options, prepare
-from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, xla
+from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, traits_of
 from torch_sinkhorn_attn.engines.tiled import TiledPasses, attention_output, marginal_errors
 from torch_sinkhorn_attn.engines.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
@@ -147,8 +147,8 @@ def certify(
             _, potentials = reference.plan_and_potentials(reference.dense_problem(inputs, problem), problem)
         else:
             potentials = ENGINES[engine].solve(inputs, problem)
-        if query.device.type == "xla":  # what is found decides what is computed next: a compilation each time
-            inputs, problem, potentials, grad_output = xla.fetched((inputs, problem, potentials, grad_output))
+        given = inputs, problem, potentials, grad_output  # what is found in them decides what is computed next
+        inputs, problem, potentials, grad_output = traits_of(query.device).fetched(given)
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         found = _certificate(
             tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.checks import can_look
+from torch_sinkhorn_attn.engines import traits_of
 from torch_sinkhorn_attn.mask_lines import Lines, MaskScan, extremes, highest, without_hulls
 from torch_sinkhorn_attn.reference import kept
 from torch_sinkhorn_attn.support import by_segment
@@ -48,7 +49,7 @@ class DenseMask:
         if self._width is not None:
             width, elements = self._width, _GATHERED_ELEMENTS
         step = max(1, elements // max(1, self.num * self.heads * width))
-        if self.mask.device.type == "xla":  # fuses the reading into the reductions, and would unroll the loop
+        if traits_of(self.mask.device).compiles:  # it fuses the reading into the reductions, and would unroll the loop
             step = self.lines.length
         for start in range(0, self.lines.length, step):
             rows = slice(start, min(start + step, self.lines.length))

@@ -120,10 +120,10 @@ def sinkhorn_attention(
             the bias. Softmax mode has no need of it and ignores it. Default -1e3.
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
             (`python -m torch_sinkhorn_attn.engines` tells, and a warning where they are missed), "xla" for tensors of
-            torch_xla (TPUs), else "tiled", plain PyTorch on any device; all O(n + m) memory. "reference" is the dense
-            definition, which ONNX gets. Derivatives beyond the first, and forward mode, are taken densely (L x S
-            memory) on every engine; the implicit gradient has none, and programs of `torch.export` have no forward
-            mode.
+            torch_xla and "torchtpu" for those of torch_tpu (TPUs), else "tiled", plain PyTorch on any device; all
+            O(n + m) memory. "reference" is the dense definition, which ONNX gets. Derivatives beyond the first, and
+            forward mode, are taken densely (L x S memory) on every engine; the implicit gradient has none, and
+            programs of `torch.export` have no forward mode.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass); its `verdict()` says in words whether
             the plan has converged, or none exists.
 

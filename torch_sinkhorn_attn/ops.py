@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.engines import ENGINES, traits_of
 from torch_sinkhorn_attn.op_checks import check_cotangents, check_present, check_problem
 from torch_sinkhorn_attn.problem import (
     Inputs,
@@ -26,7 +26,6 @@ from torch_sinkhorn_attn.problem import (
     compute_dtype,
     full_precision,
 )
-from torch_sinkhorn_attn.releases import functionalized
 from torch_sinkhorn_attn.tracing import refuse_onnx
 
 NAMESPACE = "torch_sinkhorn_attn"
@@ -75,7 +74,8 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
         check_present(query_or_cotangent=args[0])
         with full_precision(args[0].device):
-            return functionalized(function, args) if args[0].device.type == "xla" else function(*args)
+            found: tuple[Tensor, ...] = traits_of(args[0].device).call(function, args)
+            return found
 
     return wrapped
 

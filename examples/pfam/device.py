@@ -1,4 +1,5 @@
-"""Where a run computes: the CPU, a GPU, or XLA devices (TPUs, or XLA's own CPU) through torch_xla."""
+"""Where a run computes: the CPU, a GPU, XLA devices (TPUs, or XLA's own CPU) through torch_xla, or a TPU through
+TorchTPU."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from . import objective, static
 from .sampler import Batch
 
-DEVICES = ("cpu", "cuda", "xla")
+DEVICES = ("cpu", "cuda", "xla", "tpu")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -38,6 +39,8 @@ class Device:
     """Steps between two readings of the losses; on a device that runs ahead of Python each reading waits for it."""
     one_shape = False
     """Whether every batch is padded to one shape, and so never computed in parts."""
+    start_method: str | None = None
+    """Of worker processes; the threads of some devices' libraries do not survive a fork."""
 
     def __init__(self, precision: str = "float32") -> None:
         self.precision_name = precision
@@ -137,7 +140,70 @@ class CudaDevice(Device):
         return f"{torch.cuda.get_device_name(self.device)}, {self.precision_name}"
 
 
-class XlaDevice(Device):
+class CompiledDevice(Device):
+    """A device that compiles a program per shape: batches are padded to one, and carry their targets as tensors."""
+
+    read_every = 25
+    one_shape = True
+    start_method = "forkserver"
+    device: torch.device
+    count = 1
+    """Devices that share the batch."""
+
+    def model(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device)
+
+    def place(self, batch: Batch, size: int, longest: int, learning: bool) -> Placed:
+        size, length = -(-size // self.count) * self.count, static.bucketed(longest)
+        full = static.padded(batch, size, length)
+        moved = full.moved(self._moved)
+        if not learning:
+            return Placed(moved)
+        known = static.targets(batch.pairs, size, length)
+        return Placed(moved, static.Targets(*map(self._moved, known.tensors())))
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.to(self.device)
+
+    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+        return _static_losses(plans, placed, barycentre_weight)
+
+
+class TpuDevice(CompiledDevice):
+    """A TPU through TorchTPU; a run of several processes has one each.
+
+    Args:
+        precision: as ``Device``'s.
+
+    Raises:
+        ValueError: torch_tpu is missing, or sees no TPU.
+    """
+
+    name = "tpu"
+
+    def __init__(self, precision: str = "float32") -> None:
+        if importlib.util.find_spec("torch_tpu") is None:
+            raise ValueError("--device tpu needs torch_tpu: pip install 'torch_sinkhorn_attn[torchtpu]'")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None or found.type != "tpu":
+            raise ValueError("--device tpu needs a TPU, and torch_tpu sees none on this machine")
+        super().__init__(precision)
+        self.device = torch.device("tpu")
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
+        # The rate and the count of steps are tensors: numbers could be constants of a program, compiled anew.
+        rates = torch.tensor(rate, device=self.device)
+        return torch.optim.AdamW(parameters, lr=rates, weight_decay=decay, capturable=True, foreach=False)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"].copy_(torch.tensor(rate))
+
+    def describe(self) -> str:
+        return f"a TPU (TorchTPU), {self.precision_name}"
+
+
+class XlaDevice(CompiledDevice):
     """One or several XLA devices: the batch is split among them, the parameters among `fsdp` of them.
 
     Args:
@@ -149,8 +215,6 @@ class XlaDevice(Device):
     """
 
     name = "xla"
-    read_every = 25
-    one_shape = True
 
     def __init__(self, fsdp: int = 1, precision: str = "float32") -> None:
         if importlib.util.find_spec("torch_xla") is None:
@@ -173,7 +237,7 @@ class XlaDevice(Device):
         self.device = torch_xla.device()
 
     def model(self, model: nn.Module) -> nn.Module:
-        model.to(self.device)
+        super().model(model)
         for parameter in model.parameters():
             self._shard(parameter)
         return model
@@ -206,25 +270,13 @@ class XlaDevice(Device):
                 self._shard(moment)
         self.finish_step()
 
-    def place(self, batch: Batch, size: int, longest: int, learning: bool) -> Placed:
-        size, length = -(-size // self.count) * self.count, static.bucketed(longest)
-        full = static.padded(batch, size, length)
-        moved = full.moved(self._sharded)
-        if not learning:
-            return Placed(moved)
-        known = static.targets(batch.pairs, size, length)
-        return Placed(moved, static.Targets(*(self._sharded(x) for x in known.tensors())))
-
-    def _sharded(self, x: Tensor) -> Tensor:
-        moved = x.to(self.device)
+    def _moved(self, x: Tensor) -> Tensor:
+        moved = super()._moved(x)
         if self.mesh is not None:
             from torch_xla.distributed.spmd.xla_sharding import mark_sharding
 
             mark_sharding(moved, self.mesh, (("data", "fsdp"), *(None,) * (x.ndim - 1)))
         return moved
-
-    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
-        return _static_losses(plans, placed, barycentre_weight)
 
     def seed(self, seed: int) -> None:
         """Nothing: a seed would be a constant of the program, compiled anew for each step."""
@@ -263,6 +315,8 @@ def open_device(name: str, fsdp: int = 1, precision: str = "float32", local_rank
         return XlaDevice(fsdp, precision)
     if fsdp != 1:
         raise ValueError(f"--fsdp {fsdp} is for --device xla, not {name}")
+    if name == "tpu":
+        return TpuDevice(precision)
     return CudaDevice(local_rank, precision) if name == "cuda" else Device(precision)
 
 

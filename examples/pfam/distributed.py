@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for the first process, which indexes and evaluates alone; torchrun sees to crashes."""
 
+_BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -77,7 +79,8 @@ class Processes:
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[Processes]:
-    """The processes that torchrun started, or this one alone; joined by gloo, and by NCCL between GPUs.
+    """The processes that torchrun started, or this one alone; joined by gloo, and by NCCL between GPUs
+    and by torch_tpu's backend between TPUs.
 
     Raises:
         ValueError: ``device`` is xla, which one process drives.
@@ -88,7 +91,7 @@ def join(device: str) -> Iterator[Processes]:
         return
     if device == "xla":
         raise ValueError("--device xla drives all chips of a host from one process; start it without torchrun")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group(_BACKENDS.get(device, "gloo"), timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
     finally:

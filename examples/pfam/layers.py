@@ -84,9 +84,9 @@ def _twice(columns: Tensor, width: int) -> Tensor:
 
 
 def _has_matrix_unit(columns: Tensor) -> bool:
-    """Whether to multiply with the averages' matrix: on XLA devices a running sum takes a time that grows with the
+    """Whether to multiply with the averages' matrix: on TPUs a running sum takes a time that grows with the
     length for every entry."""
-    return columns.device.type == "xla"
+    return columns.device.type in ("xla", "tpu")
 
 
 def _sums(columns: Tensor, width: int) -> Tensor:

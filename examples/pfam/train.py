@@ -184,8 +184,8 @@ class Trainer:
         return copy
 
     def _pairs(self, until: int) -> AbstractContextManager[Iterator[list[Pair]]]:
-        context = "forkserver" if self.device.name == "xla" else None  # XLA's threads do not survive a fork
-        return contextlib.closing(drawn_ahead(self.sampler.pairs, self.step, until, self.workers, context))
+        drawn = drawn_ahead(self.sampler.pairs, self.step, until, self.workers, self.device.start_method)
+        return contextlib.closing(drawn)
 
     def _advance(self, pairs: Iterator[list[Pair]]) -> str:
         began = time.perf_counter()

@@ -8,6 +8,7 @@
     child         a function of this package in a process of its own, under that environment
     attention     one attention, forward and backward
     flash         JAX's own flash attention, to compare with
+    exported      what a binding hands on, a function that jax.export has written
     pfam          the torch_xla training step of examples/pfam
     report, cli   the tables and the command line
 

@@ -49,7 +49,7 @@ class Report:
 
 
 def compile_and_read(fn: Callable[..., Any], args: Sequence[Any], topology: str) -> Report:
-    """Compile `fn(*args)` for one device of a topology.
+    """Compile `fn(*args)` for one device of a topology, or for those that the arguments' shardings name.
 
     Args:
         fn: a function that can be jitted; what is static is closed over.
@@ -66,7 +66,11 @@ def compile_and_read(fn: Callable[..., Any], args: Sequence[Any], topology: str)
 
     device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     place = SingleDeviceSharding(device)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), list(args))
+
+    def placed(a: Any) -> Any:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or place)
+
+    shapes = jax.tree.map(placed, list(args))
     clear(folder)
     return read(_compile(fn, shapes, device).memory_analysis(), folder)
 

@@ -73,7 +73,7 @@ def _pfam(options: argparse.Namespace, topology: Topology) -> int:
         f"training step of examples/pfam: {options.pairs} pairs per device of {options.length} residues a side, window "
         f"{options.window or 'none'}, T = {options.base_iters}, R = {options.tail_iters}"
     )
-    arguments = {**settings, "topology": topology.name, "generation": topology.chip.name, "shape": options.shape}
+    arguments = {**settings, "topology": topology.name, "shape": options.shape}
     environment = {"LIBTPU_INIT_ARGS": ""} if options.memory_only else {}
     target = "torch_sinkhorn_attn.aot.pfam:compile_step"
     found = _compiled(target, arguments, topology, options, bare=False, environment=environment)

@@ -27,7 +27,6 @@ def compile_step(
     dim: int,
     fsdp: int,
     topology: str,
-    generation: str,
     shape: str,
 ) -> dict[str, Any]:
     """Compile the step; what came out, ready for JSON. The options are those of the command line."""
@@ -36,10 +35,10 @@ def compile_step(
     count = slice_["devices"]
     os.environ["CPU_NUM_DEVICES"] = str(count)
     from examples.pfam.config import Config
-    from torch_sinkhorn_attn.engines.xla import binding, program, set_lowering
+    from torch_sinkhorn_attn.engines.xla import binding, set_lowering, sharded
 
     binding.platform = lambda: "tpu"
-    program.generation = lambda: generation
+    binding.device_kind = lambda: slice_["device_kind"]
     set_lowering(shape)
     config = Config(
         batch_size=pairs * count, batch_cells=2**40, cap=length, window=window or None, dim=dim,
@@ -49,7 +48,7 @@ def compile_step(
     clear(folder)
     stats = _compile(recorded, topology, count).get_compiled_memory_stats()
     layout = f"{config.batch_size} pairs in {described.replace('(CPU)', '(virtual)')}"
-    return {**asdict(read(stats, folder)), **slice_, "layout": layout, "shape": str(program.lowering().shape)}
+    return {**asdict(read(stats, folder)), **slice_, "layout": layout, "shape": str(sharded.lowering().shape)}
 
 
 def _record(config: Any, fsdp: int) -> tuple[bytes, str]:

@@ -1,4 +1,4 @@
-"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, status, refusal, solve,
+"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, TRAITS, status, refusal, solve,
 forward, backward, plan and plan_backward."""
 
 from __future__ import annotations
@@ -7,12 +7,13 @@ from types import ModuleType
 
 import torch
 
-from torch_sinkhorn_attn.engines import cpu, missing, tiled, xla
+from torch_sinkhorn_attn.engines import cpu, missing, tiled, torchtpu, xla
+from torch_sinkhorn_attn.engines.traits import PLAIN, Traits
 from torch_sinkhorn_attn.problem import Inputs, Problem
 from torch_sinkhorn_attn.releases import forward_level
 from torch_sinkhorn_attn.tracing import for_onnx, recording
 
-ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, tiled)}
+ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, torchtpu, tiled)}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
 
 
@@ -21,6 +22,15 @@ def check_name(name: str | None) -> None:
     if name is not None and name != REFERENCE and name not in ENGINES:
         known = ", ".join(repr(x) for x in (*ENGINES, REFERENCE))
         raise ValueError(f"engine={name!r} is unknown; choose one of {known}, or None for the fastest that can.")
+
+
+def traits_of(device: torch.device) -> Traits:
+    """What the engine whose own the tensors of the device are says of them."""
+    for engine in ENGINES.values():
+        if engine.TRAITS.device == device.type:
+            found: Traits = engine.TRAITS
+            return found
+    return PLAIN
 
 
 def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn import releases
+from torch_sinkhorn_attn.engines.traits import Traits
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result, compute_dtype
 
 NAME = "cpu"
+TRAITS = Traits("cpu")
 DEFAULT_BUDGET = 64 << 20
 INTERFACE = 3  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 INTERRUPTED = "interrupted by a signal"  # as in csrc/schedule.cpp
@@ -140,7 +142,7 @@ def refusal(inputs: Inputs, problem: Problem) -> str | None:
     if _unavailable is not None:
         return _unavailable
     device = inputs.query.device.type
-    return None if device == "cpu" else f"it runs on CPU tensors, and query is on {device}"
+    return None if device == TRAITS.device else f"it runs on CPU tensors, and query is on {device}"
 
 
 def solve(inputs: Inputs, problem: Problem) -> Potentials:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines.tiles import Tiles
+from torch_sinkhorn_attn.engines.traits import PLAIN
 from torch_sinkhorn_attn.mass_scale import MassScale
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.reference import stopped_base
@@ -21,6 +22,7 @@ from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_fi
 from torch_sinkhorn_attn.support import centre_gauge, components, largest, mass_of
 
 NAME = "tiled"
+TRAITS = PLAIN
 
 
 def status() -> str:

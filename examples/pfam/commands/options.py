@@ -99,7 +99,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device`` and ``--threads``."""
-    text = f"{' or '.join(DEVICES)}, XLA's through torch_xla: all its TPUs, or its CPU (default: cpu)"
+    text = f"{', '.join(DEVICES)}; xla: torch_xla's, all its TPUs or its CPU; tpu: TorchTPU's (default: cpu)"
     parser.add_argument("--device", choices=DEVICES, default="cpu", metavar="NAME", help=text)
     add_threads(parser)
 

@@ -10,27 +10,23 @@ torch's autograd counts the devices at the first backward of a process: where th
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import importlib.util
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines import tiled
-from torch_sinkhorn_attn.engines.xla.settings import Settings, lowering, set_lowering
+from torch_sinkhorn_attn.engines.binding import engine
+from torch_sinkhorn_attn.engines.binding.settings import Settings, lowering, set_lowering
+from torch_sinkhorn_attn.engines.traits import Traits
+from torch_sinkhorn_attn.engines.xla import tensors
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.releases import functionalized
 
 __all__ = [
     "NAME",
+    "TRAITS",
     "Settings",
     "backward",
-    "fetched",
     "forward",
     "lowering",
-    "placed",
     "plan",
     "plan_backward",
     "refusal",
@@ -40,132 +36,54 @@ __all__ = [
 ]
 
 NAME = "xla"
+TRAITS = Traits(NAME, True, ("torch_xla",), functionalized, tensors.placed, tensors.fetched)
+_LIBRARIES = ("torch_xla", "jax")
+_REMEDY = "pip install 'torch_sinkhorn_attn[tpu]' (Linux on x86_64, Python 3.11 or 3.12)"
+_missing = engine.absence(_LIBRARIES, _REMEDY)
 
 
-def _absence() -> str | None:
-    """What is not installed, and how it is; None if all is. Nothing is imported to find out."""
-    absent = [name for name in ("torch_xla", "jax") if importlib.util.find_spec(name) is None]
-    if not absent:
-        return None
-    return (
-        f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: "
-        "pip install 'torch_sinkhorn_attn[tpu]' (Linux on x86_64, Python 3.11 or later)"
-    )
+def _binding() -> engine.Binding:
+    from torch_sinkhorn_attn.engines.xla import sharded
 
-
-_missing = _absence()
+    return sharded
 
 
 def status() -> str:
     """Whether it can run, and how; or why not."""
     if _missing is not None:
         return f"missing: {_missing}"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch_xla", "jax"))
-    return f"{versions}: Pallas kernels on TPUs, plain XLA on other XLA devices"
+    return f"{engine.versions(_LIBRARIES)}: Pallas kernels on TPUs, plain XLA on other XLA devices"
 
 
 def refusal(inputs: Inputs, problem: Problem) -> str | None:
     """Why this engine cannot run the problem: the tensors are elsewhere, something is missing, or it is a float64 one
     on a TPU."""
     device = inputs.query.device.type
-    if device != "xla":
+    if device != TRAITS.device:
         return f"it runs on XLA tensors, and query is on {device}: query.to(torch_xla.device())"
     if _missing is not None:
         return _missing
-    if inputs.query.dtype == torch.float64 and not torch.compiler.is_compiling():
-        from torch_sinkhorn_attn.engines.xla import binding
-
-        if binding.platform() == "tpu":
-            return "a TPU has no float64: use float32"
-    return None
-
-
-def placed(x: Tensor, source: Tensor) -> Tensor:
-    """x `[N, H, L, E]`, made from the user's `source`, marked as lying on the devices that source lies on."""
-    from torch_sinkhorn_attn.engines.xla import spmd
-
-    return spmd.carry(x, source)
-
-
-def fetched(tree: Any) -> Any:
-    """A tuple, NamedTuple or dataclass with copies on the CPU in place of its XLA tensors, computed in one graph."""
-    from torch_xla import _XLAC  # type: ignore[attr-defined]
-
-    found: list[Tensor] = []
-    _each(tree, found.append)
-    copies = iter(_XLAC._xla_get_cpu_tensors(found))
-    return _each(tree, lambda _: next(copies))
-
-
-def _each(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(tree, **{name: _each(x, function) for name, x in vars(tree).items()})
-    if isinstance(tree, tuple):
-        parts = [_each(x, function) for x in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return tree
+    return None if torch.compiler.is_compiling() else engine.refusal(_binding(), inputs)
 
 
 def solve(inputs: Inputs, problem: Problem) -> Potentials:
     """T stopped and R kept iterations: the stacked duals."""
-    from torch_sinkhorn_attn.engines.xla import program, sharded, spmd
-
-    place = spmd.placement(inputs.query)
-    found = sharded.solve(*program.arrays(inputs, problem), place, **program.statics(problem, place is not None))
-    return Potentials(_given(found["row_potentials"]), _given(found["col_potentials"]))
+    return engine.solve(_binding(), inputs, problem)
 
 
 def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
-    from torch_sinkhorn_attn.engines.tpu import problem as tpu_problem
-    from torch_sinkhorn_attn.engines.xla import program, sharded, spmd
-
-    place = spmd.placement(inputs.query)
-    statics = program.statics(problem, place is not None)
-    found = sharded.forward(*program.arrays(inputs, problem), place, **statics, residuals=residuals)
-    output, row, col, row_residual, col_residual = (_given(found[name]) for name in tpu_problem.Result._fields[:5])
-    to_bin, from_bin = (found[name] for name in tpu_problem.Result._fields[5:])
-    absent = output.new_empty(0)
-    return Result(
-        output,
-        Potentials(row, col),
-        row_residual,
-        col_residual,
-        absent if to_bin is None else to_bin,
-        absent if from_bin is None else from_bin,
-    )
+    return engine.forward(_binding(), inputs, problem, residuals)
 
 
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
     """The adjoint, on the devices that have the output."""
-    from torch_sinkhorn_attn.engines.xla import program, sharded, spmd
-
-    place = spmd.placement(inputs.query, output)
-    given = {
-        "output": output,
-        "row_potentials": potentials.row,
-        "col_potentials": potentials.col,
-        "grad_output": grads.output.to(output.dtype),
-        "grad_to_bin": grads.to_bin,
-        "grad_from_bin": grads.from_bin,
-    }
-    statics = program.statics(problem, place is not None)
-    found = sharded.backward(*program.arrays(inputs, problem), place, given, **statics, mask_grad=grads.mask)
-    dropped = _given(found.pop("dropped"))
-    return Gradients(Inputs(**found), dropped)  # type: ignore[arg-type]
-
-
-def _given(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x
+    return engine.backward(_binding(), inputs, problem, output, potentials, grads)
 
 
 def plan(inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
     """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
-    potentials = solve(inputs._replace(value=None), problem)
-    return tiled.plan_of(inputs, problem, potentials), potentials
+    return engine.plan(_binding(), inputs, problem)
 
 
-plan_backward = tiled.plan_backward
+plan_backward = engine.plan_backward

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.runtime as xr
 from torch import Tensor
+from torch_xla import _XLAC  # type: ignore[attr-defined]
 from torch_xla._internal.jax_workarounds import requires_jax
+from torch_xla._internal.tpu import get_tpu_type
 
 PLATFORMS = {"CPU": "cpu", "TPU": "tpu", "CUDA": "cuda"}  # of torch_xla's devices, as JAX calls them
 
@@ -30,6 +33,14 @@ def platform() -> str:
     """JAX's name for torch_xla's device; PJRT's own where JAX is not known to have one."""
     device = str(xr.device_type())
     return PLATFORMS.get(device, device)
+
+
+def device_kind() -> str:
+    """What the device calls itself; under SPMD, where torch_xla's device stands for all and knows no kind, what the
+    environment of a TPU VM calls it."""
+    if xr.is_spmd():
+        return f"TPU {get_tpu_type()}"
+    return str(_XLAC._xla_device_kind(str(torch_xla.device())))
 
 
 @requires_jax  # torch_xla takes the TPU before JAX can lock it

@@ -1,4 +1,4 @@
-"""The computations of the engine, whole or in shards of a `Placement`: same arguments, same results.
+"""The binding's computations, whole or in shards of a `Placement`: same arguments, same results.
 
 Shards are even: a batch that the devices do not divide is filled up with empty problems. Key heads that are fewer than
 the shards are repeated. The cotangent of a mask shared by the batch, or by the heads, is the sum of the shards'.
@@ -11,67 +11,75 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch_xla.runtime as xr
 from torch import Tensor
 from torch_xla import _XLAC  # type: ignore[attr-defined]
 
-from torch_sinkhorn_attn.engines.tpu import problem as tpu
-from torch_sinkhorn_attn.engines.tpu import run
-from torch_sinkhorn_attn.engines.xla import binding
+from torch_sinkhorn_attn.engines.binding import program
+from torch_sinkhorn_attn.engines.binding.program import Tensors
+from torch_sinkhorn_attn.engines.binding.shards import axes
+from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+from torch_sinkhorn_attn.engines.xla import binding, spmd
 from torch_sinkhorn_attn.engines.xla.spmd import Placement
 
-Tensors = dict[str, Tensor | None]
 _MANUAL = 4  # torch_xla's ShardingType.MANUAL
-_TOKENS_ONLY = {"row_lo", "row_hi", "col_lo", "col_hi", "row_segment", "col_segment"}  # [N, ...]; others [N, H, ...]
-_UNSHARDED = {"dropout_seed"}
 _EMPTY = {"log_row_mass", "log_col_mass", "log_row_capacity", "log_col_capacity"}  # -inf is an empty problem
 
 
-def solve(inputs: Tensors, constants: Tensors, place: Placement | None, **statics: Any) -> Tensors:
-    """`run.solve`: row_potentials and col_potentials."""
-    return _call(_solve, place, (inputs, constants), statics)
+def platform() -> str:
+    """JAX's name for torch_xla's device."""
+    return binding.platform()
 
 
-def forward(inputs: Tensors, constants: Tensors, place: Placement | None, **statics: Any) -> Tensors:
-    """`run.forward`: the fields of its `Result`."""
-    return _call(_forward, place, (inputs, constants), statics)
+def lowering() -> Lowering:
+    """What was asked for, or what suits the device."""
+    return program.lowering(platform(), lambda: binding.device_kind())
 
 
-def backward(inputs: Tensors, constants: Tensors, place: Placement | None, given: Tensors, **statics: Any) -> Tensors:
-    """`run.backward`: the fields of `Inputs`, and `dropped`. `given` is what it takes beside the problem, by name."""
-    found = _call(_backward, place, (inputs, constants, given), statics)
-    query, key, mask, partial = inputs["query"], inputs["key"], inputs["mask"], found["mask"]
+def run(
+    function: Callable[..., dict[str, Any]],
+    trees: tuple[Tensors, ...],
+    statics: dict[str, Any],
+    output: Tensor | None = None,
+) -> Tensors:
+    """The function on the trees, in the shards that the output, or else the query, lies in.
+
+    Raises:
+        ValueError: a kernel for several devices, of which nothing says how they share the problem.
+    """
+    query = trees[0]["query"]
+    assert query is not None
+    place = spmd.placement(query, output)
+    if place is not None:
+        return _reduced(_in_shards(function, place, trees, statics), trees[0], place)
+    if xr.is_spmd() and statics["lowering"].shape != "blockwise":
+        raise ValueError(
+            "XLA cannot split a kernel over devices, and nothing says how query is sharded: mark the attention's input "
+            "(xs.mark_sharding along batch and heads), or say it: with "
+            "torch_sinkhorn_attn.engines.xla.spmd.sharding(mesh, batch=..., heads=...)."
+        )
+    return binding.call(function, *trees, **statics)
+
+
+def _reduced(found: Tensors, inputs: Tensors, place: Placement) -> Tensors:
+    """The results, with cotangents of keys, values and masks that shards had copies of in the shapes of the inputs."""
+    query, key, mask = inputs["query"], inputs["key"], inputs["mask"]
     assert query is not None and key is not None
     for name in ("key", "value"):
-        x = found[name]
+        x = found.get(name)
         if x is not None and x.shape[1] != key.shape[1]:
             found[name] = x.unflatten(1, (key.shape[1], x.shape[1] // key.shape[1])).sum(2)
-    if place is not None and partial is not None and mask is not None:  # each shard's part
+    partial = found.get("mask")
+    if partial is not None and mask is not None:  # each shard's part
         whole = partial[: query.shape[0]] if mask.shape[0] > 1 else partial
         shared = [dim for dim in (0, 1) if mask.shape[dim] == 1]
         found["mask"] = whole.sum(shared, keepdim=True) if shared else whole
     return found
 
 
-def _solve(inputs: Any, constants: Any, **statics: Any) -> dict[str, Any]:
-    row, col = run.solve(tpu.Inputs(**inputs), tpu.Constants(**constants), **statics)
-    return {"row_potentials": row, "col_potentials": col}
-
-
-def _forward(inputs: Any, constants: Any, **statics: Any) -> dict[str, Any]:
-    return run.forward(tpu.Inputs(**inputs), tpu.Constants(**constants), **statics)._asdict()
-
-
-def _backward(inputs: Any, constants: Any, given: Any, **statics: Any) -> dict[str, Any]:
-    found, dropped = run.backward(tpu.Inputs(**inputs), tpu.Constants(**constants), **given, **statics)
-    return {**found._asdict(), "dropped": dropped}
-
-
-def _call(
-    function: Callable[..., dict[str, Any]], place: Placement | None, trees: tuple[Tensors, ...], statics: Any
+def _in_shards(
+    function: Callable[..., dict[str, Any]], place: Placement, trees: tuple[Tensors, ...], statics: dict[str, Any]
 ) -> Tensors:
-    """`function` on the trees, in the shards of the placement."""
-    if place is None:
-        return binding.call(function, *trees, **statics)
     query = trees[0]["query"]
     assert query is not None
     num, heads = query.shape[:2]
@@ -87,7 +95,7 @@ def _call(
 
 def _shard(name: str, x: Tensor, place: Placement) -> Tensor:
     """This device's part, in a graph that is the same for all."""
-    spec = _spec(name, x.ndim)
+    spec = axes(name, x.ndim)
     if name in ("key", "value") and x.shape[1] % place.heads:
         times = place.heads // math.gcd(x.shape[1], place.heads)
         x = x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
@@ -105,7 +113,7 @@ def _shard(name: str, x: Tensor, place: Placement) -> Tensor:
 
 def _joined(name: str, x: Tensor, place: Placement, num: int) -> Tensor:
     """The tensor that the devices' parts make up, `num` long in N (a mask's cotangent is left as long as it is)."""
-    spec = _spec(name, x.ndim)
+    spec = axes(name, x.ndim)
     shape = [n * (1 if axis is None else place.shape[axis]) for n, axis in zip(x.shape, spec, strict=True)]
     _XLAC._mark_manual_sharding(x, _XLAC.OpSharding([], [], [], _MANUAL))
     whole = _XLAC._spmd_shard_to_full_shape(x, place.sharding(spec), shape, x.dtype)
@@ -114,13 +122,3 @@ def _joined(name: str, x: Tensor, place: Placement, num: int) -> Tensor:
         whole = whole.narrow(where, 0, num)
         _XLAC._xla_annotate_custom_sharding(whole, place.sharding(spec))
     return whole
-
-
-def _spec(name: str, ndim: int) -> tuple[int | None, ...]:
-    """The axis of the placement that each dimension lies along: 0 the batch, 1 the heads, None neither."""
-    if name in _UNSHARDED:
-        return (None,) * ndim
-    if name in _TOKENS_ONLY:
-        return (0, *(None,) * (ndim - 1))
-    front = (None,) if name in ("row_potentials", "col_potentials") else ()
-    return (*front, 0, 1, *(None,) * (ndim - len(front) - 2))

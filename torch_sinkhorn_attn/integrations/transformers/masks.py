@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_sinkhorn_attn.checks import has_data
+from torch_sinkhorn_attn.engines import traits_of
 from torch_sinkhorn_attn.module_masks import as_float, both, forbidding
 from torch_sinkhorn_attn.problem import compute_dtype
 
@@ -76,8 +77,8 @@ def forbidden_as_infinity(mask: Tensor, dtype: torch.dtype, low: float | None) -
 
 
 def can_decide(mask: Tensor) -> bool:
-    """Whether what is computed may depend on the mask's data: eagerly, and not on a device that is lazy about it."""
-    return has_data(mask) and mask.device.type != "xla"
+    """Whether what is computed may depend on the mask's data: eagerly, and not where that is compiled each time."""
+    return has_data(mask) and not traits_of(mask.device).compiles
 
 
 def for_softmax(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Which kernels the XLA engine uses: what the user asks for, in code or by TORCH_SINKHORN_ATTN_XLA_LOWERING."""
+"""Which kernels the bindings use: what the user asks for, in code or by TORCH_SINKHORN_ATTN_XLA_LOWERING."""
 
 from __future__ import annotations
 
