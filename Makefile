@@ -8,13 +8,14 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test bench lint sanitize sanitize-calls races wheel clean
+.PHONY: help demo test bench lint matrix sanitize sanitize-calls races wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
 	@echo "make test    lint, then every test and documentation example (PYTEST_ARGS=... are passed on)"
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
+	@echo "make matrix  every torch from 2.9 on, each in an environment of its own: docs/releases.md (ARGS=... to nox; an hour)"
 	@echo "make sanitize the C++ kernels, instrumented, through the tests of engines (Linux, GCC; some minutes)"
 	@echo "make sanitize-calls  likewise, of one instruction set and through calls of its ops that do not fit (CALLS=$(CALLS))"
 	@echo "make races   a few problems on many threads under the thread sanitizer (Linux, GCC; some minutes)"
@@ -34,6 +35,9 @@ test: lint
 lint: $(PACKAGE)
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
+
+matrix: $(PACKAGE)
+	$(RUN) -m nox --noxfile .ci/noxfile.py $(ARGS)
 
 # The interpreter itself is not instrumented, so the runtime is preloaded; what Python and torch never free is theirs.
 SANITIZED := build/sanitized/lib
