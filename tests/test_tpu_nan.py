@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np

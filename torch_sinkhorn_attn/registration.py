@@ -15,6 +15,7 @@ from types import ModuleType
 
 _DEFINING = ("autograd", "mask_scan")  # operators and their derivatives
 
+
 def register_beside_torch() -> None:
     """Now, if torch is there; else right after it is imported."""
     if sys.modules.get("torch") is not None:
