@@ -1,5 +1,8 @@
 """Shared by all tests: one thread each (the suite runs in parallel processes), checks in their default mode, and JAX on
-the CPU, without a look for a TPU."""
+the CPU, without a look for a TPU.
+
+With JAX and no torch: `python -m pytest tests/test_tpu*.py`, where modules that compare with torch are skipped.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-import torch_sinkhorn_attn
+try:
+    import torch
+except ImportError:  # where JAX is alone, whose tests need no torch
+    torch = None
 
 for _name, _value in {
     "JAX_PLATFORMS": "cpu",
@@ -26,7 +31,12 @@ for _name, _value in {
 
 @pytest.fixture(autouse=True)
 def _defaults() -> Iterator[None]:
+    if torch is None:
+        yield
+        return
+    from torch_sinkhorn_attn import set_checks
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
-    torch_sinkhorn_attn.set_checks("auto")
+    set_checks("auto")

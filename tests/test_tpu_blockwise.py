@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import problems
 import pytest
-import torch
-from conformance import assert_agrees, relative_error, results
-from test_conformance import CORNERS, call_of
-from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.dropout import keep_tile
-from torch_sinkhorn_attn.engines import ENGINES
-
-jax = pytest.importorskip("jax")
+torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+import problems  # noqa: E402
 import tpu_kernels  # noqa: E402
+from conformance import assert_agrees, relative_error, results  # noqa: E402
+from test_conformance import CORNERS, call_of  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from torch_sinkhorn_attn import Dustbin  # noqa: E402
+from torch_sinkhorn_attn.arguments import prepare  # noqa: E402
+from torch_sinkhorn_attn.dropout import keep_tile  # noqa: E402
+from torch_sinkhorn_attn.engines import ENGINES  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu import blockwise, dropout, run, schedule  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""NaN in a float mask, in the JAX engines: shown on the support, nobody's off it; `test_nan.py` has tensors'."""
+"""NaN in a float mask, in the JAX engines: it shows on the support, and off it is nobody's."""
 
 from __future__ import annotations
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import problems
 import pytest
-import torch
-from conformance import assert_agrees, relative_error, results
-from test_conformance import call_of
 
-from torch_sinkhorn_attn import Dustbin
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import ENGINES
-
-jax = pytest.importorskip("jax")
+torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
 
 import numpy as np  # noqa: E402
+import problems  # noqa: E402
 import tpu_kernels  # noqa: E402
+from conformance import assert_agrees, relative_error, results  # noqa: E402
+from test_conformance import call_of  # noqa: E402
+from tpu_interpreter import RACING, watch_races  # noqa: E402
 
+from torch_sinkhorn_attn import Dustbin  # noqa: E402
+from torch_sinkhorn_attn.arguments import prepare  # noqa: E402
+from torch_sinkhorn_attn.engines import ENGINES  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu import choice, resident, resident_adjoint, resident_strip, run  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.problem import Statics  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
 
 ENGINE, RESIDENT = "jax resident", Lowering("resident", interpret=True)
 D = torch.float64
@@ -148,7 +148,7 @@ def test_empty_problems_keep_the_batch_in_range(name: str) -> None:
     call = problem_of(name)
     prepared = prepare(call.query, call.key, call.value, **call.options)
     statics = tpu_kernels.statics_of(prepared.problem)
-    with jax.experimental.enable_x64():
+    with enable_x64():
         given = tpu_kernels.inputs_of(prepared.inputs), tpu_kernels.constants_of(prepared.problem)
         problem, _ = run._problem(*given, statics, RESIDENT)
         strip = resident_strip.strip_of(problem.length, problem.size, statics)
@@ -166,7 +166,7 @@ def test_what_leaves_the_range_or_the_strip_is_streamed(name: str) -> None:
         call = call_of(2, 1, 1, 520, 520, 2, window=(20, 20), base_iters=1, tail_iters=1, **lengths)
     prepared = prepare(call.query, call.key, call.value, **call.options)
     inputs, statics = tpu_kernels.inputs_of(prepared.inputs), tpu_kernels.statics_of(prepared.problem)
-    with jax.experimental.enable_x64():
+    with enable_x64():
         inputs = tpu_kernels.inputs_of(prepared.inputs)
         constants = tpu_kernels.constants_of(prepared.problem)
         problem, is_resident = run._problem(inputs, constants, statics, RESIDENT)
@@ -179,9 +179,9 @@ def test_what_leaves_the_range_or_the_strip_is_streamed(name: str) -> None:
 
 def test_no_races(monkeypatch: pytest.MonkeyPatch) -> None:
     """JAX's interpreter of TPU kernels, on two cores, forward and backward."""
-    race_states = tpu_kernels.watch_races(monkeypatch)
+    race_states = watch_races(monkeypatch)
     call = single(call_of(1, 2, 1, 130, 20, 3, base_iters=1, tail_iters=1, dustbin=Dustbin(0.1, 0.2)), torch.float32)
-    kernels = tpu_kernels.Kernels(Lowering("resident", tpu_kernels.RACING))
+    kernels = tpu_kernels.Kernels(Lowering("resident", RACING))
     prepared = prepare(call.query, call.key, call.value, **call.options)
     result = kernels.forward(prepared.inputs, prepared.problem)
     grads = tpu_kernels.OutputGrads(torch.ones_like(result.output))

@@ -6,27 +6,24 @@ import dataclasses
 import functools
 
 import numpy as np
-import problems
 import pytest
-from conformance import assert_agrees
-
-from torch_sinkhorn_attn.engines import ENGINES
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-import tpu_kernels  # noqa: E402
+from tpu_interpreter import RACING, watch_races  # noqa: E402
 
 from torch_sinkhorn_attn.engines.tpu import dropout, streaming, streaming_walk  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.problem import Constants, Field, Inputs, Statics  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.streaming import StreamingPasses  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.streaming_spans import most_tiles, spans, window_intervals  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def float64():
-    with jax.experimental.enable_x64():
+    with enable_x64():
         yield
 
 
@@ -254,7 +251,7 @@ def test_large_tiles():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes(dtype, small_blocks):
     """Float32 throughout, but that bfloat16 rounds the plan and dS before they multiply matrices."""
-    with jax.experimental.enable_x64(False):
+    with enable_x64(False):
         case = Case(3, num=1, heads=1, length=150, size=140, dtype=dtype, dropout_p=0.2)
         have, want = found(case), expected(case)
     matrices = {"values", "value_cotangent", "query_cotangent", "key_cotangent"}
@@ -312,8 +309,8 @@ def test_inner_tiles_are_those_every_line_covers():
 
 @pytest.fixture
 def race_states(monkeypatch):
-    states = tpu_kernels.watch_races(monkeypatch)
-    with jax.experimental.enable_x64(False):  # of one thread, and the interpreter's cores are threads
+    states = watch_races(monkeypatch)
+    with enable_x64(False):  # of one thread, and the interpreter's cores are threads
         yield states
 
 
@@ -322,7 +319,7 @@ def test_no_races(small_blocks, race_states):
         7, length=140, size=150, num=1, heads=1, window=(100, 20), mask=(0, 0, 1, 1), mask_dtype=np.float32,
         dropout_p=0.2, terms=1, dtype="float32",
     )  # fmt: skip
-    have = found(case, tpu_kernels.RACING, SOME)
+    have = found(case, RACING, SOME)
     assert len(race_states) == len(SOME) + 1  # and the mask's cotangent
     assert not any(state.races_found for state in race_states)
     assert_close(have, expected(case), 2e-5)
@@ -332,16 +329,6 @@ def test_a_race_would_be_seen(small_blocks, race_states, monkeypatch):
     """Tiles of one block of lines on two cores at once."""
     monkeypatch.setattr(streaming_walk.TilesOfLines, "order", ("parallel",) * 4)
     case = Case(7, dtype="float32", length=100, size=200, num=1, heads=1)
-    passes = StreamingPasses(case.inputs, case.constants, case.statics, Lowering("streaming", tpu_kernels.RACING))
+    passes = StreamingPasses(case.inputs, case.constants, case.statics, Lowering("streaming", RACING))
     jax.block_until_ready(passes.row_lse(jnp.asarray(case.v)))
     assert race_states[0].races_found
-
-
-# The whole schedule
-
-
-@pytest.mark.parametrize("seed", [17])
-def test_agrees_with_the_reference(seed, small_blocks, monkeypatch):
-    engine = tpu_kernels.Kernels(Lowering("streaming", True), "streaming", xla_backend_optimization_level=0)
-    monkeypatch.setitem(ENGINES, "streaming", engine)
-    assert_agrees(problems.make(seed), "streaming", plan=False)

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from examples.pfam.checkpoint import load_checkpoint
-from examples.pfam.train import Trainer
-from examples.tpu_vm.cli import main
+torch = pytest.importorskip("torch")
+
+from examples.pfam.checkpoint import load_checkpoint  # noqa: E402
+from examples.pfam.train import Trainer  # noqa: E402
+from examples.tpu_vm.cli import main  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--steps 4 --pairs 1 --length 96 --window 24 --base-iters 2 --tail-iters 1 --dim 24 --eval-every 100 "

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.experimental import enable_x64
-from jax.experimental.pallas import tpu as pltpu
 from torch import Tensor
 
 from torch_sinkhorn_attn import reference, staircase
 from torch_sinkhorn_attn.engines.tpu import problem as tpu
 from torch_sinkhorn_attn.engines.tpu import run
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
 from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 
@@ -107,16 +106,3 @@ class Kernels:
         grad = reference.unfold_dustbins(grad_plan, problem)
         cotangent, dropped = staircase.backward(dense, grad, potentials, problem)
         return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
-
-
-RACING = pltpu.InterpretParams(detect_races=True, num_cores_per_device=2)
-
-
-def watch_races(monkeypatch: Any) -> list[Any]:
-    """What JAX's interpreter of TPU kernels, on two cores, finds of unordered accesses: one state a call."""
-    from jax._src.pallas.mosaic import interpret
-
-    states: list[Any] = []
-    make = interpret.RaceDetectionState
-    monkeypatch.setattr(interpret, "RaceDetectionState", lambda **k: states.append(make(**k)) or states[-1])
-    return states

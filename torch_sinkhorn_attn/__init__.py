@@ -1,18 +1,26 @@
-"""Optimal-transport attention for PyTorch: balanced, banded, exactly differentiable."""
+"""Optimal-transport attention for PyTorch: balanced, banded, exactly differentiable; for JAX in `engines.tpu`.
 
-from torch_sinkhorn_attn.certificates import Certificate, certify
-from torch_sinkhorn_attn.checks import set_checks
-from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
-from torch_sinkhorn_attn.integrations.transformers import (
-    TransformersReport,
-    choose_layers,
-    register_transformers,
-    transformers_report,
-)
-from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
-from torch_sinkhorn_attn.status import SinkhornAux, Status
+Nothing is imported before it is asked for, so the JAX half needs no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch_sinkhorn_attn import lazy, registration
+
+if TYPE_CHECKING:
+    from torch_sinkhorn_attn.certificates import Certificate, certify
+    from torch_sinkhorn_attn.checks import set_checks
+    from torch_sinkhorn_attn.dustbin import Dustbin
+    from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
+    from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
+    from torch_sinkhorn_attn.integrations.transformers import (
+        TransformersReport,
+        choose_layers,
+        register_transformers,
+        transformers_report,
+    )
+    from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
+    from torch_sinkhorn_attn.status import SinkhornAux, Status
 
 __version__ = "0.1.0"
 
@@ -34,3 +42,21 @@ __all__ = [
     "sinkhorn_plan",
     "transformers_report",
 ]
+
+_HOMES = {
+    "certificates": ["Certificate", "certify"],
+    "checks": ["set_checks"],
+    "dustbin": ["Dustbin"],
+    "functional": ["sinkhorn_attention", "sinkhorn_plan"],
+    "integrations.replace": ["ReplacementReport", "replace_attention", "restore_attention"],
+    "integrations.transformers": [
+        "TransformersReport",
+        "choose_layers",
+        "register_transformers",
+        "transformers_report",
+    ],
+    "modules": ["SinkhornMultiheadAttention"],
+    "status": ["SinkhornAux", "Status"],
+}
+__getattr__, __dir__ = lazy.names(__name__, {name: home for home, names in _HOMES.items() for name in names})
+registration.register_beside_torch()

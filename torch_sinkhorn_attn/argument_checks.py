@@ -4,18 +4,17 @@ raises a TypeError or ValueError that names it, its value and the way out."""
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn import scalars
 from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.problem import compute_dtype
+from torch_sinkhorn_attn.scalars import Solver, broadcasts
 from torch_sinkhorn_attn.tensor_kinds import check_kind, plain_mask
 
-WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
-GRADIENTS = ("tail", "implicit", "unrolled")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,44 +37,20 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, 
             raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}; cast them to one dtype.")
         if x.device != query.device:
             raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move them to one device.")
-        if x.ndim < 3:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; (..., heads, tokens, features) is needed: use {name}[None]."
-            )
-        if x.shape[:-3] != query.shape[:-3]:
-            batches = f"{tuple(x.shape[:-3])} but query has {tuple(query.shape[:-3])}"
-            raise ValueError(f"{name} has batch shape {batches}; expand them to one.")
-    if query.shape[-1] == 0:
-        raise ValueError(f"query has shape {tuple(query.shape)}: at least one feature is needed.")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key has {key.shape[-1]} features but query has {query.shape[-1]}; they must agree.")
-    if value is not None and (value.shape[-3:-1] != key.shape[-3:-1]):
-        raise ValueError(
-            f"value has (heads, tokens) {tuple(value.shape[-3:-1])} but key has {tuple(key.shape[-3:-1])}; "
-            "they must agree."
-        )
-    heads, key_heads = query.shape[-3], key.shape[-3]
-    if heads == 0:
-        raise ValueError(f"query has shape {tuple(query.shape)}: at least one head is needed.")
-    if heads != key_heads and not enable_gqa:
-        raise ValueError(f"query has {heads} heads but key has {key_heads}; pass enable_gqa=True for grouped queries.")
-    if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"enable_gqa needs query heads ({heads}) to be a multiple of key heads ({key_heads}).")
+    shapes = [None if x is None else tuple(x.shape) for x in (query, key, value)]
+    scalars.token_shapes(shapes[0], shapes[1], shapes[2], enable_gqa)  # type: ignore[arg-type]
     return query, key, value
 
 
-class Solver(NamedTuple):
-    """The checked scalars of the iteration."""
-
-    scale: float
-    epsilon: float
-    window: tuple[int, int] | None
-    rho: tuple[float, float]  # (row, column) damping
-    base_iters: int
-    tail_iters: int
-    tolerance: float  # 0: never
-    over_relaxation: float
-    gradient: str
+def no_tensors(**options: Any) -> None:
+    """TypeError or ValueError for a tensor where a Python number is compiled in."""
+    for name, given in options.items():
+        for x in given if isinstance(given, (tuple, list)) else (given,):
+            if not isinstance(x, Tensor):
+                continue
+            if x.requires_grad:
+                raise ValueError(f"{name} is a constant and cannot require grad; to learn it, scale the query instead.")
+            raise TypeError(f"{name} must be a Python number, got a tensor; pass float({name}).")
 
 
 def solver(
@@ -93,143 +68,19 @@ def solver(
     engine: Any,
 ) -> Solver:
     """Everything about the iteration that can be checked without tensors; `dtype` is the compute dtype."""
-    epsilon = positive("epsilon", epsilon)
-    scale = 1 / math.sqrt(int(features)) if scale is None else number("scale", scale)
-    if not abs(scale) / epsilon < torch.finfo(dtype).max:
-        raise ValueError(
-            f"epsilon={epsilon} is too small: scale / epsilon overflows {dtype}; the plan needs epsilon > 0."
-        )
-    rho = [_damping(tau, epsilon) for tau in relaxation_pair(relaxation)]
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient={gradient!r} is unknown; choose one of {', '.join(map(repr, GRADIENTS))}.")
+    no_tensors(scale=scale, epsilon=epsilon, relaxation=relaxation)
+    no_tensors(tolerance=tolerance, over_relaxation=over_relaxation)
+    for name, x in (("base_iters", base_iters), ("tail_iters", tail_iters)):
+        if isinstance(x, Tensor):
+            raise TypeError(f"{name} must be an integer, got {x!r}.")
+    checked = scalars.solver(
+        features, "float64" if dtype == torch.float64 else "float32", scale, epsilon, window, relaxation,
+        base_iters, tail_iters, tolerance, over_relaxation, gradient,
+    )  # fmt: skip
     if engine is not None and not isinstance(engine, str):
         raise TypeError(f"engine must be a name or None, got {engine!r}.")
     check_name(engine)
-    return Solver(
-        scale,
-        epsilon,
-        None if window is None else window_sides(window),
-        (rho[0], rho[1]),
-        count("base_iters", base_iters),
-        count("tail_iters", tail_iters),
-        *base_options(tolerance, over_relaxation, gradient),
-        gradient,
-    )
-
-
-def base_options(tolerance: Any, over_relaxation: Any, gradient: str) -> tuple[float, float]:
-    """(tolerance, 0 for None; omega): what only a stopped base can have."""
-    threshold = 0.0 if tolerance is None else number("tolerance", tolerance)
-    if threshold < 0:
-        raise ValueError(f"tolerance={threshold} must be 0 or more; None and 0 never stop early.")
-    omega = number("over_relaxation", over_relaxation)
-    if not 0 < omega < 2:
-        raise ValueError(f"over_relaxation={omega} must lie between 0 and 2, both excluded; 1 is the plain iteration.")
-    if gradient == "unrolled" and (tolerance is not None or omega != 1):
-        given = f"over_relaxation={omega}" if tolerance is None else f"tolerance={threshold}"
-        raise ValueError(
-            f"{given} needs a stopped base, and gradient='unrolled' has none: it differentiates every iteration. Use "
-            "gradient='tail' or 'implicit', or leave tolerance=None and over_relaxation=1."
-        )
-    return threshold, omega
-
-
-def is_softmax(base_iters: int, tail_iters: int, relaxation: Any, dustbin: Any) -> bool:
-    """T = R = 0, balanced, no dustbin: softmax attention (unless masses are given)."""
-    return base_iters == tail_iters == 0 and relaxation is None and not dustbin
-
-
-def number(name: str, x: Any) -> float:
-    if isinstance(x, Tensor):
-        if x.requires_grad:
-            raise ValueError(f"{name} is a constant and cannot require grad; to learn it, scale the query instead.")
-        raise TypeError(f"{name} must be a Python number, got a tensor; pass float({name}).")
-    try:
-        value = float(x) if not isinstance(x, (bool, str)) else None
-    except (TypeError, ValueError):
-        value = None
-    if value is None:
-        raise TypeError(f"{name} must be a number, got {x!r}.")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}={value} must be finite.")
-    return value
-
-
-def positive(name: str, x: Any) -> float:
-    value = number(name, x)
-    if value <= 0:
-        raise ValueError(f"{name}={value} must be positive.")
-    return value
-
-
-def floor(x: Any) -> float | None:
-    """`mask_floor`: a negative number, or None."""
-    value = None if x is None else number("mask_floor", x)
-    if value is not None and value >= 0:
-        raise ValueError(f"mask_floor={value} must be negative, as -1e3, or None to keep every finite mask entry.")
-    return value
-
-
-def count(name: str, x: Any) -> int:
-    try:
-        value = operator.index(x) if not isinstance(x, (bool, Tensor)) else None
-    except TypeError:
-        value = None
-    if value is None:
-        raise TypeError(f"{name} must be an integer, got {x!r}.")
-    if value < 0:
-        raise ValueError(f"{name}={value} must be 0 or more.")
-    return value
-
-
-def window_sides(window: Any) -> tuple[int, int]:
-    try:
-        sides = [operator.index(x) for x in window if not isinstance(x, bool)]
-    except TypeError:
-        sides = []
-    if len(sides) != 2 or len(window) != 2:
-        raise TypeError(f"window must be a pair of integers (left, right), got {window!r}; -1 lifts a side.")
-    if min(sides) < -1:
-        raise ValueError(f"window={tuple(sides)} must have sides of 0 or more, or -1 for unlimited.")
-    return min(sides[0], WIDEST_WINDOW), min(sides[1], WIDEST_WINDOW)
-
-
-def relaxation_pair(relaxation: Any) -> tuple[float, float]:
-    """(row tau, column tau), inf where balanced."""
-    pair = relaxation if isinstance(relaxation, (tuple, list)) else (relaxation, relaxation)
-    if len(pair) != 2:
-        raise TypeError(f"relaxation must be a number, a pair (row tau, column tau) or None, got {relaxation!r}.")
-    taus = []
-    for tau in pair:
-        if tau is None or (isinstance(tau, (int, float)) and not isinstance(tau, bool) and tau == math.inf):
-            taus.append(math.inf)
-        else:
-            taus.append(positive("relaxation", tau))
-    return taus[0], taus[1]
-
-
-def _damping(tau: float, epsilon: float) -> float:
-    """rho; of halves, whose sum does not overflow."""
-    rho = (tau / 2) / (tau / 2 + epsilon / 2) if tau < math.inf else 1.0
-    if not rho > 0:
-        raise ValueError(
-            f"relaxation={tau} is too small beside epsilon={epsilon}: tau / (tau + epsilon) is 0 in float64; "
-            "a larger one is needed, or None for exact marginals."
-        )
-    return rho
-
-
-def plain_relaxation(relaxation: Any) -> float | tuple[float | None, float | None] | None:
-    """The shortest form of the same relaxation: None where balanced, one number for two equal ones."""
-    row, col = (None if tau == math.inf else tau for tau in relaxation_pair(relaxation))
-    return row if row == col else (row, col)
-
-
-def broadcasts(shape: tuple[int, ...] | torch.Size, target: tuple[int, ...]) -> bool:
-    if len(shape) > len(target):
-        return False
-    # A list and a plain zip: torch.compile traces neither a generator nor `strict` here.
-    return all([x in (1, y) for x, y in zip(shape[::-1], target[::-1])])
+    return checked
 
 
 def score_mask(mask: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:

@@ -11,12 +11,11 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn import data_checks
+from torch_sinkhorn_attn import data_checks, scalars
 from torch_sinkhorn_attn.argument_checks import (
     constant,
-    floor,
     integers,
-    number,
+    no_tensors,
     potentials,
     score_mask,
     solver,
@@ -123,9 +122,8 @@ def prepare(
         features, dtype, scale, epsilon, window, relaxation,
         base_iters, tail_iters, tolerance, over_relaxation, gradient, engine,
     )  # fmt: skip
-    mask_floor, dropout_p = floor(mask_floor), number("dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p} must lie in [0, 1).")
+    no_tensors(mask_floor=mask_floor, dropout_p=dropout_p)
+    mask_floor, dropout_p = scalars.floor(mask_floor), scalars.dropout(dropout_p)
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
     given = _given(

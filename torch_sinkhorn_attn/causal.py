@@ -1,4 +1,7 @@
-"""`is_causal` of `torch.nn.functional.scaled_dot_product_attention`: the support j <= i, from the upper left."""
+"""`is_causal` of `torch.nn.functional.scaled_dot_product_attention`: the support j <= i, from the upper left.
+
+Shared by torch and JAX, so it imports neither.
+"""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.argument_checks import broadcasts, constant
+from torch_sinkhorn_attn.argument_checks import constant
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.problem import compute_dtype
+from torch_sinkhorn_attn.scalars import broadcasts
 from torch_sinkhorn_attn.support import by_segment, segment_sum
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_sinkhorn_attn.argument_checks import window_sides
 from torch_sinkhorn_attn.checks import can_look, has_tangent
 from torch_sinkhorn_attn.problem import compute_dtype
 from torch_sinkhorn_attn.reference import kept
+from torch_sinkhorn_attn.scalars import window_sides
 from torch_sinkhorn_attn.support import build_support
 from torch_sinkhorn_attn.tensor_kinds import check_kind, plain_mask
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import floor, is_softmax, plain_relaxation, solver
+from torch_sinkhorn_attn.argument_checks import solver
 from torch_sinkhorn_attn.checks import can_look, has_data
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.nested import pad, unpad
 from torch_sinkhorn_attn.releases import same_memory
+from torch_sinkhorn_attn.scalars import floor, is_softmax, plain_relaxation
 from torch_sinkhorn_attn.tensor_kinds import check_kind
 from torch_sinkhorn_attn.tracing import call_module, tracer_of
 

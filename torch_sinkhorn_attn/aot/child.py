@@ -1,6 +1,6 @@
 """A function of this package in a process of its own: libtpu reads its flags once, aborts on some errors, and chats.
 
-The process need not have torch: the JAX half of the package is imported without `torch_sinkhorn_attn/__init__.py`.
+The process need not have torch, which the JAX half of the package does without.
 """
 
 from __future__ import annotations
@@ -22,18 +22,11 @@ from torch_sinkhorn_attn.aot.failures import explain
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # It ends with the process that wants its result, however that ends: then nothing holds the other end of its input.
-# Parents that are only folders: the real ones import torch.
 _START = """
-import importlib, json, os, sys, threading, types
+import importlib, json, os, sys, threading
 threading.Thread(target=lambda: os._exit(1 + len(os.read(0, 1))), daemon=True).start()
-package, bare, target, result, arguments = sys.argv[1:6]
-if bare == "bare":
-    for name in ("", ".engines"):
-        module = types.ModuleType("torch_sinkhorn_attn" + name)
-        module.__path__ = [package + name.replace(".", "/")]
-        sys.modules["torch_sinkhorn_attn" + name] = module
-else:
-    sys.path.insert(0, package + "/..")
+package, target, result, arguments = sys.argv[1:5]
+sys.path.insert(0, package + "/..")
 module, _, function = target.partition(":")
 try:
     found = getattr(importlib.import_module(module), function)(**json.loads(arguments))
@@ -71,7 +64,6 @@ def call(
     arguments: Mapping[str, Any],
     *,
     python: str | None = None,
-    bare: bool = True,
     environment: Mapping[str, str] | None = None,
     keep: str | None = None,
 ) -> dict[str, Any]:
@@ -80,7 +72,6 @@ def call(
     Args:
         target: the function, which returns a dictionary; arguments and result go through JSON.
         python: an interpreter with jax and libtpu; this one by default.
-        bare: without torch and torch's half of the package.
         environment: further variables of the process.
         keep: a folder that the compiler's listings are copied to.
 
@@ -90,7 +81,7 @@ def call(
     with tempfile.TemporaryDirectory(prefix="sinkhorn-aot-") as folder:
         dump, result = Path(folder, "listings"), Path(folder, "result.json")
         dump.mkdir()
-        command = [python or sys.executable, "-c", _START, str(_PACKAGE), "bare" if bare else "full", target]
+        command = [python or sys.executable, "-c", _START, str(_PACKAGE), target]
         with _held_open() as held:
             done = subprocess.run(
                 [*command, str(result), json.dumps(dict(arguments))],

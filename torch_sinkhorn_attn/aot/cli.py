@@ -76,7 +76,7 @@ def _pfam(options: argparse.Namespace, topology: Topology) -> int:
     arguments = {**settings, "topology": topology.name, "shape": options.shape}
     environment = {"LIBTPU_INIT_ARGS": ""} if options.memory_only else {}
     target = "torch_sinkhorn_attn.aot.pfam:compile_step"
-    found = _compiled(target, arguments, topology, options, bare=False, environment=environment)
+    found = _compiled(target, arguments, topology, options, environment=environment)
     if found is None:
         return DOES_NOT_FIT
     print(f"{found['layout']}\nshape: {found['shape']}", end="\n\n")

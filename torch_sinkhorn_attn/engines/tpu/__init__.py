@@ -1,17 +1,19 @@
-"""Sinkhorn attention in pure JAX: Pallas kernels for TPUs, and plain XLA for every other device.
+"""Sinkhorn attention in pure JAX: Pallas kernels for TPUs, and plain XLA for every other device. Needs no torch.
 
-`sinkhorn_attention`, `Dustbin`, `SinkhornAux` and `Lowering` are loaded when first asked for.
+    from torch_sinkhorn_attn.engines.tpu import sinkhorn_attention
+
+Its names are loaded when first asked for.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
+from torch_sinkhorn_attn import lazy
 
-_HOMES = {"sinkhorn_attention": "api", "SinkhornAux": "api", "Dustbin": "prepare", "Lowering": "lowering"}
+if TYPE_CHECKING:
+    from torch_sinkhorn_attn.engines.tpu.api import SinkhornAux, sinkhorn_attention
+    from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+    from torch_sinkhorn_attn.engines.tpu.prepare import Dustbin
+
 __all__ = ["Dustbin", "Lowering", "SinkhornAux", "sinkhorn_attention"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+_HOMES = {"sinkhorn_attention": "api", "SinkhornAux": "api", "Dustbin": "prepare", "Lowering": "lowering"}
+__getattr__, __dir__ = lazy.names(__name__, _HOMES)

@@ -38,7 +38,7 @@ class SinkhornAux(NamedTuple):
     def status(
         self,
         within: float = status.CONVERGED_WITHIN,
-        mask: Any = None,
+        attn_mask: Any = None,
         row_mass: Any = None,
         col_mass: Any = None,
     ) -> np.ndarray:
@@ -48,7 +48,7 @@ class SinkhornAux(NamedTuple):
         segments (or with these written into the mask); repeat the call's mask and masses. 0 and 1 are no proof that a
         plan exists: the torch function proves it, before the call.
         """
-        return status.judged(self, within, mask, row_mass, col_mass)
+        return status.judged(self, within, attn_mask, row_mass, col_mass)
 
     def verdict(self, *args: Any, **kwargs: Any) -> str:
         """`status` in words, with the number of problems of each."""
@@ -61,7 +61,9 @@ def sinkhorn_attention(
     query: Array,
     key: Array,
     value: Array,
-    mask: Array | None = None,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
     scale: float | None = None,
     epsilon: float = 1.0,
@@ -80,32 +82,77 @@ def sinkhorn_attention(
     over_relaxation: float = 1.0,
     gradient: str = "tail",
     initial_potentials: tuple[Array, Array] | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Array | None = None,
     enable_gqa: bool = False,
     mask_floor: float | None = -1e3,
     lowering: Lowering | None = None,
     return_aux: bool = False,
+    dropout_seed: Array | None = None,
 ) -> Array | tuple[Array, SinkhornAux]:
-    """Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
+    r"""Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
 
-    The function, its defaults and its options are those of `torch_sinkhorn_attn.sinkhorn_attention`, documented there;
-    arrays broadcast as tensors do there. Works under jit, vmap, grad (reverse mode, once) and shard_map. Arrays are
-    data and recompile nothing; numbers, `window` and `gradient` are compiled in.
+    With scores S = scale * q.k / epsilon + mask and masses a (rows) and b (columns), T + R Sinkhorn iterations
+
+        v_j = rho_c (log b_j - LSE_i(S_ij + u_i))        u_i = rho_r (log a_i - LSE_j(S_ij + v_j))
+
+    give the plan P_ij = exp(S_ij + u_i + v_j) and the output O_i = (1/a_i) sum_j P_ij V_j. The first T iterations are
+    not differentiated, the last R are, exactly (arXiv:2605.08123, with columns first and rows last).
+
+    The arguments are those of `torch_sinkhorn_attn.sinkhorn_attention`, in the same order and with the same defaults
+    and refusals, but for `lowering` in place of `engine`, and `dropout_seed`. It works under jit, vmap, checkpoint,
+    grad (reverse mode, once) and shard_map. Arrays are data and recompile nothing; numbers, `window`, `gradient` and
+    `is_causal` are compiled in.
 
     Only types, dtypes and shapes are checked: arrays may be traced, so nothing looks into them. The caller sees to it
     that lengths lie in [0, L] and [0, S]; that segment ids are contiguous runs in the same order on both sides; that
-    masses are positive and their totals equal where balanced; that a mask holds neither NaN nor +inf; and that the
-    support admits a plan, which `aux.status` tells afterwards. The torch function checks all of these on CPU
-    tensors.
+    masses are positive and their totals equal where balanced; that a mask holds neither NaN (it shows in the output)
+    nor +inf; and that the support admits a plan, which `aux.status` tells afterwards. The torch function checks all of
+    these on CPU tensors.
 
     Args:
-        query, key, value: `(..., H, L, E)`, `(..., Hk, S, E)`, `(..., Hk, S, Ev)`, of one float dtype.
-        mask: broadcasting to `(..., H, L, S)`; bool (True keeps the pair) or float, added to the scores.
+        query: `(..., H, L, E)`, float16, bfloat16, float32 or float64; `...` are batch dimensions, H heads, L queries,
+            E features. Potentials and sums are kept in float32 (float64 for float64).
+        key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`. S keys.
+        value: `(..., Hk, S, Ev)`.
+        attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
+            divided by epsilon; -inf, and anything at or below half the dtype's lowest value, forbids the pair. A token
+            left without any pair is inactive: output 0, gradient 0, no mass. So is one that the mask pads with a finite
+            "minus infinity"; see `mask_floor`. Gradients flow to a float mask.
+        dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1).
+        is_causal: support the pairs j <= i alone, counted from the first active token on both sides (with segment ids:
+            of each segment); keys beyond the last query are inactive. Not with attn_mask. Balanced, L = S tokens have
+            no causal plan but the identity, and it is refused: it needs a dustbin, relaxation, or softmax mode. Beside
+            `window`, whose diagonal is another for L != S, both must hold.
+        scale: default 1/sqrt(E).
+        epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
+        window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
+            first and the last with the last *active* tokens.
+        query_lengths, key_lengths: integers `(...)`: only so many leading tokens are active.
+        query_segment_ids, key_segment_ids: integers `(..., L)`, `(..., S)`: packed sequences, contiguous runs in the
+            same order; negative is inactive. Packed equals separate.
+        row_mass, col_mass: positive, broadcasting to `(..., H, L)`, `(..., H, S)`. Default: uniform with the other
+            side's total; with neither given, a = 1 and b = n/m. Constants. The output of a balanced problem does not
+            depend on their unit.
+        relaxation: KL penalty strength tau > 0 for both marginals, or `(row tau, column tau)`, in score units; None
+            keeps a side balanced. rho = tau / (tau + epsilon).
+        dustbin: `Dustbin` (of this module) for tokens without a partner.
+        base_iters: T, stopped iterations. Default 20.
+        tail_iters: R, differentiated iterations. Default 2. T = R = 0 is softmax attention.
+        tolerance: 0 or more; None and 0 run all T. Each problem (batch element, head and, when packed, segment) ends
+            its T iterations early, after one or more of them, once the next column half-step would move none of its
+            v_j by more; the R last always run.
+        over_relaxation: omega between 0 and 2: each half-step of the T iterations gives (1 - omega) * old + omega * new
+            potential. Above 1 it speeds up slow problems; one too large may not converge, which the residuals tell.
+        gradient: "tail" differentiates the R last iterations, "unrolled" all T + R, "implicit" the fixed point (exact
+            if converged), by conjugate gradients. "unrolled" takes no `tolerance` and no `over_relaxation`.
+        initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
+        enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
+        mask_floor: negative, in the units of a float mask: a token whose every mask entry inside the support lies
+            `-mask_floor` or more below the highest of its problem is inactive, as if they were -inf. None keeps every
+            finite entry. Softmax mode ignores it. Default -1e3.
+        lowering: how it is computed; None: plain XLA, `Lowering()`. `Lowering("auto")` takes the TPU's kernels.
+        return_aux: also return `SinkhornAux` (its residuals cost one more pass).
         dropout_seed: a `jax.random.key`, or `[2]` uint32; needed with `dropout_p`. Entries are dropped by seed, head,
             row and column: give each step its own, and inside shard_map each shard (`jax.random.fold_in`).
-        lowering: how it is computed; None: plain XLA.
-        return_aux: also return `SinkhornAux` (its residuals cost one more pass).
 
     Returns:
         `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
@@ -118,12 +165,12 @@ def sinkhorn_attention(
     (4, 10, 8)
     """
     inputs, constants, statics, batch, unit = prepare(
-        query, key, value, mask, dustbin, enable_gqa,
-        scale=scale, epsilon=epsilon, window=window, query_lengths=query_lengths, key_lengths=key_lengths,
-        query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
-        relaxation=relaxation, base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance,
-        over_relaxation=over_relaxation, gradient=gradient, initial_potentials=initial_potentials,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, mask_floor=mask_floor,
+        query, key, value, attn_mask, enable_gqa,
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, epsilon=epsilon, window=window,
+        query_lengths=query_lengths, key_lengths=key_lengths, query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass, relaxation=relaxation, dustbin=dustbin,
+        base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance, over_relaxation=over_relaxation,
+        gradient=gradient, initial_potentials=initial_potentials, mask_floor=mask_floor, dropout_seed=dropout_seed,
     )  # fmt: skip
     if lowering is not None and not isinstance(lowering, Lowering):
         raise TypeError(f"lowering must be a Lowering or None, got {lowering!r}; pass Lowering(shape=...).")

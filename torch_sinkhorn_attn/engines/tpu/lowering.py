@@ -18,7 +18,7 @@ class Lowering:
         shape: "resident" (a Pallas kernel that keeps the plan's band in VMEM for the whole solve), "streaming" (Pallas
             kernels of any size, tiles computed again in each pass), "auto" (resident where `choice.refusal` finds
             nothing against it, else streaming) or "blockwise" (plain XLA, any device).
-        interpret: run a Pallas kernel by its interpreter: True, or `pltpu.InterpretParams`.
+        interpret: run a Pallas kernel by its interpreter: True, or what `releases.interpreter` makes.
         base_dtype: of the products of the stopped base, "float32" or "bfloat16"; the resident kernel's only.
         generation: of the TPU, a key of `VMEM`.
 

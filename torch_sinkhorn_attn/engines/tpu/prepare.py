@@ -9,16 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from torch_sinkhorn_attn.engines.tpu.checks import (
-    flattened,
-    is_array,
-    mask_floor,
-    number,
-    positive,
-    score_mask,
-    solver,
-    tokens,
-)
+from torch_sinkhorn_attn import scalars
+from torch_sinkhorn_attn.causal import checked_causal, refuse_balanced_causal
+from torch_sinkhorn_attn.engines.tpu.checks import flattened, is_array, not_traced, score_mask, tokens
 from torch_sinkhorn_attn.engines.tpu.mask_scan import active_tokens
 from torch_sinkhorn_attn.engines.tpu.mass_scale import MassScale, find_scale
 from torch_sinkhorn_attn.engines.tpu.masses import Pair, Side, dustbin_capacities, marginal_masses
@@ -53,19 +46,20 @@ class Prepared(NamedTuple):
     scale: MassScale | None  # of the problem's masses, None where they are the user's
 
 
-def prepare(
-    query: Any, key: Any, value: Any, mask: Any, dustbin: Dustbin | None, enable_gqa: bool, **options: Any
-) -> Prepared:
-    """Check by type and shape, and canonicalise; `options` are those of `sinkhorn_attention`."""
+_NUMBERS = (
+    "scale", "epsilon", "window", "relaxation", "base_iters", "tail_iters", "tolerance", "over_relaxation", "gradient",
+)  # fmt: skip
+
+
+def prepare(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool, **options: Any) -> Prepared:
+    """Check by type and shape, and canonicalise; `options` are those of `sinkhorn_attention`, all of them."""
     query, key, value = tokens(query, key, value, enable_gqa)
-    batch, (heads, length, _), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
-    num, dtype = math.prod(batch), compute_dtype(query)
-    names = ("base_iters", "tail_iters", "tolerance", "over_relaxation", "gradient", "dropout_p")
-    o = solver(
-        query, options["scale"], options["epsilon"], options["window"], options["relaxation"],
-        **{name: options[name] for name in names},
-    )  # fmt: skip
-    floor = mask_floor(options["mask_floor"])
+    batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
+    num, dtype, dustbin = math.prod(batch), compute_dtype(query), options["dustbin"]
+    numbers = {name: options[name] for name in _NUMBERS}
+    not_traced(**numbers, mask_floor=options["mask_floor"], dropout_p=options["dropout_p"])
+    o = scalars.solver(features, str(dtype), **numbers)
+    floor, dropout_p = scalars.floor(options["mask_floor"]), scalars.dropout(options["dropout_p"])
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
 
@@ -80,7 +74,7 @@ def prepare(
     lengths = integers("query_lengths"), integers("key_lengths")
     packed = segments[0] is not None
     bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
-    mask = score_mask(mask, batch, (heads, length, size))
+    mask = score_mask(attn_mask, batch, (heads, length, size))
     masses = tuple(
         flattened(name, options[name], "floating-point", batch, (heads, n))
         for name, n in (("row_mass", length), ("col_mass", size))
@@ -91,11 +85,20 @@ def prepare(
     ids = [
         token_ids(num, n, count, segment) for n, count, segment in zip((length, size), lengths, segments, strict=True)
     ]
-    support = build_support(ids[0], ids[1], o.window, packed)
+    balanced = o.rho == (1.0, 1.0) and dustbin is None and masses == (None, None)
+    softmax_mode = balanced and o.base_iters == o.tail_iters == 0
+    window, causal = o.window, False
+    if checked_causal(options["is_causal"], attn_mask):
+        plain = not packed and lengths == (None, None)
+        if plain and balanced:
+            refuse_balanced_causal(length, size, o.window, softmax_mode)
+        causal = not (plain and length == size)
+        if not causal:  # then it is a window, which the kernels know ahead of the data
+            window = (-1 if o.window is None else o.window[0], 0)
+    support = build_support(ids[0], ids[1], window, packed, causal)
     row_active, col_active = support.row_active[:, None], support.col_active[:, None]
     if mask is not None:
-        softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
-        low = None if softmax_mode and masses == (None, None) else floor
+        low = None if softmax_mode else floor
         row_active, col_active = active_tokens(lax.stop_gradient(mask), support, packed, dtype, low)
     row_active = jnp.broadcast_to(row_active, (num, heads, length))
     col_active = jnp.broadcast_to(col_active, (num, heads, size))
@@ -123,16 +126,16 @@ def prepare(
     statics = Statics(
         scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1], stopped=stopped, kept=kept,
         tolerance=o.tolerance, over_relaxation=o.over_relaxation, implicit=o.gradient == "implicit",
-        dropout_p=o.dropout_p, banded=packed or o.window is not None,
-        window_left=-1 if o.window is None else o.window[0], window_right=-1 if o.window is None else o.window[1],
-        uniform=not packed and lengths == (None, None),
+        dropout_p=dropout_p, banded=packed or window is not None or causal,
+        window_left=-1 if window is None else window[0], window_right=-1 if window is None else window[1],
+        uniform=not (packed or causal) and lengths == (None, None),
     )  # fmt: skip
     log_capacities = [None if x is None else jnp.log(x) for x in capacities]
     constants = Constants(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
         log_row_mass=jnp.log(a), log_col_mass=jnp.log(b), row_segment=row_segment, col_segment=col_segment,
         log_row_capacity=log_capacities[0], log_col_capacity=log_capacities[1],
-        initial_row=initial[0], initial_col=initial[1], dropout_seed=_seed(options["dropout_seed"], o.dropout_p),
+        initial_row=initial[0], initial_col=initial[1], dropout_seed=_seed(options["dropout_seed"], dropout_p),
     )  # fmt: skip
     flat = [x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     if mask is not None or not statics.uniform:
@@ -186,7 +189,8 @@ def _dustbin(
     for name, shape in shapes.items():
         x = getattr(dustbin, name)
         if x is not None and not is_array(x) and name != "value":
-            x = jnp.asarray((positive if "capacity" in name else number)(f"Dustbin {name}", x), dtype)
+            not_traced(**{f"Dustbin {name}": x})
+            x = jnp.asarray((scalars.positive if "capacity" in name else scalars.number)(f"Dustbin {name}", x), dtype)
         elif x is None and not ("capacity" in name or name == "value"):
             raise TypeError(f"Dustbin {name} must be a number or an array, got None.")
         x = flattened(f"Dustbin {name}", x, "floating-point", batch, shape)

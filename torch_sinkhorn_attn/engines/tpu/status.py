@@ -74,7 +74,7 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 
 def _kept(mask: np.ndarray) -> np.ndarray:
     """As the engine keeps pairs: not -inf, nor anything at or below half of the lowest float32."""
-    return mask if mask.dtype == bool else mask.astype(np.float64) > float(np.finfo(np.float32).min) / 2
+    return mask if mask.dtype == bool else ~(mask.astype(np.float64) <= float(np.finfo(np.float32).min) / 2)
 
 
 def _defaults(

@@ -81,18 +81,24 @@ def transpose_intervals(row_lo: Array, row_hi: Array, num_cols: int) -> tuple[Ar
     return col_lo, jnp.maximum(col_hi, col_lo)
 
 
-def build_support(row_ids: Array, col_ids: Array, window: tuple[int, int] | None, packed: bool) -> Support:
+def build_support(
+    row_ids: Array, col_ids: Array, window: tuple[int, int] | None, packed: bool, causal: bool = False
+) -> Support:
     """The support of problems given by `row_ids [N, L]` and `col_ids [N, S]` (-1 = inactive).
 
     `packed` says that ids may differ or leave holes; without it the active tokens are prefixes of one problem, and no
-    sort is needed.
+    sort is needed. `causal` leaves to each query the keys of its problem whose rank is no higher than its own, and keys
+    beyond the last query without a pair, inactive.
     """
     num_rows, num_cols = row_ids.shape[-1], col_ids.shape[-1]
     left, right = (-1, -1) if window is None else window
     if packed and num_rows and num_cols:
         rows, cols = _match(row_ids, col_ids), _match(col_ids, row_ids)
         row_active, col_active = (row_ids >= 0) & (rows.matches > 0), (col_ids >= 0) & (cols.matches > 0)
+        if causal:
+            col_active = col_active & (cols.rank < cols.matches)
         lo, hi = window_ranks(rows.rank, rows.own_count, rows.matches, left, right)
+        hi = jnp.minimum(hi, rows.rank + 1) if causal else hi
         nonempty = row_active & (lo < hi)
         at = jnp.take_along_axis(cols.order, jnp.minimum(rows.first + lo, num_cols - 1), -1)
         hi = jnp.take_along_axis(cols.order, jnp.clip(rows.first + hi - 1, 0, num_cols - 1), -1) + 1
@@ -104,6 +110,8 @@ def build_support(row_ids: Array, col_ids: Array, window: tuple[int, int] | None
         row_active, col_active = row_active & (m > 0), col_active & (n > 0)
         rank = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32), row_ids.shape)
         lo, hi = window_ranks(rank, n, m, left, right)
+        if causal:
+            hi, col_active = jnp.minimum(hi, rank + 1), col_active & (jnp.arange(num_cols, dtype=jnp.int32) < n)
         nonempty = row_active & (lo < hi)
         row_segment, col_segment = jnp.zeros_like(row_ids), jnp.zeros_like(col_ids)
     row_lo, row_hi = jnp.where(nonempty, lo, 0), jnp.where(nonempty, hi, 0)

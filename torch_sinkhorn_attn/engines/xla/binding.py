@@ -74,7 +74,8 @@ def _lower(
     platform: str,
 ) -> _Lowered:
     import jax
-    from jax.experimental import enable_x64
+
+    from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
 
     options = dict(statics)
 

@@ -1,0 +1,54 @@
+"""The package's operators exist as soon as both it and torch are imported, in whatever order: `torch.export.load`,
+`torch.jit.load` and `torch.ops.torch_sinkhorn_attn` find them, though nothing else of the package was asked for.
+
+Without torch nothing is done, and torch is not imported for their sake.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+_DEFINING = ("autograd", "mask_scan")  # operators and their derivatives
+
+
+def register_beside_torch() -> None:
+    """Now, if torch is there; else right after it is imported."""
+    if sys.modules.get("torch") is not None:
+        for module in _DEFINING:
+            importlib.import_module(f"torch_sinkhorn_attn.{module}")
+    elif not any(isinstance(x, _WhenTorchIsImported) for x in sys.meta_path):
+        sys.meta_path.insert(0, _WhenTorchIsImported())
+
+
+class _WhenTorchIsImported(MetaPathFinder):
+    """Finds torch as usual, and steps aside."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    """torch's own loader, which the module gets back."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        register_beside_torch()
