@@ -73,7 +73,7 @@ void Crew::run(int64_t tasks, const std::function<void(int64_t, int64_t, const T
   } else {
     // However many threads there turn out to be (one, where the caller is a thread of a team itself): worker 0 is there,
     // and nobody waits for the others.
-    const auto serve = [this](int64_t worker) {
+    const auto serve = [this](int64_t worker, int64_t) {
       tsan_acquire();
       work(worker);
       tsan_release();

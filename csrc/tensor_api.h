@@ -6,7 +6,7 @@
 //   item(list, k)                            of MaybeTensors
 //   is_strided(x)                            neither sparse nor of another layout
 //   zeros(shape, dtype)                      a new tensor on the CPU, float32 or float64
-//   num_threads(), parallel_for(n, body)     torch's threads; body(k) for every k < n, or for some of them and 0
+//   num_threads(), parallel_for(n, body)     torch's threads; body(first, end) for ranges of [0, n)
 //   SINKHORN_LIBRARY, SINKHORN_IMPL, SINKHORN_KERNEL    registration
 #pragma once
 

@@ -28,7 +28,7 @@ inline int64_t num_threads() { return at::get_num_threads(); }
 
 template <typename Body>
 void parallel_for(int64_t count, const Body& body) {
-  at::parallel_for(0, count, 1, [&](int64_t first, int64_t) { body(first); });
+  at::parallel_for(0, count, 1, body);
 }
 
 }  // namespace sinkhorn

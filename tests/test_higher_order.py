@@ -38,6 +38,7 @@ def _no_warnings() -> Iterator[None]:
     """torch warns where it takes a slow path under vmap."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")  # torch's own call of it, since 2.14
         yield
 
 
