@@ -153,7 +153,7 @@ def test_without_it_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = engine.absence(torchtpu._LIBRARIES, torchtpu._REMEDY)
     monkeypatch.setattr(torchtpu, "_missing", reason)
     assert torchtpu.status().startswith("missing: torch_tpu is not installed: pip install 'torch_sinkhorn_attn[torcht")
-    monkeypatch.setattr(torchtpu, "TRAITS", engines.cpu.TRAITS)
+    monkeypatch.setattr(torchtpu, "TRAITS", engines.ENGINES["cpu"].TRAITS)
     with pytest.raises(ValueError, match="torchtpu: torch_tpu is not installed"):
         sinkhorn_attention(x, x, x, engine="torchtpu")
 
