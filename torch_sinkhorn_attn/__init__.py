@@ -25,38 +25,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Certificate",
-    "Dustbin",
-    "ReplacementReport",
-    "SinkhornAux",
-    "SinkhornMultiheadAttention",
-    "Status",
-    "TransformersReport",
-    "certify",
-    "choose_layers",
-    "register_transformers",
-    "replace_attention",
-    "restore_attention",
-    "set_checks",
-    "sinkhorn_attention",
-    "sinkhorn_plan",
-    "transformers_report",
-]
+    "Certificate", "Dustbin", "ReplacementReport", "SinkhornAux", "SinkhornMultiheadAttention", "Status",
+    "TransformersReport", "certify", "choose_layers", "register_transformers", "replace_attention", "restore_attention",
+    "set_checks", "sinkhorn_attention", "sinkhorn_plan", "transformers_report",
+]  # fmt: skip
 
 _HOMES = {
-    "certificates": ["Certificate", "certify"],
-    "checks": ["set_checks"],
-    "dustbin": ["Dustbin"],
-    "functional": ["sinkhorn_attention", "sinkhorn_plan"],
-    "integrations.replace": ["ReplacementReport", "replace_attention", "restore_attention"],
-    "integrations.transformers": [
-        "TransformersReport",
-        "choose_layers",
-        "register_transformers",
-        "transformers_report",
-    ],
-    "modules": ["SinkhornMultiheadAttention"],
-    "status": ["SinkhornAux", "Status"],
-}
+    "certificates": ("Certificate", "certify"),
+    "checks": ("set_checks",),
+    "dustbin": ("Dustbin",),
+    "functional": ("sinkhorn_attention", "sinkhorn_plan"),
+    "integrations.replace": ("ReplacementReport", "replace_attention", "restore_attention"),
+    "integrations.transformers": (
+        "TransformersReport", "choose_layers", "register_transformers", "transformers_report",
+    ),
+    "modules": ("SinkhornMultiheadAttention",),
+    "status": ("SinkhornAux", "Status"),
+}  # fmt: skip
 __getattr__, __dir__ = lazy.names(__name__, {name: home for home, names in _HOMES.items() for name in names})
 registration.register_beside_torch()
