@@ -40,6 +40,43 @@ assert "torch_sinkhorn_attn.integrations" not in sys.modules and "torch_sinkhorn
     )
 
 
+# Each is the first to import torch, and is needed whole by the operators.
+MODULES = ("checks", "engines.registry", "mask_scan", "problem", "support", "tensor_kinds", "autograd", "functional")
+
+
+def test_any_module_may_be_imported_first() -> None:
+    program = """
+import importlib, os, sys
+for name in sys.argv[1:]:
+    if os.fork() == 0:  # nothing is imported here yet
+        try:
+            importlib.import_module(name)
+            import torch_sinkhorn_attn, torch
+            assert torch_sinkhorn_attn.Dustbin and callable(torch.ops.torch_sinkhorn_attn.scan_mask), name
+        except BaseException as error:
+            sys.stderr.write(f"{name}: {error!r}\\n")
+            os._exit(1)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
+"""
+    run(program, *(f"torch_sinkhorn_attn.{name}" for name in MODULES))
+
+
+@pytest.mark.parametrize("name", ["set_checks", "Dustbin", "Status", "engines.ENGINES", "sinkhorn_attention"])
+def test_a_name_that_brings_torch_brings_the_operators(name: str) -> None:
+    run(
+        """
+import operator, sys, torch_sinkhorn_attn
+assert operator.attrgetter(sys.argv[1])(torch_sinkhorn_attn)
+torch = sys.modules["torch"]
+for name in ("forward", "backward", "plan", "plan_backward", "scan_mask"):
+    assert callable(getattr(torch.ops.torch_sinkhorn_attn, name))
+""",
+        name,
+    )
+
+
 @pytest.mark.parametrize("first", ["torch", "torch_sinkhorn_attn"])
 def test_an_exported_program_needs_the_import_alone(first: str, tmp_path: Path) -> None:
     class Attention(torch.nn.Module):

@@ -8,7 +8,6 @@ values and for each shape. The tensors are the CPU's: torch_tpu's device is not 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines import cpu, torchtpu
 from torch_sinkhorn_attn.engines.torchtpu import binding
+from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
 from torch_sinkhorn_attn.engines.traits import PLAIN, Traits
 
-enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
 TRACED: list[str] = []  # the functions, each time that one is traced
 _SCHEMA = {list[jax.Array]: "Tensor[]", str: "str"}
 

@@ -7,6 +7,8 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 
+from torch_sinkhorn_attn import registration
+
 
 def names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package: `homes` says which of its modules each name comes from. Its modules are
@@ -17,10 +19,13 @@ def names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], objec
         if name in homes:
             found: object = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
             setattr(module, name, found)
-            return found
-        if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
-            return importlib.import_module(f"{package}.{name}")
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
+            found = importlib.import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if "torch" in sys.modules:
+            registration.register_beside_torch()
+        return found
 
     def directory() -> list[str]:
         return sorted({*vars(sys.modules[package]), *homes})

@@ -1,7 +1,8 @@
 """The package's operators exist as soon as both it and torch are imported, in whatever order: `torch.export.load`,
 `torch.jit.load` and `torch.ops.torch_sinkhorn_attn` find them, though nothing else of the package was asked for.
 
-Without torch nothing is done, and torch is not imported for their sake.
+Without torch nothing is done, and torch is not imported for their sake. Where a module of the package is the first to
+import torch, they wait for the name that was asked for: they need that module whole.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ _DEFINING = ("autograd", "mask_scan")  # operators and their derivatives
 
 def register_beside_torch() -> None:
     """Now, if torch is there; else right after it is imported."""
+    if _being_imported("torch_sinkhorn_attn."):
+        return  # and `lazy` comes back
     if sys.modules.get("torch") is not None:
         for module in _DEFINING:
             importlib.import_module(f"torch_sinkhorn_attn.{module}")
     elif not any(isinstance(x, _WhenTorchIsImported) for x in sys.meta_path):
         sys.meta_path.insert(0, _WhenTorchIsImported())
+
+
+def _being_imported(prefix: str) -> bool:
+    specs = (getattr(module, "__spec__", None) for name, module in [*sys.modules.items()] if name.startswith(prefix))
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 class _WhenTorchIsImported(MetaPathFinder):
