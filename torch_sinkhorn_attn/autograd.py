@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn import ops
+from torch_sinkhorn_attn._ops import add_op_namespace_prefix
+from torch_sinkhorn_attn._ops import ops as lib
 from torch_sinkhorn_attn.higher_order import Surrogate, or_zeros, pullback, pushforward
 from torch_sinkhorn_attn.problem import Inputs, Potentials, Problem
 from torch_sinkhorn_attn.tracing import recording
@@ -23,14 +25,14 @@ _MASK = Inputs._fields.index("mask")
 
 def attention(inputs: Inputs, problem: Problem, engine: str, residuals: bool) -> tuple[Tensor, ...]:
     """The seven results of the forward op, differentiable."""
-    function = torch.ops.torch_sinkhorn_attn.forward if recording() else _Attention.apply
+    function = lib.forward if recording() else _Attention.apply
     output, *constants, to_bin, from_bin = function(*ops.flatten(inputs, problem, engine), residuals)
     return output, *(x.detach() for x in constants), to_bin, from_bin
 
 
 def plan(inputs: Inputs, problem: Problem, engine: str) -> Tensor:
     """The plan, differentiable."""
-    function = torch.ops.torch_sinkhorn_attn.plan if recording() else _Plan.apply
+    function = lib.plan if recording() else _Plan.apply
     return function(*ops.flatten(inputs, problem, engine))[0]
 
 
@@ -68,7 +70,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.torch_sinkhorn_attn.forward(*args)
+        return lib.forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -84,7 +86,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _AttentionGradients.apply(*arguments)
         else:
-            found = torch.ops.torch_sinkhorn_attn.backward(*arguments)
+            found = lib.backward(*arguments)
         return _to_inputs(ctx, flat, found, padding=1)
 
     @staticmethod
@@ -101,7 +103,7 @@ class _Plan(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.torch_sinkhorn_attn.plan(*args)
+        return lib.plan(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,7 +118,7 @@ class _Plan(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _PlanGradients.apply(*arguments)
         else:
-            found = torch.ops.torch_sinkhorn_attn.plan_backward(*arguments)
+            found = lib.plan_backward(*arguments)
         return _to_inputs(ctx, flat, found)
 
     @staticmethod
@@ -137,9 +139,9 @@ def _pushed(
 
 
 torch.library.register_autograd(
-    f"{ops.NAMESPACE}::forward", _Attention.backward, setup_context=_Attention.setup_context
+    add_op_namespace_prefix("forward"), _Attention.backward, setup_context=_Attention.setup_context
 )
-torch.library.register_autograd(f"{ops.NAMESPACE}::plan", _Plan.backward, setup_context=_Plan.setup_context)
+torch.library.register_autograd(add_op_namespace_prefix("plan"), _Plan.backward, setup_context=_Plan.setup_context)
 
 
 class _AttentionGradients(torch.autograd.Function):
@@ -149,7 +151,7 @@ class _AttentionGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.torch_sinkhorn_attn.backward(*args)
+        return lib.backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -174,7 +176,7 @@ class _PlanGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.torch_sinkhorn_attn.plan_backward(*args)
+        return lib.plan_backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn._ops import add_op_namespace_prefix
 from torch_sinkhorn_attn.checks import can_look
 from torch_sinkhorn_attn.dense_mask import DenseMask
 from torch_sinkhorn_attn.mask_lines import KeyMask, Lines, MaskScan, QueryMask, without_hulls
@@ -83,7 +84,7 @@ def _reader(mask: Tensor, lines: Lines, dtype: torch.dtype) -> KeyMask | QueryMa
     return (QueryMask if mask.shape[-1] == 1 else DenseMask)(mask, lines, dtype)
 
 
-@torch.library.custom_op("torch_sinkhorn_attn::scan_mask", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("scan_mask"), mutates_args=())
 def _scan_op(
     mask: Tensor,
     row_lo: Tensor,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn._ops import add_op_namespace_prefix
+from torch_sinkhorn_attn._ops import ops as lib
 from torch_sinkhorn_attn.engines import ENGINES, traits_of
 from torch_sinkhorn_attn.op_checks import check_cotangents, check_present, check_problem
 from torch_sinkhorn_attn.problem import (
@@ -28,7 +30,6 @@ from torch_sinkhorn_attn.problem import (
 )
 from torch_sinkhorn_attn.tracing import refuse_onnx
 
-NAMESPACE = "torch_sinkhorn_attn"
 NUM_INPUTS = len(Inputs._fields)
 PROBLEM_FIELDS = tuple(field.name for field in fields(Problem))
 _REQUIRED = {"query", "key", "row_lo", "row_hi", "col_lo", "col_hi", "log_row_mass", "log_col_mass"}
@@ -53,15 +54,17 @@ def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
 
 
 _ARGUMENTS = _schema_arguments()
-torch.library.define(f"{NAMESPACE}::forward", f"({_ARGUMENTS}, bool residuals) -> ({', '.join(['Tensor'] * 7)})")
 torch.library.define(
-    f"{NAMESPACE}::backward",
+    add_op_namespace_prefix("forward"), f"({_ARGUMENTS}, bool residuals) -> ({', '.join(['Tensor'] * 7)})"
+)
+torch.library.define(
+    add_op_namespace_prefix("backward"),
     f"(Tensor grad_output, Tensor? grad_to_bin, Tensor? grad_from_bin, bool mask_grad, Tensor output, "
     f"Tensor row_potentials, Tensor col_potentials, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * NUM_INPUTS)})",
 )
-torch.library.define(f"{NAMESPACE}::plan", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(add_op_namespace_prefix("plan"), f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
-    f"{NAMESPACE}::plan_backward",
+    add_op_namespace_prefix("plan_backward"),
     f"(Tensor grad_plan, Tensor row_potentials, Tensor col_potentials, bool mask_grad, {_ARGUMENTS}) "
     f"-> ({', '.join(['Tensor'] * NUM_INPUTS)})",
 )
@@ -87,7 +90,7 @@ def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]
     )
 
 
-@torch.library.impl(f"{NAMESPACE}::forward", "default")
+@torch.library.impl(add_op_namespace_prefix("forward"), "default")
 @_in_full_precision
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args[:-1])
@@ -97,7 +100,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     return _fresh((result.output, *result.potentials, *result[2:]), result.output)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::forward")
+@torch.library.register_fake(add_op_namespace_prefix("forward"))
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     refuse_onnx()
     inputs, problem, _ = unflatten(args[:-1])
@@ -126,7 +129,7 @@ def _fake_potentials(problem: Problem, like: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.impl(f"{NAMESPACE}::backward", "default")
+@torch.library.impl(add_op_namespace_prefix("backward"), "default")
 @_in_full_precision
 def _backward(
     grad_output: Tensor,
@@ -148,7 +151,7 @@ def _backward(
     return _fresh(result.inputs, output)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::backward")
+@torch.library.register_fake(add_op_namespace_prefix("backward"))
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     mask_grad, output = args[3:5]
     return _fake_gradients(unflatten(args[7:])[0], mask_grad, output)
@@ -159,7 +162,7 @@ def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tens
     return tuple(like.new_empty(0 if no or x is None else x.shape) for no, x in zip(absent, inputs, strict=True))
 
 
-@torch.library.impl(f"{NAMESPACE}::plan", "default")
+@torch.library.impl(add_op_namespace_prefix("plan"), "default")
 @_in_full_precision
 def _plan(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
@@ -168,7 +171,7 @@ def _plan(*args: Any) -> tuple[Tensor, ...]:
     return _fresh((plan, *potentials), plan)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::plan")
+@torch.library.register_fake(add_op_namespace_prefix("plan"))
 def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
     refuse_onnx()
     inputs, problem, _ = unflatten(args)
@@ -179,7 +182,7 @@ def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
     return plan, *_fake_potentials(problem, like)
 
 
-@torch.library.impl(f"{NAMESPACE}::plan_backward", "default")
+@torch.library.impl(add_op_namespace_prefix("plan_backward"), "default")
 @_in_full_precision
 def _plan_backward(
     grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
@@ -192,7 +195,7 @@ def _plan_backward(
     return _fresh(result.inputs, grad_plan)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::plan_backward")
+@torch.library.register_fake(add_op_namespace_prefix("plan_backward"))
 def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     grad_plan, mask_grad = args[0], args[3]
     return _fake_gradients(unflatten(args[4:])[0]._replace(value=None, dustbin_value=None), mask_grad, grad_plan)
@@ -244,33 +247,33 @@ def _unfold_gradients(info: Any, results: Sequence[Tensor], mask: Tensor | None,
     return (*tensors[:where], found, *tensors[where + 1 :]), dims
 
 
-@torch.library.register_vmap(f"{NAMESPACE}::forward")
+@torch.library.register_vmap(add_op_namespace_prefix("forward"))
 def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    results = torch.ops.torch_sinkhorn_attn.forward(*_fold_problem(info, in_dims[:-1], args[:-1]), args[-1])
+    results = lib.forward(*_fold_problem(info, in_dims[:-1], args[:-1]), args[-1])
     return _unfold(info, results, (0, 1, 1, 0, 0, 0, 0))
 
 
-@torch.library.register_vmap(f"{NAMESPACE}::backward")
+@torch.library.register_vmap(add_op_namespace_prefix("backward"))
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     grads = _fold(info, in_dims[:5], args[:5])
     duals = _fold(info, in_dims[5:7], args[5:7], position=1)
     flat = _fold_problem(info, in_dims[7:], args[7:])
-    results = torch.ops.torch_sinkhorn_attn.backward(*grads, *duals, *flat)
+    results = lib.backward(*grads, *duals, *flat)
     mask = 7 + Inputs._fields.index("mask")
     return _unfold_gradients(info, results, args[mask], in_dims[mask])
 
 
-@torch.library.register_vmap(f"{NAMESPACE}::plan")
+@torch.library.register_vmap(add_op_namespace_prefix("plan"))
 def _plan_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    results = torch.ops.torch_sinkhorn_attn.plan(*_fold_problem(info, in_dims, args))
+    results = lib.plan(*_fold_problem(info, in_dims, args))
     return _unfold(info, results, (0, 1, 1))
 
 
-@torch.library.register_vmap(f"{NAMESPACE}::plan_backward")
+@torch.library.register_vmap(add_op_namespace_prefix("plan_backward"))
 def _plan_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     (grad_plan,) = _fold(info, in_dims[:1], args[:1])
     duals = _fold(info, in_dims[1:3], args[1:3], position=1)
     flat = _fold_problem(info, in_dims[4:], args[4:])
-    results = torch.ops.torch_sinkhorn_attn.plan_backward(grad_plan, *duals, args[3], *flat)
+    results = lib.plan_backward(grad_plan, *duals, args[3], *flat)
     mask = 4 + Inputs._fields.index("mask")
     return _unfold_gradients(info, results, args[mask], in_dims[mask])

@@ -23,7 +23,7 @@ def register_beside_torch() -> None:
         return  # and `lazy` comes back
     if sys.modules.get("torch") is not None:
         for module in _DEFINING:
-            importlib.import_module(f"torch_sinkhorn_attn.{module}")
+            importlib.import_module(f"{__package__}.{module}")
     elif not any(isinstance(x, _WhenTorchIsImported) for x in sys.meta_path):
         sys.meta_path.insert(0, _WhenTorchIsImported())
 

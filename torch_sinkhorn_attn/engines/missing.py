@@ -8,7 +8,7 @@ import warnings
 from torch_sinkhorn_attn.engines import cpu
 from torch_sinkhorn_attn.releases import constant_in_programs
 
-_ELSEWHERE = ("torch_sinkhorn_attn", "torch")
+_ELSEWHERE = (__name__.partition(".")[0], "torch")
 _said = False
 
 

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn._ops import add_op_namespace_prefix
 from torch_sinkhorn_attn.engines.binding import program as shared
 from torch_sinkhorn_attn.engines.binding.program import Tensors
 from torch_sinkhorn_attn.engines.torchtpu import mesh, program
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
 from torch_sinkhorn_attn.problem import compute_dtype
-
-NAMESPACE = "torch_sinkhorn_attn"
 
 
 def platform() -> str:
@@ -48,7 +47,7 @@ def jax_op(name: str, function: Callable[..., Any], **sharding: Any) -> Any:
 @functools.cache
 def op(function: str) -> Any:
     """The op of a function of `program`: `op(leaves, program)`."""
-    found = jax_op(f"{NAMESPACE}::tpu_{function}", getattr(program, function))
+    found = jax_op(add_op_namespace_prefix(f"tpu_{function}"), getattr(program, function))
     found.register_fake(_fake)
     return found
 
@@ -65,7 +64,7 @@ def _fake(leaves: Sequence[Tensor], program_text: str) -> list[Tensor]:
 def sharded_op(made: mesh.Sharded) -> Any:
     """The op of a program whose arrays lie on a mesh: `sharded_op(made)(*made.grouped(leaves), program)`."""
     specs = made.partition_specs()
-    found = jax_op(f"{NAMESPACE}::tpu_{made.name}", made.function(), mesh=made.place.mesh, **specs)
+    found = jax_op(add_op_namespace_prefix(f"tpu_{made.name}"), made.function(), mesh=made.place.mesh, **specs)
 
     def fake(*groups: Any) -> list[Tensor]:
         return _fake(made.ungrouped(groups[:-1]), groups[-1])
