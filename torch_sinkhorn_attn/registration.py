@@ -19,7 +19,7 @@ _DEFINING = ("autograd", "mask_scan")  # operators and their derivatives
 
 def register_beside_torch() -> None:
     """Now, if torch is there; else right after it is imported."""
-    if _being_imported("torch_sinkhorn_attn."):
+    if _being_imported(f"{__package__}."):
         return  # and `lazy` comes back
     if sys.modules.get("torch") is not None:
         for module in _DEFINING:
