@@ -398,6 +398,6 @@ def test_a_kernel_for_a_tpu_is_in_the_graph_that_is_lowered_for_one(device: torc
 
 def test_the_variable_is_named_when_it_is_wrong() -> None:
     wrong = {"TORCH_SINKHORN_ATTN_XLA_LOWERING": "interpret"}
-    command = [sys.executable, "-c", "import torch_sinkhorn_attn"]
+    command = [sys.executable, "-c", "import torch, torch_sinkhorn_attn"]
     done = subprocess.run(command, env={**os.environ, **wrong}, capture_output=True, text=True)
     assert done.returncode and "TORCH_SINKHORN_ATTN_XLA_LOWERING='interpret': interpret=True" in done.stderr
