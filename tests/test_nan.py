@@ -216,3 +216,31 @@ def test_a_nan_cotangent_shows_in_every_gradient(gradient: str, engine: str) -> 
         cotangent[0, 0, size - 1, 2] = NAN
         for g in torch.autograd.grad(out, leaves, cotangent)[:2]:
             assert g[0, 0].isnan().all() and g[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("checks", ["auto", "never"])
+def test_a_grouped_key_that_one_head_alone_sees(checks: str, which: int, engine: str) -> None:
+    """NaN in a key, or its value, that the mask keeps for one of the two query heads that read it, is that head's."""
+    tensors = tensors_of(9, torch.float32, heads=4)
+    for i in (1, 2):
+        tensors[i] = tensors[i][:, :2].clone()
+    clean = [x.clone() for x in tensors]
+    tensors[which][0, 0, 8, 0] = NAN
+    mask = torch.ones(1, 4, 1, 9, dtype=torch.bool)
+    mask[0, 1:, 0, 8] = False
+    options: dict[str, Any] = {"enable_gqa": True, "engine": engine}
+    set_checks(checks)
+    try:
+        leaves = [x.requires_grad_() for x in tensors]
+        found = sinkhorn_attention(*leaves, mask, **options)
+        gradients = torch.autograd.grad(found[0, 1:].sin().sum(), leaves)
+    finally:
+        set_checks("auto")
+    clean = [x.requires_grad_() for x in clean]
+    expected = sinkhorn_attention(*clean, mask, **options)
+    assert found[0, 0].isnan().any()
+    torch.testing.assert_close(found[0, 1:], expected[0, 1:])
+    for x, y in zip(gradients[1:], torch.autograd.grad(expected[0, 1:].sin().sum(), clean)[1:]):
+        torch.testing.assert_close(x[0, 1], y[0, 1])

@@ -116,3 +116,17 @@ def test_kernels_of_several_tiles_read_past_no_edge() -> None:
     (truth,) = values_and_gradients([np.zeros((size, size))], "blockwise", lengths)
     for x, y in zip(found, truth, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_grouped_key_that_one_head_alone_sees(lowering: str, which: int) -> None:
+    """NaN in a key, or its value, that the mask keeps for one of the two query heads that read it, is that head's."""
+    leaves = tokens(9, heads=4)
+    leaves = [leaves[0], *(x[:, :2] for x in leaves[1:])]
+    leaves[which] = leaves[which].at[0, 0, 8, 0].set(jnp.nan)
+    mask = np.ones((1, 4, 1, 9), bool)
+    mask[0, 1:, 0, 8] = False
+    compute = jax.jit(partial(sinkhorn_attention, enable_gqa=True, lowering=LOWERINGS[lowering], base_iters=3))
+    output = compute(*leaves, jnp.asarray(mask))
+    assert jnp.isnan(output[0, 0]).any() and jnp.isfinite(output[0, 1:]).all()

@@ -217,7 +217,8 @@ def prepare(
     )  # fmt: skip
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     if given.mask is not None or not problem.uniform:
-        flat = _without_inactive(flat, row_active, col_active, look)
+        by_head = given.mask is not None and given.mask.shape[1] > 1
+        flat = _without_inactive(flat, row_active, col_active, by_head, look)
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if has_data(query):
         inputs = inputs._replace(query=traits_of(query.device).placed(inputs.query, query))
@@ -289,17 +290,24 @@ def _given(
 
 
 def _without_inactive(
-    tensors: list[Tensor | None], row_active: Tensor, col_active: Tensor, look: bool
+    tensors: list[Tensor | None], row_active: Tensor, col_active: Tensor, by_head: bool, look: bool
 ) -> list[Tensor | None]:
-    """Query, key and value with zeros in place of inactive tokens, whose NaN would spread through 0 * NaN. A key is
-    inactive if it is for every query head that reads it. Where all tokens turn out active nothing is copied."""
+    """Query, key and value with zeros in place of inactive tokens, whose NaN would spread through 0 * NaN. Where a mask
+    makes a key inactive for some of the query heads that read it alone (it may if `by_head`), each head gets its own
+    copy. Where all tokens turn out active nothing is copied."""
     query, key, value = tensors
     assert query is not None and key is not None
-    by_key_head = (key.shape[1], query.shape[1] // key.shape[1])
-    key_active = col_active.unflatten(1, by_key_head).any(2)
-    if look and bool(row_active.all()) and bool(key_active.all()):
+    group = query.shape[1] // key.shape[1]
+    if look and bool(row_active.all()) and bool(col_active.all()):
         return tensors
-    rows, cols = ~row_active[..., None], ~key_active[..., None]
+    if group > 1:
+        first = col_active[:, ::group]
+        if by_head and not (look and torch.equal(first.repeat_interleave(group, 1), col_active)):
+            key = key.repeat_interleave(group, 1)
+            value = None if value is None else value.repeat_interleave(group, 1)
+        else:
+            col_active = first
+    rows, cols = ~row_active[..., None], ~col_active[..., None]
     return [
         query.masked_fill(rows, 0.0),
         key.masked_fill(cols, 0.0),

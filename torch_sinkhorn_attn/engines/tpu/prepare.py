@@ -139,20 +139,24 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool, 
     )  # fmt: skip
     flat = [x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     if mask is not None or not statics.uniform:
-        flat = _without_inactive(flat, row_active, col_active)
+        by_head = mask is not None and mask.shape[1] > 1
+        flat = _without_inactive(flat, row_active, col_active, by_head)
     return Prepared(Inputs._make((*flat, mask, *scores)), lax.stop_gradient(constants), statics, batch, scale)
 
 
-def _without_inactive(tensors: list[Array], row_active: Array, col_active: Array) -> list[Array]:
-    """Zeros in place of inactive tokens, whose NaN would spread through 0 * NaN. A key is inactive if it is for every
-    query head that reads it."""
+def _without_inactive(tensors: list[Array], row_active: Array, col_active: Array, by_head: bool) -> list[Array]:
+    """Zeros in place of inactive tokens, whose NaN would spread through 0 * NaN. Where a mask may make a key inactive
+    for some of the query heads that read it alone (`by_head`), each head gets its own copy."""
     query, key, value = tensors
-    by_key_head = (key.shape[1], query.shape[1] // key.shape[1])
-    key_active = col_active.reshape(key.shape[0], *by_key_head, key.shape[2]).any(2)[..., None]
+    group = query.shape[1] // key.shape[1]
+    if by_head and group > 1:
+        key, value = jnp.repeat(key, group, 1), jnp.repeat(value, group, 1)
+    elif group > 1:
+        col_active = col_active[:, ::group]
     return [
         jnp.where(row_active[..., None], query, 0),
-        jnp.where(key_active, key, 0),
-        jnp.where(key_active, value, 0),
+        jnp.where(col_active[..., None], key, 0),
+        jnp.where(col_active[..., None], value, 0),
     ]
 
 
