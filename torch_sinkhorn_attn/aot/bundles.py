@@ -64,6 +64,8 @@ def compile_and_read(fn: Callable[..., Any], args: Sequence[Any], topology: str)
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
+    from torch_sinkhorn_attn.engines.tpu.releases import lowered_for_tpu
+
     device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     place = SingleDeviceSharding(device)
 
@@ -72,7 +74,7 @@ def compile_and_read(fn: Callable[..., Any], args: Sequence[Any], topology: str)
 
     shapes = jax.tree.map(placed, list(args))
     clear(folder)
-    return read(_compile(fn, shapes, device).memory_analysis(), folder)
+    return read(lowered_for_tpu(fn, shapes, device).compile().memory_analysis(), folder)
 
 
 def read(stats: Any, folder: Path) -> Report:
@@ -87,26 +89,6 @@ def read(stats: Any, folder: Path) -> Report:
     found = read_kernels(folder)
     pallas, rest = (tuple(kernel for kernel in found if kernel.pallas == kind) for kind in (True, False))
     return Report(memory, pallas, rest, versions())
-
-
-def _compile(fn: Callable[..., Any], shapes: list[Any], device: Any) -> Any:
-    """Where versions of jax differ.
-
-    jax 0.7.1 writes kernels in a version that its libtpu 0.0.21 refuses; those of exported functions are in an older
-    one. Later ones ask the device in use for the layout of a kernel's operands, and have to be told.
-    """
-    import jax
-
-    if jax.__version_info__ < (0, 8):
-        import jax.export
-
-        exported = jax.export.export(jax.jit(fn, keep_unused=True), platforms=["tpu"])(*shapes)
-        lowered = jax.jit(exported.call, keep_unused=True).trace(*shapes).lower(lowering_platforms=("tpu",))
-    else:
-        sharding: Any = jax.sharding
-        with sharding.use_abstract_mesh(sharding.Mesh([device], ("device",)).abstract_mesh):
-            lowered = jax.jit(fn, keep_unused=True).trace(*shapes).lower(lowering_platforms=("tpu",))
-    return lowered.compile()
 
 
 def clear(folder: Path) -> None:

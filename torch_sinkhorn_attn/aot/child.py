@@ -25,8 +25,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _START = """
 import importlib, json, os, sys, threading
 threading.Thread(target=lambda: os._exit(1 + len(os.read(0, 1))), daemon=True).start()
-package, target, result, arguments = sys.argv[1:5]
-sys.path.insert(0, package + "/..")
+path, target, result, arguments = sys.argv[1:5]
+sys.path.insert(0, path)
 module, _, function = target.partition(":")
 try:
     found = getattr(importlib.import_module(module), function)(**json.loads(arguments))
@@ -81,7 +81,12 @@ def call(
     with tempfile.TemporaryDirectory(prefix="sinkhorn-aot-") as folder:
         dump, result = Path(folder, "listings"), Path(folder, "result.json")
         dump.mkdir()
-        command = [python or sys.executable, "-c", _START, str(_PACKAGE), target]
+        path = _PACKAGE.parent
+        if python is not None:  # has packages of its own: of this one's, this one alone
+            path = Path(folder, "path")
+            path.mkdir()
+            (path / _PACKAGE.name).symlink_to(_PACKAGE, target_is_directory=True)
+        command = [python or sys.executable, "-c", _START, str(path), target]
         with _held_open() as held:
             done = subprocess.run(
                 [*command, str(result), json.dumps(dict(arguments))],

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.binding import settings
+from torch_sinkhorn_attn.engines.binding.engine import Tensors
 from torch_sinkhorn_attn.engines.tpu import problem as tpu
 from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
 from torch_sinkhorn_attn.problem import Inputs, Problem, compute_dtype
 
-Tensors = dict[str, Tensor | None]
 _GENERATIONS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5litepod": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
     "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU tpu7x": "tpu7x",

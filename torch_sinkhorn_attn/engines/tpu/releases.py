@@ -1,7 +1,9 @@
-"""What differs between releases of JAX, 0.7.1 to 0.10.2: asked by name, so that releases not yet known are tried."""
+"""What differs between releases of JAX, 0.7.1 to 0.10.2: asked by name where there is one. Releases not yet known are
+tried."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -42,3 +44,20 @@ def mark_varying(x: Any, axes: tuple[str, ...]) -> Any:
     """x as varying over further axes: `lax.pvary`, which later releases call `lax.pcast`."""
     lax = jax.lax
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
+
+
+def lowered_for_tpu(fn: Callable[..., Any], shapes: list[Any], device: Any) -> Any:
+    """`jax.jit(fn)` lowered for a TPU that need not be there.
+
+    0.7.1 writes kernels in a version that its libtpu 0.0.21 refuses; those of exported functions are in an older one.
+    Later ones ask the device in use for the layout of a kernel's operands, and have to be told.
+    """
+    function = jax.jit(fn, keep_unused=True)
+    if jax.__version_info__ < (0, 8):
+        import jax.export as export
+
+        function = jax.jit(export.export(function, platforms=["tpu"])(*shapes).call, keep_unused=True)
+        return function.trace(*shapes).lower(lowering_platforms=("tpu",))
+    sharding = jax.sharding
+    with sharding.use_abstract_mesh(sharding.Mesh([device], ("device",)).abstract_mesh):
+        return function.trace(*shapes).lower(lowering_platforms=("tpu",))
