@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from lib.measure import best_times, leaves, print_rows, relative, step
 
 from torch_sinkhorn_attn import sinkhorn_attention
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import tiled
-from torch_sinkhorn_attn.problem import OutputGrads
+from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.problem import OutputGrads
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from memory import PeakMemory

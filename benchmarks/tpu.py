@@ -23,7 +23,7 @@ from lib.measure import print_rows
 from torch_sinkhorn_attn.aot import child
 from torch_sinkhorn_attn.aot.chips import CHIPS
 from torch_sinkhorn_attn.aot.loops import Loop, weighted
-from torch_sinkhorn_attn.engines.tpu.resident_strip import BLOCK, Strip
+from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, Strip
 
 WINDOW, LENGTH = (128, 128), 8192
 LENGTHS = (8192, 32768, 131072)

@@ -4,7 +4,7 @@
 //     dS_ij = P_ij D_ij - sum_k X_ki Y_kj exp(S_ij + row_ki + col_kj)
 //
 // whose factors are P times row and column exponentials where these are moderate ("scaled"), as in
-// torch_sinkhorn_attn/staircase.py, where the derivation is.
+// torch_sinkhorn_attn/method/staircase.py, where the derivation is.
 #pragma once
 
 #include <numeric>

@@ -7,7 +7,7 @@
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
 
-// The recursion of torch_sinkhorn_attn/staircase.py (tail_field), a row and a column pass sharing a visit:
+// The recursion of torch_sinkhorn_attn/method/staircase.py (tail_field), a row and a column pass sharing a visit:
 //
 //     A^r = exp(S + v^r + u^r/rho_r - log a)        B^r = exp(S + u^(r-1) + v^r/rho_c - log b)
 //     z^R = rowsum(P*D),  w^R = colsum(P*D) - rho_r A^R^T z^R,  z^(r-1) = -rho_c B^r w^r,  w^r = -rho_r A^r^T z^r
@@ -174,7 +174,7 @@ class TailAdjoint : public Adjoint<T> {
   T *spare_row, *spare_col, *image, *dropped;
 };
 
-// dS = P (D - x - y) at the duals, [x; y] solving the system of torch_sinkhorn_attn/implicit.py by conjugate gradients,
+// dS = P (D - x - y) at the duals, [x; y] solving the system of torch_sinkhorn_attn/method/implicit.py by conjugate gradients,
 // each iteration one visit.
 template <typename T>
 class ImplicitAdjoint : public Adjoint<T> {

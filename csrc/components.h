@@ -1,4 +1,4 @@
-// Connected components of the support, one gauge freedom each, as torch_sinkhorn_attn/support.py finds them: from the
+// Connected components of the support, one gauge freedom each, as torch_sinkhorn_attn/problem/support.py finds them: from the
 // intervals with active ends; a dustbin joins all tokens of its segment, a mask is not looked at.
 #pragma once
 

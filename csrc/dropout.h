@@ -1,4 +1,4 @@
-// Dropout numbers as a pure function of (seed, head, row, column); the same as torch_sinkhorn_attn/dropout.py, to the
+// Dropout numbers as a pure function of (seed, head, row, column); the same as torch_sinkhorn_attn/method/dropout.py, to the
 // bit. Murmur3's 32-bit finaliser, A. Appleby, public domain.
 #pragma once
 

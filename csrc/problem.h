@@ -1,5 +1,5 @@
 // What the CPU engine is given: plain pointers and numbers, nothing of torch, so that every capability's translation unit
-// can include it. Shapes as in torch_sinkhorn_attn/problem.py: N batch, H heads, Hk key heads, L queries, S keys,
+// can include it. Shapes as in torch_sinkhorn_attn/problem/problem.py: N batch, H heads, Hk key heads, L queries, S keys,
 // E features, Ev value features, G dustbins.
 #pragma once
 

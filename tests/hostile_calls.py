@@ -81,9 +81,9 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
     import problems
     import torch
 
-    from torch_sinkhorn_attn import ops
-    from torch_sinkhorn_attn.arguments import prepare
+    from torch_sinkhorn_attn.boundary import ops
     from torch_sinkhorn_attn.engines import cpu
+    from torch_sinkhorn_attn.problem.arguments import prepare
 
     r = random.Random(seed)
     while True:  # a drawn window may leave no pair at all

@@ -15,15 +15,15 @@ from torch_sinkhorn_attn import (
     Dustbin,
     SinkhornMultiheadAttention,
     certify,
-    reference,
     register_transformers,
     replace_attention,
     sinkhorn_attention,
     sinkhorn_plan,
 )
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import tiled, tiles
-from torch_sinkhorn_attn.status import SinkhornAux
+from torch_sinkhorn_attn.engines.tiled import engine as tiled, tiles
+from torch_sinkhorn_attn.method import reference
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.status import SinkhornAux
 
 D = torch.float64
 engines = pytest.mark.parametrize("engine", [*ENGINES, "reference"])

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn import Certificate, Dustbin, certify, reference, sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn import Certificate, Dustbin, certify, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.certificates import _exact_components
-from torch_sinkhorn_attn.engines.tiles import Tiles
+from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
+from torch_sinkhorn_attn.method import reference
+from torch_sinkhorn_attn.problem.arguments import prepare
 
 D = torch.float64
 

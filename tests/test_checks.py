@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_sinkhorn_attn import Dustbin, checks, set_checks, sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import tiled
-from torch_sinkhorn_attn.problem import OutputGrads
+from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.problem import looking as checks
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.problem import OutputGrads
 
 X = torch.randn(1, 2, 6, 4)
 

@@ -8,7 +8,7 @@ import torch
 from conformance import ENGINES, assert_agrees, relative_error, results
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_attention
-from torch_sinkhorn_attn.engines import tiles
+from torch_sinkhorn_attn.engines.tiled import tiles
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 CHUNK = 40

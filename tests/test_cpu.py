@@ -15,8 +15,8 @@ from conformance import ENGINES, assert_agrees, relative_error, results
 from test_conformance import CORNERS, call_of
 
 from torch_sinkhorn_attn import Dustbin, engines, sinkhorn_attention
-from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import choose, cpu
+from torch_sinkhorn_attn.problem.arguments import prepare
 
 
 @pytest.fixture(autouse=True)

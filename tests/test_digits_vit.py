@@ -14,8 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.digits_vit import cli
-from examples.digits_vit import train as training
+from examples.digits_vit import cli, train as training
 from examples.digits_vit.cli import main
 from examples.digits_vit.data import Digits, Split, load_split, shift, to_grid, to_patches
 from examples.digits_vit.measure import (

@@ -7,7 +7,7 @@ import torch
 from conformance import ENGINES
 
 from torch_sinkhorn_attn import sinkhorn_attention
-from torch_sinkhorn_attn.dropout import keep_tile
+from torch_sinkhorn_attn.method.dropout import keep_tile
 
 
 def mask(seed: int, heads: int = 4, rows: int = 256, cols: int = 256, p: float = 0.3) -> torch.Tensor:

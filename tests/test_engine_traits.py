@@ -11,7 +11,7 @@ import torch
 import torch_sinkhorn_attn
 from torch_sinkhorn_attn import engines
 from torch_sinkhorn_attn.engines.traits import PLAIN, each_tensor
-from torch_sinkhorn_attn.problem import Inputs
+from torch_sinkhorn_attn.problem.problem import Inputs
 
 ROOT = Path(torch_sinkhorn_attn.__file__).parent
 BINDINGS = {name for name, engine in engines.ENGINES.items() if engine.TRAITS.device not in (None, "cpu")}

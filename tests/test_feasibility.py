@@ -9,10 +9,11 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin, mask_feasibility, sinkhorn_attention, sinkhorn_plan, transport_flow
-from torch_sinkhorn_attn.bits import from_members, integers, members, packed, transposed
-from torch_sinkhorn_attn.exact_sums import ExactSums
-from torch_sinkhorn_attn.feasibility import Marginals, Request, check_intervals, interval_flow
+from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.problem.bits import from_members, integers, members, packed, transposed
+from torch_sinkhorn_attn.problem.feasibility import flow as transport_flow, masks as mask_feasibility
+from torch_sinkhorn_attn.problem.feasibility.exact_sums import ExactSums
+from torch_sinkhorn_attn.problem.feasibility.intervals import Marginals, Request, check_intervals, interval_flow
 
 D = torch.float64
 

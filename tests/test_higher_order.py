@@ -220,7 +220,7 @@ def test_second_derivatives_beside_a_mask_that_is_constant() -> None:
 
 def test_plain_first_gradients_stay_linear_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.func and create_graph=True run the engine's own backward; only a second derivative is dense."""
-    from torch_sinkhorn_attn import reference
+    from torch_sinkhorn_attn.method import reference
 
     *inputs, _ = tensors()
     monkeypatch.setattr(reference, "dense_problem", None)

@@ -10,10 +10,11 @@ import torch
 from conformance import ENGINES
 from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin, ops
-from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn import Dustbin
+from torch_sinkhorn_attn.boundary import ops
 from torch_sinkhorn_attn.engines import cpu
-from torch_sinkhorn_attn.support import build_support
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.support import build_support
 
 LIB = torch.ops.torch_sinkhorn_attn
 NAMES = [*ops.Inputs._fields, *ops.PROBLEM_FIELDS, "engine"]

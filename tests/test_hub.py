@@ -74,7 +74,7 @@ def test_the_project_is_what_the_builder_asks_for(project: Path) -> None:
     assert general["name"].replace("-", "_") == NAME and "tpu" in general["backends"]
     entry = project / "torch-ext" / NAME
     assert (entry / "__init__.py").exists() and not (entry / "_ops.py").exists() and not (entry / NAME).exists()
-    assert (entry / "engines/tpu/resident_forward.py").exists()
+    assert (entry / "engines/tpu/resident/forward.py").exists()
 
 
 def test_modules_import_one_another_relatively_and_ops_have_the_builds_namespace(project: Path) -> None:

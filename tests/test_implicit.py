@@ -6,10 +6,11 @@ import problems
 import pytest
 import torch
 
-from torch_sinkhorn_attn import Dustbin, reference, sinkhorn_plan
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.implicit import DensePlan, implicit_duals
-from torch_sinkhorn_attn.support import components
+from torch_sinkhorn_attn import Dustbin, sinkhorn_plan
+from torch_sinkhorn_attn.method import reference
+from torch_sinkhorn_attn.method.implicit import DensePlan, implicit_duals
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.support import components
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -123,7 +123,8 @@ q = torch.randn(1, 5, 4)
 assert attend(q).shape == q.shape
 from torch_sinkhorn_attn import *
 assert all(globals()[name] is getattr(torch_sinkhorn_attn, name) for name in torch_sinkhorn_attn.__all__)
-assert torch_sinkhorn_attn.engines.cpu.NAME == "cpu" and torch_sinkhorn_attn.reference.__name__.endswith("reference")
+assert torch_sinkhorn_attn.engines.cpu.NAME == "cpu"
+assert torch_sinkhorn_attn.method.reference.__name__.endswith("reference")
 from torch_sinkhorn_attn.engines import ENGINES, tiled
 assert ENGINES["tiled"] is tiled
 for package in (torch_sinkhorn_attn, torch_sinkhorn_attn.engines, torch_sinkhorn_attn.engines.tpu):

@@ -14,16 +14,16 @@ from torch_sinkhorn_attn import (
     Dustbin,
     SinkhornMultiheadAttention,
     certify,
-    dense_mask,
     replace_attention,
     set_checks,
     sinkhorn_attention,
     sinkhorn_plan,
 )
-from torch_sinkhorn_attn.mask_scan import scan_mask
-from torch_sinkhorn_attn.module_masks import forbidding
-from torch_sinkhorn_attn.reference import kept
-from torch_sinkhorn_attn.support import Support, build_support
+from torch_sinkhorn_attn.integrations.torch_nn.masks import forbidding
+from torch_sinkhorn_attn.method.reference import kept
+from torch_sinkhorn_attn.problem.masks import dense as dense_mask
+from torch_sinkhorn_attn.problem.masks.scan import scan_mask
+from torch_sinkhorn_attn.problem.support import Support, build_support
 
 ENGINES = ("reference", "tiled", None)
 GONE = torch.tensor([False, False, True, False, False, True, True])  # of seven keys

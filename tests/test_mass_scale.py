@@ -11,7 +11,8 @@ import torch
 from conformance import ENGINES, relative_error, results
 from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin, arguments, certify, mass_scale, set_checks, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn import Dustbin, certify, set_checks, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.problem import arguments, mass_scale
 
 D = torch.float64
 SCALES = {torch.float32: (1e-20, 1e-36, 1e-39, 1e-44, 1e30, 1e300), D: (1e-3, 1e-300, 1e-307, 1e300)}

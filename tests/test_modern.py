@@ -15,8 +15,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
-from torch_sinkhorn_attn import Dustbin, SinkhornMultiheadAttention, mask_scan, replace_attention, sinkhorn_attention
-from torch_sinkhorn_attn.support import build_support, token_ids
+from torch_sinkhorn_attn import (
+    Dustbin,
+    SinkhornMultiheadAttention,
+    replace_attention,
+    sinkhorn_attention,
+)
+from torch_sinkhorn_attn.problem.masks import scan as mask_scan
+from torch_sinkhorn_attn.problem.support import build_support, token_ids
 
 E, H = 16, 4
 

@@ -10,8 +10,9 @@ import torch
 from conformance import ENGINES
 from torch import Tensor
 
-from torch_sinkhorn_attn import Dustbin, ops, sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn.boundary import ops
+from torch_sinkhorn_attn.problem.arguments import prepare
 
 D = torch.float64
 lib = torch.ops.torch_sinkhorn_attn

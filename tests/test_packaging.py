@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import torch_sinkhorn_attn
-from torch_sinkhorn_attn import releases
+from torch_sinkhorn_attn.compat import releases
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,7 +172,7 @@ def test_import_is_light(tmp_path):
 import sys, torch
 before = set(sys.modules)
 import torch_sinkhorn_attn
-from torch_sinkhorn_attn import releases
+from torch_sinkhorn_attn.compat import releases
 print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
 """
     assert run("-c", program, cwd=tmp_path, path=[tmp_path, ROOT]).split() == ["torch_sinkhorn_attn"]

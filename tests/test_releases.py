@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import torch_sinkhorn_attn
-from torch_sinkhorn_attn import releases
+from torch_sinkhorn_attn.compat import releases
 from torch_sinkhorn_attn.engines import cpu
 
 PACKAGE = Path(torch_sinkhorn_attn.__file__).parent

@@ -18,10 +18,10 @@ from torch_sinkhorn_attn import (
     certify,
     sinkhorn_attention,
     sinkhorn_plan,
-    staircase,
 )
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines.tiles import Tiles
+from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
+from torch_sinkhorn_attn.method import staircase
+from torch_sinkhorn_attn.problem.arguments import prepare
 
 D = torch.float64
 ENGINES = (*conformance.ENGINES, "reference")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conformance import relative_error, weights
 
-from torch_sinkhorn_attn import reference, staircase
-from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn.method import reference, staircase
+from torch_sinkhorn_attn.problem.arguments import prepare
 
 
 def dense_of(call: problems.Call):

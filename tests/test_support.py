@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.mask_scan import scan_mask
-from torch_sinkhorn_attn.support import (
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.masks.scan import scan_mask
+from torch_sinkhorn_attn.problem.support import (
     build_support,
     by_segment,
     components,

@@ -11,9 +11,9 @@ from memory import PeakMemory
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, certify, sinkhorn_attention
-from torch_sinkhorn_attn.arguments import prepare
-from torch_sinkhorn_attn.engines import tiled, tiles
-from torch_sinkhorn_attn.problem import OutputGrads
+from torch_sinkhorn_attn.engines.tiled import engine as tiled, tiles
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.problem import OutputGrads
 
 WIDTH, WINDOW = 16, (128, 128)
 

@@ -20,10 +20,10 @@ from conformance import assert_agrees, relative_error, results
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, SinkhornMultiheadAttention, certify, engines, sinkhorn_attention
-from torch_sinkhorn_attn.arguments import prepare
 from torch_sinkhorn_attn.engines import torchtpu
 from torch_sinkhorn_attn.engines.binding import engine
-from torch_sinkhorn_attn.problem import Inputs, OutputGrads, Potentials, Problem
+from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.problem import Inputs, OutputGrads, Potentials, Problem
 
 jax = pytest.importorskip("jax")
 
@@ -283,8 +283,7 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
 ) -> None:
     import torch_xla
 
-    from torch_sinkhorn_attn.engines.xla import binding as xla_binding
-    from torch_sinkhorn_attn.engines.xla import sharded
+    from torch_sinkhorn_attn.engines.xla import binding as xla_binding, sharded
 
     def caught_xla(flat: Any, shapes: list[Any], platform: str) -> None:
         raise Caught(exported(flat, shapes))
@@ -344,7 +343,7 @@ def test_the_tpus_compiler_takes_it(function: str, standing_in: None, tmp_path: 
     from jax import export
 
     from torch_sinkhorn_attn.aot.child import call
-    from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+    from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 
     found = {name: (made, leaves) for name, made, leaves in recorded(case("window, unrolled", torch.float32))}
     made, leaves = found[function]

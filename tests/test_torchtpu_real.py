@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", message="<TorchTpu/")
 import jax, jax.export, torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch_sinkhorn_attn import Dustbin, engines, sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.engines.binding import program as shared
 from torch_sinkhorn_attn.engines.torchtpu import binding, mesh, program
 

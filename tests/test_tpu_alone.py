@@ -123,7 +123,7 @@ def of_source(path: str, name: str) -> list[tuple[str, str]]:
 def test_the_arguments_are_torchs() -> None:
     """The same names in the same order with the same defaults; and all are documented."""
     theirs = of_source("torch_sinkhorn_attn/functional.py", "sinkhorn_attention")
-    ours = of_source("torch_sinkhorn_attn/engines/tpu/api.py", "sinkhorn_attention")
+    ours = of_source("torch_sinkhorn_attn/engines/tpu/front/api.py", "sinkhorn_attention")
     expected = [("lowering", d) if name == "engine" else (name, d) for name, d in theirs]
     assert ours == [*expected, ("dropout_seed", "None")]
     documented = inspect.getdoc(tpu.sinkhorn_attention) or ""
@@ -150,7 +150,7 @@ import sys
 sys.modules["torch"] = None  # an import of it fails
 from torch_sinkhorn_attn.engines.tpu import Dustbin, Lowering, SinkhornAux, sinkhorn_attention
 import jax, jax.numpy as jnp, torch_sinkhorn_attn
-import torch_sinkhorn_attn.engines.tpu.run, torch_sinkhorn_attn.engines.tpu.choice
+import torch_sinkhorn_attn.engines.tpu.method.run, torch_sinkhorn_attn.engines.tpu.method.choice
 import torch_sinkhorn_attn.aot.attention, torch_sinkhorn_attn.aot.bundles
 x = jnp.ones((2, 4, 4))
 assert jnp.allclose(sinkhorn_attention(x, x, x), x, atol=1e-5)

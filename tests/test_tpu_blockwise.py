@@ -14,11 +14,11 @@ from test_conformance import CORNERS, call_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from torch_sinkhorn_attn import Dustbin  # noqa: E402
-from torch_sinkhorn_attn.arguments import prepare  # noqa: E402
-from torch_sinkhorn_attn.dropout import keep_tile  # noqa: E402
 from torch_sinkhorn_attn.engines import ENGINES  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu import blockwise, dropout, run, schedule  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method import blockwise, dropout, run, schedule  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E402
+from torch_sinkhorn_attn.method.dropout import keep_tile  # noqa: E402
+from torch_sinkhorn_attn.problem.arguments import prepare  # noqa: E402
 
 ENGINE, BLOCKWISE = "jax blockwise", Lowering("blockwise")
 # Every option at least twice (found by a greedy search), and some more.

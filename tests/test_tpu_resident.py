@@ -17,12 +17,17 @@ from test_conformance import call_of  # noqa: E402
 from tpu_interpreter import RACING, watch_races  # noqa: E402
 
 from torch_sinkhorn_attn import Dustbin  # noqa: E402
-from torch_sinkhorn_attn.arguments import prepare  # noqa: E402
 from torch_sinkhorn_attn.engines import ENGINES  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu import choice, resident, resident_adjoint, resident_strip, run  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.problem import Statics  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method import choice, run  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method.problem import Statics  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.resident import (  # noqa: E402
+    adjoint as resident_adjoint,
+    passes as resident,
+    strip as resident_strip,
+)
+from torch_sinkhorn_attn.problem.arguments import prepare  # noqa: E402
 
 ENGINE, RESIDENT = "jax resident", Lowering("resident", interpret=True)
 D = torch.float64

@@ -13,12 +13,13 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from tpu_interpreter import RACING, watch_races  # noqa: E402
 
-from torch_sinkhorn_attn.engines.tpu import dropout, streaming, streaming_walk  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.problem import Constants, Field, Inputs, Statics  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method import dropout  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Field, Inputs, Statics  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.streaming import StreamingPasses  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.streaming_spans import most_tiles, spans, window_intervals  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.streaming import passes as streaming, walk as streaming_walk  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.streaming.spans import most_tiles, spans, window_intervals  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -17,15 +17,15 @@ from conformance import assert_agrees, relative_error, weights  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tpu_kernels import to_jax, to_torch  # noqa: E402
 
-from torch_sinkhorn_attn import Dustbin  # noqa: E402
-from torch_sinkhorn_attn import sinkhorn_attention as torch_attention  # noqa: E402
+from torch_sinkhorn_attn import Dustbin, sinkhorn_attention as torch_attention  # noqa: E402
 from torch_sinkhorn_attn.engines import ENGINES, tpu  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu import streaming, support  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.mask_scan import active_tokens  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.front import support  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.front.mask_scan import active_tokens  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
-from torch_sinkhorn_attn.mask_scan import scan_mask  # noqa: E402
-from torch_sinkhorn_attn.support import build_support  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.streaming import passes as streaming  # noqa: E402
+from torch_sinkhorn_attn.problem.masks.scan import scan_mask  # noqa: E402
+from torch_sinkhorn_attn.problem.support import build_support  # noqa: E402
 
 
 def as_jax(x: Any, leaves: dict[int, jax.Array]) -> Any:

@@ -19,14 +19,14 @@ from torch_sinkhorn_attn import (
     SinkhornMultiheadAttention,
     certify,
     engines,
-    ops,
     set_checks,
     sinkhorn_attention,
     sinkhorn_plan,
 )
-from torch_sinkhorn_attn.arguments import prepare
+from torch_sinkhorn_attn.boundary import ops
 from torch_sinkhorn_attn.engines import xla
 from torch_sinkhorn_attn.engines.binding import engine
+from torch_sinkhorn_attn.problem.arguments import prepare
 
 torch_xla = pytest.importorskip("torch_xla")
 pytest.importorskip("jax")
@@ -125,7 +125,7 @@ def same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dropout of every device from the same two words; those of a device are from its own generator."""
     words = torch.tensor([123456789, 3987654321])
     monkeypatch.setattr(
-        "torch_sinkhorn_attn.arguments._dropout_seed", lambda p, device: words.to(device) if p else None
+        "torch_sinkhorn_attn.problem.arguments._dropout_seed", lambda p, device: words.to(device) if p else None
     )
 
 
@@ -260,7 +260,7 @@ def test_checks_that_look_at_masks(device: torch.device) -> None:
 
 def test_views_inside_the_other_engines_are_views(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiled one writes into slices of its results, tile by tile."""
-    monkeypatch.setattr("torch_sinkhorn_attn.engines.tiles.block_size", lambda heads, reach=None: 4)
+    monkeypatch.setattr("torch_sinkhorn_attn.engines.tiled.tiles.block_size", lambda heads, reach=None: 4)
     q, k, v = (randn(1, 1, 7, 3, seed=s) for s in range(3))
     options: dict[str, Any] = {"base_iters": 1, "tail_iters": 1, "engine": "tiled"}
     there = sinkhorn_attention(*on(device, (q, k, v)), **options)
@@ -378,7 +378,7 @@ def test_a_kernel_for_a_tpu_is_in_the_graph_that_is_lowered_for_one(device: torc
     import jax
 
     from torch_sinkhorn_attn.engines.binding import functions, program
-    from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+    from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
     from torch_sinkhorn_attn.engines.xla import binding
 
     q = on(device, randn(1, 1, 128, 64, dtype=torch.float32))

@@ -19,8 +19,9 @@ PRELUDE = """
 import numpy as np, torch, torch_xla, torch_xla.runtime as xr, torch_xla.distributed.spmd as xs
 from torch_xla import _XLAC
 from conformance import relative_error
-from torch_sinkhorn_attn import Dustbin, SinkhornMultiheadAttention, arguments, sinkhorn_attention
+from torch_sinkhorn_attn import Dustbin, SinkhornMultiheadAttention, sinkhorn_attention
 from torch_sinkhorn_attn.engines.xla import set_lowering, spmd
+from torch_sinkhorn_attn.problem import arguments
 
 torch.set_num_threads(1)
 xr.use_spmd()

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from torch_sinkhorn_attn.engines.binding.shards import axes
 from torch_sinkhorn_attn.engines.torchtpu import mesh
 from torch_sinkhorn_attn.engines.torchtpu.program import Program, record
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-from torch_sinkhorn_attn.engines.tpu.problem import Statics
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
 
 N, H, HK, L, S, E = 4, 4, 2, 12, 10, 6
 STATICS = Statics(scale=E**-0.5, stopped=5, kept=2, dropout_p=0.3, uniform=False)

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn import reference, staircase
-from torch_sinkhorn_attn.engines.tpu import problem as tpu
-from torch_sinkhorn_attn.engines.tpu import run
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method import problem as tpu, run
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
-from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.method import reference, staircase
+from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 
 def to_jax(x: Tensor | None) -> jax.Array | None:

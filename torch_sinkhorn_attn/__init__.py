@@ -5,14 +5,17 @@ Nothing is imported before it is asked for, so the JAX half needs no torch.
 
 from typing import TYPE_CHECKING
 
-from torch_sinkhorn_attn import lazy, registration
+from torch_sinkhorn_attn.compat import lazy, registration
 
 if TYPE_CHECKING:
     from torch_sinkhorn_attn.certificates import Certificate, certify
-    from torch_sinkhorn_attn.checks import set_checks
     from torch_sinkhorn_attn.dustbin import Dustbin
     from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-    from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
+    from torch_sinkhorn_attn.integrations.torch_nn.replace import (
+        ReplacementReport,
+        replace_attention,
+        restore_attention,
+    )
     from torch_sinkhorn_attn.integrations.transformers import (
         TransformersReport,
         choose_layers,
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
         transformers_report,
     )
     from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
-    from torch_sinkhorn_attn.status import SinkhornAux, Status
+    from torch_sinkhorn_attn.problem.looking import set_checks
+    from torch_sinkhorn_attn.problem.status import SinkhornAux, Status
 
 __version__ = "0.1.0"
 
@@ -32,15 +36,15 @@ __all__ = [
 
 _HOMES = {
     "certificates": ("Certificate", "certify"),
-    "checks": ("set_checks",),
+    "problem.looking": ("set_checks",),
     "dustbin": ("Dustbin",),
     "functional": ("sinkhorn_attention", "sinkhorn_plan"),
-    "integrations.replace": ("ReplacementReport", "replace_attention", "restore_attention"),
+    "integrations.torch_nn.replace": ("ReplacementReport", "replace_attention", "restore_attention"),
     "integrations.transformers": (
         "TransformersReport", "choose_layers", "register_transformers", "transformers_report",
     ),
     "modules": ("SinkhornMultiheadAttention",),
-    "status": ("SinkhornAux", "Status"),
+    "problem.status": ("SinkhornAux", "Status"),
 }  # fmt: skip
 __getattr__, __dir__ = lazy.names(__name__, {name: home for home, names in _HOMES.items() for name in names})
 registration.register_beside_torch()

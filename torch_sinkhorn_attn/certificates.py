@@ -12,20 +12,27 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torch_sinkhorn_attn import reference
-from torch_sinkhorn_attn.arguments import Options, prepare
+from torch_sinkhorn_attn.compat.tracing import one_node
 from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, traits_of
-from torch_sinkhorn_attn.engines.tiled import TiledPasses, attention_output, marginal_errors
-from torch_sinkhorn_attn.engines.tiles import Tiles
+from torch_sinkhorn_attn.engines.tiled.engine import TiledPasses, attention_output, marginal_errors
+from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
-from torch_sinkhorn_attn.implicit import NormalPlan
-from torch_sinkhorn_attn.mass_scale import MassScale
-from torch_sinkhorn_attn.problem import OutputGrads, Potentials, Problem, full_precision
-from torch_sinkhorn_attn.staircase import Factor, Field, implicit_field, tail_field
-from torch_sinkhorn_attn.status import CONVERGED_WITHIN, Status, judge
-from torch_sinkhorn_attn.support import Components, by_segment, components, segment_max, segment_sum, segments
-from torch_sinkhorn_attn.tensor_kinds import check_kind
-from torch_sinkhorn_attn.tracing import one_node
+from torch_sinkhorn_attn.method import reference
+from torch_sinkhorn_attn.method.implicit import NormalPlan
+from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
+from torch_sinkhorn_attn.problem.arguments import Options, prepare
+from torch_sinkhorn_attn.problem.mass_scale import MassScale
+from torch_sinkhorn_attn.problem.problem import OutputGrads, Potentials, Problem, full_precision
+from torch_sinkhorn_attn.problem.status import CONVERGED_WITHIN, Status, judge
+from torch_sinkhorn_attn.problem.support import (
+    Components,
+    by_segment,
+    components,
+    segment_max,
+    segment_sum,
+    segments,
+)
+from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 
 POWER_ITERS = 100
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Proxy
 
-from torch_sinkhorn_attn.tensor_kinds import check_kind
+from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 
 
 @dataclass(frozen=True)

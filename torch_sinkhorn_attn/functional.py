@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torch_sinkhorn_attn import autograd, reference
-from torch_sinkhorn_attn.arguments import Options, Prepared, prepare
-from torch_sinkhorn_attn.checks import has_data
+from torch_sinkhorn_attn.boundary import autograd
+from torch_sinkhorn_attn.compat.tracing import one_node
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose
-from torch_sinkhorn_attn.engines.tiled import marginal_errors
-from torch_sinkhorn_attn.engines.tiles import Tiles
-from torch_sinkhorn_attn.mass_scale import MassScale
-from torch_sinkhorn_attn.problem import Potentials, Result, full_precision
-from torch_sinkhorn_attn.status import SinkhornAux
-from torch_sinkhorn_attn.support import largest, with_dustbin
-from torch_sinkhorn_attn.tracing import one_node
+from torch_sinkhorn_attn.engines.tiled.engine import marginal_errors
+from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
+from torch_sinkhorn_attn.method import reference
+from torch_sinkhorn_attn.problem.arguments import Options, Prepared, prepare
+from torch_sinkhorn_attn.problem.looking import has_data
+from torch_sinkhorn_attn.problem.mass_scale import MassScale
+from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision
+from torch_sinkhorn_attn.problem.status import SinkhornAux
+from torch_sinkhorn_attn.problem.support import largest, with_dustbin
 
 
 @one_node

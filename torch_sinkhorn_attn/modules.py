@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sinkhorn_attn.argument_checks import solver
-from torch_sinkhorn_attn.checks import can_look, has_data
+from torch_sinkhorn_attn.compat.releases import same_memory
+from torch_sinkhorn_attn.compat.tracing import call_module, tracer_of
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.module_masks import Masks, convert, with_extra_keys
-from torch_sinkhorn_attn.nested import pad, unpad
-from torch_sinkhorn_attn.releases import same_memory
-from torch_sinkhorn_attn.scalars import floor, is_softmax, plain_relaxation
-from torch_sinkhorn_attn.tensor_kinds import check_kind
-from torch_sinkhorn_attn.tracing import call_module, tracer_of
+from torch_sinkhorn_attn.integrations.torch_nn.masks import Masks, convert, with_extra_keys
+from torch_sinkhorn_attn.integrations.torch_nn.nested import pad, unpad
+from torch_sinkhorn_attn.problem.argument_checks import solver
+from torch_sinkhorn_attn.problem.looking import can_look, has_data
+from torch_sinkhorn_attn.problem.scalars import floor, is_softmax, plain_relaxation
+from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 
 DUSTBIN_PARAMETERS = ("dustbin_row_score", "dustbin_col_score")
 _SAVED = "_sinkhorn_options"  # in a pickled state: the options of the version that pickled it

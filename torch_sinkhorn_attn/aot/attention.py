@@ -90,7 +90,7 @@ def problem(c: Configuration) -> tuple[Any, Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from torch_sinkhorn_attn.engines.tpu.problem import Constants, Inputs, Statics
+    from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
 
     def floats(*shape: int, dtype: str = "float32") -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
@@ -135,7 +135,7 @@ def problem(c: Configuration) -> tuple[Any, Any, Any]:
 
 def chosen(given: tuple[Any, Any, Any], lowering: Any) -> tuple[str, str]:
     """The shapes of the forward and the backward kernels, and why they are those."""
-    from torch_sinkhorn_attn.engines.tpu.choice import choose
+    from torch_sinkhorn_attn.engines.tpu.method.choice import choose
 
     found = [choose(*given, lowering, adjoint) for adjoint in (False, True)]
     shapes = " and ".join(dict.fromkeys(choice.shape for choice in found))
@@ -149,9 +149,9 @@ def compile_attention(
     """Compile it, and JAX's flash attention beside it; what came out, ready for JSON."""
     import jax
 
-    from torch_sinkhorn_attn.engines.tpu import run
-    from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-    from torch_sinkhorn_attn.engines.tpu.problem import Result
+    from torch_sinkhorn_attn.engines.tpu.method import run
+    from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+    from torch_sinkhorn_attn.engines.tpu.method.problem import Result
 
     c = Configuration.of(configuration)
     inputs, constants, statics = problem(c)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch_sinkhorn_attn.engines.tpu.lowering import VMEM
+from torch_sinkhorn_attn.engines.tpu.method.lowering import VMEM
 
 GIB = 2**30
 MIB = 2**20

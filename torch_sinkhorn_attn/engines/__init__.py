@@ -3,7 +3,7 @@ is asked for: `engines.tpu`, the JAX half, needs no torch."""
 
 from typing import TYPE_CHECKING
 
-from torch_sinkhorn_attn import lazy
+from torch_sinkhorn_attn.compat import lazy
 
 if TYPE_CHECKING:
     from torch_sinkhorn_attn.engines.registry import ENGINES, REFERENCE, check_name, choose, traits_of

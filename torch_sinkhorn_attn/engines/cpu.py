@@ -21,9 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn import releases
+from torch_sinkhorn_attn.compat import releases
 from torch_sinkhorn_attn.engines.traits import Traits
-from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result, compute_dtype
+from torch_sinkhorn_attn.problem.problem import (
+    Gradients,
+    Inputs,
+    OutputGrads,
+    Potentials,
+    Problem,
+    Result,
+    compute_dtype,
+)
 
 NAME = "cpu"
 TRAITS = Traits("cpu")

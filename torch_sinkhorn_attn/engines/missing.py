@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+from torch_sinkhorn_attn.compat.releases import constant_in_programs
 from torch_sinkhorn_attn.engines import cpu
-from torch_sinkhorn_attn.releases import constant_in_programs
 
 _ELSEWHERE = (__name__.partition(".")[0], "torch")
 _said = False

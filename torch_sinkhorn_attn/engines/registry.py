@@ -7,11 +7,12 @@ from types import ModuleType
 
 import torch
 
-from torch_sinkhorn_attn.engines import cpu, missing, tiled, torchtpu, xla
+from torch_sinkhorn_attn.compat.releases import forward_level
+from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
+from torch_sinkhorn_attn.engines import cpu, missing, torchtpu, xla
+from torch_sinkhorn_attn.engines.tiled import engine as tiled
 from torch_sinkhorn_attn.engines.traits import PLAIN, Traits
-from torch_sinkhorn_attn.problem import Inputs, Problem
-from torch_sinkhorn_attn.releases import forward_level
-from torch_sinkhorn_attn.tracing import for_onnx, recording
+from torch_sinkhorn_attn.problem.problem import Inputs, Problem
 
 ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, torchtpu, tiled)}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops

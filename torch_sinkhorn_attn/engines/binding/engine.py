@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines import tiled
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 Tensors = dict[str, Tensor | None]  # by name; an absent one is None
 
@@ -74,7 +74,7 @@ def solve(binding: Binding, inputs: Inputs, problem: Problem) -> Potentials:
 def forward(binding: Binding, inputs: Inputs, problem: Problem, residuals: bool) -> Result:
     """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
     from torch_sinkhorn_attn.engines.binding import functions, program
-    from torch_sinkhorn_attn.engines.tpu import problem as tpu
+    from torch_sinkhorn_attn.engines.tpu.method import problem as tpu
 
     statics = {**_statics(binding, problem), "residuals": residuals}
     found = binding.run(functions.forward, program.arrays(inputs, problem), statics)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch_sinkhorn_attn.engines.tpu import problem as tpu
-from torch_sinkhorn_attn.engines.tpu import run
+from torch_sinkhorn_attn.engines.tpu.method import problem as tpu, run
 
 Arrays = dict[str, Any]
 

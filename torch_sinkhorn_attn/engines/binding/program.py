@@ -9,9 +9,9 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines.binding import settings
 from torch_sinkhorn_attn.engines.binding.engine import Tensors
-from torch_sinkhorn_attn.engines.tpu import problem as tpu
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-from torch_sinkhorn_attn.problem import Inputs, Problem, compute_dtype
+from torch_sinkhorn_attn.engines.tpu.method import problem as tpu
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
 
 _GENERATIONS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5litepod": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_sinkhorn_attn.engines.binding import engine
 from torch_sinkhorn_attn.engines.binding.settings import Settings, lowering, set_lowering
 from torch_sinkhorn_attn.engines.traits import Traits, each_tensor
-from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 __all__ = [
     "NAME",

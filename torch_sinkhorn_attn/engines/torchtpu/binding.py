@@ -17,8 +17,8 @@ from torch_sinkhorn_attn._ops import add_op_namespace_prefix
 from torch_sinkhorn_attn.engines.binding import program as shared
 from torch_sinkhorn_attn.engines.binding.engine import Tensors
 from torch_sinkhorn_attn.engines.torchtpu import mesh, program
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-from torch_sinkhorn_attn.problem import compute_dtype
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.problem.problem import compute_dtype
 
 
 def platform() -> str:

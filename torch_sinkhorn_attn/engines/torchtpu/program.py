@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from torch_sinkhorn_attn.engines.binding import functions
-from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-from torch_sinkhorn_attn.engines.tpu.problem import Statics
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
 
 Shape = tuple[Any, ...]  # of numbers, or of what torch has for sizes that are not known yet
 

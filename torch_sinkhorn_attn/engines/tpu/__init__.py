@@ -7,13 +7,18 @@ Its names are loaded when first asked for.
 
 from typing import TYPE_CHECKING
 
-from torch_sinkhorn_attn import lazy
+from torch_sinkhorn_attn.compat import lazy
 
 if TYPE_CHECKING:
-    from torch_sinkhorn_attn.engines.tpu.api import SinkhornAux, sinkhorn_attention
-    from torch_sinkhorn_attn.engines.tpu.lowering import Lowering
-    from torch_sinkhorn_attn.engines.tpu.prepare import Dustbin
+    from torch_sinkhorn_attn.engines.tpu.front.api import SinkhornAux, sinkhorn_attention
+    from torch_sinkhorn_attn.engines.tpu.front.prepare import Dustbin
+    from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 
 __all__ = ["Dustbin", "Lowering", "SinkhornAux", "sinkhorn_attention"]
-_HOMES = {"sinkhorn_attention": "api", "SinkhornAux": "api", "Dustbin": "prepare", "Lowering": "lowering"}
+_HOMES = {
+    "sinkhorn_attention": "front.api",
+    "SinkhornAux": "front.api",
+    "Dustbin": "front.prepare",
+    "Lowering": "method.lowering",
+}
 __getattr__, __dir__ = lazy.names(__name__, _HOMES)

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.compat.releases import functionalized
 from torch_sinkhorn_attn.engines.binding import engine
 from torch_sinkhorn_attn.engines.binding.settings import Settings, lowering, set_lowering
 from torch_sinkhorn_attn.engines.traits import Traits
 from torch_sinkhorn_attn.engines.xla import tensors
-from torch_sinkhorn_attn.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
-from torch_sinkhorn_attn.releases import functionalized
+from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 __all__ = [
     "NAME",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torch_sinkhorn_attn.checks import has_data
 from torch_sinkhorn_attn.engines import traits_of
-from torch_sinkhorn_attn.module_masks import as_float, both, forbidding
-from torch_sinkhorn_attn.problem import compute_dtype
+from torch_sinkhorn_attn.integrations.torch_nn.masks import as_float, both, forbidding
+from torch_sinkhorn_attn.problem.looking import has_data
+from torch_sinkhorn_attn.problem.problem import compute_dtype
 
 
 class _Made(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_sinkhorn_attn import data_checks
-from torch_sinkhorn_attn.argument_checks import solver
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention
-from torch_sinkhorn_attn.scalars import floor, is_softmax, plain_relaxation
+from torch_sinkhorn_attn.problem import data_checks
+from torch_sinkhorn_attn.problem.argument_checks import solver
+from torch_sinkhorn_attn.problem.scalars import floor, is_softmax, plain_relaxation
 
 OPTIONS = (
     "epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "tolerance", "over_relaxation",

@@ -1,0 +1,278 @@
+"""The opaque ops; `autograd.py` differentiates them.
+
+Four ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan` and
+`plan_backward` of the plan itself. Their arguments are the fields of `Inputs` and `Problem`, flat and in order, and the
+name of the engine that computes them. Under vmap the mapped dimension is folded into N.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn._ops import add_op_namespace_prefix, ops as lib
+from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_present, check_problem
+from torch_sinkhorn_attn.compat.tracing import refuse_onnx
+from torch_sinkhorn_attn.engines import ENGINES, traits_of
+from torch_sinkhorn_attn.problem.problem import (
+    Inputs,
+    OutputGrads,
+    Potentials,
+    Problem,
+    Result,
+    compute_dtype,
+    full_precision,
+)
+
+NUM_INPUTS = len(Inputs._fields)
+PROBLEM_FIELDS = tuple(field.name for field in fields(Problem))
+_REQUIRED = {"query", "key", "row_lo", "row_hi", "col_lo", "col_hi", "log_row_mass", "log_col_mass"}
+
+
+def _schema_arguments() -> str:
+    inputs = [f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Inputs._fields]
+    problem = []
+    for field in fields(Problem):
+        kind = str(field.type).split(" | ")[0]
+        optional = "?" if kind == "Tensor" and field.name not in _REQUIRED else ""
+        problem.append(f"{kind}{optional} {field.name}")
+    return ", ".join([*inputs, *problem, "str engine"])
+
+
+def flatten(inputs: Inputs, problem: Problem, engine: str) -> list[Any]:
+    return [*inputs, *(getattr(problem, name) for name in PROBLEM_FIELDS), engine]
+
+
+def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
+    return Inputs(*flat[:NUM_INPUTS]), Problem(*flat[NUM_INPUTS:-1]), flat[-1]
+
+
+_ARGUMENTS = _schema_arguments()
+torch.library.define(
+    add_op_namespace_prefix("forward"), f"({_ARGUMENTS}, bool residuals) -> ({', '.join(['Tensor'] * 7)})"
+)
+torch.library.define(
+    add_op_namespace_prefix("backward"),
+    f"(Tensor grad_output, Tensor? grad_to_bin, Tensor? grad_from_bin, bool mask_grad, Tensor output, "
+    f"Tensor row_potentials, Tensor col_potentials, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * NUM_INPUTS)})",
+)
+torch.library.define(add_op_namespace_prefix("plan"), f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    add_op_namespace_prefix("plan_backward"),
+    f"(Tensor grad_plan, Tensor row_potentials, Tensor col_potentials, bool mask_grad, {_ARGUMENTS}) "
+    f"-> ({', '.join(['Tensor'] * NUM_INPUTS)})",
+)
+
+
+def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Keep the caller's autocast out of an op: its dtypes are chosen by its inputs alone."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        check_present(query_or_cotangent=args[0])
+        with full_precision(args[0].device):
+            found: tuple[Tensor, ...] = traits_of(args[0].device).call(function, args)
+            return found
+
+    return wrapped
+
+
+def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors that share no memory; an absent one is empty."""
+    return tuple(
+        like.new_empty(0) if x is None or (x.numel() == 0 and x.ndim == 1) else x.contiguous() for x in tensors
+    )
+
+
+@torch.library.impl(add_op_namespace_prefix("forward"), "default")
+@_in_full_precision
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    inputs, problem, engine = unflatten(args[:-1])
+    check_problem(inputs, problem, engine)
+    check_present(value=inputs.value)
+    result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
+    return _fresh((result.output, *result.potentials, *result[2:]), result.output)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("forward"))
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    refuse_onnx()
+    inputs, problem, _ = unflatten(args[:-1])
+    assert inputs.value is not None
+    num, heads, length = problem.log_row_mass.shape
+    size = problem.log_col_mass.shape[-1]
+    like = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
+    row_potentials, col_potentials = _fake_potentials(problem, like)
+    return (
+        like.new_empty(num, heads, length, inputs.value.shape[-1]),
+        row_potentials,
+        col_potentials,
+        like.new_empty(num, heads),
+        like.new_empty(num, heads),
+        like.new_empty(*((num, heads, length) if problem.has_dustbin else (0,))),
+        like.new_empty(*((num, heads, size) if problem.has_dustbin else (0,))),
+    )
+
+
+def _fake_potentials(problem: Problem, like: Tensor) -> tuple[Tensor, Tensor]:
+    num, heads, length = problem.log_row_mass.shape
+    kept, bins = problem.schedule[1] + 1, problem.num_dustbins
+    return (
+        like.new_empty(kept, num, heads, length + bins),
+        like.new_empty(kept, num, heads, problem.log_col_mass.shape[-1] + bins),
+    )
+
+
+@torch.library.impl(add_op_namespace_prefix("backward"), "default")
+@_in_full_precision
+def _backward(
+    grad_output: Tensor,
+    grad_to_bin: Tensor | None,
+    grad_from_bin: Tensor | None,
+    mask_grad: bool,
+    output: Tensor,
+    row_potentials: Tensor,
+    col_potentials: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    inputs, problem, engine = unflatten(args)
+    potentials = Potentials(row_potentials, col_potentials)
+    grads = OutputGrads(grad_output, grad_to_bin, grad_from_bin, mask_grad)
+    check_problem(inputs, problem, engine)
+    check_present(output=output)
+    check_cotangents(inputs, problem, potentials, grad_output, output, (grad_to_bin, grad_from_bin))
+    result = ENGINES[engine].backward(inputs, problem, output, potentials, grads)
+    return _fresh(result.inputs, output)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("backward"))
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    mask_grad, output = args[3:5]
+    return _fake_gradients(unflatten(args[7:])[0], mask_grad, output)
+
+
+def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tensor, ...]:
+    absent = [x is None or (name == "mask" and not mask_grad) for name, x in zip(Inputs._fields, inputs, strict=True)]
+    return tuple(like.new_empty(0 if no or x is None else x.shape) for no, x in zip(absent, inputs, strict=True))
+
+
+@torch.library.impl(add_op_namespace_prefix("plan"), "default")
+@_in_full_precision
+def _plan(*args: Any) -> tuple[Tensor, ...]:
+    inputs, problem, engine = unflatten(args)
+    check_problem(inputs, problem, engine)
+    plan, potentials = ENGINES[engine].plan(inputs, problem)
+    return _fresh((plan, *potentials), plan)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("plan"))
+def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
+    refuse_onnx()
+    inputs, problem, _ = unflatten(args)
+    num, heads, length = problem.log_row_mass.shape
+    extra = int(problem.has_dustbin)
+    like = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
+    plan = like.new_empty(num, heads, length + extra, problem.log_col_mass.shape[-1] + extra)
+    return plan, *_fake_potentials(problem, like)
+
+
+@torch.library.impl(add_op_namespace_prefix("plan_backward"), "default")
+@_in_full_precision
+def _plan_backward(
+    grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
+) -> tuple[Tensor, ...]:
+    inputs, problem, engine = unflatten(args)
+    potentials = Potentials(row_potentials, col_potentials)
+    check_problem(inputs, problem, engine)
+    check_cotangents(inputs, problem, potentials, grad_plan)
+    result = ENGINES[engine].plan_backward(inputs, problem, potentials, grad_plan, mask_grad)
+    return _fresh(result.inputs, grad_plan)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("plan_backward"))
+def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    grad_plan, mask_grad = args[0], args[3]
+    return _fake_gradients(unflatten(args[4:])[0]._replace(value=None, dustbin_value=None), mask_grad, grad_plan)
+
+
+def _fold(info: Any, in_dims: Sequence[int | None], args: Sequence[Any], position: int = 0) -> list[Any]:
+    """Arguments of a vmapped call with the mapped dimension folded into dimension `position` of each: N, which every
+    tensor of a problem but the dropout seed has there (a mask may have 1, and is expanded)."""
+    folded = []
+    for x, dim in zip(args, in_dims, strict=True):
+        if isinstance(x, Tensor):
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = x.movedim(0, position).flatten(position, position + 1)
+        folded.append(x)
+    return folded
+
+
+def _fold_problem(info: Any, in_dims: Sequence[int | None], flat: Sequence[Any]) -> list[Any]:
+    """`_fold` for the arguments of a problem."""
+    seed, mask = NUM_INPUTS + PROBLEM_FIELDS.index("dropout_seed"), Inputs._fields.index("mask")
+    if isinstance(flat[seed], Tensor) and in_dims[seed] is not None:
+        raise NotImplementedError("vmap over attention with dropout needs randomness='same'.")
+    folded = _fold(info, in_dims, flat)
+    folded[seed] = flat[seed]
+    num = folded[0].shape[0]
+    if isinstance(flat[mask], Tensor) and folded[mask].shape[0] != num:
+        per_call = folded[mask].unflatten(0, (info.batch_size, 1))
+        folded[mask] = per_call.expand(-1, num // info.batch_size, *per_call.shape[2:]).flatten(0, 1)
+    return folded
+
+
+def _unfold(info: Any, results: Sequence[Tensor], positions: Sequence[int]) -> tuple[tuple[Tensor, ...], Any]:
+    """Results with the mapped dimension back in front of N, and where it is; empty ones are not mapped."""
+    pairs = [
+        (x, None) if x.ndim == 1 else (x.unflatten(dim, (info.batch_size, x.shape[dim] // info.batch_size)), dim)
+        for x, dim in zip(results, positions, strict=True)
+    ]
+    return tuple(x for x, _ in pairs), tuple(dim for _, dim in pairs)
+
+
+def _unfold_gradients(info: Any, results: Sequence[Tensor], mask: Tensor | None, dim: int | None) -> Any:
+    """`_unfold` for the cotangents of the inputs; that of a mask shared by all of N is summed over them."""
+    tensors, dims = _unfold(info, results, [0] * len(results))
+    where = Inputs._fields.index("mask")
+    if mask is None or dims[where] is None:
+        return tensors, dims
+    leading = mask.shape[1 if dim == 0 else 0]  # N or 1
+    found = tensors[where].sum(1, keepdim=True) if leading == 1 else tensors[where]
+    return (*tensors[:where], found, *tensors[where + 1 :]), dims
+
+
+@torch.library.register_vmap(add_op_namespace_prefix("forward"))
+def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    results = lib.forward(*_fold_problem(info, in_dims[:-1], args[:-1]), args[-1])
+    return _unfold(info, results, (0, 1, 1, 0, 0, 0, 0))
+
+
+@torch.library.register_vmap(add_op_namespace_prefix("backward"))
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    grads = _fold(info, in_dims[:5], args[:5])
+    duals = _fold(info, in_dims[5:7], args[5:7], position=1)
+    flat = _fold_problem(info, in_dims[7:], args[7:])
+    results = lib.backward(*grads, *duals, *flat)
+    mask = 7 + Inputs._fields.index("mask")
+    return _unfold_gradients(info, results, args[mask], in_dims[mask])
+
+
+@torch.library.register_vmap(add_op_namespace_prefix("plan"))
+def _plan_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    results = lib.plan(*_fold_problem(info, in_dims, args))
+    return _unfold(info, results, (0, 1, 1))
+
+
+@torch.library.register_vmap(add_op_namespace_prefix("plan_backward"))
+def _plan_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    (grad_plan,) = _fold(info, in_dims[:1], args[:1])
+    duals = _fold(info, in_dims[1:3], args[1:3], position=1)
+    flat = _fold_problem(info, in_dims[4:], args[4:])
+    results = lib.plan_backward(grad_plan, *duals, args[3], *flat)
+    mask = 4 + Inputs._fields.index("mask")
+    return _unfold_gradients(info, results, args[mask], in_dims[mask])

@@ -1,0 +1,1 @@
+"""What torch asks of the package: its releases, lazy names, the registration of ops, programs being recorded."""

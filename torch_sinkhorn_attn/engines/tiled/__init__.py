@@ -1,0 +1,1 @@
+"""Plain PyTorch in O(n + m) memory, on any device."""

@@ -1,0 +1,1 @@
+"""What a JAX user calls: arguments in, a problem of the kernels out."""

@@ -1,0 +1,263 @@
+"""Sinkhorn attention for JAX users, with its hand-derived gradient as a `jax.custom_vjp`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from torch_sinkhorn_attn.engines.tpu.front import status
+from torch_sinkhorn_attn.engines.tpu.front.mass_scale import MassScale
+from torch_sinkhorn_attn.engines.tpu.front.prepare import Dustbin, prepare
+from torch_sinkhorn_attn.engines.tpu.method import batching
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
+from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Result, Statics
+
+
+class SinkhornAux(NamedTuple):
+    """What `sinkhorn_attention(..., return_aux=True)` returns beside the output; in float32 (float64 for float64).
+
+    row_potential, col_potential: `(..., H, L)`, `(..., H, S)` final potentials in the log domain, not differentiable; 0
+        for inactive tokens. With a dustbin one trailing entry (packed: one per segment, `min(L, S)` entries).
+    row_residual, col_residual: `(..., H)` largest absolute marginal error, not differentiable.
+    row_dustbin, col_dustbin: `(..., H, L)`, `(..., H, S)` mass sent to and got from the dustbin, differentiable; None
+        without one.
+    """
+
+    row_potential: Array
+    col_potential: Array
+    row_residual: Array
+    col_residual: Array
+    row_dustbin: Array | None
+    col_dustbin: Array | None
+
+    def status(
+        self,
+        within: float = status.CONVERGED_WITHIN,
+        attn_mask: Any = None,
+        row_mass: Any = None,
+        col_mass: Any = None,
+    ) -> np.ndarray:
+        """`(..., H)` int8, places in `status.WORDS`: 0 converged (no marginal is off by more than `within` times the
+        mean mass of an active token), 1 not converged, 2 no plan: the order of the potentials shows queries that hold
+        as much as all the keys they reach, or more. Outside of jit, for balanced calls without window, lengths or
+        segments (or with these written into the mask); repeat the call's mask and masses. 0 and 1 are no proof that a
+        plan exists: the torch function proves it, before the call.
+        """
+        return status.judged(self, within, attn_mask, row_mass, col_mass)
+
+    def verdict(self, *args: Any, **kwargs: Any) -> str:
+        """`status` in words, with the number of problems of each."""
+        found = self.status(*args, **kwargs)
+        counts = [(word, int((found == code).sum())) for code, word in enumerate(status.WORDS)]
+        return ", ".join(f"{word}: {count} of {found.size}" for word, count in counts if count)
+
+
+def sinkhorn_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    epsilon: float = 1.0,
+    window: tuple[int, int] | None = None,
+    query_lengths: Array | None = None,
+    key_lengths: Array | None = None,
+    query_segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    row_mass: Array | None = None,
+    col_mass: Array | None = None,
+    relaxation: float | tuple[float | None, float | None] | None = None,
+    dustbin: Dustbin | None = None,
+    base_iters: int = 20,
+    tail_iters: int = 2,
+    tolerance: float | None = None,
+    over_relaxation: float = 1.0,
+    gradient: str = "tail",
+    initial_potentials: tuple[Array, Array] | None = None,
+    enable_gqa: bool = False,
+    mask_floor: float | None = -1e3,
+    lowering: Lowering | None = None,
+    return_aux: bool = False,
+    dropout_seed: Array | None = None,
+) -> Array | tuple[Array, SinkhornAux]:
+    r"""Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
+
+    With scores S = scale * q.k / epsilon + mask and masses a (rows) and b (columns), T + R Sinkhorn iterations
+
+        v_j = rho_c (log b_j - LSE_i(S_ij + u_i))        u_i = rho_r (log a_i - LSE_j(S_ij + v_j))
+
+    give the plan P_ij = exp(S_ij + u_i + v_j) and the output O_i = (1/a_i) sum_j P_ij V_j. The first T iterations are
+    not differentiated, the last R are, exactly (arXiv:2605.08123, with columns first and rows last).
+
+    The arguments are those of `torch_sinkhorn_attn.sinkhorn_attention`, in the same order and with the same defaults
+    and refusals, but for `lowering` in place of `engine`, and `dropout_seed`. It works under jit, vmap, checkpoint,
+    grad (reverse mode, once) and shard_map. Arrays are data and recompile nothing; numbers, `window`, `gradient` and
+    `is_causal` are compiled in.
+
+    Only types, dtypes and shapes are checked: arrays may be traced, so nothing looks into them. The caller sees to it
+    that lengths lie in [0, L] and [0, S]; that segment ids are contiguous runs in the same order on both sides; that
+    masses are positive and their totals equal where balanced; that a mask holds neither NaN (it shows in the output)
+    nor +inf; and that the support admits a plan, which `aux.status` tells afterwards. The torch function checks all of
+    these on CPU tensors.
+
+    Args:
+        query: `(..., H, L, E)`, float16, bfloat16, float32 or float64; `...` are batch dimensions, H heads, L queries,
+            E features. Potentials and sums are kept in float32 (float64 for float64).
+        key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`. S keys.
+        value: `(..., Hk, S, Ev)`.
+        attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
+            divided by epsilon; -inf, and anything at or below half the dtype's lowest value, forbids the pair. A token
+            left without any pair is inactive: output 0, gradient 0, no mass. So is one that the mask pads with a finite
+            "minus infinity"; see `mask_floor`. Gradients flow to a float mask.
+        dropout_p: probability of dropping real entries of P/a after the solve, in [0, 1).
+        is_causal: support the pairs j <= i alone, counted from the first active token on both sides (with segment ids:
+            of each segment); keys beyond the last query are inactive. Not with attn_mask. Balanced, L = S tokens have
+            no causal plan but the identity, and it is refused: it needs a dustbin, relaxation, or softmax mode. Beside
+            `window`, whose diagonal is another for L != S, both must hold.
+        scale: default 1/sqrt(E).
+        epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
+        window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
+            first and the last with the last *active* tokens.
+        query_lengths, key_lengths: integers `(...)`: only so many leading tokens are active.
+        query_segment_ids, key_segment_ids: integers `(..., L)`, `(..., S)`: packed sequences, contiguous runs in the
+            same order; negative is inactive. Packed equals separate.
+        row_mass, col_mass: positive, broadcasting to `(..., H, L)`, `(..., H, S)`. Default: uniform with the other
+            side's total; with neither given, a = 1 and b = n/m. Constants. The output of a balanced problem does not
+            depend on their unit.
+        relaxation: KL penalty strength tau > 0 for both marginals, or `(row tau, column tau)`, in score units; None
+            keeps a side balanced. rho = tau / (tau + epsilon).
+        dustbin: `Dustbin` (of this module) for tokens without a partner.
+        base_iters: T, stopped iterations. Default 20.
+        tail_iters: R, differentiated iterations. Default 2. T = R = 0 is softmax attention.
+        tolerance: 0 or more; None and 0 run all T. Each problem (batch element, head and, when packed, segment) ends
+            its T iterations early, after one or more of them, once the next column half-step would move none of its
+            v_j by more; the R last always run.
+        over_relaxation: omega between 0 and 2: each half-step of the T iterations gives (1 - omega) * old + omega * new
+            potential. Above 1 it speeds up slow problems; one too large may not converge, which the residuals tell.
+        gradient: "tail" differentiates the R last iterations, "unrolled" all T + R, "implicit" the fixed point (exact
+            if converged), by conjugate gradients. "unrolled" takes no `tolerance` and no `over_relaxation`.
+        initial_potentials: warm start `(row, column)` as in `SinkhornAux`. Constants.
+        enable_gqa: allow grouped queries: query head h reads key head h // (H / Hk).
+        mask_floor: negative, in the units of a float mask: a token whose every mask entry inside the support lies
+            `-mask_floor` or more below the highest of its problem is inactive, as if they were -inf. None keeps every
+            finite entry. Softmax mode ignores it. Default -1e3.
+        lowering: how it is computed; None: plain XLA, `Lowering()`. `Lowering("auto")` takes the TPU's kernels.
+        return_aux: also return `SinkhornAux` (its residuals cost one more pass).
+        dropout_seed: a `jax.random.key`, or `[2]` uint32; needed with `dropout_p`. Entries are dropped by seed, head,
+            row and column: give each step its own, and inside shard_map each shard (`jax.random.fold_in`).
+
+    Returns:
+        `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape or number, with its name and a way out.
+
+    >>> q, k, v = (jax.random.normal(jax.random.key(i), (4, 10, 8)) for i in range(3))
+    >>> sinkhorn_attention(q, k, v, window=(3, 3)).shape
+    (4, 10, 8)
+    """
+    inputs, constants, statics, batch, unit = prepare(
+        query, key, value, attn_mask, enable_gqa,
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, epsilon=epsilon, window=window,
+        query_lengths=query_lengths, key_lengths=key_lengths, query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass, relaxation=relaxation, dustbin=dustbin,
+        base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance, over_relaxation=over_relaxation,
+        gradient=gradient, initial_potentials=initial_potentials, mask_floor=mask_floor, dropout_seed=dropout_seed,
+    )  # fmt: skip
+    if lowering is not None and not isinstance(lowering, Lowering):
+        raise TypeError(f"lowering must be a Lowering or None, got {lowering!r}; pass Lowering(shape=...).")
+    how = _How(statics, Lowering() if lowering is None else lowering, return_aux)
+    result = _attention(how, *vary_together((inputs, constants)))
+
+    def shaped(x: Array) -> Array:
+        return x.reshape(*batch, *x.shape[1:])
+
+    assert result.output is not None
+    output = shaped(result.output).astype(query.dtype)
+    if not return_aux:
+        return output
+    fixed = (result.row_potentials[-1], result.col_potentials[-1], result.row_residual, result.col_residual)
+    masses = (result.row_dustbin, result.col_dustbin)
+    if unit is not None:
+        fixed = (*_in_callers_unit(fixed[:2], unit, constants), unit.back(fixed[2]), unit.back(fixed[3]))
+        row, col = (None if x is None else unit.back(x) for x in masses)
+        masses = row, col
+    bins = (None if x is None else shaped(x) for x in masses)
+    return output, SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
+
+
+def _in_callers_unit(potentials: tuple[Array, Array], scale: MassScale, constants: Constants) -> tuple[Array, Array]:
+    """0 where a token is inactive."""
+    pairs = (
+        (constants.log_row_mass, constants.log_row_capacity),
+        (constants.log_col_mass, constants.log_col_capacity),
+    )
+    logs = (x if bins is None else jnp.concatenate([x, bins], -1) for x, bins in pairs)
+    row, col = (
+        jnp.where(mass > -jnp.inf, x + shift, 0)
+        for x, shift, mass in zip(potentials, scale.shifts(potentials[0].dtype), logs, strict=True)
+    )
+    return row, col
+
+
+class _How(NamedTuple):
+    """What is compiled in."""
+
+    statics: Statics
+    lowering: Lowering
+    residuals: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: _How, inputs: Inputs, constants: Constants) -> Result:
+    return batching.forward(inputs, constants, how.statics, how.lowering, how.residuals)
+
+
+def _attention_fwd(how: _How, inputs: Any, constants: Any) -> tuple[Result, tuple[Any, ...]]:
+    mask = inputs.mask
+    wants_mask = mask is not None and mask.perturbed and jnp.issubdtype(mask.value.dtype, jnp.floating)
+    inputs, constants = jax.tree.map(lambda x: x.value, (inputs, constants))
+    result = _attention(how, inputs, constants)  # not its body: a second derivative is to find `_refuse`
+    marker = () if wants_mask else None  # a residual's structure is static, its leaves are not
+    return result, (inputs, constants, (result.output, result.row_potentials, result.col_potentials), marker)
+
+
+def _attention_bwd(how: _How, kept: tuple[Any, ...], grad: Result) -> tuple[Inputs, None]:
+    inputs, constants, saved, marker = kept
+    given = [
+        None if x is None or isinstance(x, jax.custom_derivatives.SymbolicZero) else x
+        for x in (grad.output, grad.row_dustbin, grad.col_dustbin)
+    ]
+    grads = (jnp.zeros_like(saved[0]) if given[0] is None else given[0], given[1], given[2])
+    found = _gradients(how, inputs, constants, saved, grads, marker)
+    cast = (None if g is None else g.astype(x.dtype) for x, g in zip(inputs, found, strict=True))
+    return Inputs._make(cast), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(
+    how: _How, inputs: Inputs, constants: Constants, saved: tuple[Any, ...], grads: tuple[Any, ...], marker: Any
+) -> Inputs:
+    return batching.backward(inputs, constants, how.statics, how.lowering, saved, grads, mask_grad=marker is not None)
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "sinkhorn_attention has no second derivative in JAX: its gradient is a kernel. Stop it with lax.stop_gradient, "
+        "or differentiate the torch function, whose higher derivatives are dense."
+    )
+
+
+_gradients.defvjp(_refuse, _refuse)

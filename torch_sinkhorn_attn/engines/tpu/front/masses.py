@@ -1,0 +1,62 @@
+"""Masses of the marginals and capacities of the dustbin: defaults, and one value for each problem where it has one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from torch_sinkhorn_attn.engines.tpu.method.segments import by_segment, segment_max, segment_sum
+
+Pair = tuple[Array | None, Array | None]  # a row side and a column side
+
+
+class Side(NamedTuple):
+    """Rows or columns: the masses given `[N, H, n]` or None, who is active, and the segment of each token `[N, 1, n]`
+    or None."""
+
+    given: Array | None
+    active: Array
+    segment: Array | None
+
+    def total(self, x: Array, groups: int) -> Array:
+        """`[N, H, n]` summed over each problem, `[N, H, G]`."""
+        return segment_sum(x, self.segment, groups)
+
+    def spread(self, total: Array, on: Array) -> Array:
+        """The mass `[N, H, G]` of each problem shared evenly by its active tokens; `on` is 1 where active, else 0."""
+        share = total / jnp.maximum(self.total(on, total.shape[-1]), 1)
+        return on * by_segment(share, self.segment, on.shape[-1])
+
+
+def marginal_masses(rows: Side, cols: Side, groups: int, has_dustbin: bool, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """a `[N, H, L]` and b `[N, H, S]`: the given ones, 0 where inactive, or the default: uniform with the other side's
+    total in each problem (1 and n/m if neither is given); 1 with a dustbin."""
+    row_on, col_on = rows.active.astype(dtype), cols.active.astype(dtype)
+    a, b = (None if x.given is None else jnp.where(x.active, x.given.astype(dtype), 0) for x in (rows, cols))
+    if has_dustbin:
+        return row_on if a is None else a, col_on if b is None else b
+    if a is None:
+        a = row_on if b is None else rows.spread(cols.total(b, groups), row_on)
+    if b is None:
+        b = cols.spread(rows.total(a, groups), col_on)
+    return a, b
+
+
+def dustbin_capacities(given: Pair, a: Array, b: Array, rows: Side, cols: Side, bins: int) -> Pair:
+    """(row_capacity, col_capacity) `[N, H, G]` from the caller's `[N, H, L]` and `[N, H, S]`; 0 for segments that do
+    not exist, None without a dustbin."""
+    if bins == 0:
+        return None, None
+    row_total, col_total = rows.total(a, bins), cols.total(b, bins)
+    row, col = (
+        None if x is None else segment_max(jnp.where(mass > 0, x.astype(a.dtype), 0), side.segment, bins)
+        for x, mass, side in ((given[0], a, rows), (given[1], b, cols))
+    )
+    if row is None:
+        row = col_total if col is None else col_total + col - row_total
+    if col is None:
+        col = row_total + row - col_total
+    live = (row_total > 0) & (col_total > 0)
+    return jnp.where(live, row, 0), jnp.where(live, col, 0)

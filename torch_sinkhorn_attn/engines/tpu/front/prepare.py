@@ -1,0 +1,219 @@
+"""User arguments in, `Inputs`, `Constants` and `Statics` out: what
+`torch_sinkhorn_attn.problem.arguments` is for tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from torch_sinkhorn_attn.engines.tpu.front.checks import flattened, is_array, not_traced, score_mask, tokens
+from torch_sinkhorn_attn.engines.tpu.front.mask_scan import active_tokens
+from torch_sinkhorn_attn.engines.tpu.front.mass_scale import MassScale, find_scale
+from torch_sinkhorn_attn.engines.tpu.front.masses import Pair, Side, dustbin_capacities, marginal_masses
+from torch_sinkhorn_attn.engines.tpu.front.support import build_support, token_ids
+from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics, compute_dtype
+from torch_sinkhorn_attn.problem import scalars
+from torch_sinkhorn_attn.problem.causal import checked_causal, refuse_balanced_causal
+
+
+class Dustbin(NamedTuple):
+    """Scores, capacities and value of the dustbin; gradients flow to the scores and the value.
+
+    row_score, col_score: of leaving a query or a key unmatched, numbers or arrays broadcasting to `(..., H, L)` and
+        `(..., H, S)`, per head `(H, 1)`; in score units, as `scale * q.k`.
+    corner_score: number, or array broadcasting to `(..., H)`.
+    row_capacity, col_capacity: positive masses of the dustbin row and column, likewise, constant within each problem.
+        Default: the other side's total active mass, or what balance leaves if the other one is given.
+    value: array broadcasting to `(..., H, Ev)` that mass sent to the dustbin reads; zero by default.
+    """
+
+    row_score: Array | float
+    col_score: Array | float
+    corner_score: Array | float = 0.0
+    row_capacity: Array | float | None = None
+    col_capacity: Array | float | None = None
+    value: Array | None = None
+
+
+class Prepared(NamedTuple):
+    inputs: Inputs
+    constants: Constants
+    statics: Statics
+    batch: tuple[int, ...]  # the user's leading dimensions, flattened to N
+    scale: MassScale | None  # of the problem's masses, None where they are the user's
+
+
+_NUMBERS = (
+    "scale", "epsilon", "window", "relaxation", "base_iters", "tail_iters", "tolerance", "over_relaxation", "gradient",
+)  # fmt: skip
+
+
+def prepare(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool, **options: Any) -> Prepared:
+    """Check by type and shape, and canonicalise; `options` are those of `sinkhorn_attention`, all of them."""
+    query, key, value = tokens(query, key, value, enable_gqa)
+    batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
+    num, dtype, dustbin = math.prod(batch), compute_dtype(query), options["dustbin"]
+    numbers = {name: options[name] for name in _NUMBERS}
+    not_traced(**numbers, mask_floor=options["mask_floor"], dropout_p=options["dropout_p"])
+    o = scalars.solver(features, str(dtype), **numbers)
+    floor, dropout_p = scalars.floor(options["mask_floor"]), scalars.dropout(options["dropout_p"])
+    if dustbin is not None and not isinstance(dustbin, Dustbin):
+        raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
+
+    def integers(name: str, *rest: int) -> Array | None:
+        return flattened(name, options[name], "integer", batch, rest)
+
+    segments = integers("query_segment_ids", length), integers("key_segment_ids", size)
+    if (segments[0] is None) != (segments[1] is None):
+        raise ValueError(
+            "query_segment_ids and key_segment_ids belong together: pass both (the same array in self-attention)."
+        )
+    lengths = integers("query_lengths"), integers("key_lengths")
+    packed = segments[0] is not None
+    bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
+    mask = score_mask(attn_mask, batch, (heads, length, size))
+    masses = tuple(
+        flattened(name, options[name], "floating-point", batch, (heads, n))
+        for name, n in (("row_mass", length), ("col_mass", size))
+    )
+    initial = _initial(options["initial_potentials"], batch, (heads, length + bins), (heads, size + bins), dtype)
+    scores, given = _dustbin(dustbin, batch, heads, length, size, value.shape[-1], dtype)
+
+    ids = [
+        token_ids(num, n, count, segment) for n, count, segment in zip((length, size), lengths, segments, strict=True)
+    ]
+    balanced = o.rho == (1.0, 1.0) and dustbin is None and masses == (None, None)
+    softmax_mode = balanced and o.base_iters == o.tail_iters == 0
+    window, causal = o.window, False
+    if checked_causal(options["is_causal"], attn_mask):
+        plain = not packed and lengths == (None, None)
+        if plain and balanced:
+            refuse_balanced_causal(length, size, o.window, softmax_mode)
+        causal = not (plain and length == size)
+        if not causal:  # then it is a window, which the kernels know ahead of the data
+            window = (-1 if o.window is None else o.window[0], 0)
+    support = build_support(ids[0], ids[1], window, packed, causal)
+    row_active, col_active = support.row_active[:, None], support.col_active[:, None]
+    if mask is not None:
+        low = None if softmax_mode else floor
+        row_active, col_active = active_tokens(lax.stop_gradient(mask), support, packed, dtype, low)
+    row_active = jnp.broadcast_to(row_active, (num, heads, length))
+    col_active = jnp.broadcast_to(col_active, (num, heads, size))
+    row_segment, col_segment = (support.row_segment, support.col_segment) if packed else (None, None)
+    groups = max(1, min(length, size)) if packed else 1
+    rows = Side(masses[0], row_active, None if row_segment is None else row_segment[:, None])
+    cols = Side(masses[1], col_active, None if col_segment is None else col_segment[:, None])
+    a, b = marginal_masses(rows, cols, groups, dustbin is not None, dtype)
+    capacities = dustbin_capacities(given, a, b, rows, cols, bins)
+    scale = None
+    if o.rho == (1.0, 1.0) and any(x is not None for x in (*masses, *given)):
+        every = [x for x in (a, b, *capacities) if x is not None]
+        scale = find_scale(every, half_steps=o.base_iters + o.tail_iters > 0)
+    if scale is not None:
+        a, b = scale.into(a), scale.into(b)
+        row, col = (None if x is None else scale.into(x) for x in capacities)
+        capacities = row, col
+        if initial[0] is not None:  # a start from 0 does not depend on the unit
+            moved = [None if x is None else x - y for x, y in zip(initial, scale.shifts(dtype), strict=True)]
+            initial = moved[0], moved[1]
+
+    stopped, kept = o.base_iters, o.tail_iters
+    if o.gradient == "unrolled":
+        stopped, kept = 0, stopped + kept
+    statics = Statics(
+        scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1], stopped=stopped, kept=kept,
+        tolerance=o.tolerance, over_relaxation=o.over_relaxation, implicit=o.gradient == "implicit",
+        dropout_p=dropout_p, banded=packed or window is not None or causal,
+        window_left=-1 if window is None else window[0], window_right=-1 if window is None else window[1],
+        uniform=not (packed or causal) and lengths == (None, None),
+    )  # fmt: skip
+    log_capacities = [None if x is None else jnp.log(x) for x in capacities]
+    constants = Constants(
+        row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
+        log_row_mass=jnp.log(a), log_col_mass=jnp.log(b), row_segment=row_segment, col_segment=col_segment,
+        log_row_capacity=log_capacities[0], log_col_capacity=log_capacities[1],
+        initial_row=initial[0], initial_col=initial[1], dropout_seed=_seed(options["dropout_seed"], dropout_p),
+    )  # fmt: skip
+    flat = [x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
+    if mask is not None or not statics.uniform:
+        by_head = mask is not None and mask.shape[1] > 1
+        flat = _without_inactive(flat, row_active, col_active, by_head)
+    return Prepared(Inputs._make((*flat, mask, *scores)), lax.stop_gradient(constants), statics, batch, scale)
+
+
+def _without_inactive(tensors: list[Array], row_active: Array, col_active: Array, by_head: bool) -> list[Array]:
+    """Zeros in place of inactive tokens, whose NaN would spread through 0 * NaN. Where a mask may make a key inactive
+    for some of the query heads that read it alone (`by_head`), each head gets its own copy."""
+    query, key, value = tensors
+    group = query.shape[1] // key.shape[1]
+    if by_head and group > 1:
+        key, value = jnp.repeat(key, group, 1), jnp.repeat(value, group, 1)
+    elif group > 1:
+        col_active = col_active[:, ::group]
+    return [
+        jnp.where(row_active[..., None], query, 0),
+        jnp.where(col_active[..., None], key, 0),
+        jnp.where(col_active[..., None], value, 0),
+    ]
+
+
+def _initial(
+    given: Any, batch: tuple[int, ...], rows: tuple[int, int], cols: tuple[int, int], dtype: jnp.dtype
+) -> Pair:
+    if given is None:
+        return None, None
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(
+            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
+        )
+    pair = []
+    for side, x, shape in (("row", given[0], rows), ("column", given[1], cols)):
+        name = f"initial_potentials ({side})"
+        x = flattened(name, x, "floating-point", batch, shape)
+        if x is None:
+            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+        pair.append(x.astype(dtype))
+    return pair[0], pair[1]
+
+
+def _dustbin(
+    dustbin: Dustbin | None, batch: tuple[int, ...], heads: int, length: int, size: int, width: int, dtype: jnp.dtype
+) -> tuple[tuple[Array | None, ...], Pair]:
+    """(row_score, col_score, corner_score, value) of `Inputs`, differentiable, and the capacities given."""
+    if dustbin is None:
+        return (None,) * 4, (None, None)
+    found: dict[str, Array | None] = {}
+    shapes = {
+        "row_score": (heads, length), "col_score": (heads, size), "corner_score": (heads,), "value": (heads, width),
+        "row_capacity": (heads, length), "col_capacity": (heads, size),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        x = getattr(dustbin, name)
+        if x is not None and not is_array(x) and name != "value":
+            not_traced(**{f"Dustbin {name}": x})
+            x = jnp.asarray((scalars.positive if "capacity" in name else scalars.number)(f"Dustbin {name}", x), dtype)
+        elif x is None and not ("capacity" in name or name == "value"):
+            raise TypeError(f"Dustbin {name} must be a number or an array, got None.")
+        x = flattened(f"Dustbin {name}", x, "floating-point", batch, shape)
+        found[name] = None if x is None else x.astype(dtype)
+    scores = tuple(found[name] for name in ("row_score", "col_score", "corner_score", "value"))
+    return scores, (found["row_capacity"], found["col_capacity"])
+
+
+def _seed(seed: Any, dropout_p: float) -> Array | None:
+    """Two 32-bit words, from a PRNG key or `[2]` uint32."""
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout_p={dropout_p} needs dropout_seed: pass a jax.random.key, another in every step.")
+    if not is_array(seed):
+        raise TypeError(f"dropout_seed must be a jax.random.key or an array [2] of uint32, got {type(seed).__name__}.")
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ():
+        return jax.random.bits(seed, (2,), jnp.uint32)
+    if seed.dtype != jnp.uint32 or seed.shape != (2,):
+        raise ValueError(f"dropout_seed is {seed.dtype}{list(seed.shape)}; a jax.random.key or uint32[2] is needed.")
+    return jnp.asarray(seed)

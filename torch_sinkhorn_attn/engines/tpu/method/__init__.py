@@ -1,0 +1,1 @@
+"""The solve and its adjoint in JAX, the same for every lowering."""

@@ -1,0 +1,90 @@
+"""One launch of a resident kernel: a grid step for each batch element and head, everything by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torch_sinkhorn_attn.engines.tpu.method import dropout
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.schedule import Augmented
+
+OWN_DTYPE = {
+    "query",
+    "key",
+    "head_key",
+    "value",
+    "grad",
+    "col_lo",
+    "col_hi",
+}  # the other operands are in the compute dtype
+_BY_KEY_HEAD = {"key", "value"}
+_BY_BATCH = {"col_lo", "col_hi"}
+
+Shapes = dict[str, tuple[int, ...]]
+Scratch = dict[str, tuple[tuple[int, ...], Any]]
+
+
+def launch(
+    name: str,
+    body: Callable[..., None],
+    problem: Augmented,
+    lowering: Lowering,
+    first: Array,
+    operands: dict[str, Array],
+    results: Shapes,
+    scratch: Scratch,
+) -> dict[str, Array]:
+    """Run `body(names, *refs)` over all heads.
+
+    Args:
+        first: `[N, rows]`, the strip's first column blocks.
+        operands: `[N, H, ...]`, `[N, Hk, ...]` or `[N, ...]` by name, the last two dimensions in VMEM at once.
+        results: shapes of one head's results, which come back as `[N, H, *shape]` in the compute dtype.
+        scratch: shape and dtype of a head's workspace.
+    """
+    num, heads = problem.constants.log_row_mass.shape[:2]
+    group = np.int32(heads // problem.inputs.key.shape[1])
+    prefetched = {"first": first}
+    if problem.constants.dropout_seed is not None:
+        prefetched["stream"] = dropout.head_streams(problem.constants)
+    operands = {key: x if key in OWN_DTYPE else x.astype(problem.dtype) for key, x in operands.items()}
+
+    def block_of(key: str, shape: tuple[int, ...]) -> pl.BlockSpec:
+        if key in _BY_KEY_HEAD:
+            return pl.BlockSpec((1, 1, *shape), lambda n, h, *_: (n, lax.div(h, group), 0, 0))
+        if key in _BY_BATCH:
+            return pl.BlockSpec((1, *shape), lambda n, h, *_: (n, 0, 0))
+        return pl.BlockSpec((1, 1, *shape), lambda n, h, *_: (n, h, 0, 0))
+
+    run = pl.pallas_call(
+        functools.partial(body, (*prefetched, *operands, *results, *scratch)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetched),
+            grid=(num, heads),
+            in_specs=[block_of(key, x.shape[-2:]) for key, x in operands.items()],
+            out_specs=[block_of(key, shape) for key, shape in results.items()],
+            scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((num, heads, *shape), problem.dtype) for shape in results.values()],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=lowering.vmem_limit
+        ),
+        interpret=lowering.interpret,
+        name=name,
+    )
+    with jax.named_scope(name):  # by which the compiler's listings call it
+        found = run(*prefetched.values(), *operands.values())
+    return dict(zip(results, found, strict=True))
+
+
+def resident_or_streamed(suited: Array, resident: Callable[[], Any], streamed: Callable[[], Any]) -> Any:
+    """The branch the data want: `suited` says whether they fit the strip and stay in range."""
+    return lax.cond(suited, resident, streamed)

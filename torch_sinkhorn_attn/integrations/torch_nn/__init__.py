@@ -1,0 +1,1 @@
+"""torch.nn.MultiheadAttention: its masks, its nested tensors, and its replacement in a model."""

@@ -1,0 +1,1 @@
+"""The mathematics, dense and without tiles: the definition, its adjoint and what is built on them."""

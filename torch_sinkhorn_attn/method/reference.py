@@ -1,0 +1,288 @@
+"""The definition: dense, any dtype, differentiated by autograd (engine "reference"). Read this file to know what is
+computed; every other engine is tested against it in float64.
+
+The dustbin is an ordinary extra row and column here (one per segment), so the whole method is four lines of algebra on
+the augmented scores `[N, H, L+G, S+G]`:
+
+    v = rho_c (log b - LSE_i(S + u))        u = rho_r (log a - LSE_j(S + v))        P = exp(S + u + v)
+
+Formulas: D. Forde, arXiv:2605.08123, in the order columns first, rows last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.compat.once import differentiable_once
+from torch_sinkhorn_attn.method.dropout import keep_mask
+from torch_sinkhorn_attn.method.implicit import FIRST_ONLY, DensePlan, implicit_duals
+from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result, compute_dtype, full_precision
+from torch_sinkhorn_attn.problem.support import (
+    Components,
+    by_segment,
+    centre_gauge,
+    components,
+    largest,
+    mass_of,
+    segment_max,
+    segments,
+    with_dustbin,
+)
+
+
+class Dense(NamedTuple):
+    """The augmented problem as dense tensors: `scores [N, H, L+G, S+G]`, -inf off the support, and its log masses."""
+
+    scores: Tensor
+    log_a: Tensor  # [N, H, L+G]
+    log_b: Tensor  # [N, H, S+G]
+
+
+def forward(inputs: Inputs, problem: Problem) -> Result:
+    """Attention by the definition. Differentiable in every tensor of `inputs`, twice unless the gradient is
+    implicit."""
+    assert inputs.value is not None
+    dense = dense_problem(inputs, problem)
+    plan, potentials = plan_and_potentials(dense, problem)
+    length, size = problem.log_row_mass.shape[-1], problem.log_col_mass.shape[-1]
+    real = plan[..., :length, :size]
+    to_bin, from_bin = plan[..., :length, size:].sum(-1), plan[..., length:, :size].sum(-2)
+    if problem.dropout_seed is not None:
+        real = real * keep_mask(problem, real) / (1 - problem.dropout_p)
+    value = _per_head(inputs.value, real.shape[1]).to(real.dtype)
+    mass = real @ value
+    if inputs.dustbin_value is not None:
+        mass = mass + to_bin[..., None] * inputs.dustbin_value.to(real.dtype)[:, :, None]
+    output = mass / mass_of(problem.log_row_mass.to(real.dtype))[..., None]
+    row_residual, col_residual = marginal_residuals(plan.detach(), dense)
+    empty = plan.new_zeros(0)
+    if not problem.has_dustbin:
+        to_bin, from_bin = empty, empty
+    return Result(output, potentials, row_residual, col_residual, to_bin, from_bin)
+
+
+def plan(inputs: Inputs, problem: Problem) -> Tensor:
+    """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin (the last entries summed over segments)."""
+    full, _ = plan_and_potentials(dense_problem(inputs, problem), problem)
+    return fold_dustbins(full, problem)
+
+
+def fold_dustbins(full: Tensor, problem: Problem) -> Tensor:
+    """Sum the G dustbin rows and columns of an augmented `[..., L+G, S+G]` to one each."""
+    if problem.num_dustbins <= 1:
+        return full
+    length, size = problem.log_row_mass.shape[-1], problem.log_col_mass.shape[-1]
+    rows = torch.cat([full[..., :length, :], full[..., length:, :].sum(-2, keepdim=True)], -2)
+    return torch.cat([rows[..., :size], rows[..., size:].sum(-1, keepdim=True)], -1)
+
+
+def unfold_dustbins(grad: Tensor, problem: Problem) -> Tensor:
+    """The transpose of `fold_dustbins`: every dustbin row and column gets the cotangent of their sum."""
+    extra = problem.num_dustbins - 1
+    if extra < 1:
+        return grad
+    grad = torch.cat([grad, grad[..., -1:, :].expand(*grad.shape[:-2], extra, -1)], -2)
+    return torch.cat([grad, grad[..., -1:].expand(*grad.shape[:-1], extra)], -1)
+
+
+def dense_problem(inputs: Inputs, problem: Problem) -> Dense:
+    """Scores with mask, support and dustbin written out. The support is where both tokens are active, the interval
+    holds the column, and the mask keeps it."""
+    dtype = compute_dtype(inputs.query.dtype)
+    query, key = inputs.query.to(dtype), _per_head(inputs.key, inputs.query.shape[1]).to(dtype)
+    scores = query @ key.transpose(-1, -2) * (problem.scale / problem.epsilon)
+    support = torch.ones_like(scores, dtype=torch.bool)
+    if problem.banded:
+        column = torch.arange(scores.shape[-1], device=scores.device)
+        support = support & (column >= problem.row_lo[:, None, :, None]) & (column < problem.row_hi[:, None, :, None])
+    if inputs.mask is not None:
+        support = support & kept(inputs.mask, dtype)
+        if inputs.mask.dtype != torch.bool:
+            scores = scores + inputs.mask.to(dtype).masked_fill(~kept(inputs.mask, dtype), 0.0)
+    log_a, log_b = problem.log_row_mass.to(dtype), problem.log_col_mass.to(dtype)
+    if problem.has_dustbin:
+        assert problem.log_row_capacity is not None and problem.log_col_capacity is not None
+        scores, support = _with_dustbin_scores(scores, support, inputs, problem)
+        log_a = with_dustbin(log_a, problem.log_row_capacity.to(dtype))
+        log_b = with_dustbin(log_b, problem.log_col_capacity.to(dtype))
+    support = support & (log_a > -torch.inf)[..., :, None] & (log_b > -torch.inf)[..., None, :]
+    return Dense(scores.masked_fill(~support, -torch.inf), log_a, log_b)
+
+
+def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potentials]:
+    """Solve and return the augmented plan, differentiable as `problem.gradient` says, with the tail's duals."""
+    parts = components(problem)
+    stopped, differentiated = problem.schedule
+    rho_r, rho_c, omega = problem.rho_row, problem.rho_col, problem.over_relaxation
+    implicit = problem.gradient == "implicit"
+    with torch.no_grad():
+        held = dense.scores.detach()  # no_grad alone would let forward-mode tangents through
+        u, v = stopped_base(
+            _initial(problem.initial_row, dense.log_a),
+            _initial(problem.initial_col, dense.log_b),
+            lambda u, v: half_step(held, u, dense.log_b, rho_c, dim=-2, old=v, omega=omega),
+            lambda v, u: half_step(held, v, dense.log_a, rho_r, dim=-1, old=u, omega=omega),
+            problem,
+        )
+        if problem.balanced and stopped:
+            u, v = centre_gauge(u, v, problem, parts)
+    rows, cols = [u], [v]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not implicit):
+        for _ in range(differentiated):
+            v = half_step(dense.scores, u, dense.log_b, rho_c, dim=-2)
+            u = half_step(dense.scores, v, dense.log_a, rho_r, dim=-1)
+            rows.append(u)
+            cols.append(v)
+        if differentiated == 0:
+            u = half_step(dense.scores, v, dense.log_a, rho_r, dim=-1)
+            rows = [u]
+    potentials = Potentials(torch.stack(rows).detach(), torch.stack(cols).detach())
+    if implicit:
+        function = _ImplicitPlan if torch.compiler.is_compiling() else _EagerImplicitPlan
+        return function.apply(dense.scores, u, v, problem, parts), potentials
+    return plan_of(dense, u, v), potentials
+
+
+def plan_of(dense: Dense, u: Tensor, v: Tensor) -> Tensor:
+    """The augmented plan exp(S + u + v)."""
+    return torch.exp(dense.scores + u[..., :, None] + v[..., None, :])
+
+
+HalfStep = Callable[[Tensor, Tensor], Tensor]
+
+
+def stopped_base(u: Tensor, v: Tensor, column: HalfStep, row: HalfStep, problem: Problem) -> tuple[Tensor, Tensor]:
+    """T iterations v = column(u, v), u = row(v, u): half-steps, over-relaxed by omega from the potential they replace.
+
+    With a tolerance each problem (batch element, head, segment) ends at the first (u^t, v^t), t >= 1, from which the
+    next column half-step, before over-relaxation, would move no v_j by more: max_j |v_plain_j - v_j| <= tolerance. It
+    stands still from then on; the loop itself ends when all do, where looking costs nothing (eager CPU tensors).
+    """
+    own, done = segments(problem), None
+    for t in range(problem.schedule[0]):
+        next_v = column(u, v)
+        if t and problem.tolerance:
+            change = segment_max((next_v - v).abs() / problem.over_relaxation, own.col, own.number)  # of the plain step
+            done = change <= problem.tolerance if done is None else done | (change <= problem.tolerance)
+            if can_look(done) and done.all():
+                break
+            next_v = torch.where(by_segment(done, own.col, v.shape[-1]), v, next_v)
+        next_u = row(next_v, u)
+        if done is not None:
+            next_u = torch.where(by_segment(done, own.row, u.shape[-1]), u, next_u)
+        u, v = next_u, next_v
+    return u, v
+
+
+def half_step(
+    scores: Tensor,
+    other: Tensor,
+    log_mass: Tensor,
+    rho: float,
+    dim: int,
+    old: Tensor | None = None,
+    omega: float = 1.0,
+) -> Tensor:
+    """rho (log mass - LSE_dim(scores + other)); 0 on a line without support, whose plan is 0 whatever its potential.
+
+    `dim=-2` is the column half-step (sums over rows, `other` = u), `dim=-1` the row half-step (`other` = v). With an
+    omega other than 1 it is over-relaxed from the old potential, (1 - omega) * old + omega * plain (A. Thibault, L.
+    Chizat, C. Dossal, N. Papadakis, Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport, Algorithms
+    14(5), 2021, arXiv:1711.01851).
+    """
+    dead = (scores == -torch.inf).all(dim)
+    shifted = scores + other.unsqueeze(-1 if dim == -2 else -2)
+    shifted = shifted.masked_fill(dead.unsqueeze(dim), 0.0)
+    potential = rho * (log_mass.masked_fill(dead, 0.0) - torch.logsumexp(shifted, dim))
+    if old is not None and omega != 1:
+        potential = (1 - omega) * old + omega * potential
+    return potential.masked_fill(dead, 0.0)
+
+
+def marginal_residuals(plan: Tensor, dense: Dense) -> tuple[Tensor, Tensor]:
+    """Largest |P 1 - a| and |P^T 1 - b| per head, dustbins included: `[N, H]` each."""
+    row = (plan.sum(-1) - dense.log_a.exp()).abs()
+    col = (plan.sum(-2) - dense.log_b.exp()).abs()
+    return largest(row), largest(col)
+
+
+def kept(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """True where an attn_mask keeps the entry. A float mask drops -inf and anything at or below finfo.min / 2 of its
+    own dtype or of the compute dtype it is added in."""
+    if mask.dtype == torch.bool:
+        return mask
+    return ~(mask <= max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2)  # NaN stays, to be seen
+
+
+class _ImplicitPlan(torch.autograd.Function):
+    """exp(S + u + v) whose gradient is that of the converged plan: dS = P * (D - x - y), x and y by CG."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
+        return (scores + u[..., :, None] + v[..., None, :]).exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.problem, ctx.parts = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scores, u, v = ctx.saved_tensors
+        with torch.no_grad(), full_precision(grad.device):
+            plan = DensePlan(scores + u[..., :, None] + v[..., None, :])
+            weighted = plan.plan * grad
+            x, y = implicit_duals(plan, weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
+            grad_scores = weighted - plan.plan * (x[..., :, None] + y[..., None, :])
+        return *differentiable_once([grad_scores], [scores, grad], FIRST_ONLY), None, None, None, None
+
+
+class _EagerImplicitPlan(_ImplicitPlan):
+    """torch.compile takes no Function with a jvp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(FIRST_ONLY)
+
+
+def _with_dustbin_scores(scores: Tensor, support: Tensor, inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Append the G dustbin columns and rows; token i reaches only the dustbin of its own segment."""
+    assert inputs.row_score is not None and inputs.col_score is not None and inputs.corner_score is not None
+    num = problem.num_dustbins
+    bins = torch.arange(num, device=scores.device)
+    own = [
+        (
+            torch.ones(x.shape[-1], num, dtype=torch.bool, device=scores.device)
+            if s is None
+            else (s[:, None, :, None] == bins)
+        )
+        for s, x in ((problem.row_segment, inputs.row_score), (problem.col_segment, inputs.col_score))
+    ]
+    head = scores.shape[:2]
+    row = (inputs.row_score.to(scores.dtype) / problem.epsilon)[..., :, None].expand(*head, -1, num)
+    col = (inputs.col_score.to(scores.dtype) / problem.epsilon)[..., None, :].expand(*head, num, -1)
+    corner = (inputs.corner_score.to(scores.dtype) / problem.epsilon)[..., None, None].expand(*head, num, num)
+    scores = torch.cat([torch.cat([scores, row], -1), torch.cat([col, corner], -1)], -2)
+    own_row, own_col = own[0].expand(*head, -1, num), own[1].transpose(-1, -2).expand(*head, num, -1)
+    diagonal = torch.eye(num, dtype=torch.bool, device=scores.device).expand(*head, num, num)
+    support = torch.cat([torch.cat([support, own_row], -1), torch.cat([own_col, diagonal], -1)], -2)
+    return scores, support
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """GQA: `[N, Hk, S, E]` to `[N, H, S, E]`, query head h reading key head h // (H / Hk)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _initial(given: Tensor | None, log_mass: Tensor) -> Tensor:
+    start = torch.zeros_like(log_mass) if given is None else given.to(log_mass.dtype)
+    return start.masked_fill(log_mass == -torch.inf, 0.0)

@@ -1,0 +1,158 @@
+"""Checks of one argument at a time, of its type, shape and device: each returns the argument in canonical form or
+raises a TypeError or ValueError that names it, its value and the way out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn.engines import check_name
+from torch_sinkhorn_attn.problem import scalars
+from torch_sinkhorn_attn.problem.problem import compute_dtype
+from torch_sinkhorn_attn.problem.scalars import Solver, broadcasts
+from torch_sinkhorn_attn.problem.tensor_kinds import check_kind, plain_mask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Types, dtypes, devices and shapes of query, key and value; autocast applied."""
+    given = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+        check_kind(name, x)
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
+        lower = torch.get_autocast_dtype(query.device.type)
+        given = {k: x.to(lower) if x.is_floating_point() and x.dtype != torch.float64 else x for k, x in given.items()}
+        query, key = given["query"], given["key"]
+        value = given.get("value")
+    for name, x in given.items():
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}; use float32, float64, bfloat16 or float16.")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}; cast them to one dtype.")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move them to one device.")
+    shapes = [None if x is None else tuple(x.shape) for x in (query, key, value)]
+    scalars.token_shapes(shapes[0], shapes[1], shapes[2], enable_gqa)  # type: ignore[arg-type]
+    return query, key, value
+
+
+def no_tensors(**options: Any) -> None:
+    """TypeError or ValueError for a tensor where a Python number is compiled in."""
+    for name, given in options.items():
+        for x in given if isinstance(given, (tuple, list)) else (given,):
+            if not isinstance(x, Tensor):
+                continue
+            if x.requires_grad:
+                raise ValueError(f"{name} is a constant and cannot require grad; to learn it, scale the query instead.")
+            raise TypeError(f"{name} must be a Python number, got a tensor; pass float({name}).")
+
+
+def solver(
+    features: int,
+    dtype: torch.dtype,
+    scale: Any,
+    epsilon: Any,
+    window: Any,
+    relaxation: Any,
+    base_iters: Any,
+    tail_iters: Any,
+    tolerance: Any,
+    over_relaxation: Any,
+    gradient: Any,
+    engine: Any,
+) -> Solver:
+    """Everything about the iteration that can be checked without tensors; `dtype` is the compute dtype."""
+    no_tensors(scale=scale, epsilon=epsilon, relaxation=relaxation)
+    no_tensors(tolerance=tolerance, over_relaxation=over_relaxation)
+    for name, x in (("base_iters", base_iters), ("tail_iters", tail_iters)):
+        if isinstance(x, Tensor):
+            raise TypeError(f"{name} must be an integer, got {x!r}.")
+    checked = scalars.solver(
+        features, "float64" if dtype == torch.float64 else "float32", scale, epsilon, window, relaxation,
+        base_iters, tail_iters, tolerance, over_relaxation, gradient,
+    )  # fmt: skip
+    if engine is not None and not isinstance(engine, str):
+        raise TypeError(f"engine must be a name or None, got {engine!r}.")
+    check_name(engine)
+    return checked
+
+
+def score_mask(mask: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
+    """The caller's mask as a 4-D view broadcasting to [N, H, L, S]."""
+    mask = plain_mask(mask, query.device)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}.")
+    check_kind("attn_mask", mask)
+    if mask.dtype not in (torch.bool, *DTYPES):
+        raise TypeError(
+            f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
+        )
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask is on {mask.device} but query is on {query.device}; move it.")
+    if not broadcasts(mask.shape, shape):
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, which does not broadcast to {shape}.")
+    mask = mask.reshape(*(1,) * (len(shape) - mask.ndim), *mask.shape)
+    lead, batch = mask.shape[:-3], shape[:-3]
+    if math.prod(lead) == 1:
+        return mask.reshape(1, *mask.shape[-3:])
+    # Only a mask that broadcasts over some of several batch dimensions but not all is copied here.
+    return mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
+
+
+def integers(name: str, x: Any, shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor | None:
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be an integer tensor of shape {tuple(shape)}, got {kind}.")
+    check_kind(name, x)
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but query is on {device}; move it.")
+    if not broadcasts(x.shape, tuple(shape)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; {tuple(shape)} is needed.")
+    return x.expand(shape)
+
+
+def constant(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
+    """A floating-point constant expanded to `shape`."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor broadcasting to {shape}, got {kind}.")
+    check_kind(name, x)
+    if x.requires_grad:
+        raise ValueError(f"{name} is a constant and cannot require grad; pass {name}.detach().")
+    if x.device != query.device:
+        raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move it.")
+    if not broadcasts(x.shape, shape):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, which does not broadcast to {shape}.")
+    return x.expand(shape)
+
+
+def potentials(
+    given: Any, batch: torch.Size, heads: int, rows: int, cols: int, query: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """A warm start as `[N, H, rows]` and `[N, H, cols]`."""
+    if given is None:
+        return None, None
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(
+            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
+        )
+    pair = []
+    for side, x, n in (("row", given[0], rows), ("column", given[1], cols)):
+        name = f"initial_potentials ({side})"
+        x = constant(name, x, (*batch, heads, n), query)
+        if x is None:
+            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+        pair.append(x.to(compute_dtype(query.dtype)).reshape(math.prod(batch), heads, n))
+    return pair[0], pair[1]

@@ -1,0 +1,1 @@
+"""Whether a plan exists that is positive on its support: decided exactly."""

@@ -1,0 +1,125 @@
+"""What an attn_mask leaves: the tokens that stay active, and the hull of what is kept of each row's interval.
+
+A constant added to a whole line of the scores is absorbed by that line's potential: a key padded with a finite "minus
+infinity" (-1e4) would keep its mass. So entries of a float mask that lie `-floor` or more below the highest of their
+problem are *low*, and a line that has no others is inactive, as if they were -inf.
+
+It takes O(n) for masks of one row or one column (padding). For dense masks beside intervals of width W it takes O(n W)
+where data may be looked at, plus the lines of which the interval keeps nothing; elsewhere O(L S).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_sinkhorn_attn._ops import add_op_namespace_prefix
+from torch_sinkhorn_attn.boundary.op_checks import check_scan
+from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
+from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.masks.dense import DenseMask
+from torch_sinkhorn_attn.problem.masks.lines import KeyMask, Lines, MaskScan, QueryMask, without_hulls
+from torch_sinkhorn_attn.problem.support import Support
+
+
+class Extremes(NamedTuple):
+    """Of the entries of a float mask that intervals hold: scalars."""
+
+    highest: Tensor  # NaN if any of them is
+    lowest: Tensor  # of what is kept between tokens left active; 0 where nothing is
+
+
+def scan_mask(
+    mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None = None, hulls: bool = True
+) -> MaskScan:
+    """Read `mask` (4-D, broadcasting to [N, H, L, S]), which is added in `dtype`. Temporaries are O(block), results
+    O(n); without `hulls` those are empty."""
+    mask = mask.detach()
+    lines = Lines.of(support, packed)
+    if recording() and not for_onnx() and 1 not in mask.shape[-2:]:
+        row, col = _scan_op(mask, *support, packed, dtype, floor)
+        return without_hulls(row, col)
+    return _scan(mask, lines, dtype, floor, hulls)
+
+
+def _scan(mask: Tensor, lines: Lines, dtype: torch.dtype, floor: float | None, hulls: bool) -> MaskScan:
+    if 0 in (lines.length, lines.size):
+        row, col = (x.expand(-1, mask.shape[1], -1) & False for x in (lines.row_active, lines.col_active))
+        return MaskScan(row, col, row.to(torch.int64), row.to(torch.int64), col)
+    limit = _limit(mask, lines, dtype, floor)
+    reader = _reader(mask, lines, dtype)
+    if limit is None:
+        return reader.scan(None, hulls)
+    found = reader.scan(limit, hulls=False)
+    if not hulls:
+        return found
+    left = _reader(mask, lines.among(found.row_active, found.col_active), dtype).scan(None, hulls)
+    return left._replace(row_active=found.row_active, col_active=found.col_active)
+
+
+def extremes(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, left: MaskScan) -> Extremes:
+    """Of a float mask whose scan is `left`."""
+    lines = Lines.of(support, packed).among(left.row_active, left.col_active)
+    return Extremes(*_reader(mask.detach(), lines, dtype).extremes())
+
+
+def _limit(mask: Tensor, lines: Lines, dtype: torch.dtype, floor: float | None) -> Tensor | None:
+    """`[N, h, G]`: entries at or below it are low; None if none are."""
+    if floor is None or mask.dtype == torch.bool:
+        return None
+    reader = _reader(mask, lines, dtype)
+    if can_look(mask, lines.support.row_lo):
+        highest, lowest = reader.extremes()
+        if lowest > highest + floor:
+            return None
+    level = reader.level()
+    return torch.where(level.isfinite(), level + floor, -torch.inf)
+
+
+def _reader(mask: Tensor, lines: Lines, dtype: torch.dtype) -> KeyMask | QueryMask | DenseMask:
+    if mask.shape[-2] == 1:
+        return KeyMask(mask, lines, dtype)
+    return (QueryMask if mask.shape[-1] == 1 else DenseMask)(mask, lines, dtype)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("scan_mask"), mutates_args=())
+def _scan_op(
+    mask: Tensor,
+    row_lo: Tensor,
+    row_hi: Tensor,
+    col_lo: Tensor,
+    col_hi: Tensor,
+    row_segment: Tensor,
+    col_segment: Tensor,
+    row_active: Tensor,
+    col_active: Tensor,
+    packed: bool,
+    dtype: torch.dtype,
+    floor: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`_scan` of a dense mask for compiled programs: its loop over blocks would tie them to one length."""
+    support = Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
+    check_scan(mask, support, packed, dtype, floor)
+    found = _scan(mask, Lines.of(support, packed), dtype, floor, hulls=False)
+    return found.row_active.clone(), found.col_active.clone()
+
+
+@_scan_op.register_fake
+def _scan_fake(
+    mask: Tensor,
+    row_lo: Tensor,
+    row_hi: Tensor,
+    col_lo: Tensor,
+    col_hi: Tensor,
+    row_segment: Tensor,
+    col_segment: Tensor,
+    row_active: Tensor,
+    col_active: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    row, col = (
+        mask.new_empty(x.shape[0], mask.shape[1], x.shape[1], dtype=torch.bool) for x in (row_active, col_active)
+    )
+    return row, col
