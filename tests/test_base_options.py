@@ -20,7 +20,8 @@ from torch_sinkhorn_attn import (
     sinkhorn_attention,
     sinkhorn_plan,
 )
-from torch_sinkhorn_attn.engines.tiled import engine as tiled, tiles
+from torch_sinkhorn_attn.engines.tiled import tiles
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.status import SinkhornAux

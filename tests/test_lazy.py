@@ -41,7 +41,10 @@ assert "torch_sinkhorn_attn.integrations" not in sys.modules and "torch_sinkhorn
 
 
 # Each is the first to import torch, and is needed whole by the operators.
-MODULES = ("checks", "engines.registry", "mask_scan", "problem", "support", "tensor_kinds", "autograd", "functional")
+MODULES = (
+    "problem.looking", "engines.registry", "problem.masks.scan", "problem.problem", "problem.support",
+    "problem.tensor_kinds", "boundary.autograd", "functional",
+)  # fmt: skip
 
 
 def test_any_module_may_be_imported_first() -> None:
@@ -125,7 +128,8 @@ from torch_sinkhorn_attn import *
 assert all(globals()[name] is getattr(torch_sinkhorn_attn, name) for name in torch_sinkhorn_attn.__all__)
 assert torch_sinkhorn_attn.engines.cpu.NAME == "cpu"
 assert torch_sinkhorn_attn.method.reference.__name__.endswith("reference")
-from torch_sinkhorn_attn.engines import ENGINES, tiled
+from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 assert ENGINES["tiled"] is tiled
 for package in (torch_sinkhorn_attn, torch_sinkhorn_attn.engines, torch_sinkhorn_attn.engines.tpu):
     try:

@@ -11,7 +11,8 @@ from memory import PeakMemory
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, certify, sinkhorn_attention
-from torch_sinkhorn_attn.engines.tiled import engine as tiled, tiles
+from torch_sinkhorn_attn.engines.tiled import tiles
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.problem import OutputGrads
 

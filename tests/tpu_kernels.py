@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.engines.tpu.method import problem as tpu, run
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
-from torch_sinkhorn_attn.method import reference, staircase
 from torch_sinkhorn_attn.problem.problem import LEAF, Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 
@@ -54,11 +54,11 @@ def statics_of(problem: Problem) -> tpu.Statics:
     )  # fmt: skip
 
 
-class Kernels:
-    """The torch engine contract over a lowering."""
+class Kernels(Engine):
+    """The kernels of a lowering."""
 
     def __init__(self, lowering: Lowering, name: str = "jax", **options: Any):
-        self.NAME, self.lowering, self.compiler_options = name, lowering, options
+        self.name, self.lowering, self.compiler_options = name, lowering, options
 
     def status(self) -> str:
         return f"{self.lowering.shape}, for tests"
@@ -92,16 +92,3 @@ class Kernels:
         arguments = (output, potentials.row, potentials.col, grads.output, grads.to_bin, grads.from_bin)
         found, dropped = self._call(run.backward, inputs, problem, *arguments, mask_grad=grads.mask)
         return Gradients(Inputs(*(to_torch(x) for x in found)), to_torch(dropped))
-
-    def plan(self, inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
-        potentials = self.solve(inputs, problem)
-        full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
-        return reference.fold_dustbins(full, problem), potentials
-
-    def plan_backward(
-        self, inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
-    ) -> Gradients:
-        dense = reference.dense_problem(inputs, problem)
-        grad = reference.unfold_dustbins(grad_plan, problem)
-        cotangent, dropped = staircase.backward(dense, grad, potentials, problem)
-        return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.compat.tracing import one_node
-from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, traits_of
+from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, engine_of
 from torch_sinkhorn_attn.engines.tiled.engine import TiledPasses, attention_output, marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
@@ -155,7 +155,7 @@ def certify(
         else:
             potentials = ENGINES[engine].solve(inputs, problem)
         given = inputs, problem, potentials, grad_output  # what is found in them decides what is computed next
-        inputs, problem, potentials, grad_output = traits_of(query.device).fetched(given)
+        inputs, problem, potentials, grad_output = engine_of(query.device).fetched(given)
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         found = _certificate(
             tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter,

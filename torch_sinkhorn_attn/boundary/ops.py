@@ -17,14 +17,13 @@ from torch import Tensor
 from torch_sinkhorn_attn._ops import add_op_namespace_prefix, ops as lib
 from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_present, check_problem
 from torch_sinkhorn_attn.compat.tracing import refuse_onnx
-from torch_sinkhorn_attn.engines import ENGINES, traits_of
+from torch_sinkhorn_attn.engines import ENGINES, engine_of
 from torch_sinkhorn_attn.problem.problem import (
     LEAVES,
     Inputs,
     OutputGrads,
     Potentials,
     Problem,
-    Result,
     compute_dtype,
     from_leaves,
     full_precision,
@@ -74,8 +73,7 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
         check_present(query_or_cotangent=args[0])
         with full_precision(args[0].device):
-            found: tuple[Tensor, ...] = traits_of(args[0].device).call(function, args)
-            return found
+            return engine_of(args[0].device).call(function, args)
 
     return wrapped
 
@@ -93,7 +91,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args[:-1])
     check_problem(inputs, problem, engine)
     check_present(value=inputs.value)
-    result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
+    result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
     return _fresh((result.output, *result.potentials, *result[2:]), result.output)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import traits_of
+from torch_sinkhorn_attn.engines import engine_of
 from torch_sinkhorn_attn.options import Relaxation
 from torch_sinkhorn_attn.problem import data_checks
 from torch_sinkhorn_attn.problem.argument_checks import (
@@ -175,7 +175,7 @@ def prepare(
         flat = _without_inactive(flat, row_active, col_active, by_head, look)
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if has_data(query):
-        inputs = inputs._replace(query=traits_of(query.device).placed(inputs.query, query))
+        inputs = inputs._replace(query=engine_of(query.device).placed(inputs.query, query))
     return Prepared(inputs, problem, batch, query.dtype, o.engine, existence, unit)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.binding import settings
-from torch_sinkhorn_attn.engines.binding.engine import Tensors
+from torch_sinkhorn_attn.engines.binding.library import Tensors
 from torch_sinkhorn_attn.engines.tpu.method import problem as tpu
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.problem.problem import LEAF, Inputs, Problem, compute_dtype
