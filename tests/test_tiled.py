@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,9 +121,7 @@ def test_static_bounds_without_looking_at_data_cover_the_same_band(monkeypatch: 
     truth = made._spans
     elsewhere = problem.support.row_lo.to("meta")
     other = tiles.Tiles(made.inputs, problem)
-    other.problem = type(
-        "P", (), {"row_lo": elsewhere, "uniform": True, "banded": True, "window_left": 20, "window_right": 7}
-    )
+    other.problem = replace(problem, support=replace(problem.support, row_lo=elsewhere))
     assert other._spans == truth
 
 
