@@ -222,7 +222,7 @@ def test_the_defaults_are_the_plain_base(engine: str) -> None:
     ]
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     problem = prepare(q, k, v).problem
-    assert (problem.tolerance, problem.over_relaxation) == (0.0, 1.0)
+    assert (problem.solver.tolerance, problem.solver.over_relaxation) == (0.0, 1.0)
     steps = [0]
 
     def column(u: Tensor, v: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def test_static_bounds_without_looking_at_data_cover_the_same_band(monkeypatch: 
     problem = prepare(x, x, x, window=(20, 7)).problem
     made = tiles.Tiles(prepare(x, x, x, window=(20, 7)).inputs, problem)
     truth = made._spans
-    elsewhere = problem.row_lo.to("meta")
+    elsewhere = problem.support.row_lo.to("meta")
     other = tiles.Tiles(made.inputs, problem)
     other.problem = type(
         "P", (), {"row_lo": elsewhere, "uniform": True, "banded": True, "window_left": 20, "window_right": 7}

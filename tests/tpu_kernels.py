@@ -14,7 +14,7 @@ from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.engines.tpu.method import problem as tpu, run
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
-from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.problem.problem import LEAF, Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 
 def to_jax(x: Tensor | None) -> jax.Array | None:
@@ -38,19 +38,19 @@ def inputs_of(inputs: Inputs) -> tpu.Inputs:
 def constants_of(problem: Problem) -> tpu.Constants:
     """The tensors of a problem."""
     beside = ("dropout_seed", "head_index")
-    given = {name: to_jax(getattr(problem, name)) for name in tpu.Constants._fields if name not in beside}
+    given = {name: to_jax(LEAF[name](problem)) for name in tpu.Constants._fields if name not in beside}
     seed = problem.dropout_seed
     given["dropout_seed"] = None if seed is None else jnp.asarray(seed.numpy().astype(np.uint32))
     return tpu.Constants(**given)
 
 
 def statics_of(problem: Problem) -> tpu.Statics:
-    stopped, kept = problem.schedule
+    s, o = problem.solver, problem.outline
     return tpu.Statics(
-        scale=problem.scale, epsilon=problem.epsilon, rho_row=problem.rho_row, rho_col=problem.rho_col,
-        stopped=stopped, kept=kept, tolerance=problem.tolerance, over_relaxation=problem.over_relaxation,
-        implicit=problem.gradient == "implicit", dropout_p=problem.dropout_p, banded=problem.banded,
-        window_left=problem.window_left, window_right=problem.window_right, uniform=problem.uniform,
+        scale=s.scale, epsilon=s.epsilon, rho_row=s.rho_row, rho_col=s.rho_col, stopped=s.stopped, kept=s.kept,
+        tolerance=s.tolerance, over_relaxation=s.over_relaxation, implicit=s.gradient == "implicit",
+        dropout_p=s.dropout_p, banded=o.banded, window_left=o.window_left, window_right=o.window_right,
+        uniform=o.uniform,
     )  # fmt: skip
 
 

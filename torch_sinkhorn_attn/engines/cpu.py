@@ -24,6 +24,8 @@ from torch import Tensor
 from torch_sinkhorn_attn.compat import releases
 from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.problem.problem import (
+    LEAF,
+    LEAVES,
     Gradients,
     Inputs,
     OutputGrads,
@@ -42,10 +44,11 @@ _BUDGET_VARIABLE = "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB"
 _LIBRARY = _FOLDER / "_cpu.so"
 _RELEASES = _FOLDER / "_cpu_torch.txt"  # "2.9", or "2.10+": the releases of torch it is for; written by setup.py
 _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
-_TENSORS = (
-    "row_lo", "row_hi", "row_segment", "col_segment", "log_row_mass", "log_col_mass", "log_row_capacity",
-    "log_col_capacity", "initial_row", "initial_col", "dropout_seed",
-)  # fmt: skip
+# The lists of its ops, whose places csrc/checks.h names: the leaves of a problem, by type, but for the transposed
+# intervals, which the kernels do without; and counts.
+_TENSORS = tuple(x for _, x, kind in LEAVES if kind.startswith("Tensor") and x not in ("col_lo", "col_hi"))
+_NUMBERS = tuple(x for part, x, kind in LEAVES if kind == "float")
+_COUNTS = ("stopped", "kept", "implicit", "banded", "budget", "poisoned")
 
 
 def _load() -> str | None:
@@ -239,16 +242,13 @@ def _vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _arguments(inputs: Inputs, problem: Problem) -> tuple[list[Tensor | None], list[float], list[int]]:
     """The lists of csrc/ops.cpp, whose places are named there."""
     dtype = compute_dtype(inputs.query.dtype)
-    stopped, kept = problem.schedule
     tensors: list[Tensor | None] = [*inputs[:4], *(_vector(x, dtype) for x in inputs[4:])]
     for name in _TENSORS:
-        x = getattr(problem, name)
+        x = LEAF[name](problem)
         tensors.append(_vector(x, dtype) if x is not None and x.is_floating_point() else _integers(x))
-    numbers = [
-        problem.scale, problem.epsilon, problem.rho_row, problem.rho_col, problem.tolerance, problem.over_relaxation,
-        problem.dropout_p,
-    ]  # fmt: skip
-    counts = [stopped, kept, problem.gradient == "implicit", problem.banded, _budget, releases.poisons_memory()]
+    numbers = [LEAF[name](problem) for name in _NUMBERS]
+    s, poisoned = problem.solver, releases.poisons_memory()
+    counts = [s.stopped, s.kept, s.gradient == "implicit", problem.outline.banded, _budget, poisoned]
     return tensors, numbers, [int(x) for x in counts]
 
 

@@ -55,7 +55,7 @@ class TiledEngine(Engine):
         query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         passes = TiledPasses(tiles, output, grads)
-        if problem.gradient == "implicit":
+        if problem.solver.gradient == "implicit":
             zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
             passes.column(zero.row, zero)
             field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
@@ -73,9 +73,9 @@ ENGINE = TiledEngine()
 def iterate(tiles: Tiles) -> Potentials:
     """T stopped and R kept iterations: the stacked duals."""
     problem = tiles.problem
-    stopped, kept = problem.schedule
+    stopped, kept = problem.solver.stopped, problem.solver.kept
     u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem)
-    if problem.balanced and stopped:
+    if problem.solver.balanced and stopped:
         u, v = centre_gauge(u, v, problem, components(problem))
     rows, cols = [u], [v]
     for _ in range(kept):
@@ -96,8 +96,8 @@ def attention_output(tiles: Tiles) -> Tensor:
         row_sums = row_sums + tiles.dustbin_plan[0]
     if tiles.inputs.dustbin_value is not None:
         mass = mass + tiles.dustbin_plan[0][..., None] * tiles.inputs.dustbin_value.to(mass.dtype)[:, :, None]
-    divisor = mass_of(tiles.problem.log_row_mass).to(mass.dtype)
-    if tiles.problem.rho_row == 1:
+    divisor = mass_of(tiles.problem.marginals.log_row_mass).to(mass.dtype)
+    if tiles.problem.solver.rho_row == 1:
         divisor = torch.where(row_sums > 0, row_sums, divisor)
     return mass / divisor[..., None]
 
@@ -129,9 +129,10 @@ class TiledPasses:
     def __init__(self, tiles: Tiles, output: Tensor, grads: OutputGrads):
         self.tiles, self.wants_mask = tiles, grads.mask
         problem, inputs = tiles.problem, tiles.inputs
-        grad_output = grads.output.to(tiles.dtype).masked_fill((problem.log_row_mass == -torch.inf)[..., None], 0.0)
+        inactive = problem.marginals.log_row_mass == -torch.inf
+        grad_output = grads.output.to(tiles.dtype).masked_fill(inactive[..., None], 0.0)
         self.row_sums = (grad_output * output).sum(-1)  # rowsum(P*D) without a pass
-        grad = grad_output / mass_of(problem.log_row_mass)[..., None]
+        grad = grad_output / mass_of(problem.marginals.log_row_mass)[..., None]
         self.d = Cotangent(grad, None, None)
         if tiles.dustbin is not None:
             to_bin, from_bin, _ = tiles.dustbin_plan
@@ -233,15 +234,15 @@ class TiledPasses:
 def _gather(passes: TiledPasses, field: Field, dropped: Tensor) -> Gradients:
     t, d = passes.tiles, passes.d
     assert passes.grad_query is not None and passes.grad_key is not None and passes.grad_value is not None
-    factor = t.problem.scale / t.problem.epsilon
+    factor = t.problem.solver.scale / t.problem.solver.epsilon
     grad_key = t.by_group(passes.grad_key).sum(2) * factor
     grad_value = t.by_group(passes.grad_value).sum(2)
     row_score = col_score = corner_score = dustbin_value = None
     if d.to_bin is not None and d.from_bin is not None:
         assert t.dustbin is not None
         column, row, corner = t.dustbin.score_cotangent(t.log_dustbin_plan, d.to_bin, d.from_bin, field)
-        row_score, col_score = column / t.problem.epsilon, row / t.problem.epsilon
-        corner_score = corner.sum(-1) / t.problem.epsilon
+        row_score, col_score = column / t.problem.solver.epsilon, row / t.problem.solver.epsilon
+        corner_score = corner.sum(-1) / t.problem.solver.epsilon
         if t.inputs.dustbin_value is not None:
             dustbin_value = (t.dustbin_plan[0][..., None] * d.grad).sum(-2)
     cotangents = Inputs(
