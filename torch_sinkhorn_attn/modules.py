@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_sinkhorn_attn.compat.nested import pad, unpad
 from torch_sinkhorn_attn.compat.releases import same_memory
 from torch_sinkhorn_attn.compat.tracing import call_module, tracer_of
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.integrations.torch_nn.masks import Masks, convert, with_extra_keys
-from torch_sinkhorn_attn.integrations.torch_nn.nested import pad, unpad
 from torch_sinkhorn_attn.options import OF_A_LAYER, Options, Relaxation, is_softmax
 from torch_sinkhorn_attn.problem.argument_checks import options
 from torch_sinkhorn_attn.problem.looking import can_look, has_data
+from torch_sinkhorn_attn.problem.masks.module import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 
 DUSTBIN_PARAMETERS = ("dustbin_row_score", "dustbin_col_score")

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines import ENGINES, cpu
 from torch_sinkhorn_attn.options import GRADIENTS
+from torch_sinkhorn_attn.problem.fits import FLOATS, check_mask, check_present, described, refuse
 from torch_sinkhorn_attn.problem.problem import LEAF, LEAVES, Inputs, Potentials, Problem, compute_dtype
-from torch_sinkhorn_attn.problem.support import Support, window_ranks
+from torch_sinkhorn_attn.problem.support import window_ranks
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_ITERATIONS = 1 << 24  # as kMostIterations in csrc/checks.cpp
 _PRESENT = tuple(name for _, name, kind in LEAVES if kind == "Tensor")
 _DUSTBIN = ("row_score", "col_score", "corner_score")
@@ -34,27 +34,20 @@ def check_problem(inputs: Inputs, problem: Problem, engine: str) -> None:
         _check_data(problem, inputs.query.shape[2], inputs.key.shape[2])
 
 
-def check_present(**given: Tensor | None) -> None:
-    """A schema's `Tensor` takes None all the same, from Python."""
-    for name, x in given.items():
-        if x is None:
-            raise ValueError(f"{name} is missing.")
-
-
 def _check_tensors(inputs: Inputs, problem: Problem) -> None:
     query, key, value = inputs.query, inputs.key, inputs.value
     check_present(query=query, key=key, **{name: LEAF[name](problem) for name in _PRESENT})
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x is not None and x.ndim != 4:
-            raise ValueError(f"{name} is {_described(x)}; four dimensions are needed: batch, heads, tokens, features.")
+            raise ValueError(f"{name} is {described(x)}; four dimensions are needed: batch, heads, tokens, features.")
     if query.dtype not in FLOATS:
-        raise TypeError(f"query is {_described(query)}; float32, float64, float16 or bfloat16 is needed.")
+        raise TypeError(f"query is {described(query)}; float32, float64, float16 or bfloat16 is needed.")
     num, heads, length, features = query.shape
     key_heads, size = key.shape[1:3]
     if heads == 0 or features == 0:
-        raise ValueError(f"query is {_described(query)}; at least one head and one feature are needed.")
+        raise ValueError(f"query is {described(query)}; at least one head and one feature are needed.")
     if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"key is {_described(key)}; its heads must divide the {heads} of query.")
+        raise ValueError(f"key is {described(key)}; its heads must divide the {heads} of query.")
     dtype, integer, device = compute_dtype(query.dtype), torch.int64, query.device
     width = 0 if value is None else value.shape[3]
     bins = _dustbins(inputs, problem)
@@ -90,7 +83,7 @@ def _check_tensors(inputs: Inputs, problem: Problem) -> None:
     expected[2:2] = [(name, LEAF[name](problem), kind, shape) for name, kind, shape in leaves]
     for name, x, kind, shape in expected:
         if x is not None and (x.shape != shape or x.dtype != kind or x.device != device):
-            _refuse(name, x, kind, shape, device)
+            refuse(name, x, kind, shape, device)
     if (problem.support.row_segment is None) != (problem.support.col_segment is None):
         raise ValueError("row_segment and col_segment belong together.")
     if problem.support.row_segment is not None and not problem.outline.banded:
@@ -100,7 +93,7 @@ def _check_tensors(inputs: Inputs, problem: Problem) -> None:
             f"dropout_seed is {'missing' if problem.dropout_seed is None else 'given'} beside dropout_p="
             f"{problem.solver.dropout_p}."
         )
-    _check_mask(inputs.mask, (num, heads, length, size), device)
+    check_mask(inputs.mask, (num, heads, length, size), device)
 
 
 def _dustbins(inputs: Inputs, problem: Problem) -> int:
@@ -119,21 +112,10 @@ def _dustbins(inputs: Inputs, problem: Problem) -> int:
     bins = capacity.shape[2] if capacity.ndim == 3 else 0
     if bins == 0 or (bins > 1 and problem.support.row_segment is None):
         raise ValueError(
-            f"log_row_capacity is {_described(capacity)}; batch by heads by the number of dustbins is needed, one "
+            f"log_row_capacity is {described(capacity)}; batch by heads by the number of dustbins is needed, one "
             "without segments."
         )
     return bins
-
-
-def _check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    if mask is None:
-        return
-    if mask.dtype not in (torch.bool, *FLOATS):
-        raise TypeError(f"mask is {_described(mask)}; bool, float32, float64, float16 or bfloat16 is needed.")
-    if mask.device != device or mask.ndim != 4 or not all(x in (1, y) for x, y in zip(mask.shape, shape, strict=True)):
-        raise ValueError(
-            f"mask is {_described(mask)}; four dimensions that broadcast to {list(shape)}, on {device}, are needed."
-        )
 
 
 def _check_numbers(problem: Problem) -> None:
@@ -192,33 +174,6 @@ def _check_data(problem: Problem, length: int, size: int) -> None:
             raise ValueError("row_lo and row_hi are not those of the window, of which uniform=True speaks.")
 
 
-def check_scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None) -> None:
-    """A call of `scan_mask`, whose tensors are a mask and the fields of a support."""
-    check_present(mask=mask, **support._asdict())
-    for name, x in (("row_lo", support.row_lo), ("col_lo", support.col_lo)):
-        if x.ndim != 2:
-            raise ValueError(f"{name} is {_described(x)}; two dimensions are needed: batch and tokens.")
-    (num, length), size, device = support.row_lo.shape, support.col_lo.shape[1], mask.device
-    for name, x in support._asdict().items():
-        kind, shape = torch.bool if name.endswith("active") else torch.int64, (num, size if "col" in name else length)
-        if x.shape != shape or x.dtype != kind or x.device != device:
-            _refuse(name, x, kind, shape, device)
-    _check_mask(mask, (num, mask.shape[1] if mask.ndim == 4 else 1, length, size), device)
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype={dtype}; the compute dtype is needed, float32 or float64.")
-    if floor is not None and not -math.inf < floor < 0:
-        raise ValueError(f"floor={floor} is out of range; a negative number or None is needed.")
-    if device.type != "cpu":
-        return
-    most = max(1, min(length, size)) if packed else 1
-    for side, end in (("row", size), ("col", length)):
-        lo, hi, segment = (getattr(support, f"{side}_{name}") for name in ("lo", "hi", "segment"))
-        if lo.numel() and not bool(((lo >= 0) & (lo <= hi) & (hi <= end)).all()):
-            raise ValueError(f"{side}_lo and {side}_hi must hold 0 <= {side}_lo <= {side}_hi <= {end}.")
-        if packed and segment.numel() and not 0 <= int(segment.min()) <= int(segment.max()) < most:
-            raise ValueError(f"{side}_segment must hold indices from 0 to {most - 1}.")
-
-
 def check_cotangents(
     inputs: Inputs,
     problem: Problem,
@@ -246,21 +201,11 @@ def check_cotangents(
         expected += [("output", output, shape), ("grad_output", grad, shape)]
     for name, x, shape in expected:
         if x.shape != shape or not x.is_floating_point() or x.device != device:
-            _refuse(name, x, dtype, shape, device)
+            refuse(name, x, dtype, shape, device)
     for name, mass, tokens in (("grad_to_bin", bins[0], length), ("grad_from_bin", bins[1], size)):
         if mass is None:
             continue
         if not problem.has_dustbin:
             raise ValueError(f"{name} is given, but there is no dustbin.")
         if mass.shape != (num, heads, tokens) or not mass.is_floating_point() or mass.device != device:
-            _refuse(name, mass, dtype, (num, heads, tokens), device)
-
-
-def _described(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-
-
-def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> None:
-    needed = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-    places = "" if x.device == device else f" on {x.device}", "" if x.device == device else f" on {device}"
-    raise ValueError(f"{name} is {_described(x)}{places[0]}; {needed}{places[1]} is needed.")
+            refuse(name, mass, dtype, (num, heads, tokens), device)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn._ops import add_op_namespace_prefix, ops as lib
-from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_present, check_problem
+from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_problem
 from torch_sinkhorn_attn.compat.tracing import refuse_onnx
 from torch_sinkhorn_attn.engines import ENGINES, engine_of
+from torch_sinkhorn_attn.problem.fits import check_present
 from torch_sinkhorn_attn.problem.problem import (
     LEAVES,
     Inputs,

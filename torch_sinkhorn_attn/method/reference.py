@@ -21,6 +21,7 @@ from torch_sinkhorn_attn.compat.once import differentiable_once
 from torch_sinkhorn_attn.method.dropout import keep_mask
 from torch_sinkhorn_attn.method.implicit import FIRST_ONLY, DensePlan, implicit_duals
 from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result, compute_dtype, full_precision
 from torch_sinkhorn_attn.problem.support import (
     Components,
@@ -208,14 +209,6 @@ def marginal_residuals(plan: Tensor, dense: Dense) -> tuple[Tensor, Tensor]:
     row = (plan.sum(-1) - dense.log_a.exp()).abs()
     col = (plan.sum(-2) - dense.log_b.exp()).abs()
     return largest(row), largest(col)
-
-
-def kept(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """True where an attn_mask keeps the entry. A float mask drops -inf and anything at or below finfo.min / 2 of its
-    own dtype or of the compute dtype it is added in."""
-    if mask.dtype == torch.bool:
-        return mask
-    return ~(mask <= max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2)  # NaN stays, to be seen
 
 
 class _ImplicitPlan(torch.autograd.Function):

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines.tiled.dustbin_vectors import DustbinVectors, Vectors
 from torch_sinkhorn_attn.method.dropout import keep_mask
-from torch_sinkhorn_attn.method.reference import kept
 from torch_sinkhorn_attn.method.staircase import Factor, Field, subtract_field
 from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
 from torch_sinkhorn_attn.problem.support import window_ranks
 

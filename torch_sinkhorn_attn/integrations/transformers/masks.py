@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_sinkhorn_attn.engines import engine_of
-from torch_sinkhorn_attn.integrations.torch_nn.masks import as_float, both, forbidding
 from torch_sinkhorn_attn.problem.looking import has_data
+from torch_sinkhorn_attn.problem.masks.module import as_float, both, forbidding
 from torch_sinkhorn_attn.problem.problem import compute_dtype
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines import engine_of
-from torch_sinkhorn_attn.method.reference import kept
 from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.masks.lines import Lines, MaskScan, extremes, highest, without_hulls
 from torch_sinkhorn_attn.problem.support import by_segment
 
