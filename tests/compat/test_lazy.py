@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import torch_sinkhorn_attn  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(program: str, *arguments: str) -> None:
@@ -41,7 +41,10 @@ assert "torch_sinkhorn_attn.integrations" not in sys.modules and "torch_sinkhorn
 
 
 # Each is the first to import torch, and is needed whole by the operators.
-MODULES = ("checks", "engines.registry", "mask_scan", "problem", "support", "tensor_kinds", "autograd", "functional")
+MODULES = (
+    "problem.looking", "engines.registry", "problem.masks.scan", "problem.problem", "problem.support",
+    "problem.tensor_kinds", "boundary.autograd", "functional",
+)  # fmt: skip
 
 
 def test_any_module_may_be_imported_first() -> None:
