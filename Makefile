@@ -47,10 +47,10 @@ WATCHED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-nam
 sanitize: $(PACKAGE)
 	rm -rf build/sanitized
 	$(INSTRUMENTED) $(RUN) setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitized/temp
-	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k cpu \
-	    tests/test_conformance.py tests/test_cpu.py tests/test_nan.py tests/test_hostile_calls.py $(PYTEST_ARGS)
-	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k "counts or bits" \
-	    tests/test_threads.py
+	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath="$(SANITIZED) tests" -k cpu \
+	    tests/test_conformance.py tests/engines/cpu/test_engine.py tests/test_nan.py tests/boundary/test_hostile_calls.py $(PYTEST_ARGS)
+	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath="$(SANITIZED) tests" -k "counts or bits" \
+	    tests/engines/cpu/test_threads.py
 	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) tests/hostile_calls.py 2000
 
 # Small enough for every change: a third of the code, and no whole suite.
@@ -59,7 +59,7 @@ SANITIZED_CALLS := build/sanitized-calls/lib
 sanitize-calls: $(SANITIZED_CALLS)/.built
 	$(WATCHED) PYTHONPATH=$(SANITIZED_CALLS) $(RUN) tests/hostile_calls.py $(CALLS)
 
-$(SANITIZED_CALLS)/.built: $(PACKAGE) $(wildcard csrc/*) $(wildcard torch_sinkhorn_attn/*.py torch_sinkhorn_attn/engines/*.py)
+$(SANITIZED_CALLS)/.built: $(PACKAGE) $(wildcard csrc/*) $(shell find torch_sinkhorn_attn -name '*.py')
 	rm -rf build/sanitized-calls
 	$(INSTRUMENTED) TORCH_SINKHORN_ATTN_PORTABLE=1 \
 	    $(RUN) setup.py -q build --build-lib $(SANITIZED_CALLS) --build-temp build/sanitized-calls/temp
@@ -72,8 +72,8 @@ races: $(PACKAGE)
 	TORCH_SINKHORN_ATTN_BUILD_CPU=1 TORCH_SINKHORN_ATTN_SANITIZE=thread \
 	    $(RUN) setup.py -q build --build-lib $(RACES) --build-temp build/races/temp
 	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" PYTHONPATH=$(RACES) \
-	TSAN_OPTIONS="ignore_noninstrumented_modules=1 suppressions=tests/tsan.supp exitcode=66" \
-	    setarch -R $(RUN) tests/races.py
+	TSAN_OPTIONS="ignore_noninstrumented_modules=1 suppressions=tests/engines/cpu/tsan.supp exitcode=66" \
+	    setarch -R $(RUN) tests/engines/cpu/races.py
 
 wheel: $(PACKAGE)
 	rm -rf build

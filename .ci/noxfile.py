@@ -43,9 +43,14 @@ ROWS = [  # torch and Python: every minor release; the oldest and the newest of 
 ]
 STABLE = ("2.10.0", "3.11")  # what the one wheel is built with
 TIED = {"torch", "torch_xla", "jax", "jaxlib", "libtpu", "filelock", "fsspec", "sympy", "setuptools"}
-SUBSET = ["ops", "conformance", "cpu", "modules", "parity", "modern", "transformers"]
 TOOLS = ["numpy", "packaging", "pytest", "pytest-xdist", "scipy", "transformers"]
-NEEDED = [f"tests/test_{name}.py" for name in SUBSET]
+NEEDED = [
+    f"tests/{name}.py"
+    for name in (
+        "boundary/test_modern", "boundary/test_ops", "engines/cpu/test_engine", "integrations/torch_nn/test_parity",
+        "integrations/transformers/test_attention", "test_conformance", "test_modules",
+    )
+]
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.envdir = str(BUILD / "environments")
@@ -124,7 +129,7 @@ def _tests(session: nox.Session, folder: Path) -> dict[str, int]:
     loaded = "from torch_sinkhorn_attn.engines.cpu import __file__ as file, unavailable as why; print(file, why())"
     assert session.run("python", "-c", loaded, silent=True).split()[-1] == "None"
     session.run(
-        "python", "-m", "pytest", "-o", "pythonpath=", "-n", "auto", "--maxprocesses=4", "--junitxml=found.xml",
+        "python", "-m", "pytest", "-o", "pythonpath=tests", "-n", "auto", "--maxprocesses=4", "--junitxml=found.xml",
         *(session.posargs or NEEDED), success_codes=[0, 1], env={"USE_TORCH_XLA": "0"},
     )  # fmt: skip
     suite = ElementTree.parse("found.xml").find("testsuite")

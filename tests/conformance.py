@@ -1,6 +1,6 @@
 """The suite every engine runs: the same calls, compared with the reference in float64.
 
-An engine is one entry in `ENGINES`, those that run on CPU tensors; `test_xla.py` runs the other one.
+An engine is one entry in `ENGINES`, those that run on CPU tensors; `engines/xla/test_engine.py` runs the other one.
 """
 
 from __future__ import annotations

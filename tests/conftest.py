@@ -1,13 +1,14 @@
 """Shared by all tests: one thread each (the suite runs in parallel processes), checks in their default mode, and JAX on
 the CPU, without a look for a TPU.
 
-With JAX and no torch: `python -m pytest tests/test_tpu*.py`, where modules that compare with torch are skipped.
+With JAX and no torch: `python -m pytest tests/engines/tpu`, where modules that compare with torch are skipped.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,10 @@ for _name, _value in {
     "TPU_WORKER_ID": "0",
 }.items():
     os.environ.setdefault(_name, _value)
+
+
+_HERE = Path(__file__).parent
+collect_ignore = [str(path) for path in _HERE.rglob("*.py") if not path.name.startswith("test_")]  # what tests import
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from examples.pfam.checkpoint import load_checkpoint
 from examples.pfam.distributed import Processes, join
 from examples.pfam.train import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import dataclasses, sys, torch
 from examples.pfam.config import Config

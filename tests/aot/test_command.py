@@ -26,7 +26,7 @@ from torch_sinkhorn_attn.aot.loops import Loop, weighted
 from torch_sinkhorn_attn.aot.program import instructions
 from torch_sinkhorn_attn.aot.report import capacity, memory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("jax", "libtpu")), reason="needs jax and libtpu"
 )
@@ -212,16 +212,16 @@ def test_the_package_and_its_help_need_no_jax() -> None:
 
 def test_a_process_that_dies_gives_its_last_words() -> None:
     with pytest.raises(CompileError, match="the compiler ended with SIGABRT: F0000 Check failed: something"):
-        call("tests.aot_programs:aborts", {})
+        call("tests.aot.programs:aborts", {})
 
 
 def compiled(target: str, **arguments: Any) -> dict[str, Any]:
-    return call(f"tests.aot_programs:{target}", {"topology": "v6e:2x4", **arguments})
+    return call(f"tests.aot.programs:{target}", {"topology": "v6e:2x4", **arguments})
 
 
 @needs_libtpu
 def test_loops_of_a_kernel(tmp_path: Path) -> None:
-    found = call("tests.aot_programs:loops", {"topology": "v6e:2x4"}, keep=str(tmp_path / "kept"))
+    found = call("tests.aot.programs:loops", {"topology": "v6e:2x4"}, keep=str(tmp_path / "kept"))
     (kernel,) = found["kernels"]
     assert kernel["name"] == "nested" and kernel["executions"] == 3
     assert [(x["depth"], x["trips"], x["grid"]) for x in kernel["loops"]] == [

@@ -1,5 +1,5 @@
-"""`sinkhorn_attention` for JAX users under JAX's transformations; `test_tpu_alone.py` has its values, and
-`test_tpu_torch.py` those of torch."""
+"""`sinkhorn_attention` for JAX users under JAX's transformations; `test_alone.py` has its values, and
+`test_torch.py` those of torch."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def test_vmap_is_a_loop(mask: str, dropout_p: float) -> None:
 
 def test_shard_map_over_batch_and_heads() -> None:
     """In a process with four devices: values, gradients (of shared arrays too) and the output's sharding."""
-    script = Path(__file__).with_name("tpu_shards.py")
+    script = Path(__file__).with_name("shards.py")
     flags = "--xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[1])}
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[3])}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

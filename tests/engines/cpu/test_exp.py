@@ -12,7 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "build_backend"))
 from sinkhorn_build import FLAGS, instruction_sets  # noqa: E402
 
@@ -35,7 +35,7 @@ def exp(request, tmp_path_factory):
         pytest.skip("needs a C++ compiler")
     program = tmp_path_factory.mktemp("exp") / name
     flags = [*FLAGS, *SETS[name], f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
-    command = [COMPILER[0], *flags, f"-I{ROOT / 'csrc'}", ROOT / "tests/vector_exp.cpp", "-o", program]
+    command = [COMPILER[0], *flags, f"-I{ROOT / 'csrc'}", ROOT / "tests/engines/cpu/exp.cpp", "-o", program]
     subprocess.run(command, check=True)
 
     def of(x):

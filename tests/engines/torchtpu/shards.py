@@ -1,4 +1,4 @@
-"""Run by test_torchtpu.py with four devices: the functions that are registered on a mesh, against one device."""
+"""Run by test_engine.py with four devices: the functions that are registered on a mesh, against one device."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def compare(batch, heads, shape=(4, 4, 16, 8), key_heads=None, mark=True, mask=N
 
 def run(program: str, devices: int = 4) -> None:
     environment = os.environ | {"CPU_NUM_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[3])])
     done = subprocess.run([sys.executable, "-c", PRELUDE + program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 

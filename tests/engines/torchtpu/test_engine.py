@@ -318,12 +318,12 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
 
 def test_on_a_mesh_it_is_what_it_is_on_one_device() -> None:
     """Dropout too: each shard knows its place in the whole."""
-    tests = Path(__file__).parent
+    script = Path(__file__).with_name("shards.py")
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+        "PYTHONPATH": str(script.parents[3]),
     }  # fmt: skip
-    command = [sys.executable, str(tests / "torchtpu_shards.py")]
+    command = [sys.executable, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "agrees on 4 devices\n", done.stderr[-3000:]
 

@@ -24,7 +24,7 @@ from examples.pfam.dataset import load_dataset
 from examples.pfam.evaluate import Scores
 from examples.pfam.train import History, Trainer, learning_rate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = Config(steps=10, batch_size=2, cap=32, eval_cap=95, eval_pairs=1, eval_every=5, save_every=5, dim=24)
 SMALL_FLAGS = "--batch-size=2 --cap=32 --eval-cap=95 --eval-pairs=1 --dim=24 --threads=1"
 

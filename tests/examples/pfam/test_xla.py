@@ -22,7 +22,7 @@ from examples.pfam.layers import diagonal_means
 from examples.pfam.model import Aligner
 from examples.pfam.sampler import PADDING, Batch, PairSampler
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = Config(batch_size=3, cap=40, eval_pairs=1, eval_cap=95, dim=24, dropout=0.0, base_iters=4)
 needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
 

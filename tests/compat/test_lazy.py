@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import torch_sinkhorn_attn  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(program: str, *arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""Programs that tests/test_aot.py compiles in a process without torch."""
+"""Programs that test_command.py compiles in a process without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The kernels' exp of the numbers on standard input, raw and in whole vectors; built and called by test_vector_exp.py.
+// The kernels' exp of the numbers on standard input, raw and in whole vectors; built and called by test_exp.py.
 #include <cstdio>
 #include <cstring>
 #include <vector>

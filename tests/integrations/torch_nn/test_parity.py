@@ -1,4 +1,4 @@
-"""SinkhornMultiheadAttention beside torch 2.9's nn.MultiheadAttention, item by item: tests/PARITY.md lists them.
+"""SinkhornMultiheadAttention beside torch 2.9's nn.MultiheadAttention, item by item, as PARITY.md lists them.
 
 Ideas from torch's own tests of the module (test_multihead_attention.py, test_native_mha.py, test_transformers.py),
 written anew. Softmax mode (T = R = 0) must equal nn.MultiheadAttention; what does not depend on it runs by default.
@@ -338,7 +338,7 @@ def test_every_item_of_the_table_has_its_test() -> None:
     folder = Path(__file__).parent
     table = (folder / "PARITY.md").read_text()
     named = {part for part in table.split("`") if part.startswith("test_") and not part.endswith(".py")}
-    source = "".join(path.read_text() for path in folder.glob("test_*.py"))
+    source = "".join(path.read_text() for path in folder.parents[1].rglob("test_*.py"))
     assert not [name for name in named if f"def {name}(" not in source]
     parity = "".join(path.read_text() for path in folder.glob("test_parity*.py"))
     here = set(re.findall(r"^def (test_\w+)", parity, flags=re.M)) - {"test_every_item_of_the_table_has_its_test"}

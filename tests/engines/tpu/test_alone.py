@@ -21,7 +21,7 @@ import tpu_dense  # noqa: E402
 from torch_sinkhorn_attn.engines import tpu  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 L, S, E = 9, 7, 4
 
 

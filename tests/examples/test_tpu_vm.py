@@ -17,7 +17,7 @@ from examples.pfam.checkpoint import load_checkpoint  # noqa: E402
 from examples.pfam.train import Trainer  # noqa: E402
 from examples.tpu_vm.cli import main  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = "--steps 4 --pairs 1 --length 96 --window 24 --base-iters 2 --tail-iters 1 --dim 24 --eval-every 100 "
 SMALL += "--eval-pairs 1 --eval-cap 95 --rounds 1 --quiet"
 needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")

@@ -1,4 +1,4 @@
-"""Run by test_tpu_api.py with four devices: `sinkhorn_attention` inside `jax.shard_map`, against one device."""
+"""Run by test_api.py with four devices: `sinkhorn_attention` inside `jax.shard_map`, against one device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The masks and the extra keys of SinkhornMultiheadAttention beside nn.MultiheadAttention: part of tests/PARITY.md."""
+"""The masks and the extra keys of SinkhornMultiheadAttention beside nn.MultiheadAttention: part of PARITY.md."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from examples.pfam.decode import (
     mutual_argmax,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 def monotone_alignments(n: int, m: int) -> list[list[tuple[int, int]]]:
