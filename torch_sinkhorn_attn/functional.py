@@ -19,8 +19,8 @@ from torch_sinkhorn_attn.problem.arguments import Options, Prepared, prepare
 from torch_sinkhorn_attn.problem.looking import has_data
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision
+from torch_sinkhorn_attn.problem.segments import largest, with_dustbin
 from torch_sinkhorn_attn.problem.status import SinkhornAux
-from torch_sinkhorn_attn.problem.support import largest, with_dustbin
 
 
 @one_node

@@ -22,7 +22,7 @@ from torch_sinkhorn_attn.method.dropout import keep_mask
 from torch_sinkhorn_attn.method.implicit import FIRST_ONLY, DensePlan, implicit_duals
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result, compute_dtype, full_precision
-from torch_sinkhorn_attn.problem.support import (
+from torch_sinkhorn_attn.problem.segments import (
     Components,
     by_segment,
     centre_gauge,
@@ -130,7 +130,7 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
             problem,
         )
         if problem.balanced and stopped:
-            u, v = centre_gauge(u, v, problem, parts)
+            u, v = centre_gauge(u, v, dense.log_a, dense.log_b, parts)
     rows, cols = [u], [v]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not implicit):
         for _ in range(differentiated):

@@ -19,7 +19,7 @@ from torch_sinkhorn_attn.method.reference import stopped_base
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
-from torch_sinkhorn_attn.problem.support import centre_gauge, components, largest, mass_of
+from torch_sinkhorn_attn.problem.segments import centre_gauge, components, largest, mass_of
 
 NAME = "tiled"
 TRAITS = PLAIN
@@ -46,7 +46,7 @@ def iterate(tiles: Tiles) -> Potentials:
     stopped, kept = problem.schedule
     u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem)
     if problem.balanced and stopped:
-        u, v = centre_gauge(u, v, problem, components(problem))
+        u, v = centre_gauge(u, v, tiles.log_a, tiles.log_b, components(problem))
     rows, cols = [u], [v]
     for _ in range(kept):
         v = tiles.column_half_step(u)

@@ -20,7 +20,8 @@ from torch_sinkhorn_attn.method.reference import kept
 from torch_sinkhorn_attn.method.staircase import Factor, Field, subtract_field
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
-from torch_sinkhorn_attn.problem.support import window_ranks, with_dustbin
+from torch_sinkhorn_attn.problem.segments import with_dustbin
+from torch_sinkhorn_attn.problem.support import window_ranks
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
 KEPT_ELEMENTS = 4 * TILE_ELEMENTS  # of the score and of the plan tiles kept from pass to pass: a constant
