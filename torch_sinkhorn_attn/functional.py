@@ -20,8 +20,8 @@ from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
 from torch_sinkhorn_attn.problem.looking import has_data
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision
+from torch_sinkhorn_attn.problem.segments import largest
 from torch_sinkhorn_attn.problem.status import SinkhornAux
-from torch_sinkhorn_attn.problem.support import largest
 
 
 @one_node

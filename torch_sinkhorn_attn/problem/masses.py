@@ -12,7 +12,7 @@ from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.problem.argument_checks import constant
 from torch_sinkhorn_attn.problem.problem import compute_dtype
 from torch_sinkhorn_attn.problem.scalars import broadcasts
-from torch_sinkhorn_attn.problem.support import by_segment, segment_sum
+from torch_sinkhorn_attn.problem.segments import by_segment, segment_sum
 
 
 class Side(NamedTuple):

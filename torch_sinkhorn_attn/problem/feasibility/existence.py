@@ -13,7 +13,8 @@ from torch_sinkhorn_attn.problem import data_checks
 from torch_sinkhorn_attn.problem.masks.lines import MaskScan
 from torch_sinkhorn_attn.problem.masks.scan import scan_mask
 from torch_sinkhorn_attn.problem.masses import Side, dustbin_capacities, marginal_masses
-from torch_sinkhorn_attn.problem.support import Support, segment_sum
+from torch_sinkhorn_attn.problem.segments import segment_sum
+from torch_sinkhorn_attn.problem.support import Support
 
 
 class Existence(NamedTuple):

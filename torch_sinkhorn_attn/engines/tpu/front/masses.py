@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method.segments import by_segment, segment_max, segment_sum
+from torch_sinkhorn_attn.problem.segments import by_segment, segment_max, segment_sum
 
 Pair = tuple[Array | None, Array | None]  # a row side and a column side
 
