@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from lib.measure import best_times, leaves, print_rows, relative, step
 
 from torch_sinkhorn_attn import sinkhorn_attention
-from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.problem import OutputGrads
 

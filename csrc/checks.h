@@ -10,7 +10,7 @@
 
 namespace sinkhorn {
 
-// Places in the lists of the ops, as in engines/cpu.py.
+// Places in the lists of the ops, as in engines/cpu.py, which takes them from the fields of a problem; a test compares.
 enum Tensors : size_t {
   kQuery,
   kKey,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import engines, sinkhorn_attention, sinkhorn_plan
 
-ENGINES = [name for name, engine in engines.ENGINES.items() if engine.TRAITS.device in (None, "cpu")]
+ENGINES = [name for name, engine in engines.ENGINES.items() if engine.device in (None, "cpu")]
 
 
 def weights(x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         if given.inputs.query.numel() and given.inputs.key.numel():
             break
     if given.problem.initial_row is None and r.random() < 0.3:
-        like = given.problem.schedule[1] * 0 + 1  # a warm start of zeros, to be spoiled
+        like = given.problem.solver.kept * 0 + 1  # a warm start of zeros, to be spoiled
         given = _with_start(given, like)
     engine = "cpu" if op.startswith("cpu_") else r.choice(["cpu", "tiled"])
     flat = ops.flatten(_detached(given.inputs), given.problem, engine)
@@ -140,7 +140,8 @@ def _with_start(given: Any, fill: int) -> Any:
 
     p = given.problem
     bins = p.num_dustbins
-    row, col = (x.new_zeros(*x.shape[:2], x.shape[2] + bins) for x in (p.log_row_mass, p.log_col_mass))
+    masses = p.marginals.log_row_mass, p.marginals.log_col_mass
+    row, col = (x.new_zeros(*x.shape[:2], x.shape[2] + bins) for x in masses)
     return given._replace(problem=replace(p, initial_row=row + fill, initial_col=col))
 
 
@@ -252,7 +253,7 @@ def _extra(r: random.Random, arguments: dict[str, Any], problem: Any) -> tuple[s
     import torch
 
     (num, heads, length), size = arguments["query"].shape[:3], arguments["key"].shape[2]
-    dtype = problem.log_row_mass.dtype
+    dtype = problem.marginals.log_row_mass.dtype
     made = {
         "row_segment": torch.zeros(num, length, dtype=torch.int64),
         "col_segment": torch.zeros(num, size, dtype=torch.int64),

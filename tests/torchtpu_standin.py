@@ -17,10 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines import cpu, torchtpu
+from torch_sinkhorn_attn.engines import ENGINES
 from torch_sinkhorn_attn.engines.torchtpu import binding
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
-from torch_sinkhorn_attn.engines.traits import PLAIN, Traits
 
 TRACED: list[str] = []  # the functions, each time that one is traced
 _SCHEMA = {list[jax.Array]: "Tensor[]", str: "str"}
@@ -66,10 +65,9 @@ def _array(x: Tensor) -> jax.Array:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the tensors of the CPU the TorchTPU engine's own, and the stand-in its library."""
-    traits = torchtpu.TRAITS
-    monkeypatch.setattr(cpu, "TRAITS", PLAIN)
-    monkeypatch.setattr(torchtpu, "TRAITS", Traits("cpu", traits.compiles, traits.wrappers, fetched=traits.fetched))
-    monkeypatch.setattr(torchtpu, "_missing", None)
+    monkeypatch.setattr(ENGINES["cpu"], "device", None)
+    monkeypatch.setattr(ENGINES["torchtpu"], "device", "cpu")
+    monkeypatch.setattr(ENGINES["torchtpu"], "missing", None)
     monkeypatch.setattr(binding, "platform", lambda: "cpu")
     monkeypatch.setattr(binding, "jax_op", jax_op)
     binding.op.cache_clear()

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.engines.tpu.method import problem as tpu, run
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
-from torch_sinkhorn_attn.method import reference, staircase
-from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.problem.problem import LEAF, Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 
 def to_jax(x: Tensor | None) -> jax.Array | None:
@@ -38,27 +38,27 @@ def inputs_of(inputs: Inputs) -> tpu.Inputs:
 def constants_of(problem: Problem) -> tpu.Constants:
     """The tensors of a problem."""
     beside = ("dropout_seed", "head_index")
-    given = {name: to_jax(getattr(problem, name)) for name in tpu.Constants._fields if name not in beside}
+    given = {name: to_jax(LEAF[name](problem)) for name in tpu.Constants._fields if name not in beside}
     seed = problem.dropout_seed
     given["dropout_seed"] = None if seed is None else jnp.asarray(seed.numpy().astype(np.uint32))
     return tpu.Constants(**given)
 
 
 def statics_of(problem: Problem) -> tpu.Statics:
-    stopped, kept = problem.schedule
+    s, o = problem.solver, problem.outline
     return tpu.Statics(
-        scale=problem.scale, epsilon=problem.epsilon, rho_row=problem.rho_row, rho_col=problem.rho_col,
-        stopped=stopped, kept=kept, tolerance=problem.tolerance, over_relaxation=problem.over_relaxation,
-        implicit=problem.gradient == "implicit", dropout_p=problem.dropout_p, banded=problem.banded,
-        window_left=problem.window_left, window_right=problem.window_right, uniform=problem.uniform,
+        scale=s.scale, epsilon=s.epsilon, rho_row=s.rho_row, rho_col=s.rho_col, stopped=s.stopped, kept=s.kept,
+        tolerance=s.tolerance, over_relaxation=s.over_relaxation, implicit=s.gradient == "implicit",
+        dropout_p=s.dropout_p, banded=o.banded, window_left=o.window_left, window_right=o.window_right,
+        uniform=o.uniform,
     )  # fmt: skip
 
 
-class Kernels:
-    """The torch engine contract over a lowering."""
+class Kernels(Engine):
+    """The kernels of a lowering."""
 
     def __init__(self, lowering: Lowering, name: str = "jax", **options: Any):
-        self.NAME, self.lowering, self.compiler_options = name, lowering, options
+        self.name, self.lowering, self.compiler_options = name, lowering, options
 
     def status(self) -> str:
         return f"{self.lowering.shape}, for tests"
@@ -92,16 +92,3 @@ class Kernels:
         arguments = (output, potentials.row, potentials.col, grads.output, grads.to_bin, grads.from_bin)
         found, dropped = self._call(run.backward, inputs, problem, *arguments, mask_grad=grads.mask)
         return Gradients(Inputs(*(to_torch(x) for x in found)), to_torch(dropped))
-
-    def plan(self, inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
-        potentials = self.solve(inputs, problem)
-        full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
-        return reference.fold_dustbins(full, problem), potentials
-
-    def plan_backward(
-        self, inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
-    ) -> Gradients:
-        dense = reference.dense_problem(inputs, problem)
-        grad = reference.unfold_dustbins(grad_plan, problem)
-        cotangent, dropped = staircase.backward(dense, grad, potentials, problem)
-        return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)

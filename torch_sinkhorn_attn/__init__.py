@@ -11,11 +11,7 @@ if TYPE_CHECKING:
     from torch_sinkhorn_attn.certificates import Certificate, certify
     from torch_sinkhorn_attn.dustbin import Dustbin
     from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-    from torch_sinkhorn_attn.integrations.torch_nn.replace import (
-        ReplacementReport,
-        replace_attention,
-        restore_attention,
-    )
+    from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
     from torch_sinkhorn_attn.integrations.transformers import (
         TransformersReport,
         choose_layers,
@@ -39,7 +35,7 @@ _HOMES = {
     "problem.looking": ("set_checks",),
     "dustbin": ("Dustbin",),
     "functional": ("sinkhorn_attention", "sinkhorn_plan"),
-    "integrations.torch_nn.replace": ("ReplacementReport", "replace_attention", "restore_attention"),
+    "integrations.replace": ("ReplacementReport", "replace_attention", "restore_attention"),
     "integrations.transformers": (
         "TransformersReport", "choose_layers", "register_transformers", "transformers_report",
     ),

@@ -13,14 +13,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.compat.tracing import one_node
-from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, traits_of
+from torch_sinkhorn_attn.engines import ENGINES, REFERENCE, choose, engine_of
 from torch_sinkhorn_attn.engines.tiled.engine import TiledPasses, attention_output, marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.method.implicit import NormalPlan
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
-from torch_sinkhorn_attn.problem.arguments import Options, prepare
+from torch_sinkhorn_attn.problem.arguments import Keywords, prepare
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.problem.status import CONVERGED_WITHIN, Status, judge
@@ -101,7 +101,7 @@ def certify(
     value: Tensor | None = None,
     grad_output: Tensor | None = None,
     exact_diameter: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[Keywords],
 ) -> Certificate:
     """Certificates of the plan that `sinkhorn_attention` computes with the same options (dropout aside).
 
@@ -155,13 +155,13 @@ def certify(
         else:
             potentials = ENGINES[engine].solve(inputs, problem)
         given = inputs, problem, potentials, grad_output  # what is found in them decides what is computed next
-        inputs, problem, potentials, grad_output = traits_of(query.device).fetched(given)
+        inputs, problem, potentials, grad_output = engine_of(query.device).fetched(given)
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         found = _certificate(
             tiles, potentials, grad_output.reshape(inputs.query.shape[0], *grad_output.shape[-3:]), exact_diameter,
             prepared.scale,
         )  # fmt: skip
-        packed = problem.row_segment is not None
+        packed = problem.support.row_segment is not None
         residuals = tuple(found[k].cpu().double() for k in (1, 3))
         status, reasons = judge(residuals, CONVERGED_WITHIN, prepared.existence, by_segment=packed)
         found = (*found, status.to(found[0].device))
@@ -194,7 +194,7 @@ def _certificate(
     contraction = torch.where(positive, (diameter / 4).tanh(), 1.0)
     parts = _exact_components(tiles)
     fields = _fields(tiles, potentials, grad_output, parts)
-    rows_dropped = problem.gradient == "implicit" or problem.schedule[1] > 0
+    rows_dropped = problem.solver.gradient == "implicit" or problem.solver.kept > 0
     dropped = by.sum(fields.dropped.abs(), by.row if rows_dropped else by.col)
     bound, implicit_bound = _bias_bounds(dropped, contraction, problem)
     measured, norm = _field_distance(tiles, fields, by)
@@ -209,16 +209,16 @@ def _certificate(
 def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """||z0||_1 (1 - kappa^h) / (1 - kappa) for the h dropped half-steps (2T, or 2T - 1 for R = 0), and for h -> inf.
     A base that stopped early dropped fewer, which the bound for T covers; kappa is not that of over-relaxed ones."""
-    base, tail = problem.schedule
+    base, tail = problem.solver.stopped, problem.solver.kept
     half_steps = 2 * base - (tail == 0 and base > 0)
-    certified = kappa < 1 if problem.balanced else torch.zeros_like(kappa, dtype=torch.bool)
-    if problem.gradient == "implicit":  # drops nothing of the implicit gradient; says nothing of the unrolled one
+    certified = kappa < 1 if problem.solver.balanced else torch.zeros_like(kappa, dtype=torch.bool)
+    if problem.solver.gradient == "implicit":  # drops nothing of its own, and says nothing of the unrolled one
         return torch.full_like(dropped, torch.inf), torch.where(certified, 0.0, torch.inf)
     geometric = torch.where(certified, 1 / (1 - kappa), torch.inf)
     against_unrolled = dropped * (1 - kappa**half_steps) * geometric
     if half_steps == 0:  # nothing is dropped on the way to u = 0
         against_unrolled = torch.zeros_like(dropped)
-    plain = certified & (problem.over_relaxation == 1)
+    plain = certified & (problem.solver.over_relaxation == 1)
     return (
         torch.where(plain | (half_steps == 0), against_unrolled, torch.inf),
         torch.where(certified, dropped * geometric, torch.inf),
@@ -280,7 +280,7 @@ def convergence_rate(tiles: Tiles, parts: Components, by: _Segments, max_iters: 
         x = image
         if ((rate - previous).abs() <= 1e-6 * rate).all():
             break
-    return (problem.rho_row * problem.rho_col * rate).clamp(min=0)
+    return (problem.solver.rho_row * problem.solver.rho_col * rate).clamp(min=0)
 
 
 class _Fields(NamedTuple):
@@ -296,7 +296,7 @@ def _fields(tiles: Tiles, potentials: Potentials, grad_output: Tensor, parts: Co
     zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
     passes.column(zero.row, zero)
     implicit = implicit_field(tiles, passes.row_sums, passes.column_sums(), tiles.problem, parts)
-    if tiles.problem.gradient == "implicit":
+    if tiles.problem.solver.gradient == "implicit":
         return _Fields(implicit, implicit, zero.row, passes)
     surrogate, dropped = tail_field(passes, potentials, tiles.problem)
     return _Fields(surrogate, implicit, dropped, passes)

@@ -15,12 +15,13 @@ from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.engines.tiled.engine import marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference
-from torch_sinkhorn_attn.problem.arguments import Options, Prepared, prepare
+from torch_sinkhorn_attn.options import Options, Relaxation
+from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
 from torch_sinkhorn_attn.problem.looking import has_data
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision
 from torch_sinkhorn_attn.problem.status import SinkhornAux
-from torch_sinkhorn_attn.problem.support import largest, with_dustbin
+from torch_sinkhorn_attn.problem.support import largest
 
 
 @one_node
@@ -29,29 +30,29 @@ def sinkhorn_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    dropout_p: float = Options.dropout_p,
+    is_causal: bool = Options.is_causal,
     *,
-    scale: float | None = None,
-    epsilon: float = 1.0,
-    window: tuple[int, int] | None = None,
+    scale: float | None = Options.scale,
+    epsilon: float = Options.epsilon,
+    window: tuple[int, int] | None = Options.window,
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
     query_segment_ids: Tensor | None = None,
     key_segment_ids: Tensor | None = None,
     row_mass: Tensor | None = None,
     col_mass: Tensor | None = None,
-    relaxation: float | tuple[float | None, float | None] | None = None,
+    relaxation: Relaxation = Options.relaxation,
     dustbin: Dustbin | None = None,
-    base_iters: int = 20,
-    tail_iters: int = 2,
-    tolerance: float | None = None,
-    over_relaxation: float = 1.0,
-    gradient: str = "tail",
+    base_iters: int = Options.base_iters,
+    tail_iters: int = Options.tail_iters,
+    tolerance: float | None = Options.tolerance,
+    over_relaxation: float = Options.over_relaxation,
+    gradient: str = Options.gradient,
     initial_potentials: tuple[Tensor, Tensor] | None = None,
-    enable_gqa: bool = False,
-    mask_floor: float | None = -1e3,
-    engine: str | None = None,
+    enable_gqa: bool = Options.enable_gqa,
+    mask_floor: float | None = Options.mask_floor,
+    engine: str | None = Options.engine,
     return_aux: bool = False,
 ) -> Tensor | tuple[Tensor, SinkhornAux]:
     r"""Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
@@ -179,9 +180,7 @@ def run(prepared: Prepared, residuals: bool) -> Result:
 
 def _in_callers_unit(prepared: Prepared, scale: MassScale, result: Result, residuals: bool) -> Result:
     inputs, problem = prepared.inputs, prepared.problem
-    log_a = with_dustbin(problem.log_row_mass, problem.log_row_capacity)
-    log_b = with_dustbin(problem.log_col_mass, problem.log_col_capacity)
-    found = scale.restored(result, log_a, log_b)
+    found = scale.restored(result, *problem.marginals.augmented)
     if residuals and not scale.even():
         with torch.no_grad(), full_precision(inputs.query.device):
             at = Tiles(inputs, problem).at(*(x[-1].detach() for x in result.potentials))
@@ -204,7 +203,7 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
 
 
 @one_node
-def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
+def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Keywords]) -> Tensor:
     """The transport plan itself, `(..., H, L, S)`, or `(..., H, L+1, S+1)` with a dustbin (its row and column last).
 
     It is differentiable exactly like the output of `sinkhorn_attention`, whose options it takes (`dropout_p` must stay
@@ -241,9 +240,9 @@ def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, *
 
 
 def refuse_unknown(function: str, options: Any) -> None:
-    """TypeError for an option that `Options` does not have."""
-    unknown = sorted(set(options) - set(Options.__annotations__))
+    """TypeError for an argument that `Keywords` does not have."""
+    unknown = sorted(set(options) - set(Keywords.__annotations__))
     if unknown:
         raise TypeError(
-            f"{function}() got unknown option {unknown[0]!r}; it takes {', '.join(Options.__annotations__)}."
+            f"{function}() got unknown option {unknown[0]!r}; it takes {', '.join(Keywords.__annotations__)}."
         )

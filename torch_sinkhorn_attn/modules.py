@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_sinkhorn_attn.compat.nested import pad, unpad
 from torch_sinkhorn_attn.compat.releases import same_memory
 from torch_sinkhorn_attn.compat.tracing import call_module, tracer_of
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.integrations.torch_nn.masks import Masks, convert, with_extra_keys
-from torch_sinkhorn_attn.integrations.torch_nn.nested import pad, unpad
-from torch_sinkhorn_attn.problem.argument_checks import solver
+from torch_sinkhorn_attn.options import OF_A_LAYER, Options, Relaxation, is_softmax
+from torch_sinkhorn_attn.problem.argument_checks import options
 from torch_sinkhorn_attn.problem.looking import can_look, has_data
-from torch_sinkhorn_attn.problem.scalars import floor, is_softmax, plain_relaxation
+from torch_sinkhorn_attn.problem.masks.module import Masks, convert, with_extra_keys
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 
 DUSTBIN_PARAMETERS = ("dustbin_row_score", "dustbin_col_score")
@@ -27,17 +27,17 @@ _SAVED = "_sinkhorn_options"  # in a pickled state: the options of the version t
 class ModuleOptions(NamedTuple):
     """The options of `SinkhornMultiheadAttention` that `nn.MultiheadAttention` does not have, and their defaults."""
 
-    epsilon: float = 1.0
-    window: tuple[int, int] | None = None
-    base_iters: int = 20
-    tail_iters: int = 2
-    tolerance: float | None = None
-    over_relaxation: float = 1.0
+    epsilon: float = Options.epsilon
+    window: tuple[int, int] | None = Options.window
+    base_iters: int = Options.base_iters
+    tail_iters: int = Options.tail_iters
+    tolerance: float | None = Options.tolerance
+    over_relaxation: float = Options.over_relaxation
     dustbin: bool = False
-    relaxation: float | tuple[float | None, float | None] | None = None
-    gradient: str = "tail"
-    mask_floor: float | None = -1e3
-    engine: str | None = None
+    relaxation: Relaxation = Options.relaxation
+    gradient: str = Options.gradient
+    mask_floor: float | None = Options.mask_floor
+    engine: str | None = Options.engine
 
     def checked(self, module: nn.MultiheadAttention) -> ModuleOptions:
         """The options in their plainest form.
@@ -53,21 +53,15 @@ class ModuleOptions(NamedTuple):
             )
         if not 0 <= module.dropout < 1:
             raise ValueError(f"dropout={module.dropout} must lie in [0, 1).")
-        checked = solver(
-            module.head_dim, torch.float32, None, self.epsilon, self.window, self.relaxation,
-            self.base_iters, self.tail_iters, self.tolerance, self.over_relaxation, self.gradient, self.engine,
-        )  # fmt: skip
-        relaxation = plain_relaxation(self.relaxation)
-        softmax = is_softmax(self.base_iters, self.tail_iters, relaxation, self.dustbin)
+        chosen = options(self._asdict())
+        chosen.solver(module.head_dim, "float32")
+        softmax = is_softmax(chosen.base_iters, chosen.tail_iters, chosen.relaxation, self.dustbin)
         if self.window is not None and not softmax and (module.bias_k is not None or module.add_zero_attn):
             raise ValueError(
                 f"window={self.window} cannot be combined with add_bias_kv or add_zero_attn: the extra keys have no "
                 "place on the diagonal. Drop one of them."
             )
-        return self._replace(
-            relaxation=relaxation, window=checked.window, tolerance=checked.tolerance or None,
-            mask_floor=floor(self.mask_floor),
-        )  # fmt: skip
+        return self._replace(**{name: getattr(chosen, name) for name in OF_A_LAYER})
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -123,17 +117,17 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        epsilon: float = 1.0,
-        window: tuple[int, int] | None = None,
-        base_iters: int = 20,
-        tail_iters: int = 2,
-        tolerance: float | None = None,
-        over_relaxation: float = 1.0,
+        epsilon: float = Options.epsilon,
+        window: tuple[int, int] | None = Options.window,
+        base_iters: int = Options.base_iters,
+        tail_iters: int = Options.tail_iters,
+        tolerance: float | None = Options.tolerance,
+        over_relaxation: float = Options.over_relaxation,
         dustbin: bool = False,
-        relaxation: float | tuple[float | None, float | None] | None = None,
-        gradient: str = "tail",
-        mask_floor: float | None = -1e3,
-        engine: str | None = None,
+        relaxation: Relaxation = Options.relaxation,
+        gradient: str = Options.gradient,
+        mask_floor: float | None = Options.mask_floor,
+        engine: str | None = Options.engine,
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} must be a positive multiple of num_heads={num_heads}.")

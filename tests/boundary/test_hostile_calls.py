@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import hostile_calls
@@ -207,3 +210,19 @@ def test_the_random_calls_see_an_answer_and_a_crash(monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             patch.setattr(hostile_calls.subprocess, "run", run)
             assert [x.kind for x in hostile_calls.wrong(hostile_calls.run(0, 1))] == kinds
+
+
+def test_the_places_of_the_kernels_lists_are_the_fields_of_a_problem() -> None:
+    header = (Path(__file__).parents[1] / "csrc/checks.h").read_text()
+
+    def places(enum: str) -> list[str]:
+        found = re.search(rf"enum {enum} : size_t \{{(.*?)\}}", header, re.S)
+        assert found is not None
+        return [x.strip() for x in found[1].split(",") if x.strip()][:-1]
+
+    def constants(names: Iterable[str]) -> list[str]:
+        return ["k" + "".join(part.capitalize() for part in name.split("_")) for name in names]
+
+    assert places("Tensors") == constants([*ops.Inputs._fields, *cpu._TENSORS])
+    assert places("Numbers") == constants(cpu._NUMBERS)
+    assert places("Counts") == constants(cpu._COUNTS)

@@ -128,7 +128,8 @@ from torch_sinkhorn_attn import *
 assert all(globals()[name] is getattr(torch_sinkhorn_attn, name) for name in torch_sinkhorn_attn.__all__)
 assert torch_sinkhorn_attn.engines.cpu.NAME == "cpu"
 assert torch_sinkhorn_attn.method.reference.__name__.endswith("reference")
-from torch_sinkhorn_attn.engines import ENGINES, tiled
+from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 assert ENGINES["tiled"] is tiled
 for package in (torch_sinkhorn_attn, torch_sinkhorn_attn.engines, torch_sinkhorn_attn.engines.tpu):
     try:

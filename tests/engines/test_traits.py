@@ -10,13 +10,13 @@ import torch
 
 import torch_sinkhorn_attn
 from torch_sinkhorn_attn import engines
-from torch_sinkhorn_attn.engines.traits import PLAIN, each_tensor
+from torch_sinkhorn_attn.engines.base import each_tensor
 from torch_sinkhorn_attn.problem.problem import Inputs
 
 ROOT = Path(torch_sinkhorn_attn.__file__).parent
-BINDINGS = {name for name, engine in engines.ENGINES.items() if engine.TRAITS.device not in (None, "cpu")}
+BINDINGS = {name for name, engine in engines.ENGINES.items() if engine.device not in (None, "cpu")}
 LIBRARIES = {"torch_xla", "torch_tpu"}
-DEVICES = {str(engines.ENGINES[name].TRAITS.device) for name in BINDINGS}
+DEVICES = {str(engines.ENGINES[name].device) for name in BINDINGS}
 ELSEWHERE = [  # the bindings themselves, and the planning of TPU runs, which compiles them
     *(ROOT / "engines" / name for name in BINDINGS),
     ROOT / "engines" / "tpu",
@@ -80,11 +80,12 @@ def test_that_test_sees(line: str) -> None:
 
 
 def test_each_device_is_the_own_of_one_engine() -> None:
-    devices = [engine.TRAITS.device for engine in engines.ENGINES.values() if engine.TRAITS.device is not None]
+    devices = [engine.device for engine in engines.ENGINES.values() if engine.device is not None]
     assert len(devices) == len(set(devices))
-    assert engines.traits_of(torch.device("cpu")) is engines.ENGINES["cpu"].TRAITS
-    meta = engines.traits_of(torch.device("meta"))
-    assert meta is PLAIN and not meta.compiles and meta.call(max, (2, 3)) == 3 and meta.fetched((1,)) == (1,)
+    assert engines.engine_of(torch.device("cpu")) is engines.ENGINES["cpu"]
+    meta = engines.engine_of(torch.device("meta"))
+    assert meta is engines.ENGINES["tiled"]
+    assert not meta.compiles and meta.call(max, (2, 3)) == 3 and meta.fetched((1,)) == (1,)
 
 
 def test_tensors_of_a_tree() -> None:

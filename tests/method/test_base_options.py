@@ -20,7 +20,8 @@ from torch_sinkhorn_attn import (
     sinkhorn_attention,
     sinkhorn_plan,
 )
-from torch_sinkhorn_attn.engines.tiled import engine as tiled, tiles
+from torch_sinkhorn_attn.engines.tiled import tiles
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.status import SinkhornAux
@@ -221,7 +222,7 @@ def test_the_defaults_are_the_plain_base(engine: str) -> None:
     ]
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     problem = prepare(q, k, v).problem
-    assert (problem.tolerance, problem.over_relaxation) == (0.0, 1.0)
+    assert (problem.solver.tolerance, problem.solver.over_relaxation) == (0.0, 1.0)
     steps = [0]
 
     def column(u: Tensor, v: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ def test_duals_solve_the_adjoint_system(seed: int) -> None:
     grad = torch.randn(plan.shape, dtype=plan.dtype) * plan
     f, g = grad.sum(-1), grad.sum(-2)
     x, y = implicit_duals(DensePlan(plan.log()), f, g, problem, components(problem))
-    rows = plan.sum(-1) * x / problem.rho_row + (plan @ y[..., None])[..., 0]
-    cols = plan.sum(-2) * y / problem.rho_col + (x[..., None, :] @ plan)[..., 0, :]
+    rows = plan.sum(-1) * x / problem.solver.rho_row + (plan @ y[..., None])[..., 0]
+    cols = plan.sum(-2) * y / problem.solver.rho_col + (x[..., None, :] @ plan)[..., 0, :]
     scale = f.norm() + g.norm() + 1e-30
     assert (rows - f).norm() / scale < 1e-9, call
     assert (cols - g).norm() / scale < 1e-9, call

@@ -40,13 +40,13 @@ def test_dropped_cotangent_is_that_of_the_stopped_dual(seed: int) -> None:
     plan, potentials = reference.plan_and_potentials(dense, problem)
     found = staircase.backward(dense._replace(scores=dense.scores.detach()), weights(plan), potentials, problem)
     scores = dense.scores.detach()
-    start = (potentials.row if problem.tail_iters else potentials.col)[0].clone().requires_grad_()
+    start = (potentials.row if problem.solver.tail_iters else potentials.col)[0].clone().requires_grad_()
     u, v = start, start
-    for _ in range(problem.tail_iters):
-        v = reference.half_step(scores, u, dense.log_b, problem.rho_col, dim=-2)
-        u = reference.half_step(scores, v, dense.log_a, problem.rho_row, dim=-1)
-    if problem.tail_iters == 0:
-        u = reference.half_step(scores, v, dense.log_a, problem.rho_row, dim=-1)
+    for _ in range(problem.solver.tail_iters):
+        v = reference.half_step(scores, u, dense.log_b, problem.solver.rho_col, dim=-2)
+        u = reference.half_step(scores, v, dense.log_a, problem.solver.rho_row, dim=-1)
+    if problem.solver.tail_iters == 0:
+        u = reference.half_step(scores, v, dense.log_a, problem.solver.rho_row, dim=-1)
     loss = (torch.exp(scores + u[..., :, None] + v[..., None, :]) * weights(plan)).sum()
     (truth,) = torch.autograd.grad(loss, start)
     assert relative_error(found.dropped, truth) < 1e-10, call

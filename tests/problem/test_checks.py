@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 from torch_sinkhorn_attn.problem import looking as checks
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.problem import OutputGrads

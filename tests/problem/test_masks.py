@@ -19,9 +19,9 @@ from torch_sinkhorn_attn import (
     sinkhorn_attention,
     sinkhorn_plan,
 )
-from torch_sinkhorn_attn.integrations.torch_nn.masks import forbidding
-from torch_sinkhorn_attn.method.reference import kept
 from torch_sinkhorn_attn.problem.masks import dense as dense_mask
+from torch_sinkhorn_attn.problem.masks.entries import kept
+from torch_sinkhorn_attn.problem.masks.module import forbidding
 from torch_sinkhorn_attn.problem.masks.scan import scan_mask
 from torch_sinkhorn_attn.problem.support import Support, build_support
 

@@ -123,8 +123,8 @@ def test_components_are_the_connected_ones(seed: int) -> None:
     problem = prepare(
         *x, None, ~dead, query_segment_ids=ids[0], key_segment_ids=ids[1], window=window, relaxation=1.0
     ).problem
-    live = (problem.log_row_mass[0, 0] > -torch.inf), (problem.log_col_mass[0, 0] > -torch.inf)
-    support = as_mask(problem.row_lo[0], problem.row_hi[0], m) & live[0][:, None] & live[1]
+    live = (problem.marginals.log_row_mass[0, 0] > -torch.inf), (problem.marginals.log_col_mass[0, 0] > -torch.inf)
+    support = as_mask(problem.support.row_lo[0], problem.support.row_hi[0], m) & live[0][:, None] & live[1]
     parts = components(problem)
     labels = []
     for part in connected(support):

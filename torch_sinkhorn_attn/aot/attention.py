@@ -9,6 +9,7 @@ from typing import Any
 
 from torch_sinkhorn_attn.aot import flash
 from torch_sinkhorn_attn.aot.bundles import Report, compile_and_read
+from torch_sinkhorn_attn.options import Options
 
 SHAPES = ("auto", "resident", "streaming", "blockwise")
 
@@ -29,15 +30,15 @@ class Configuration:
     features: int = 64
     value_features: int = 0
     dtype: str = "bfloat16"
-    window: tuple[int, int] | None = None
-    base_iters: int = 20
-    tail_iters: int = 2
-    epsilon: float = 1.0
+    window: tuple[int, int] | None = Options.window
+    base_iters: int = Options.base_iters
+    tail_iters: int = Options.tail_iters
+    epsilon: float = Options.epsilon
     dustbin: bool = False
     segments: bool = False
     lengths: bool = False
     mask: str = "none"
-    gradient: str = "tail"
+    gradient: str = Options.gradient
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Configuration:

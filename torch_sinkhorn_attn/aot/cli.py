@@ -13,9 +13,10 @@ from torch_sinkhorn_attn.aot.attention import SHAPES, Configuration
 from torch_sinkhorn_attn.aot.child import CompileError, call
 from torch_sinkhorn_attn.aot.chips import CHIPS, Topology, parse_topology
 from torch_sinkhorn_attn.aot.environment import missing
+from torch_sinkhorn_attn.options import GRADIENTS, MEANINGS
 
 DOES_NOT_FIT = 3
-_MASKS, _GRADIENTS = ("none", "bool", "float"), ("tail", "implicit", "unrolled")
+_MASKS = ("none", "bool", "float")
 _DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -136,16 +137,15 @@ def _parser() -> argparse.ArgumentParser:
     for field in fields(Configuration):
         option = f"--{field.name.replace('_', '-')}"
         if field.name == "window":
-            text = "tokens around the diagonal, as in sinkhorn_attention"
-            attention.add_argument(option, type=int, nargs=2, metavar=("LEFT", "RIGHT"), help=text)
+            attention.add_argument(option, type=int, nargs=2, metavar=("LEFT", "RIGHT"), help=MEANINGS["window"])
         elif isinstance(field.default, bool):
             attention.add_argument(option, action="store_true", help="as in sinkhorn_attention")
         elif isinstance(field.default, str):
-            choices = {"dtype": _DTYPES, "mask": _MASKS, "gradient": _GRADIENTS}[field.name]
+            choices = {"dtype": _DTYPES, "mask": _MASKS, "gradient": GRADIENTS}[field.name]
             attention.add_argument(option, choices=choices, default=field.default, help="(default: %(default)s)")
         else:
             default = defaults.get(field.name, str(field.default))
-            text = f"{numbers.get(field.name, '')} (default: {default})".strip()
+            text = MEANINGS.get(field.name) or f"{numbers.get(field.name, '')} (default: {default})".strip()
             kind, metavar = (float, "X") if isinstance(field.default, float) else (int, "N")
             attention.add_argument(option, type=kind, default=field.default, metavar=metavar, help=text)
     base = ("float32", "bfloat16")

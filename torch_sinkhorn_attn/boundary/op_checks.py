@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines import ENGINES, cpu
-from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, compute_dtype
-from torch_sinkhorn_attn.problem.support import Support, window_ranks
+from torch_sinkhorn_attn.options import GRADIENTS
+from torch_sinkhorn_attn.problem.fits import FLOATS, check_mask, check_present, described, refuse
+from torch_sinkhorn_attn.problem.problem import LEAF, LEAVES, Inputs, Potentials, Problem, compute_dtype
+from torch_sinkhorn_attn.problem.support import window_ranks
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_ITERATIONS = 1 << 24  # as kMostIterations in csrc/checks.cpp
+_PRESENT = tuple(name for _, name, kind in LEAVES if kind == "Tensor")
 _DUSTBIN = ("row_score", "col_score", "corner_score")
 
 
@@ -32,31 +34,20 @@ def check_problem(inputs: Inputs, problem: Problem, engine: str) -> None:
         _check_data(problem, inputs.query.shape[2], inputs.key.shape[2])
 
 
-def check_present(**given: Tensor | None) -> None:
-    """A schema's `Tensor` takes None all the same, from Python."""
-    for name, x in given.items():
-        if x is None:
-            raise ValueError(f"{name} is missing.")
-
-
 def _check_tensors(inputs: Inputs, problem: Problem) -> None:
     query, key, value = inputs.query, inputs.key, inputs.value
-    p = problem
-    check_present(
-        query=query, key=key, row_lo=p.row_lo, row_hi=p.row_hi, col_lo=p.col_lo, col_hi=p.col_hi,
-        log_row_mass=p.log_row_mass, log_col_mass=p.log_col_mass,
-    )  # fmt: skip
+    check_present(query=query, key=key, **{name: LEAF[name](problem) for name in _PRESENT})
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x is not None and x.ndim != 4:
-            raise ValueError(f"{name} is {_described(x)}; four dimensions are needed: batch, heads, tokens, features.")
+            raise ValueError(f"{name} is {described(x)}; four dimensions are needed: batch, heads, tokens, features.")
     if query.dtype not in FLOATS:
-        raise TypeError(f"query is {_described(query)}; float32, float64, float16 or bfloat16 is needed.")
+        raise TypeError(f"query is {described(query)}; float32, float64, float16 or bfloat16 is needed.")
     num, heads, length, features = query.shape
     key_heads, size = key.shape[1:3]
     if heads == 0 or features == 0:
-        raise ValueError(f"query is {_described(query)}; at least one head and one feature are needed.")
+        raise ValueError(f"query is {described(query)}; at least one head and one feature are needed.")
     if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"key is {_described(key)}; its heads must divide the {heads} of query.")
+        raise ValueError(f"key is {described(key)}; its heads must divide the {heads} of query.")
     dtype, integer, device = compute_dtype(query.dtype), torch.int64, query.device
     width = 0 if value is None else value.shape[3]
     bins = _dustbins(inputs, problem)
@@ -64,17 +55,19 @@ def _check_tensors(inputs: Inputs, problem: Problem) -> None:
     expected: list[tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]] = [
         ("key", key, query.dtype, (num, key_heads, size, features)),
         ("value", value, query.dtype, (num, key_heads, size, width)),
-        ("row_lo", problem.row_lo, integer, rows),
-        ("row_hi", problem.row_hi, integer, rows),
-        ("col_lo", problem.col_lo, integer, cols),
-        ("col_hi", problem.col_hi, integer, cols),
-        ("log_row_mass", problem.log_row_mass, dtype, by_row),
-        ("log_col_mass", problem.log_col_mass, dtype, by_col),
-        ("row_segment", problem.row_segment, integer, rows),
-        ("col_segment", problem.col_segment, integer, cols),
-        ("initial_row", problem.initial_row, dtype, (num, heads, length + bins)),
-        ("initial_col", problem.initial_col, dtype, (num, heads, size + bins)),
-        ("dropout_seed", problem.dropout_seed, integer, (2,)),
+    ]
+    leaves: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+        ("row_lo", integer, rows),
+        ("row_hi", integer, rows),
+        ("col_lo", integer, cols),
+        ("col_hi", integer, cols),
+        ("log_row_mass", dtype, by_row),
+        ("log_col_mass", dtype, by_col),
+        ("row_segment", integer, rows),
+        ("col_segment", integer, cols),
+        ("initial_row", dtype, (num, heads, length + bins)),
+        ("initial_col", dtype, (num, heads, size + bins)),
+        ("dropout_seed", integer, (2,)),
     ]
     if bins:
         stored = inputs.dustbin_value
@@ -85,30 +78,31 @@ def _check_tensors(inputs: Inputs, problem: Problem) -> None:
             ("col_score", inputs.col_score, dtype, by_col),
             ("corner_score", inputs.corner_score, dtype, (num, heads)),
             ("dustbin_value", stored, dtype, (num, heads, width)),
-            ("log_row_capacity", problem.log_row_capacity, dtype, (num, heads, bins)),
-            ("log_col_capacity", problem.log_col_capacity, dtype, (num, heads, bins)),
         ]
+        leaves += [(f"log_{side}_capacity", dtype, (num, heads, bins)) for side in ("row", "col")]
+    expected[2:2] = [(name, LEAF[name](problem), kind, shape) for name, kind, shape in leaves]
     for name, x, kind, shape in expected:
         if x is not None and (x.shape != shape or x.dtype != kind or x.device != device):
-            _refuse(name, x, kind, shape, device)
-    if (problem.row_segment is None) != (problem.col_segment is None):
+            refuse(name, x, kind, shape, device)
+    if (problem.support.row_segment is None) != (problem.support.col_segment is None):
         raise ValueError("row_segment and col_segment belong together.")
-    if problem.row_segment is not None and not problem.banded:
+    if problem.support.row_segment is not None and not problem.outline.banded:
         raise ValueError("row_segment is given, so banded must be true.")
-    if (problem.dropout_seed is None) != (problem.dropout_p == 0):
+    if (problem.dropout_seed is None) != (problem.solver.dropout_p == 0):
         raise ValueError(
             f"dropout_seed is {'missing' if problem.dropout_seed is None else 'given'} beside dropout_p="
-            f"{problem.dropout_p}."
+            f"{problem.solver.dropout_p}."
         )
-    _check_mask(inputs.mask, (num, heads, length, size), device)
+    check_mask(inputs.mask, (num, heads, length, size), device)
 
 
 def _dustbins(inputs: Inputs, problem: Problem) -> int:
     """G, or 0 without a dustbin, of which everything or nothing is there."""
-    capacity = problem.log_row_capacity
+    capacity = problem.marginals.log_row_capacity
     present = capacity is not None
     for name in (*_DUSTBIN, "log_col_capacity"):
-        if (getattr(problem if name == "log_col_capacity" else inputs, name) is not None) != present:
+        found = LEAF[name](problem) if name == "log_col_capacity" else getattr(inputs, name)
+        if (found is not None) != present:
             state = "missing beside a" if present else "given beside no"
             raise ValueError(f"{name} is {state} log_row_capacity; a dustbin has all of them.")
     if capacity is None:
@@ -116,27 +110,16 @@ def _dustbins(inputs: Inputs, problem: Problem) -> int:
             raise ValueError("dustbin_value is given without a dustbin.")
         return 0
     bins = capacity.shape[2] if capacity.ndim == 3 else 0
-    if bins == 0 or (bins > 1 and problem.row_segment is None):
+    if bins == 0 or (bins > 1 and problem.support.row_segment is None):
         raise ValueError(
-            f"log_row_capacity is {_described(capacity)}; batch by heads by the number of dustbins is needed, one "
+            f"log_row_capacity is {described(capacity)}; batch by heads by the number of dustbins is needed, one "
             "without segments."
         )
     return bins
 
 
-def _check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    if mask is None:
-        return
-    if mask.dtype not in (torch.bool, *FLOATS):
-        raise TypeError(f"mask is {_described(mask)}; bool, float32, float64, float16 or bfloat16 is needed.")
-    if mask.device != device or mask.ndim != 4 or not all(x in (1, y) for x, y in zip(mask.shape, shape, strict=True)):
-        raise ValueError(
-            f"mask is {_described(mask)}; four dimensions that broadcast to {list(shape)}, on {device}, are needed."
-        )
-
-
 def _check_numbers(problem: Problem) -> None:
-    p = problem
+    p, outline = problem.solver, problem.outline
     fits = {
         "epsilon": 0 < p.epsilon < math.inf,
         "scale": abs(p.scale) < math.inf,
@@ -146,18 +129,18 @@ def _check_numbers(problem: Problem) -> None:
         "tail_iters": 0 <= p.tail_iters <= MOST_ITERATIONS,
         "tolerance": 0 <= p.tolerance < math.inf,
         "over_relaxation": 0 < p.over_relaxation < 2,
-        "gradient": p.gradient in ("tail", "implicit", "unrolled"),
+        "gradient": p.gradient in GRADIENTS,
         "dropout_p": 0 <= p.dropout_p < 1,
-        "window_left": p.window_left >= -1,
-        "window_right": p.window_right >= -1,
+        "window_left": outline.window_left >= -1,
+        "window_right": outline.window_right >= -1,
     }
     for name, good in fits.items():
         if not good:
-            raise ValueError(f"{name}={getattr(problem, name)!r} is out of range.")
+            raise ValueError(f"{name}={LEAF[name](problem)!r} is out of range.")
 
 
 def _check_data(problem: Problem, length: int, size: int) -> None:
-    lo, hi = problem.row_lo, problem.row_hi
+    lo, hi = problem.support.row_lo, problem.support.row_hi
     if lo.numel() and not bool(((lo >= 0) & (lo <= hi) & (hi <= size)).all()):
         n, i = ((lo < 0) | (lo > hi) | (hi > size)).nonzero()[0].tolist()
         raise ValueError(
@@ -166,7 +149,7 @@ def _check_data(problem: Problem, length: int, size: int) -> None:
         )
     most = problem.num_dustbins or max(1, min(length, size))
     for name in ("row_segment", "col_segment"):
-        index = getattr(problem, name)
+        index = LEAF[name](problem)
         if index is None or index.numel() == 0:
             continue
         if bool((index[:, 1:] < index[:, :-1]).any()) or int(index.min()) < 0 or int(index.max()) >= most:
@@ -174,48 +157,21 @@ def _check_data(problem: Problem, length: int, size: int) -> None:
     if problem.dropout_seed is not None and not bool(((problem.dropout_seed >> 32) == 0).all()):
         raise ValueError(f"dropout_seed holds {problem.dropout_seed.tolist()}; two 32-bit words are needed.")
     for name in ("log_row_mass", "log_col_mass", "log_row_capacity", "log_col_capacity"):
-        mass = getattr(problem, name)
+        mass = LEAF[name](problem)
         if mass is not None and not bool((mass < torch.inf).all()):
             raise ValueError(f"{name} holds NaN or infinity; logarithms of finite masses are needed, -inf for none.")
-    if not problem.banded and size:
-        some = (problem.log_col_mass > -torch.inf).any(1)
+    if not problem.outline.banded and size:
+        some = (problem.marginals.log_col_mass > -torch.inf).any(1)
         first, end = some.to(torch.uint8).argmax(-1), size - some.flip(-1).to(torch.uint8).argmax(-1)
         whole_row = (lo <= first[:, None]) & (hi >= end[:, None]) | ~some.any(-1, keepdim=True)
-        if bool((~whole_row & (problem.log_row_mass > -torch.inf).any(1)).any()):
+        if bool((~whole_row & (problem.marginals.log_row_mass > -torch.inf).any(1)).any()):
             raise ValueError("row_lo and row_hi leave columns out; banded must be true then.")
-    whole = (problem.window_left, problem.window_right) if problem.banded else (-1, -1)
-    if problem.uniform and lo.numel() and problem.row_segment is None:
+    whole = (problem.outline.window_left, problem.outline.window_right) if problem.outline.banded else (-1, -1)
+    if problem.outline.uniform and lo.numel() and problem.support.row_segment is None:
         n, m = (torch.tensor(x, device="cpu") for x in (length, size))
         first, end = window_ranks(torch.arange(length, device="cpu"), n, m, *whole)
         if bool(((lo < hi) & ((lo != first) | (hi != end))).any()):
             raise ValueError("row_lo and row_hi are not those of the window, of which uniform=True speaks.")
-
-
-def check_scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None) -> None:
-    """A call of `scan_mask`, whose tensors are a mask and the fields of a support."""
-    check_present(mask=mask, **support._asdict())
-    for name, x in (("row_lo", support.row_lo), ("col_lo", support.col_lo)):
-        if x.ndim != 2:
-            raise ValueError(f"{name} is {_described(x)}; two dimensions are needed: batch and tokens.")
-    (num, length), size, device = support.row_lo.shape, support.col_lo.shape[1], mask.device
-    for name, x in support._asdict().items():
-        kind, shape = torch.bool if name.endswith("active") else torch.int64, (num, size if "col" in name else length)
-        if x.shape != shape or x.dtype != kind or x.device != device:
-            _refuse(name, x, kind, shape, device)
-    _check_mask(mask, (num, mask.shape[1] if mask.ndim == 4 else 1, length, size), device)
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype={dtype}; the compute dtype is needed, float32 or float64.")
-    if floor is not None and not -math.inf < floor < 0:
-        raise ValueError(f"floor={floor} is out of range; a negative number or None is needed.")
-    if device.type != "cpu":
-        return
-    most = max(1, min(length, size)) if packed else 1
-    for side, end in (("row", size), ("col", length)):
-        lo, hi, segment = (getattr(support, f"{side}_{name}") for name in ("lo", "hi", "segment"))
-        if lo.numel() and not bool(((lo >= 0) & (lo <= hi) & (hi <= end)).all()):
-            raise ValueError(f"{side}_lo and {side}_hi must hold 0 <= {side}_lo <= {side}_hi <= {end}.")
-        if packed and segment.numel() and not 0 <= int(segment.min()) <= int(segment.max()) < most:
-            raise ValueError(f"{side}_segment must hold indices from 0 to {most - 1}.")
 
 
 def check_cotangents(
@@ -230,7 +186,7 @@ def check_cotangents(
     check_present(grad=grad, row_potentials=potentials.row, col_potentials=potentials.col)
     (num, heads, length, _), size = inputs.query.shape, inputs.key.shape[2]
     dtype, device, extra = compute_dtype(inputs.query.dtype), inputs.query.device, problem.num_dustbins
-    duals = problem.schedule[1] + 1
+    duals = problem.solver.kept + 1
     expected = [
         ("row_potentials", potentials.row, (duals, num, heads, length + extra)),
         ("col_potentials", potentials.col, (duals, num, heads, size + extra)),
@@ -245,21 +201,11 @@ def check_cotangents(
         expected += [("output", output, shape), ("grad_output", grad, shape)]
     for name, x, shape in expected:
         if x.shape != shape or not x.is_floating_point() or x.device != device:
-            _refuse(name, x, dtype, shape, device)
+            refuse(name, x, dtype, shape, device)
     for name, mass, tokens in (("grad_to_bin", bins[0], length), ("grad_from_bin", bins[1], size)):
         if mass is None:
             continue
         if not problem.has_dustbin:
             raise ValueError(f"{name} is given, but there is no dustbin.")
         if mass.shape != (num, heads, tokens) or not mass.is_floating_point() or mass.device != device:
-            _refuse(name, mass, dtype, (num, heads, tokens), device)
-
-
-def _described(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-
-
-def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> None:
-    needed = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-    places = "" if x.device == device else f" on {x.device}", "" if x.device == device else f" on {device}"
-    raise ValueError(f"{name} is {_described(x)}{places[0]}; {needed}{places[1]} is needed.")
+            refuse(name, mass, dtype, (num, heads, tokens), device)

@@ -9,47 +9,45 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn._ops import add_op_namespace_prefix, ops as lib
-from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_present, check_problem
+from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_problem
 from torch_sinkhorn_attn.compat.tracing import refuse_onnx
-from torch_sinkhorn_attn.engines import ENGINES, traits_of
+from torch_sinkhorn_attn.engines import ENGINES, engine_of
+from torch_sinkhorn_attn.problem.fits import check_present
 from torch_sinkhorn_attn.problem.problem import (
+    LEAVES,
     Inputs,
     OutputGrads,
     Potentials,
     Problem,
-    Result,
     compute_dtype,
+    from_leaves,
     full_precision,
+    leaves,
 )
 
 NUM_INPUTS = len(Inputs._fields)
-PROBLEM_FIELDS = tuple(field.name for field in fields(Problem))
-_REQUIRED = {"query", "key", "row_lo", "row_hi", "col_lo", "col_hi", "log_row_mass", "log_col_mass"}
+PROBLEM_FIELDS = tuple(name for _, name, _ in LEAVES)
+_REQUIRED = {"query", "key"}  # of the inputs; a problem says it by its types
 
 
 def _schema_arguments() -> str:
     inputs = [f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Inputs._fields]
-    problem = []
-    for field in fields(Problem):
-        kind = str(field.type).split(" | ")[0]
-        optional = "?" if kind == "Tensor" and field.name not in _REQUIRED else ""
-        problem.append(f"{kind}{optional} {field.name}")
+    problem = [f"{kind.replace(' | None', '?')} {name}" for _, name, kind in LEAVES]
     return ", ".join([*inputs, *problem, "str engine"])
 
 
 def flatten(inputs: Inputs, problem: Problem, engine: str) -> list[Any]:
-    return [*inputs, *(getattr(problem, name) for name in PROBLEM_FIELDS), engine]
+    return [*inputs, *leaves(problem), engine]
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
-    return Inputs(*flat[:NUM_INPUTS]), Problem(*flat[NUM_INPUTS:-1]), flat[-1]
+    return Inputs(*flat[:NUM_INPUTS]), from_leaves(flat[NUM_INPUTS:-1]), flat[-1]
 
 
 _ARGUMENTS = _schema_arguments()
@@ -76,8 +74,7 @@ def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
         check_present(query_or_cotangent=args[0])
         with full_precision(args[0].device):
-            found: tuple[Tensor, ...] = traits_of(args[0].device).call(function, args)
-            return found
+            return engine_of(args[0].device).call(function, args)
 
     return wrapped
 
@@ -95,7 +92,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args[:-1])
     check_problem(inputs, problem, engine)
     check_present(value=inputs.value)
-    result: Result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
+    result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
     return _fresh((result.output, *result.potentials, *result[2:]), result.output)
 
 
@@ -104,8 +101,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     refuse_onnx()
     inputs, problem, _ = unflatten(args[:-1])
     assert inputs.value is not None
-    num, heads, length = problem.log_row_mass.shape
-    size = problem.log_col_mass.shape[-1]
+    num, heads, length, size = problem.sizes
     like = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
     row_potentials, col_potentials = _fake_potentials(problem, like)
     return (
@@ -120,12 +116,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_potentials(problem: Problem, like: Tensor) -> tuple[Tensor, Tensor]:
-    num, heads, length = problem.log_row_mass.shape
-    kept, bins = problem.schedule[1] + 1, problem.num_dustbins
-    return (
-        like.new_empty(kept, num, heads, length + bins),
-        like.new_empty(kept, num, heads, problem.log_col_mass.shape[-1] + bins),
-    )
+    num, heads, length, size = problem.sizes
+    kept, bins = problem.solver.kept + 1, problem.num_dustbins
+    return like.new_empty(kept, num, heads, length + bins), like.new_empty(kept, num, heads, size + bins)
 
 
 @torch.library.impl(add_op_namespace_prefix("backward"), "default")
@@ -174,10 +167,10 @@ def _plan(*args: Any) -> tuple[Tensor, ...]:
 def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
     refuse_onnx()
     inputs, problem, _ = unflatten(args)
-    num, heads, length = problem.log_row_mass.shape
+    num, heads, length, size = problem.sizes
     extra = int(problem.has_dustbin)
     like = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
-    plan = like.new_empty(num, heads, length + extra, problem.log_col_mass.shape[-1] + extra)
+    plan = like.new_empty(num, heads, length + extra, size + extra)
     return plan, *_fake_potentials(problem, like)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch_sinkhorn_attn.compat import lazy
 
 if TYPE_CHECKING:
-    from torch_sinkhorn_attn.engines.registry import ENGINES, REFERENCE, check_name, choose, traits_of
+    from torch_sinkhorn_attn.engines.registry import ENGINES, REFERENCE, check_name, choose, engine_of
 
-__all__ = ["ENGINES", "REFERENCE", "check_name", "choose", "traits_of"]
+__all__ = ["ENGINES", "REFERENCE", "check_name", "choose", "engine_of"]
 __getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__, "registry"))

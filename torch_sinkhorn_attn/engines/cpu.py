@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.compat import releases
-from torch_sinkhorn_attn.engines.traits import Traits
+from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.problem.problem import (
+    LEAF,
+    LEAVES,
     Gradients,
     Inputs,
     OutputGrads,
@@ -34,7 +36,6 @@ from torch_sinkhorn_attn.problem.problem import (
 )
 
 NAME = "cpu"
-TRAITS = Traits("cpu")
 DEFAULT_BUDGET = 64 << 20
 INTERFACE = 3  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 INTERRUPTED = "interrupted by a signal"  # as in csrc/schedule.cpp
@@ -43,10 +44,11 @@ _BUDGET_VARIABLE = "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB"
 _LIBRARY = _FOLDER / "_cpu.so"
 _RELEASES = _FOLDER / "_cpu_torch.txt"  # "2.9", or "2.10+": the releases of torch it is for; written by setup.py
 _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
-_TENSORS = (
-    "row_lo", "row_hi", "row_segment", "col_segment", "log_row_mass", "log_col_mass", "log_row_capacity",
-    "log_col_capacity", "initial_row", "initial_col", "dropout_seed",
-)  # fmt: skip
+# The lists of its ops, whose places csrc/checks.h names: the leaves of a problem, by type, but for the transposed
+# intervals, which the kernels do without; and counts.
+_TENSORS = tuple(x for _, x, kind in LEAVES if kind.startswith("Tensor") and x not in ("col_lo", "col_hi"))
+_NUMBERS = tuple(x for part, x, kind in LEAVES if kind == "float")
+_COUNTS = ("stopped", "kept", "implicit", "banded", "budget", "poisoned")
 
 
 def _load() -> str | None:
@@ -138,52 +140,53 @@ def _require() -> None:
         raise RuntimeError(f"engine='cpu' is not available: {_unavailable}.")
 
 
-def status() -> str:
-    """Whether it can run, and how; or why not."""
-    if _unavailable is not None:
-        return f"missing: {_unavailable}"
-    return f"C++ kernels for CPU tensors, {capability()} (of {', '.join(capabilities())})"
+class CpuEngine(Engine):
+    """The engine of CPU tensors."""
+
+    name = device = NAME
+
+    def status(self) -> str:
+        if _unavailable is not None:
+            return f"missing: {_unavailable}"
+        return f"C++ kernels for CPU tensors, {capability()} (of {', '.join(capabilities())})"
+
+    def refusal(self, inputs: Inputs, problem: Problem) -> str | None:
+        """There are no kernels, or the tensors are elsewhere."""
+        if _unavailable is not None:
+            return _unavailable
+        device = inputs.query.device.type
+        return None if device == self.device else f"it runs on CPU tensors, and query is on {device}"
+
+    def solve(self, inputs: Inputs, problem: Problem) -> Potentials:
+        return self.forward(inputs._replace(value=None), problem, residuals=False).potentials
+
+    def forward(self, inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
+        output, row, col, row_residual, col_residual, to_bin, from_bin = _run(
+            torch.ops.torch_sinkhorn_attn.cpu_forward, *_arguments(inputs, problem), residuals
+        )
+        if not residuals:
+            row_residual, col_residual = (row.new_full(row.shape[1:3], torch.nan) for _ in range(2))
+        return Result(output, Potentials(row, col), row_residual, col_residual, to_bin, from_bin)
+
+    def plan(self, inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
+        arguments = _arguments(inputs._replace(value=None), problem)
+        found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *arguments)
+        return found, Potentials(row, col)
+
+    def backward(
+        self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
+    ) -> Gradients:
+        """2R passes for the tail in R + 1 readings of the plan; conjugate gradients when it is implicit."""
+        return _backward(inputs, problem, potentials, grads.output, grads.mask, (grads.to_bin, grads.from_bin, output))
+
+    def plan_backward(
+        self, inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
+    ) -> Gradients:
+        """Likewise."""
+        return _backward(inputs._replace(value=None), problem, potentials, grad_plan, mask_grad, (None, None, None))
 
 
-def refusal(inputs: Inputs, problem: Problem) -> str | None:
-    """Why this engine cannot run the problem: it has no kernels, or the tensors are elsewhere."""
-    if _unavailable is not None:
-        return _unavailable
-    device = inputs.query.device.type
-    return None if device == TRAITS.device else f"it runs on CPU tensors, and query is on {device}"
-
-
-def solve(inputs: Inputs, problem: Problem) -> Potentials:
-    """T stopped and R kept iterations: the stacked duals."""
-    return forward(inputs._replace(value=None), problem, residuals=False).potentials
-
-
-def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
-    """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
-    output, row, col, row_residual, col_residual, to_bin, from_bin = _run(
-        torch.ops.torch_sinkhorn_attn.cpu_forward, *_arguments(inputs, problem), residuals
-    )
-    if not residuals:
-        row_residual, col_residual = (row.new_full(row.shape[1:3], torch.nan) for _ in range(2))
-    return Result(output, Potentials(row, col), row_residual, col_residual, to_bin, from_bin)
-
-
-def plan(inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
-    """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
-    found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *_arguments(inputs._replace(value=None), problem))
-    return found, Potentials(row, col)
-
-
-def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
-    """The adjoint: 2R passes for the tail in R + 1 readings of the plan; conjugate gradients when it is implicit."""
-    return _backward(inputs, problem, potentials, grads.output, grads.mask, (grads.to_bin, grads.from_bin, output))
-
-
-def plan_backward(
-    inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
-) -> Gradients:
-    """The adjoint of `plan`, likewise."""
-    return _backward(inputs._replace(value=None), problem, potentials, grad_plan, mask_grad, (None, None, None))
+ENGINE = CpuEngine()
 
 
 def _backward(
@@ -239,16 +242,13 @@ def _vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _arguments(inputs: Inputs, problem: Problem) -> tuple[list[Tensor | None], list[float], list[int]]:
     """The lists of csrc/ops.cpp, whose places are named there."""
     dtype = compute_dtype(inputs.query.dtype)
-    stopped, kept = problem.schedule
     tensors: list[Tensor | None] = [*inputs[:4], *(_vector(x, dtype) for x in inputs[4:])]
     for name in _TENSORS:
-        x = getattr(problem, name)
+        x = LEAF[name](problem)
         tensors.append(_vector(x, dtype) if x is not None and x.is_floating_point() else _integers(x))
-    numbers = [
-        problem.scale, problem.epsilon, problem.rho_row, problem.rho_col, problem.tolerance, problem.over_relaxation,
-        problem.dropout_p,
-    ]  # fmt: skip
-    counts = [stopped, kept, problem.gradient == "implicit", problem.banded, _budget, releases.poisons_memory()]
+    numbers = [LEAF[name](problem) for name in _NUMBERS]
+    s, poisoned = problem.solver, releases.poisons_memory()
+    counts = [s.stopped, s.kept, s.gradient == "implicit", problem.outline.banded, _budget, poisoned]
     return tensors, numbers, [int(x) for x in counts]
 
 

@@ -1,20 +1,17 @@
-"""The engines, in the order `engine=None` tries them. An engine is a module with NAME, TRAITS, status, refusal, solve,
-forward, backward, plan and plan_backward."""
+"""The engines, in the order `engine=None` tries them, and the choice among them."""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 
 from torch_sinkhorn_attn.compat.releases import forward_level
 from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
 from torch_sinkhorn_attn.engines import cpu, missing, torchtpu, xla
+from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.engines.tiled import engine as tiled
-from torch_sinkhorn_attn.engines.traits import PLAIN, Traits
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem
 
-ENGINES: dict[str, ModuleType] = {engine.NAME: engine for engine in (cpu, xla, torchtpu, tiled)}
+ENGINES: dict[str, Engine] = {x.name: x for x in (cpu.ENGINE, xla.ENGINE, torchtpu.ENGINE, tiled.ENGINE)}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
 
 
@@ -25,13 +22,13 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"engine={name!r} is unknown; choose one of {known}, or None for the fastest that can.")
 
 
-def traits_of(device: torch.device) -> Traits:
-    """What the engine whose own the tensors of the device are says of them."""
+def engine_of(device: torch.device) -> Engine:
+    """The engine whose own the tensors of the device are, for what it does with them; where there is none, the tiled
+    one, which takes them as they are."""
     for engine in ENGINES.values():
-        if engine.TRAITS.device == device.type:
-            found: Traits = engine.TRAITS
-            return found
-    return PLAIN
+        if engine.device == device.type:
+            return engine
+    return tiled.ENGINE
 
 
 def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:

@@ -39,10 +39,9 @@ def keep_tile(seed: Tensor, heads: Tensor, rows: Tensor, cols: Tensor, dropout_p
 def keep_mask(problem: Problem, like: Tensor, rows: slice | None = None, cols: slice | None = None) -> Tensor:
     """The keep mask of (a tile of) a plan `[N, H, L, S]`, as 0/1 in the dtype of `like`."""
     assert problem.dropout_seed is not None
-    num, heads, length = problem.log_row_mass.shape
-    size = problem.log_col_mass.shape[-1]
+    num, heads, length, size = problem.sizes
     device = like.device
     head = torch.arange(num * heads, device=device).view(num, heads)
     row = torch.arange(length, device=device)[rows or slice(None)]
     col = torch.arange(size, device=device)[cols or slice(None)]
-    return keep_tile(problem.dropout_seed, head, row, col, problem.dropout_p).to(like.dtype)
+    return keep_tile(problem.dropout_seed, head, row, col, problem.solver.dropout_p).to(like.dtype)

@@ -29,7 +29,7 @@ class Surrogate:
     """
 
     def __init__(self, inputs: Inputs, problem: Problem, potentials: Potentials, plan: bool, mask: bool = True):
-        if problem.gradient == "implicit":
+        if problem.solver.gradient == "implicit":
             raise RuntimeError(FIRST_ONLY)
         self.names = [
             name
@@ -39,10 +39,8 @@ class Surrogate:
         dtype = compute_dtype(inputs.query.dtype)
         self.given, self.plan = inputs, plan
         self.primals: Tensors = tuple(getattr(inputs, name).to(dtype) for name in self.names)
-        self.problem = replace(
-            problem, initial_row=potentials.row[0], initial_col=potentials.col[0],
-            base_iters=0, tail_iters=problem.schedule[1], gradient="tail",
-        )  # fmt: skip
+        tail = replace(problem.solver, base_iters=0, tail_iters=problem.solver.kept, gradient="tail")
+        self.problem = replace(problem, initial_row=potentials.row[0], initial_col=potentials.col[0], solver=tail)
 
     def __call__(self, *primals: Tensor) -> Tensors:
         inputs = self.given._replace(**dict(zip(self.names, primals, strict=True)))
@@ -60,7 +58,7 @@ class Surrogate:
         assert first is not None
         if self.plan or not self.problem.has_dustbin:
             return (first,)
-        masses = self.problem.log_row_mass, self.problem.log_col_mass
+        masses = self.problem.marginals.log_row_mass, self.problem.marginals.log_col_mass
         return first, *or_zeros(given[1:], [x.to(first.dtype) for x in masses])
 
     def gradients(self, *arguments: Tensor) -> Tensors:

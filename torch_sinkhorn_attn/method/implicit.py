@@ -70,9 +70,9 @@ class NormalPlan:
     """
 
     def __init__(self, plan: PlanOperator, problem: Problem, parts: Components):
-        self.plan, self.balanced, self.parts = plan, problem.balanced, parts
-        heads, (length, size) = problem.log_row_mass.shape[:2], augmented_sizes(problem)
-        like = problem.log_row_mass
+        self.plan, self.balanced, self.parts = plan, problem.solver.balanced, parts
+        heads, (length, size) = problem.marginals.log_row_mass.shape[:2], augmented_sizes(problem)
+        like = problem.marginals.log_row_mass
         ones = torch.ones(*heads, max(length, size), dtype=like.dtype, device=like.device)
         r, c = plan.row_pass(ones[..., :size]), plan.column_pass(ones[..., :length])
         self.r_inv = torch.where(r > 0, 1 / r, 0.0)
@@ -96,7 +96,7 @@ class NormalPlan:
 def augmented_sizes(problem: Problem) -> tuple[int, int]:
     """(L + G, S + G)."""
     num = problem.num_dustbins
-    return problem.log_row_mass.shape[-1] + num, problem.log_col_mass.shape[-1] + num
+    return problem.marginals.log_row_mass.shape[-1] + num, problem.marginals.log_col_mass.shape[-1] + num
 
 
 def implicit_duals(
@@ -107,7 +107,7 @@ def implicit_duals(
     Lines without mass get 0. Where `checks.can_look` it stops at `TOLERANCE` or `MAX_ITERS`; elsewhere it runs
     `FIXED_ITERS` without asking, converged heads standing still.
     """
-    rho_r, rho_c = problem.rho_row, problem.rho_col
+    rho_r, rho_c = problem.solver.rho_row, problem.solver.rho_col
     normal = NormalPlan(plan, problem, parts)
     image = rho_r * plan.column_pass(normal.r_inv * row_sums)
     rhs, both = normal.root_inv * (col_sums - image), normal.root_inv * (col_sums.abs() + image.abs())

@@ -21,6 +21,7 @@ from torch_sinkhorn_attn.compat.once import differentiable_once
 from torch_sinkhorn_attn.method.dropout import keep_mask
 from torch_sinkhorn_attn.method.implicit import FIRST_ONLY, DensePlan, implicit_duals
 from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result, compute_dtype, full_precision
 from torch_sinkhorn_attn.problem.support import (
     Components,
@@ -31,7 +32,6 @@ from torch_sinkhorn_attn.problem.support import (
     mass_of,
     segment_max,
     segments,
-    with_dustbin,
 )
 
 
@@ -49,16 +49,16 @@ def forward(inputs: Inputs, problem: Problem) -> Result:
     assert inputs.value is not None
     dense = dense_problem(inputs, problem)
     plan, potentials = plan_and_potentials(dense, problem)
-    length, size = problem.log_row_mass.shape[-1], problem.log_col_mass.shape[-1]
+    length, size = problem.sizes[2:]
     real = plan[..., :length, :size]
     to_bin, from_bin = plan[..., :length, size:].sum(-1), plan[..., length:, :size].sum(-2)
     if problem.dropout_seed is not None:
-        real = real * keep_mask(problem, real) / (1 - problem.dropout_p)
+        real = real * keep_mask(problem, real) / (1 - problem.solver.dropout_p)
     value = _per_head(inputs.value, real.shape[1]).to(real.dtype)
     mass = real @ value
     if inputs.dustbin_value is not None:
         mass = mass + to_bin[..., None] * inputs.dustbin_value.to(real.dtype)[:, :, None]
-    output = mass / mass_of(problem.log_row_mass.to(real.dtype))[..., None]
+    output = mass / mass_of(problem.marginals.log_row_mass.to(real.dtype))[..., None]
     row_residual, col_residual = marginal_residuals(plan.detach(), dense)
     empty = plan.new_zeros(0)
     if not problem.has_dustbin:
@@ -76,7 +76,7 @@ def fold_dustbins(full: Tensor, problem: Problem) -> Tensor:
     """Sum the G dustbin rows and columns of an augmented `[..., L+G, S+G]` to one each."""
     if problem.num_dustbins <= 1:
         return full
-    length, size = problem.log_row_mass.shape[-1], problem.log_col_mass.shape[-1]
+    length, size = problem.sizes[2:]
     rows = torch.cat([full[..., :length, :], full[..., length:, :].sum(-2, keepdim=True)], -2)
     return torch.cat([rows[..., :size], rows[..., size:].sum(-1, keepdim=True)], -1)
 
@@ -95,31 +95,30 @@ def dense_problem(inputs: Inputs, problem: Problem) -> Dense:
     holds the column, and the mask keeps it."""
     dtype = compute_dtype(inputs.query.dtype)
     query, key = inputs.query.to(dtype), _per_head(inputs.key, inputs.query.shape[1]).to(dtype)
-    scores = query @ key.transpose(-1, -2) * (problem.scale / problem.epsilon)
+    scores = query @ key.transpose(-1, -2) * (problem.solver.scale / problem.solver.epsilon)
     support = torch.ones_like(scores, dtype=torch.bool)
-    if problem.banded:
+    if problem.outline.banded:
         column = torch.arange(scores.shape[-1], device=scores.device)
-        support = support & (column >= problem.row_lo[:, None, :, None]) & (column < problem.row_hi[:, None, :, None])
+        lo, hi = (x[:, None, :, None] for x in (problem.support.row_lo, problem.support.row_hi))
+        support = support & (column >= lo) & (column < hi)
     if inputs.mask is not None:
         support = support & kept(inputs.mask, dtype)
         if inputs.mask.dtype != torch.bool:
             scores = scores + inputs.mask.to(dtype).masked_fill(~kept(inputs.mask, dtype), 0.0)
-    log_a, log_b = problem.log_row_mass.to(dtype), problem.log_col_mass.to(dtype)
+    log_a, log_b = (x.to(dtype) for x in problem.marginals.augmented)
     if problem.has_dustbin:
-        assert problem.log_row_capacity is not None and problem.log_col_capacity is not None
         scores, support = _with_dustbin_scores(scores, support, inputs, problem)
-        log_a = with_dustbin(log_a, problem.log_row_capacity.to(dtype))
-        log_b = with_dustbin(log_b, problem.log_col_capacity.to(dtype))
     support = support & (log_a > -torch.inf)[..., :, None] & (log_b > -torch.inf)[..., None, :]
     return Dense(scores.masked_fill(~support, -torch.inf), log_a, log_b)
 
 
 def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potentials]:
-    """Solve and return the augmented plan, differentiable as `problem.gradient` says, with the tail's duals."""
+    """Solve and return the augmented plan, differentiable as `problem.solver.gradient` says, with the tail's duals."""
     parts = components(problem)
-    stopped, differentiated = problem.schedule
-    rho_r, rho_c, omega = problem.rho_row, problem.rho_col, problem.over_relaxation
-    implicit = problem.gradient == "implicit"
+    solver = problem.solver
+    stopped, differentiated = solver.stopped, solver.kept
+    rho_r, rho_c, omega = solver.rho_row, solver.rho_col, solver.over_relaxation
+    implicit = solver.gradient == "implicit"
     with torch.no_grad():
         held = dense.scores.detach()  # no_grad alone would let forward-mode tangents through
         u, v = stopped_base(
@@ -129,7 +128,7 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
             lambda v, u: half_step(held, v, dense.log_a, rho_r, dim=-1, old=u, omega=omega),
             problem,
         )
-        if problem.balanced and stopped:
+        if solver.balanced and stopped:
             u, v = centre_gauge(u, v, problem, parts)
     rows, cols = [u], [v]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not implicit):
@@ -164,11 +163,12 @@ def stopped_base(u: Tensor, v: Tensor, column: HalfStep, row: HalfStep, problem:
     stands still from then on; the loop itself ends when all do, where looking costs nothing (eager CPU tensors).
     """
     own, done = segments(problem), None
-    for t in range(problem.schedule[0]):
+    for t in range(problem.solver.stopped):
         next_v = column(u, v)
-        if t and problem.tolerance:
-            change = segment_max((next_v - v).abs() / problem.over_relaxation, own.col, own.number)  # of the plain step
-            done = change <= problem.tolerance if done is None else done | (change <= problem.tolerance)
+        if t and problem.solver.tolerance:
+            plain = (next_v - v).abs() / problem.solver.over_relaxation
+            small = segment_max(plain, own.col, own.number) <= problem.solver.tolerance
+            done = small if done is None else done | small
             if can_look(done) and done.all():
                 break
             next_v = torch.where(by_segment(done, own.col, v.shape[-1]), v, next_v)
@@ -209,14 +209,6 @@ def marginal_residuals(plan: Tensor, dense: Dense) -> tuple[Tensor, Tensor]:
     row = (plan.sum(-1) - dense.log_a.exp()).abs()
     col = (plan.sum(-2) - dense.log_b.exp()).abs()
     return largest(row), largest(col)
-
-
-def kept(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """True where an attn_mask keeps the entry. A float mask drops -inf and anything at or below finfo.min / 2 of its
-    own dtype or of the compute dtype it is added in."""
-    if mask.dtype == torch.bool:
-        return mask
-    return ~(mask <= max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2)  # NaN stays, to be seen
 
 
 class _ImplicitPlan(torch.autograd.Function):
@@ -265,12 +257,12 @@ def _with_dustbin_scores(scores: Tensor, support: Tensor, inputs: Inputs, proble
             if s is None
             else (s[:, None, :, None] == bins)
         )
-        for s, x in ((problem.row_segment, inputs.row_score), (problem.col_segment, inputs.col_score))
+        for s, x in ((problem.support.row_segment, inputs.row_score), (problem.support.col_segment, inputs.col_score))
     ]
     head = scores.shape[:2]
-    row = (inputs.row_score.to(scores.dtype) / problem.epsilon)[..., :, None].expand(*head, -1, num)
-    col = (inputs.col_score.to(scores.dtype) / problem.epsilon)[..., None, :].expand(*head, num, -1)
-    corner = (inputs.corner_score.to(scores.dtype) / problem.epsilon)[..., None, None].expand(*head, num, num)
+    row = (inputs.row_score.to(scores.dtype) / problem.solver.epsilon)[..., :, None].expand(*head, -1, num)
+    col = (inputs.col_score.to(scores.dtype) / problem.solver.epsilon)[..., None, :].expand(*head, num, -1)
+    corner = (inputs.corner_score.to(scores.dtype) / problem.solver.epsilon)[..., None, None].expand(*head, num, num)
     scores = torch.cat([torch.cat([scores, row], -1), torch.cat([col, corner], -1)], -2)
     own_row, own_col = own[0].expand(*head, -1, num), own[1].transpose(-1, -2).expand(*head, num, -1)
     diagonal = torch.eye(num, dtype=torch.bool, device=scores.device).expand(*head, num, num)

@@ -27,7 +27,7 @@ from torch_sinkhorn_attn.method.implicit import DensePlan, PlanOperator, implici
 from torch_sinkhorn_attn.method.reference import Dense
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem
-from torch_sinkhorn_attn.problem.support import Components, components, with_dustbin
+from torch_sinkhorn_attn.problem.support import Components, components
 
 
 class Factor(NamedTuple):
@@ -73,11 +73,10 @@ class Staircase:
 
     def __init__(self, potentials: Potentials, problem: Problem, may_scale: bool = True):
         dtype = potentials.row.dtype
-        self.log_a = with_dustbin(problem.log_row_mass, problem.log_row_capacity).to(dtype)
-        self.log_b = with_dustbin(problem.log_col_mass, problem.log_col_capacity).to(dtype)
+        self.log_a, self.log_b = (x.to(dtype) for x in problem.marginals.augmented)
         self.u, self.v = potentials.row, potentials.col
-        self.rho_r, self.rho_c = problem.rho_row, problem.rho_col
-        self.tail_iters = problem.schedule[1]
+        self.rho_r, self.rho_c = problem.solver.rho_row, problem.solver.rho_col
+        self.tail_iters = problem.solver.kept
         factors = [self._row(r) for r in range(1, self.tail_iters + 1)] or [self._row(0)]
         factors += [self._column(r) for r in range(1, self.tail_iters + 1)]
         self.scaled = may_scale and can_look(self.u)
@@ -132,7 +131,7 @@ class Passes(Protocol):
 def tail_field(passes: Passes, potentials: Potentials, problem: Problem) -> tuple[Field, Tensor]:
     """The modifier field of the tail and the dropped cotangent, by max(2 R, 2) passes."""
     stairs = Staircase(potentials, problem, passes.may_scale)
-    rho_r, rho_c, tail_iters = problem.rho_row, problem.rho_col, problem.schedule[1]
+    rho_r, rho_c, tail_iters = problem.solver.rho_row, problem.solver.rho_col, problem.solver.kept
     row_ones, col_ones = torch.ones_like(stairs.log_a), torch.ones_like(stairs.log_b)
     z = passes.row_sums
     if tail_iters == 0:
@@ -199,7 +198,7 @@ def backward(dense: Dense, grad_plan: Tensor, potentials: Potentials, problem: P
     plan = DensePlan(dense.scores + u[..., :, None] + v[..., None, :])
     weighted = plan.plan * grad_plan
     passes = DensePasses(plan, weighted)
-    if problem.gradient == "implicit":
+    if problem.solver.gradient == "implicit":
         field = implicit_field(plan, passes.row_sums, passes.column_sums(), problem, components(problem))
         dropped = torch.zeros_like(passes.row_sums)
     else:
@@ -209,11 +208,11 @@ def backward(dense: Dense, grad_plan: Tensor, potentials: Potentials, problem: P
 
 def score_gradients(grad_scores: Tensor, inputs: Inputs, problem: Problem, mask_grad: bool) -> Inputs:
     """Cotangents of everything the scores are made of, from the augmented dS `[N, H, L(+G), S(+G)]`."""
-    length, size = problem.log_row_mass.shape[-1], problem.log_col_mass.shape[-1]
+    length, size = problem.sizes[2:]
     real, dtype = grad_scores[..., :length, :size], grad_scores.dtype
     by_group = (inputs.key.shape[1], inputs.query.shape[1] // inputs.key.shape[1])
     query, grouped = inputs.query.to(dtype).unflatten(1, by_group), real.unflatten(1, by_group)
-    factor = problem.scale / problem.epsilon
+    factor = problem.solver.scale / problem.solver.epsilon
     grad_query = (grouped @ inputs.key.to(dtype)[:, :, None]).flatten(1, 2) * factor
     grad_key = (grouped.transpose(-1, -2) @ query).sum(2) * factor
     grad_mask = real.sum_to_size(inputs.mask.shape) if mask_grad and inputs.mask is not None else None
@@ -224,5 +223,5 @@ def score_gradients(grad_scores: Tensor, inputs: Inputs, problem: Problem, mask_
         grad_scores[..., length:, :size].sum(-2),
         grad_scores[..., length:, size:].sum((-1, -2)),
     )
-    bins = (x / problem.epsilon for x in (to_bin, from_bin, corner))
+    bins = (x / problem.solver.epsilon for x in (to_bin, from_bin, corner))
     return Inputs(grad_query, grad_key, None, grad_mask, *bins)

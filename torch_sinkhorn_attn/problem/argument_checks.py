@@ -4,17 +4,20 @@ raises a TypeError or ValueError that names it, its value and the way out."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines import check_name
+from torch_sinkhorn_attn.options import DEFAULTS, Options
 from torch_sinkhorn_attn.problem import scalars
 from torch_sinkhorn_attn.problem.problem import compute_dtype
-from torch_sinkhorn_attn.problem.scalars import Solver, broadcasts
+from torch_sinkhorn_attn.problem.scalars import broadcasts
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind, plain_mask
 
+_NUMBERS = ("scale", "epsilon", "relaxation", "tolerance", "over_relaxation", "mask_floor", "dropout_p")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,33 +56,15 @@ def no_tensors(**options: Any) -> None:
             raise TypeError(f"{name} must be a Python number, got a tensor; pass float({name}).")
 
 
-def solver(
-    features: int,
-    dtype: torch.dtype,
-    scale: Any,
-    epsilon: Any,
-    window: Any,
-    relaxation: Any,
-    base_iters: Any,
-    tail_iters: Any,
-    tolerance: Any,
-    over_relaxation: Any,
-    gradient: Any,
-    engine: Any,
-) -> Solver:
-    """Everything about the iteration that can be checked without tensors; `dtype` is the compute dtype."""
-    no_tensors(scale=scale, epsilon=epsilon, relaxation=relaxation)
-    no_tensors(tolerance=tolerance, over_relaxation=over_relaxation)
-    for name, x in (("base_iters", base_iters), ("tail_iters", tail_iters)):
-        if isinstance(x, Tensor):
-            raise TypeError(f"{name} must be an integer, got {x!r}.")
-    checked = scalars.solver(
-        features, "float64" if dtype == torch.float64 else "float32", scale, epsilon, window, relaxation,
-        base_iters, tail_iters, tolerance, over_relaxation, gradient,
-    )  # fmt: skip
-    if engine is not None and not isinstance(engine, str):
-        raise TypeError(f"engine must be a name or None, got {engine!r}.")
-    check_name(engine)
+def options(keywords: Mapping[str, Any]) -> Options:
+    """The scalars among the keyword arguments, checked: no tensors, and an engine that exists."""
+    given = {name: x for name, x in keywords.items() if name in DEFAULTS and x is not DEFAULTS[name]}
+    for name in ("base_iters", "tail_iters"):
+        if isinstance(given.get(name), Tensor):
+            raise TypeError(f"{name} must be an integer, got {given[name]!r}.")
+    no_tensors(**{name: x for name, x in given.items() if name in _NUMBERS})
+    checked = Options.of(given)
+    check_name(checked.engine)
     return checked
 
 

@@ -10,20 +10,21 @@ from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import traits_of
-from torch_sinkhorn_attn.problem import data_checks, scalars
+from torch_sinkhorn_attn.engines import engine_of
+from torch_sinkhorn_attn.options import Relaxation
+from torch_sinkhorn_attn.problem import data_checks
 from torch_sinkhorn_attn.problem.argument_checks import (
     constant,
     integers,
-    no_tensors,
+    options,
     potentials,
     score_mask,
-    solver,
     tokens,
 )
-from torch_sinkhorn_attn.problem.causal import checked_causal, refuse_balanced_causal
+from torch_sinkhorn_attn.problem.causal import causal_window
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 from torch_sinkhorn_attn.problem.looking import data_checks_enabled, has_data
 from torch_sinkhorn_attn.problem.masks.scan import extremes, scan_mask
@@ -36,13 +37,15 @@ from torch_sinkhorn_attn.problem.masses import (
     log_mass,
     marginal_masses,
 )
-from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
+from torch_sinkhorn_attn.problem.problem import Inputs, Intervals, Marginals, Outline, Problem, compute_dtype
 from torch_sinkhorn_attn.problem.support import build_support, token_ids
 
 
-class Options(TypedDict, total=False):
-    """The keyword options of `sinkhorn_attention`, documented there."""
+class Keywords(TypedDict, total=False):
+    """The keyword arguments of `sinkhorn_attention`, documented there: the scalars of `Options`, and tensors."""
 
+    dropout_p: float
+    is_causal: bool
     scale: float | None
     epsilon: float
     window: tuple[int, int] | None
@@ -52,7 +55,7 @@ class Options(TypedDict, total=False):
     key_segment_ids: Tensor | None
     row_mass: Tensor | None
     col_mass: Tensor | None
-    relaxation: float | tuple[float | None, float | None] | None
+    relaxation: Relaxation
     dustbin: Dustbin | None
     base_iters: int
     tail_iters: int
@@ -60,8 +63,6 @@ class Options(TypedDict, total=False):
     over_relaxation: float
     gradient: str
     initial_potentials: tuple[Tensor, Tensor] | None
-    dropout_p: float
-    is_causal: bool
     enable_gqa: bool
     mask_floor: float | None
     engine: str | None
@@ -89,57 +90,21 @@ def prepare(
     value: Tensor | None,
     attn_mask: Tensor | None = None,
     *,
-    scale: float | None = None,
-    epsilon: float = 1.0,
-    window: tuple[int, int] | None = None,
-    query_lengths: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    query_segment_ids: Tensor | None = None,
-    key_segment_ids: Tensor | None = None,
-    row_mass: Tensor | None = None,
-    col_mass: Tensor | None = None,
-    relaxation: float | tuple[float | None, float | None] | None = None,
-    dustbin: Dustbin | None = None,
-    base_iters: int = 20,
-    tail_iters: int = 2,
-    tolerance: float | None = None,
-    over_relaxation: float = 1.0,
-    gradient: str = "tail",
-    initial_potentials: tuple[Tensor, Tensor] | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-    mask_floor: float | None = -1e3,
-    engine: str | None = None,
     check_data: bool = True,
+    **keywords: Unpack[Keywords],
 ) -> Prepared:
     """Check and canonicalise; `value` is None when only the plan is wanted, and without `check_data` no data is looked
     at, whatever `set_checks` says."""
-    query, key, value = tokens(query, key, value, enable_gqa)
+    query, key, value = tokens(query, key, value, keywords.get("enable_gqa", False))
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
-    o = solver(
-        features, dtype, scale, epsilon, window, relaxation,
-        base_iters, tail_iters, tolerance, over_relaxation, gradient, engine,
-    )  # fmt: skip
-    no_tensors(mask_floor=mask_floor, dropout_p=dropout_p)
-    mask_floor, dropout_p = scalars.floor(mask_floor), scalars.dropout(dropout_p)
-    if dustbin is not None and not isinstance(dustbin, Dustbin):
-        raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
-    given = _given(
-        query, key, value, attn_mask, (query_lengths, key_lengths), (query_segment_ids, key_segment_ids),
-        (row_mass, col_mass), dustbin, initial_potentials,
-    )  # fmt: skip
-    softmax_mode = o.base_iters == o.tail_iters == 0 and o.rho == (1.0, 1.0) and dustbin is None
-    softmax_mode = softmax_mode and row_mass is None and col_mass is None
-    window, causal = o.window, False
-    if checked_causal(is_causal, attn_mask):
-        plain = not given.packed and query_lengths is None and key_lengths is None
-        if plain and o.rho == (1.0, 1.0) and dustbin is None and row_mass is None and col_mass is None:
-            refuse_balanced_causal(length, size, o.window, softmax_mode)
-        causal = not (plain and length == size)
-        if not causal:  # then it is a window, which engines know ahead of the data
-            window = (-1 if o.window is None else o.window[0], 0)
+    o = options(keywords)
+    solver = o.solver(features, "float64" if dtype == torch.float64 else "float32")
+    given = _given(query, key, value, attn_mask, keywords)
+    dustbin, whole = keywords.get("dustbin"), not given.packed and given.lengths == (None, None)
+    uniform = solver.balanced and dustbin is None and given.masses == (None, None)
+    softmax_mode = uniform and o.base_iters == o.tail_iters == 0
+    window, causal = causal_window(o, attn_mask, length, size, whole, uniform)
     look = check_data and data_checks_enabled(query, key, value, *given.tensors())
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
@@ -156,7 +121,8 @@ def prepare(
     support = build_support(ids[0], ids[1], window, given.packed, causal)
     scan = None
     if given.mask is not None:
-        scan = scan_mask(given.mask, support, given.packed, dtype, None if softmax_mode else mask_floor, hulls=look)
+        floor = None if softmax_mode else o.mask_floor
+        scan = scan_mask(given.mask, support, given.packed, dtype, floor, hulls=look)
         if look and given.mask.dtype != torch.bool:
             data_checks.check_mask(extremes(given.mask, support, given.packed, dtype, scan), dtype, softmax_mode)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
@@ -172,27 +138,26 @@ def prepare(
     cols = Side(given.masses[1], col_active, col_segment)
     a, b = marginal_masses(rows, cols, groups, dustbin, mass_dtype)
     capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins, mass_dtype)
-    existence = None
+    existence, rho = None, (solver.rho_row, solver.rho_col)
     if not softmax_mode:
         existence = Existence(
-            rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, o.rho,
-            given.packed or o.window is not None or is_causal, o.window, is_causal, dtype, mask_floor,
+            rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, rho,
+            given.packed or o.window is not None or o.is_causal, o.window, o.is_causal, dtype, o.mask_floor,
         )  # fmt: skip
         if look:
             existence.check((a, b), capacities)
 
+    masses: list[Tensor | None] = [a, b, *capacities]
     unit = None
     if any(x is not None for x in (*given.masses, *given.capacities)):
-        masses = [x for x in (a, b, *capacities) if x is not None]
+        present = [x for x in masses if x is not None]
         if look:
-            data_checks.check_span(masses, dtype)
-        unit = find_scale(masses, o.rho, o.base_iters + o.tail_iters > 0, look, dtype)
+            data_checks.check_span(present, dtype)
+        unit = find_scale(present, rho, o.base_iters + o.tail_iters > 0, look, dtype)
     initial = given.initial
     if unit is not None:
-        a, b = in_units(unit, a), in_units(unit, b)
-        if capacities[0] is not None and capacities[1] is not None:
-            capacities = in_units(unit, capacities[0]), in_units(unit, capacities[1])
-        if initial[0] is not None or o.rho != (1.0, 1.0):  # a balanced start from 0 does not depend on the unit
+        masses = [None if x is None else in_units(unit, x) for x in masses]
+        if initial[0] is not None or not solver.balanced:  # a balanced start from 0 does not depend on the unit
             zero = a.new_zeros((), dtype=dtype)
             row, col = (
                 (zero if x is None else x).expand(num, heads, n + given.bins)
@@ -200,29 +165,18 @@ def prepare(
             )
             initial = unit.shifted(row, col, back=True)
 
-    problem = Problem(
-        row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
-        row_segment=row_segment, col_segment=col_segment,
-        log_row_mass=log_mass(a, dtype), log_col_mass=log_mass(b, dtype),
-        log_row_capacity=None if capacities[0] is None else log_mass(capacities[0], dtype),
-        log_col_capacity=None if capacities[1] is None else log_mass(capacities[1], dtype),
-        initial_row=initial[0], initial_col=initial[1],
-        dropout_seed=_dropout_seed(dropout_p, query.device),
-        scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1],
-        base_iters=o.base_iters, tail_iters=o.tail_iters, tolerance=o.tolerance, over_relaxation=o.over_relaxation,
-        gradient=o.gradient, dropout_p=dropout_p,
-        banded=given.packed or window is not None or causal,
-        window_left=-1 if window is None else window[0], window_right=-1 if window is None else window[1],
-        uniform=not (given.packed or causal) and query_lengths is None and key_lengths is None,
-    )  # fmt: skip
+    outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), whole and not causal)
+    intervals = Intervals(support.row_lo, support.row_hi, support.col_lo, support.col_hi, row_segment, col_segment)
+    marginals = Marginals(*(None if x is None else log_mass(x, dtype) for x in masses))  # type: ignore[arg-type]
+    problem = Problem(intervals, marginals, *initial, _dropout_seed(o.dropout_p, query.device), solver, outline)
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
-    if given.mask is not None or not problem.uniform:
+    if given.mask is not None or not outline.uniform:
         by_head = given.mask is not None and given.mask.shape[1] > 1
         flat = _without_inactive(flat, row_active, col_active, by_head, look)
     inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if has_data(query):
-        inputs = inputs._replace(query=traits_of(query.device).placed(inputs.query, query))
-    return Prepared(inputs, problem, batch, query.dtype, engine, existence, unit)
+        inputs = inputs._replace(query=engine_of(query.device).placed(inputs.query, query))
+    return Prepared(inputs, problem, batch, query.dtype, o.engine, existence, unit)
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side
@@ -245,25 +199,18 @@ class _Given(NamedTuple):
         return [self.mask, *self.lengths, *self.segments, *self.masses, *self.dustbin, *self.capacities, *self.initial]
 
 
-def _given(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    attn_mask: Tensor | None,
-    lengths: Pair,
-    segments: Pair,
-    masses: Pair,
-    dustbin: Dustbin | None,
-    initial: Pair | None,
-) -> _Given:
+def _given(query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor | None, keywords: Keywords) -> _Given:
+    dustbin = keywords.get("dustbin")
+    if dustbin is not None and not isinstance(dustbin, Dustbin):
+        raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
     batch, (heads, length, _), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, device = math.prod(batch), query.device
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(num, *x.shape[len(batch) :])
 
-    query_segments = flat(integers("query_segment_ids", segments[0], (*batch, length), device))
-    key_segments = flat(integers("key_segment_ids", segments[1], (*batch, size), device))
+    query_segments = flat(integers("query_segment_ids", keywords.get("query_segment_ids"), (*batch, length), device))
+    key_segments = flat(integers("key_segment_ids", keywords.get("key_segment_ids"), (*batch, size), device))
     if (query_segments is None) != (key_segments is None):
         raise ValueError(
             "query_segment_ids and key_segment_ids belong together: pass both (the same tensor in self-attention)."
@@ -273,17 +220,17 @@ def _given(
     return _Given(
         mask=score_mask(attn_mask, (*batch, heads, length, size), query),
         lengths=(
-            flat(integers("query_lengths", lengths[0], batch, device)),
-            flat(integers("key_lengths", lengths[1], batch, device)),
+            flat(integers("query_lengths", keywords.get("query_lengths"), batch, device)),
+            flat(integers("key_lengths", keywords.get("key_lengths"), batch, device)),
         ),
         segments=(query_segments, key_segments),
         masses=(
-            flat(constant("row_mass", masses[0], (*batch, heads, length), query)),
-            flat(constant("col_mass", masses[1], (*batch, heads, size), query)),
+            flat(constant("row_mass", keywords.get("row_mass"), (*batch, heads, length), query)),
+            flat(constant("col_mass", keywords.get("col_mass"), (*batch, heads, size), query)),
         ),
         dustbin=dustbin_tensors(dustbin, batch, heads, length, size, value, query),
         capacities=given_capacities(dustbin, batch, heads, length, size, query),
-        initial=potentials(initial, batch, heads, length + bins, size + bins, query),
+        initial=potentials(keywords.get("initial_potentials"), batch, heads, length + bins, size + bins, query),
         packed=packed,
         bins=bins,
     )

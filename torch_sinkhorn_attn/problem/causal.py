@@ -5,24 +5,35 @@ Shared by torch and JAX, so it imports neither.
 
 from __future__ import annotations
 
+from torch_sinkhorn_attn.options import Options
 
-def checked_causal(is_causal: object, mask: object) -> bool:
-    """`is_causal`, a bool that excludes `attn_mask`, as in torch.
+
+def causal_window(
+    options: Options, mask: object, length: int, size: int, whole: bool, uniform: bool
+) -> tuple[tuple[int, int] | None, bool]:
+    """(window, causal): the window of L queries and S keys, and whether the support is causal beside it. Where there
+    are no lengths or segments (`whole`) and L = S, causality is a window, which engines know ahead of the data.
+
+    `uniform`: balanced, with no masses given and no dustbin.
 
     Raises:
-        TypeError, ValueError: otherwise.
+        ValueError: causal beside a mask, or where the only plan is the identity.
     """
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}.")
-    if is_causal and mask is not None:
+    if not options.is_causal:
+        return options.window, False
+    if mask is not None:
         raise ValueError(
             "attn_mask and is_causal=True exclude each other, as in scaled_dot_product_attention: leave is_causal out, "
             "and forbid the pairs above the diagonal in attn_mask."
         )
-    return is_causal
+    if whole and uniform:
+        _refuse_balanced(length, size, options.window, options.base_iters == options.tail_iters == 0)
+    if not (whole and length == size):
+        return options.window, True
+    return (-1 if options.window is None else options.window[0], 0), False
 
 
-def refuse_balanced_causal(length: int, size: int, window: tuple[int, int] | None, softmax_mode: bool) -> None:
+def _refuse_balanced(length: int, size: int, window: tuple[int, int] | None, softmax_mode: bool) -> None:
     """ValueError where masses are uniform and balanced and there are as many queries as keys they can see, which forces
     the identity. With more queries than keys there may be a plan, and with `window=(0, ...)` the identity is all that
     is asked for."""

@@ -1,5 +1,5 @@
 """The typed semantics every engine works on: tensors in one canonical layout, and one frozen description of the
-problem.
+problem: its support, its marginals and the numbers of its solver.
 
 Shapes used throughout: N flattened batch, H query heads, Hk key/value heads (H a multiple of Hk), L queries, S keys,
 E features, Ev value features, G dustbins per head (one per packed segment; 1 without segments).
@@ -7,12 +7,16 @@ E features, Ev value features, G dustbins per head (one per packed segment; 1 wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_sinkhorn_attn.options import Solver
 
 
 class Inputs(NamedTuple):
@@ -71,78 +75,110 @@ class Gradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One batch of entropic optimal-transport problems on a support, checked and complete; no user argument is left.
+class Intervals:
+    """The support before the mask: an interval of columns for each row, its transpose, and packed segments."""
 
-    Tensors (constants of the differentiation):
-        row_lo, row_hi: `[N, L]` int64, row i may attend to columns `[row_lo, row_hi)`; (0, 0) where it has none.
-        col_lo, col_hi: `[N, S]` int64, the transpose: rows outside `[col_lo, col_hi)` do not attend to column j.
-        row_segment, col_segment: `[N, L]`, `[N, S]` int64 index of the token's problem, or None for one problem each.
-        log_row_mass, log_col_mass: `[N, H, L]`, `[N, H, S]`; -inf marks an inactive token, the only place it is marked.
-        log_row_capacity, log_col_capacity: `[N, H, G]` log mass of the dustbin row and column; -inf where unused.
-        initial_row, initial_col: warm start, `[N, H, L+G]`, `[N, H, S+G]`, or None for zeros.
-        dropout_seed: `[2]` int64, or None without dropout.
+    row_lo: Tensor  # [N, L] int64, row i may attend to columns [row_lo, row_hi); (0, 0) where it has none
+    row_hi: Tensor
+    col_lo: Tensor  # [N, S] int64, the transpose: rows outside [col_lo, col_hi) do not attend to column j
+    col_hi: Tensor
+    row_segment: Tensor | None  # [N, L], [N, S] int64 index of the token's problem; None for one problem each
+    col_segment: Tensor | None
 
-    Scalars:
-        scale, epsilon: scores are `scale * q.k / epsilon + mask`.
-        rho_row, rho_col: damping of the half-steps, `tau / (tau + epsilon)`; 1 is balanced.
-        base_iters, tail_iters: T and R.
-        tolerance: a problem's base ends early once the next plain column half-step would move no v_j by more; 0: never.
-        over_relaxation: omega; a half-step of the base gives (1 - omega) * old + omega * plain.
-        gradient: "tail", "implicit" or "unrolled".
-        dropout_p: probability of dropping a real entry of P/a.
-        banded: False if every pair of active tokens is in the support before the mask, so intervals need no test.
-        window: the `(left, right)` of the user, for static tile bounds, or None.
-        uniform: every batch element has all L queries and S keys in one segment before the mask.
+
+@dataclass(frozen=True)
+class Marginals:
+    """Log masses of the tokens and of the dustbins."""
+
+    log_row_mass: Tensor  # [N, H, L], -inf marks an inactive token, the only place it is marked
+    log_col_mass: Tensor  # [N, H, S]
+    log_row_capacity: Tensor | None  # [N, H, G] of the dustbin row and column, -inf where unused; None without
+    log_col_capacity: Tensor | None
+
+    @property
+    def augmented(self) -> tuple[Tensor, Tensor]:
+        """log a `[N, H, L+G]` and log b `[N, H, S+G]` with the dustbins' masses last, where there are any."""
+        if self.log_row_capacity is None or self.log_col_capacity is None:
+            return self.log_row_mass, self.log_col_mass
+        rows, cols = (self.log_row_mass, self.log_row_capacity), (self.log_col_mass, self.log_col_capacity)
+        return torch.cat(rows, -1), torch.cat(cols, -1)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of the support before its data, so that it can decide what is compiled and which tiles are read.
+
+    banded: False if every pair of active tokens is in the support before the mask, so intervals need no test.
+    window_left, window_right: the user's window, -1 for unlimited.
+    uniform: every batch element has all L queries and S keys in one segment before the mask.
     """
 
-    row_lo: Tensor
-    row_hi: Tensor
-    col_lo: Tensor
-    col_hi: Tensor
-    row_segment: Tensor | None
-    col_segment: Tensor | None
-    log_row_mass: Tensor
-    log_col_mass: Tensor
-    log_row_capacity: Tensor | None
-    log_col_capacity: Tensor | None
-    initial_row: Tensor | None
-    initial_col: Tensor | None
-    dropout_seed: Tensor | None
-    scale: float
-    epsilon: float
-    rho_row: float
-    rho_col: float
-    base_iters: int
-    tail_iters: int
-    tolerance: float
-    over_relaxation: float
-    gradient: str
-    dropout_p: float
     banded: bool
     window_left: int
     window_right: int
     uniform: bool
 
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch of entropic optimal-transport problems on a support, checked and complete; no user argument is left.
+    Its tensors are constants of the differentiation."""
+
+    support: Intervals
+    marginals: Marginals
+    initial_row: Tensor | None  # warm start [N, H, L+G], [N, H, S+G]; None for zeros
+    initial_col: Tensor | None
+    dropout_seed: Tensor | None  # [2] int64; None without dropout
+    solver: Solver
+    outline: Outline
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, H, L and S."""
+        num, heads, length = self.marginals.log_row_mass.shape
+        return num, heads, length, self.marginals.log_col_mass.shape[-1]
+
     @property
     def has_dustbin(self) -> bool:
-        return self.log_row_capacity is not None
+        return self.marginals.log_row_capacity is not None
 
     @property
     def num_dustbins(self) -> int:
         """G, or 0 without a dustbin."""
-        return 0 if self.log_row_capacity is None else self.log_row_capacity.shape[-1]
+        capacity = self.marginals.log_row_capacity
+        return 0 if capacity is None else capacity.shape[-1]
 
-    @property
-    def balanced(self) -> bool:
-        return self.rho_row == 1.0 and self.rho_col == 1.0
 
-    @property
-    def schedule(self) -> tuple[int, int]:
-        """(stopped, differentiated) iterations: (T, R), or all of them differentiated when unrolled."""
-        if self.gradient == "unrolled":
-            return 0, self.base_iters + self.tail_iters
-        return self.base_iters, self.tail_iters
+# The leaves of a problem, depth first, as (part, leaf, type); "" is the problem itself.
+_PARTS: dict[str, type[Any]] = {"support": Intervals, "marginals": Marginals, "solver": Solver, "outline": Outline}
+LEAVES = tuple(
+    (part.name if part.name in _PARTS else "", leaf.name, str(leaf.type))
+    for part in fields(Problem)
+    for leaf in (fields(_PARTS[part.name]) if part.name in _PARTS else (part,))
+)
+LEAF = {name: attrgetter(f"{part}.{name}" if part else name) for part, name, _ in LEAVES}  # each leaf of a problem
+
+
+def leaves(problem: Problem) -> list[Any]:
+    """All leaves, in the order of `LEAVES`."""
+    return [getattr(getattr(problem, part) if part else problem, name) for part, name, _ in LEAVES]
+
+
+def from_leaves(flat: Sequence[Any]) -> Problem:
+    """The inverse of `leaves`."""
+    return Problem(*(flat[at] if part is None else part(*flat[at:end]) for part, at, end in _SPANS))
+
+
+def _spans() -> Iterator[tuple[type[Any] | None, int, int]]:
+    at = 0
+    for field in fields(Problem):
+        part = _PARTS.get(field.name)
+        end = at + (1 if part is None else len(fields(part)))
+        yield part, at, end
+        at = end
+
+
+_SPANS = tuple(_spans())
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torch_sinkhorn_attn.problem.arguments import Options, prepare
+from torch_sinkhorn_attn.problem.arguments import Keywords, prepare
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 
 CONVERGED_WITHIN = 1e-2  # of a token's mean mass
@@ -62,7 +62,7 @@ class SinkhornAux(_Fields):
     existence: Existence | None = None  # the call's; kept by eager calls, lost by torch.compile, export and vmap
 
     def status(
-        self, within: float = CONVERGED_WITHIN, attn_mask: Tensor | None = None, **options: Unpack[Options]
+        self, within: float = CONVERGED_WITHIN, attn_mask: Tensor | None = None, **options: Unpack[Keywords]
     ) -> Tensor:
         """`(..., H)` int8 on the CPU: a `Status` for each batch element and head.
 
@@ -86,7 +86,7 @@ class SinkhornAux(_Fields):
         return self._judged(within, attn_mask, options)[0]
 
     def verdict(
-        self, within: float = CONVERGED_WITHIN, attn_mask: Tensor | None = None, **options: Unpack[Options]
+        self, within: float = CONVERGED_WITHIN, attn_mask: Tensor | None = None, **options: Unpack[Keywords]
     ) -> str:
         """`status` in words, worst first: which batch elements and heads, how large their errors are, why there is no
         plan. Arguments as there."""

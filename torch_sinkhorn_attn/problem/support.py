@@ -249,12 +249,13 @@ class Components(NamedTuple):
 
 def segments(problem: Problem) -> Components:
     """Which problem of its batch element and head each line belongs to, the dustbins' lines included."""
-    if problem.row_segment is None or problem.col_segment is None:
+    row, col = problem.support.row_segment, problem.support.col_segment
+    if row is None or col is None:
         return Components(None, None, 1)
-    batch, bins = problem.row_segment.shape[0], problem.num_dustbins
-    own = torch.arange(bins, device=problem.row_segment.device).expand(batch, bins)
-    row, col = (torch.cat([s, own], -1)[:, None] for s in (problem.row_segment, problem.col_segment))
-    return Components(row, col, max(1, min(problem.row_segment.shape[-1], problem.col_segment.shape[-1])))
+    own = torch.arange(problem.num_dustbins, device=row.device).expand(row.shape[0], -1)
+    number = max(1, min(row.shape[-1], col.shape[-1]))
+    row, col = (torch.cat([s, own], -1)[:, None] for s in (row, col))
+    return Components(row, col, number)
 
 
 def components(problem: Problem) -> Components:
@@ -264,18 +265,18 @@ def components(problem: Problem) -> Components:
     An attn_mask may split them further; that is not looked for (it would take O(n m)): a gauge shared by several
     components is still a gauge.
     """
-    segments = problem.row_segment, problem.col_segment
-    heads = problem.log_row_mass.shape[:2]
+    segments = problem.support.row_segment, problem.support.col_segment
+    heads = problem.marginals.log_row_mass.shape[:2]
     if problem.has_dustbin:
         if segments[0] is None:
             return Components(None, None, 1)
         bins = torch.arange(problem.num_dustbins, device=segments[0].device).expand(*heads, -1)
         row, col = (torch.cat([s[:, None].expand(*heads, -1), bins], -1) for s in segments if s is not None)
         return Components(row, col, problem.num_dustbins)
-    if not problem.banded:
+    if not problem.outline.banded:
         return Components(None, None, 1)
-    row_active, col_active = problem.log_row_mass > -torch.inf, problem.log_col_mass > -torch.inf
-    lo, hi = (x[:, None].expand(row_active.shape) for x in (problem.row_lo, problem.row_hi))
+    row_active, col_active = problem.marginals.log_row_mass > -torch.inf, problem.marginals.log_col_mass > -torch.inf
+    lo, hi = (x[:, None].expand(row_active.shape) for x in (problem.support.row_lo, problem.support.row_hi))
     live = row_active & (lo < hi)
     active_before = torch.nn.functional.pad(col_active.to(lo.dtype).cumsum(-1), (1, 0))  # active columns before each
     reach = last_marked(hi, live, before=True)
@@ -288,19 +289,13 @@ def components(problem: Problem) -> Components:
 
 def centre_gauge(u: Tensor, v: Tensor, problem: Problem, parts: Components) -> tuple[Tensor, Tensor]:
     """Subtract the mean of u over each component's active rows from u and add it to v: the plan does not change."""
-    row_active = (with_dustbin(problem.log_row_mass, problem.log_row_capacity) > -torch.inf).to(u.dtype)
-    col_active = (with_dustbin(problem.log_col_mass, problem.log_col_capacity) > -torch.inf).to(u.dtype)
+    row_active, col_active = ((x > -torch.inf).to(u.dtype) for x in problem.marginals.augmented)
     size = segment_sum(row_active, parts.row, parts.number).clamp(min=1)
     mean = segment_sum(u * row_active, parts.row, parts.number) / size
     return (
         (u - by_segment(mean, parts.row, u.shape[-1])) * row_active,
         (v + by_segment(mean, parts.col, v.shape[-1])) * col_active,
     )
-
-
-def with_dustbin(real: Tensor, bins: Tensor | None) -> Tensor:
-    """`[..., n]` and `[..., G]` to `[..., n+G]`; the real part alone without a dustbin."""
-    return real if bins is None else torch.cat([real, bins], -1)
 
 
 def mass_of(log_mass: Tensor) -> Tensor:

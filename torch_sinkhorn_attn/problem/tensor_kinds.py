@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn.compat.releases import FakeTensor, FunctionalTensor, materialized
-from torch_sinkhorn_attn.engines import traits_of
+from torch_sinkhorn_attn.engines import engine_of
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _WAYS_OUT = {
@@ -30,7 +30,7 @@ def check_kind(name: str, x: Tensor) -> None:
     if x.is_nested:
         raise TypeError(f"{name} is a nested tensor; pad it (x.to_padded_tensor(0)) and pass lengths or segment ids.")
     kind = type(x)
-    if kind not in _PLAIN and kind.__module__.partition(".")[0] not in traits_of(x.device).wrappers:
+    if kind not in _PLAIN and kind.__module__.partition(".")[0] not in engine_of(x.device).wrappers:
         way_out = _WAYS_OUT.get(kind.__name__, _OTHER_WAY_OUT)
         raise TypeError(f"{name} is a {kind.__name__}, a subclass of torch.Tensor that is not understood; {way_out}.")
     if x.layout != torch.strided:

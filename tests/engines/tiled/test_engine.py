@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from memory import PeakMemory
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, certify, sinkhorn_attention
-from torch_sinkhorn_attn.engines.tiled import engine as tiled, tiles
+from torch_sinkhorn_attn.engines.tiled import tiles
+from torch_sinkhorn_attn.engines.tiled.engine import ENGINE as tiled
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.problem import OutputGrads
 
@@ -117,11 +119,9 @@ def test_static_bounds_without_looking_at_data_cover_the_same_band(monkeypatch: 
     problem = prepare(x, x, x, window=(20, 7)).problem
     made = tiles.Tiles(prepare(x, x, x, window=(20, 7)).inputs, problem)
     truth = made._spans
-    elsewhere = problem.row_lo.to("meta")
+    elsewhere = problem.support.row_lo.to("meta")
     other = tiles.Tiles(made.inputs, problem)
-    other.problem = type(
-        "P", (), {"row_lo": elsewhere, "uniform": True, "banded": True, "window_left": 20, "window_right": 7}
-    )
+    other.problem = replace(problem, support=replace(problem.support, row_lo=elsewhere))
     assert other._spans == truth
 
 

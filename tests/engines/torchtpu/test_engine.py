@@ -21,7 +21,8 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, SinkhornMultiheadAttention, certify, engines, sinkhorn_attention
 from torch_sinkhorn_attn.engines import torchtpu
-from torch_sinkhorn_attn.engines.binding import engine
+from torch_sinkhorn_attn.engines.base import Engine
+from torch_sinkhorn_attn.engines.binding.engine import absence
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.problem import Inputs, OutputGrads, Potentials, Problem
 
@@ -123,8 +124,8 @@ def test_bfloat16_computes_in_float32(standing_in: None) -> None:
 def test_it_is_the_engine_of_its_device(standing_in: None) -> None:
     x = randn(1, 2, 6, 4)
     prepared = prepare(x, x, x)
-    assert engines.traits_of(x.device) is torchtpu.TRAITS and engines.traits_of(x.device).compiles
-    assert torchtpu.refusal(prepared.inputs, prepared.problem) is None
+    assert engines.engine_of(x.device) is torchtpu.ENGINE and engines.engine_of(x.device).compiles
+    assert torchtpu.ENGINE.refusal(prepared.inputs, prepared.problem) is None
     table, truth = (certify(x, x, engine=name) for name in ("torchtpu", "reference"))
     assert relative_error(table.bias_bound, truth.bias_bound) < 1e-8
     assert (table.status == truth.status).all()
@@ -150,10 +151,10 @@ def test_without_it_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         sinkhorn_attention(x, x, x, engine="torchtpu")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch_tpu" else real(name))
-    reason = engine.absence(torchtpu._LIBRARIES, torchtpu._REMEDY)
-    monkeypatch.setattr(torchtpu, "_missing", reason)
-    assert torchtpu.status().startswith("missing: torch_tpu is not installed: pip install 'torch_sinkhorn_attn[torcht")
-    monkeypatch.setattr(torchtpu, "TRAITS", engines.ENGINES["cpu"].TRAITS)
+    engine = torchtpu.ENGINE
+    monkeypatch.setattr(engine, "missing", absence(engine.libraries, engine.remedy))
+    assert engine.status().startswith("missing: torch_tpu is not installed: pip install 'torch_sinkhorn_attn[torcht")
+    monkeypatch.setattr(engine, "device", "cpu")
     with pytest.raises(ValueError, match="torchtpu: torch_tpu is not installed"):
         sinkhorn_attention(x, x, x, engine="torchtpu")
 
@@ -238,11 +239,11 @@ class Caught(Exception):
     """What would have been lowered."""
 
 
-def run_for_tpu(name: str, library: engine.Binding, inputs: Inputs, problem: Problem) -> None:
+def run_for_tpu(name: str, engine: Engine, inputs: Inputs, problem: Problem) -> None:
     if name == "forward":
-        engine.forward(library, inputs, problem, residuals=False)
+        engine.forward(inputs, problem, residuals=False)
     elif name == "solve":
-        engine.solve(library, inputs, problem)
+        engine.solve(inputs, problem)
     else:
         num, heads, length, _ = inputs.query.shape
         size, bins = inputs.key.shape[2], problem.num_dustbins
@@ -250,7 +251,7 @@ def run_for_tpu(name: str, library: engine.Binding, inputs: Inputs, problem: Pro
         potentials = Potentials(zeros(3, num, heads, length + bins), zeros(3, num, heads, size + bins))
         assert inputs.value is not None
         output = zeros(num, heads, length, inputs.value.shape[-1])
-        engine.backward(library, inputs, problem, output, potentials, OutputGrads(output, mask=inputs.mask is not None))
+        engine.backward(inputs, problem, output, potentials, OutputGrads(output, mask=inputs.mask is not None))
 
 
 def exported(function: Any, arrays: list[Any], **statics: Any) -> str:
@@ -283,7 +284,7 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
 ) -> None:
     import torch_xla
 
-    from torch_sinkhorn_attn.engines.xla import binding as xla_binding, sharded
+    from torch_sinkhorn_attn.engines.xla import ENGINE as xla, binding as xla_binding
 
     def caught_xla(flat: Any, shapes: list[Any], platform: str) -> None:
         raise Caught(exported(flat, shapes))
@@ -301,7 +302,7 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
     monkeypatch.setattr(xla_binding, "_program", caught_xla)
     monkeypatch.setattr(binding, "op", caught_torchtpu)
     texts = []
-    for library, device in ((sharded, torch_xla.device()), (binding, torch.device("cpu"))):
+    for engine, device in ((xla, torch_xla.device()), (torchtpu.ENGINE, torch.device("cpu"))):
         q, k, v = (randn(2, h, 128, 64, dtype=torch.float32, seed=h).to(device) for h in (4, 2, 2))
         more: dict[str, Any] = {"window": (16, 16)}
         mask = None
@@ -310,7 +311,7 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
             more = {"dustbin": Dustbin(torch.zeros(4, 1, device=device), 0.3), "dropout_p": 0.4}
         prepared = prepare(q, k, v, mask, enable_gqa=True, check_data=False, **more)
         with pytest.raises(Caught) as error:
-            run_for_tpu(name, library, prepared.inputs, prepared.problem)
+            run_for_tpu(name, engine, prepared.inputs, prepared.problem)
         texts.append(str(error.value))
     assert "tpu_custom_call" in texts[0] and texts[0] == texts[1]
 

@@ -54,7 +54,7 @@ def run(program: str, *arguments: str, timeout: float = 240) -> str:
 
 
 def test_it_imports_without_a_tpu_and_its_variables_and_does_not_hang() -> None:
-    said = run("import torch_tpu; print(engines.torchtpu.status()); print(binding.device_kind())", timeout=120)
+    said = run("import torch_tpu; print(engines.torchtpu.ENGINE.status()); print(binding.device_kind())", timeout=120)
     assert said.splitlines()[-2].startswith("torch_tpu 0.") and said.splitlines()[-1] == "TPU"
 
 
@@ -114,13 +114,13 @@ with torch._subclasses.fake_tensor.FakeTensorMode(), torch.no_grad():
     lengths = torch.empty(2, dtype=torch.int64, device="tpu:0")
     prepared = prepare(q, k, v, enable_gqa=True)
     assert engines.choose(None, prepared.inputs, prepared.problem) == "torchtpu"
-    assert engines.traits_of(q.device).compiles
+    assert engines.engine_of(q.device).compiles
     options = {"key_lengths": lengths, "dustbin": Dustbin(0.1, 0.2), "dropout_p": 0.1, "enable_gqa": True}
     output, aux = sinkhorn_attention(q, k, v, torch.empty(24, 24, device="tpu:0"), return_aux=True, **options)
     assert output.shape == (2, 4, 24, 8) and output.device == q.device and aux.row_dustbin.shape == (2, 4, 24)
     assert sinkhorn_plan(q, k, enable_gqa=True).shape == (2, 4, 24, 24)
     prepared = prepare(q.double(), k.double(), v.double(), enable_gqa=True)
-    refused = engines.torchtpu.refusal(prepared.inputs, prepared.problem)
+    refused = engines.torchtpu.ENGINE.refusal(prepared.inputs, prepared.problem)
     assert refused == "a TPU has no float64: use float32", refused
 """)
 

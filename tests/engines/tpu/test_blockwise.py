@@ -15,7 +15,7 @@ from torch import Tensor  # noqa: E402
 
 from torch_sinkhorn_attn import Dustbin  # noqa: E402
 from torch_sinkhorn_attn.engines import ENGINES  # noqa: E402
-from torch_sinkhorn_attn.engines.tpu.method import blockwise, dropout, run, schedule  # noqa: E402
+from torch_sinkhorn_attn.engines.tpu.method import blockwise, dropout, run, sinkhorn  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E402
 from torch_sinkhorn_attn.method.dropout import keep_tile  # noqa: E402
 from torch_sinkhorn_attn.problem.arguments import prepare  # noqa: E402
@@ -129,13 +129,13 @@ def test_dropout_numbers_are_torchs() -> None:
         assert torch.equal(torch.from_numpy(jax.device_get(ours).copy()), keep_tile(seed, heads, rows, cols, p))
 
 
-def passes_of(length: int, **options) -> tuple[blockwise.BlockwisePasses, schedule.Augmented]:
+def passes_of(length: int, **options) -> tuple[blockwise.BlockwisePasses, sinkhorn.Augmented]:
     g = torch.Generator().manual_seed(0)
     prepared = prepare(*(torch.randn(1, length, 8, generator=g) for _ in range(3)), **options)
     arguments = tpu_kernels.inputs_of(prepared.inputs), tpu_kernels.constants_of(prepared.problem)
     statics = tpu_kernels.statics_of(prepared.problem)
     passes = blockwise.BlockwisePasses(*arguments, statics)
-    return passes, schedule.Augmented(*arguments, statics, passes)
+    return passes, sinkhorn.Augmented(*arguments, statics, passes)
 
 
 def test_only_the_blocks_of_the_band_are_visited() -> None:
@@ -164,7 +164,7 @@ def test_the_base_ends_itself_where_all_problems_have(monkeypatch: pytest.Monkey
             return original(u)
 
         monkeypatch.setattr(passes, "column_lse", column_lse)
-        jax.block_until_ready(jax.jit(lambda: schedule.solve(problem))())
+        jax.block_until_ready(jax.jit(lambda: sinkhorn.solve(problem))())
         jax.effects_barrier()
         return counted[0]
 

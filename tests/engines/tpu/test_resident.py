@@ -212,7 +212,8 @@ def test_the_strip_covers_every_interval() -> None:
         strip = resident_strip.strip_of(length, size, statics)
         first, fits = resident_strip.first_blocks(tpu_kernels.constants_of(problem), strip)
         assert bool(fits)
-        start, lo, hi = np.repeat(np.asarray(first)[0], 128)[:length] * 128, problem.row_lo[0], problem.row_hi[0]
+        start = np.repeat(np.asarray(first)[0], 128)[:length] * 128
+        lo, hi = problem.support.row_lo[0], problem.support.row_hi[0]
         some = lo < hi
         assert bool(((torch.from_numpy(start) <= lo) & (hi <= torch.from_numpy(start) + strip.columns))[some].all())
     assert resident_strip.strip_of(8192, 8192, Statics(1.0, banded=True, window_left=128, window_right=128)).width == 3

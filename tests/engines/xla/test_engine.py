@@ -25,7 +25,7 @@ from torch_sinkhorn_attn import (
 )
 from torch_sinkhorn_attn.boundary import ops
 from torch_sinkhorn_attn.engines import xla
-from torch_sinkhorn_attn.engines.binding import engine
+from torch_sinkhorn_attn.engines.binding.engine import absence
 from torch_sinkhorn_attn.problem.arguments import prepare
 
 torch_xla = pytest.importorskip("torch_xla")
@@ -309,11 +309,11 @@ def test_each_engine_keeps_to_its_device(device: torch.device) -> None:
 def test_without_jax_it_says_what_to_install(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else real(name))
-    monkeypatch.setattr(xla, "_missing", engine.absence(xla._LIBRARIES, xla._REMEDY))
+    monkeypatch.setattr(xla.ENGINE, "missing", absence(xla.ENGINE.libraries, xla.ENGINE.remedy))
     x = torch.randn(1, 4, 3).to(device)
     with pytest.raises(ValueError, match=r"xla: jax is not installed: pip install 'torch_sinkhorn_attn\[tpu\]'"):
         sinkhorn_attention(x, x, x, engine="xla")
-    assert xla.status().startswith("missing: jax is not installed")
+    assert xla.ENGINE.status().startswith("missing: jax is not installed")
     prepared = prepare(x, x, x)
     assert engines.choose(None, prepared.inputs, prepared.problem) == "tiled"
 

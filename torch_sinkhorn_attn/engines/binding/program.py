@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.binding import settings
-from torch_sinkhorn_attn.engines.binding.engine import Tensors
+from torch_sinkhorn_attn.engines.binding.library import Tensors
 from torch_sinkhorn_attn.engines.tpu.method import problem as tpu
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
-from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
+from torch_sinkhorn_attn.problem.problem import LEAF, Inputs, Problem, compute_dtype
 
 _GENERATIONS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5litepod": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
@@ -23,11 +23,11 @@ _GENERATIONS = {
 def arrays(inputs: Inputs, problem: Problem) -> tuple[Tensors, Tensors]:
     """The fields of the JAX half's `Inputs` and `Constants`: integers of 32 bits, vectors in the compute dtype."""
     dtype = compute_dtype(inputs.query.dtype)
-    given = {name: getattr(problem, name) for name in tpu.Constants._fields if name != "head_index"}
+    given = {name: LEAF[name](problem) for name in tpu.Constants._fields if name != "head_index"}
     vectors = {name: _vector(x, dtype) for name, x in inputs._asdict().items() if name in Inputs._fields[4:]}
     constants = {name: _constant(name, x, dtype) for name, x in given.items()}
     if problem.dropout_seed is not None:  # so that each shard knows its heads
-        num, heads = problem.log_row_mass.shape[:2]
+        num, heads = problem.sizes[:2]
         index = torch.arange(num * heads, dtype=torch.int32, device=inputs.query.device)
         constants["head_index"] = index.view(num, heads)
     return {**inputs._asdict(), **vectors}, constants
@@ -44,14 +44,8 @@ def _constant(name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def statics(problem: Problem) -> tpu.Statics:
-    """The scalars."""
-    stopped, kept = problem.schedule
-    return tpu.Statics(
-        scale=problem.scale, epsilon=problem.epsilon, rho_row=problem.rho_row, rho_col=problem.rho_col,
-        stopped=stopped, kept=kept, tolerance=problem.tolerance, over_relaxation=problem.over_relaxation,
-        implicit=problem.gradient == "implicit", dropout_p=problem.dropout_p, banded=problem.banded,
-        window_left=problem.window_left, window_right=problem.window_right, uniform=problem.uniform,
-    )  # fmt: skip
+    """The numbers and the outline of the support."""
+    return tpu.Statics.of(problem.solver, **vars(problem.outline))
 
 
 def lowering(platform: str, device_kind: Callable[[], str]) -> Lowering:

@@ -18,11 +18,11 @@ class DustbinVectors:
     def __init__(self, inputs: Inputs, problem: Problem, dtype: torch.dtype):
         row, col, corner = inputs.row_score, inputs.col_score, inputs.corner_score
         assert row is not None and col is not None and corner is not None
-        self.row, self.col = (x.to(dtype) / problem.epsilon for x in (row, col))
-        self.corner = corner.to(dtype)[..., None] / problem.epsilon
+        self.row, self.col = (x.to(dtype) / problem.solver.epsilon for x in (row, col))
+        self.corner = corner.to(dtype)[..., None] / problem.solver.epsilon
         self.length, self.size, self.count = row.shape[-1], col.shape[-1], problem.num_dustbins
         self.row_index, self.col_index = (
-            None if s is None else s[:, None] for s in (problem.row_segment, problem.col_segment)
+            None if s is None else s[:, None] for s in (problem.support.row_segment, problem.support.col_segment)
         )
 
     # Half-steps: complete the LSE of the real part

@@ -12,40 +12,70 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
-from torch_sinkhorn_attn.engines.traits import PLAIN
-from torch_sinkhorn_attn.method import reference, staircase
 from torch_sinkhorn_attn.method.reference import stopped_base
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.problem.support import centre_gauge, components, largest, mass_of
 
-NAME = "tiled"
-TRAITS = PLAIN
+
+class TiledEngine(Engine):
+    """Plain PyTorch, on any device: it runs every problem."""
+
+    name = "tiled"
+
+    def status(self) -> str:
+        return "plain PyTorch, any device"
+
+    def refusal(self, inputs: Inputs, problem: Problem) -> str | None:
+        return None
+
+    def solve(self, inputs: Inputs, problem: Problem) -> Potentials:
+        return iterate(Tiles(inputs, problem))
+
+    def forward(self, inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
+        assert inputs.value is not None
+        scores = Tiles(inputs, problem)
+        potentials = iterate(scores)
+        u, v = potentials.row[-1], potentials.col[-1]
+        tiles = scores.at(u, v)
+        to_bin, from_bin, _ = tiles.dustbin_plan
+        if residuals:
+            row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
+        else:
+            row_residual, col_residual = (u.new_full(u.shape[:2], torch.nan) for _ in range(2))
+        return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
+
+    def backward(
+        self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
+    ) -> Gradients:
+        """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the
+        query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
+        tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
+        passes = TiledPasses(tiles, output, grads)
+        if problem.solver.gradient == "implicit":
+            zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
+            passes.column(zero.row, zero)
+            field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
+            passes.column(zero.row, zero, field)
+            passes.row(zero.col, zero, field)
+            dropped = zero.row
+        else:
+            field, dropped = tail_field(passes, potentials, problem)
+        return _gather(passes, field, dropped)
 
 
-def status() -> str:
-    """Whether it can run, and how."""
-    return "plain PyTorch, any device"
-
-
-def refusal(inputs: Inputs, problem: Problem) -> str | None:
-    """Why this engine cannot run the problem; None: it runs every one."""
-    return None
-
-
-def solve(inputs: Inputs, problem: Problem) -> Potentials:
-    """T stopped and R kept iterations: the stacked duals."""
-    return iterate(Tiles(inputs, problem))
+ENGINE = TiledEngine()
 
 
 def iterate(tiles: Tiles) -> Potentials:
-    """The half-steps of `solve`."""
+    """T stopped and R kept iterations: the stacked duals."""
     problem = tiles.problem
-    stopped, kept = problem.schedule
+    stopped, kept = problem.solver.stopped, problem.solver.kept
     u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem)
-    if problem.balanced and stopped:
+    if problem.solver.balanced and stopped:
         u, v = centre_gauge(u, v, problem, components(problem))
     rows, cols = [u], [v]
     for _ in range(kept):
@@ -58,21 +88,6 @@ def iterate(tiles: Tiles) -> Potentials:
     return Potentials(torch.stack(rows), torch.stack(cols))
 
 
-def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
-    """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
-    assert inputs.value is not None
-    scores = Tiles(inputs, problem)
-    potentials = iterate(scores)
-    u, v = potentials.row[-1], potentials.col[-1]
-    tiles = scores.at(u, v)
-    to_bin, from_bin, _ = tiles.dustbin_plan
-    if residuals:
-        row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
-    else:
-        row_residual, col_residual = (u.new_full(u.shape[:2], torch.nan) for _ in range(2))
-    return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
-
-
 def attention_output(tiles: Tiles) -> Tensor:
     """O_i = (1/a_i) sum_j P_ij V_j, the dustbin's value included. Balanced rows of P sum to a_i exactly, so they are
     divided by their own sum: that cancels the rounding of scores that are large."""
@@ -81,8 +96,8 @@ def attention_output(tiles: Tiles) -> Tensor:
         row_sums = row_sums + tiles.dustbin_plan[0]
     if tiles.inputs.dustbin_value is not None:
         mass = mass + tiles.dustbin_plan[0][..., None] * tiles.inputs.dustbin_value.to(mass.dtype)[:, :, None]
-    divisor = mass_of(tiles.problem.log_row_mass).to(mass.dtype)
-    if tiles.problem.rho_row == 1:
+    divisor = mass_of(tiles.problem.marginals.log_row_mass).to(mass.dtype)
+    if tiles.problem.solver.rho_row == 1:
         divisor = torch.where(row_sums > 0, row_sums, divisor)
     return mass / divisor[..., None]
 
@@ -114,9 +129,10 @@ class TiledPasses:
     def __init__(self, tiles: Tiles, output: Tensor, grads: OutputGrads):
         self.tiles, self.wants_mask = tiles, grads.mask
         problem, inputs = tiles.problem, tiles.inputs
-        grad_output = grads.output.to(tiles.dtype).masked_fill((problem.log_row_mass == -torch.inf)[..., None], 0.0)
+        inactive = problem.marginals.log_row_mass == -torch.inf
+        grad_output = grads.output.to(tiles.dtype).masked_fill(inactive[..., None], 0.0)
         self.row_sums = (grad_output * output).sum(-1)  # rowsum(P*D) without a pass
-        grad = grad_output / mass_of(problem.log_row_mass)[..., None]
+        grad = grad_output / mass_of(problem.marginals.log_row_mass)[..., None]
         self.d = Cotangent(grad, None, None)
         if tiles.dustbin is not None:
             to_bin, from_bin, _ = tiles.dustbin_plan
@@ -215,56 +231,18 @@ class TiledPasses:
         return t.complete_rows(out, y, factor)
 
 
-def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
-    """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the
-    query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
-    tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
-    passes = TiledPasses(tiles, output, grads)
-    if problem.gradient == "implicit":
-        zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
-        passes.column(zero.row, zero)
-        field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
-        passes.column(zero.row, zero, field)
-        passes.row(zero.col, zero, field)
-        dropped = zero.row
-    else:
-        field, dropped = tail_field(passes, potentials, problem)
-    return _gather(passes, field, dropped)
-
-
-def plan(inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
-    """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
-    potentials = solve(inputs, problem)
-    return plan_of(inputs, problem, potentials), potentials
-
-
-def plan_of(inputs: Inputs, problem: Problem, potentials: Potentials) -> Tensor:
-    """The plan at the last of the duals."""
-    full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
-    return reference.fold_dustbins(full, problem)
-
-
-def plan_backward(
-    inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
-) -> Gradients:
-    """The adjoint of `plan`: the dense staircase."""
-    dense = reference.dense_problem(inputs, problem)
-    cotangent, dropped = staircase.backward(dense, reference.unfold_dustbins(grad_plan, problem), potentials, problem)
-    return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
-
-
 def _gather(passes: TiledPasses, field: Field, dropped: Tensor) -> Gradients:
     t, d = passes.tiles, passes.d
     assert passes.grad_query is not None and passes.grad_key is not None and passes.grad_value is not None
-    factor = t.problem.scale / t.problem.epsilon
+    factor = t.problem.solver.scale / t.problem.solver.epsilon
     grad_key = t.by_group(passes.grad_key).sum(2) * factor
     grad_value = t.by_group(passes.grad_value).sum(2)
     row_score = col_score = corner_score = dustbin_value = None
     if d.to_bin is not None and d.from_bin is not None:
         assert t.dustbin is not None
         column, row, corner = t.dustbin.score_cotangent(t.log_dustbin_plan, d.to_bin, d.from_bin, field)
-        row_score, col_score = column / t.problem.epsilon, row / t.problem.epsilon
-        corner_score = corner.sum(-1) / t.problem.epsilon
+        row_score, col_score = column / t.problem.solver.epsilon, row / t.problem.solver.epsilon
+        corner_score = corner.sum(-1) / t.problem.solver.epsilon
         if t.inputs.dustbin_value is not None:
             dustbin_value = (t.dustbin_plan[0][..., None] * d.grad).sum(-2)
     cotangents = Inputs(

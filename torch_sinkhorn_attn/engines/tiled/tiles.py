@@ -16,11 +16,11 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines.tiled.dustbin_vectors import DustbinVectors, Vectors
 from torch_sinkhorn_attn.method.dropout import keep_mask
-from torch_sinkhorn_attn.method.reference import kept
 from torch_sinkhorn_attn.method.staircase import Factor, Field, subtract_field
 from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
-from torch_sinkhorn_attn.problem.support import window_ranks, with_dustbin
+from torch_sinkhorn_attn.problem.support import window_ranks
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
 KEPT_ELEMENTS = 4 * TILE_ELEMENTS  # of the score and of the plan tiles kept from pass to pass: a constant
@@ -67,13 +67,12 @@ class Tiles:
     def __init__(self, inputs: Inputs, problem: Problem):
         self.inputs, self.problem = inputs, problem
         self.dtype = compute_dtype(inputs.query.dtype)
-        self.num, self.heads, self.length = problem.log_row_mass.shape
-        self.size, self.bins = problem.log_col_mass.shape[-1], problem.num_dustbins
+        self.num, self.heads, self.length = problem.marginals.log_row_mass.shape
+        self.size, self.bins = problem.marginals.log_col_mass.shape[-1], problem.num_dustbins
         self.groups = inputs.key.shape[1]
-        self.log_a = with_dustbin(problem.log_row_mass, problem.log_row_capacity).to(self.dtype)
-        self.log_b = with_dustbin(problem.log_col_mass, problem.log_col_capacity).to(self.dtype)
+        self.log_a, self.log_b = (x.to(self.dtype) for x in problem.marginals.augmented)
         self.row_dead, self.col_dead = self.log_a == -torch.inf, self.log_b == -torch.inf
-        left, right = problem.window_left, problem.window_right
+        left, right = problem.outline.window_left, problem.outline.window_right
         self.block = block_size(self.num * self.heads, left + right + 1 if min(left, right) >= 0 else None)
         self.row_blocks = [slice(i, min(i + self.block, self.length)) for i in range(0, self.length, self.block)]
         self.col_blocks = [slice(j, min(j + self.block, self.size)) for j in range(0, self.size, self.block)]
@@ -102,14 +101,14 @@ class Tiles:
         problem = self.problem
         if self.num * self.heads == 0:
             return [(0, 0, 0, 0)] * len(self.row_blocks)
-        if can_look(problem.row_lo):
-            lo, hi = problem.row_lo, problem.row_hi
-        elif problem.uniform and problem.banded:
+        if can_look(problem.support.row_lo):
+            lo, hi = problem.support.row_lo, problem.support.row_hi
+        elif problem.outline.uniform and problem.outline.banded:
             n, m = (torch.tensor(x, device="cpu") for x in (self.length, self.size))
             rank = torch.arange(self.length, device="cpu")
-            lo, hi = window_ranks(rank, n, m, problem.window_left, problem.window_right)
+            lo, hi = window_ranks(rank, n, m, problem.outline.window_left, problem.outline.window_right)
         else:  # elsewhere intervals are data, and reading them would force a synchronisation: visit every tile
-            return [(0, self.size, 0, 0 if problem.banded else self.size) for _ in self.row_blocks]
+            return [(0, self.size, 0, 0 if problem.outline.banded else self.size) for _ in self.row_blocks]
         spans: list[tuple[int, int, int, int]] = []
         for rows in self.row_blocks:
             low, high = lo[..., rows], hi[..., rows]
@@ -141,7 +140,7 @@ class Tiles:
         if (i, j) in self._scores.tiles:
             return self._scores.tiles[i, j]
         rows, cols = self.row_blocks[i], self.col_blocks[j]
-        tile = self._grouped(self.inputs.query, rows, self.problem.scale / self.problem.epsilon)
+        tile = self._grouped(self.inputs.query, rows, self.problem.solver.scale / self.problem.solver.epsilon)
         tile = self._ungrouped(torch.bmm(tile, self._key(cols).transpose(1, 2)))
         tile = self._masked(tile, rows, cols, interior=self._interior(i, cols))
         return self._scores.keep((i, j), tile)
@@ -159,9 +158,9 @@ class Tiles:
                 dead = self.row_dead[..., rows, None] | self.col_dead[..., None, cols]
                 keep = keep & ~dead  # what it holds there, NaN or infinity, is nobody's
             tile = tile.masked_fill(~keep, -torch.inf)
-        if self.problem.banded and not interior:
+        if self.problem.outline.banded and not interior:
             column = torch.arange(cols.start, cols.stop, device=tile.device)
-            lo, hi = (x[:, None, rows, None] for x in (self.problem.row_lo, self.problem.row_hi))
+            lo, hi = (x[:, None, rows, None] for x in (self.problem.support.row_lo, self.problem.support.row_hi))
             tile = tile.masked_fill((column < lo) | (column >= hi), -torch.inf)
         return tile
 
@@ -196,7 +195,7 @@ class Tiles:
         if self.problem.dropout_seed is None:
             return tile
         keep = keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
-        return tile * keep / (1 - self.problem.dropout_p)
+        return tile * keep / (1 - self.problem.solver.dropout_p)
 
     def weights_cotangent(self, grad: Tensor, i: int, j: int) -> Tensor:
         """D_ij = <grad_i, V_j> on the tile, dropout applied."""
@@ -281,7 +280,7 @@ class Tiles:
                 lse[..., cols] = torch.logaddexp(lse[..., cols], logsumexp_(tile, -2))
         if self.dustbin is not None:
             lse = self.dustbin.column_lse(lse, live)
-        return potential(lse, self.log_b, self.problem.rho_col, old, self.problem.over_relaxation)
+        return potential(lse, self.log_b, self.problem.solver.rho_col, old, self.problem.solver.over_relaxation)
 
     def row_half_step(self, v: Tensor, old: Tensor | None = None) -> Tensor:
         """u = rho_r (log a - LSE_j(S + v)), augmented; over-relaxed where the old u is given."""
@@ -293,7 +292,7 @@ class Tiles:
                 lse[..., rows] = torch.logaddexp(lse[..., rows], logsumexp_(tile, -1))
         if self.dustbin is not None:
             lse = self.dustbin.row_lse(lse, live)
-        return potential(lse, self.log_a, self.problem.rho_row, old, self.problem.over_relaxation)
+        return potential(lse, self.log_a, self.problem.solver.rho_row, old, self.problem.solver.over_relaxation)
 
     # Passes of the plan
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn._ops import add_op_namespace_prefix
 from torch_sinkhorn_attn.engines.binding import program as shared
-from torch_sinkhorn_attn.engines.binding.engine import Tensors
+from torch_sinkhorn_attn.engines.binding.library import Tensors
 from torch_sinkhorn_attn.engines.torchtpu import mesh, program
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.problem.problem import compute_dtype

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_xla import _XLAC  # type: ignore[attr-defined]
 
 from torch_sinkhorn_attn.engines.binding import program
-from torch_sinkhorn_attn.engines.binding.engine import Tensors
+from torch_sinkhorn_attn.engines.binding.library import Tensors
 from torch_sinkhorn_attn.engines.binding.shards import axes
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.xla import binding, spmd

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torch_sinkhorn_attn.engines import traits_of
-from torch_sinkhorn_attn.integrations.torch_nn.masks import as_float, both, forbidding
+from torch_sinkhorn_attn.engines import engine_of
 from torch_sinkhorn_attn.problem.looking import has_data
+from torch_sinkhorn_attn.problem.masks.module import as_float, both, forbidding
 from torch_sinkhorn_attn.problem.problem import compute_dtype
 
 
@@ -78,7 +78,7 @@ def forbidden_as_infinity(mask: Tensor, dtype: torch.dtype, low: float | None) -
 
 def can_decide(mask: Tensor) -> bool:
     """Whether what is computed may depend on the mask's data: eagerly, and not where that is compiled each time."""
-    return has_data(mask) and not traits_of(mask.device).compiles
+    return has_data(mask) and not engine_of(mask.device).compiles
 
 
 def for_softmax(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.functional import sinkhorn_attention
-from torch_sinkhorn_attn.problem import data_checks
-from torch_sinkhorn_attn.problem.argument_checks import solver
-from torch_sinkhorn_attn.problem.scalars import floor, is_softmax, plain_relaxation
+from torch_sinkhorn_attn.options import OF_A_LAYER, is_softmax
+from torch_sinkhorn_attn.problem import argument_checks, data_checks
 
-OPTIONS = (
-    "epsilon", "window", "relaxation", "dustbin", "base_iters", "tail_iters", "tolerance", "over_relaxation",
-    "gradient", "mask_floor", "engine",
-)  # fmt: skip
+OPTIONS = (*OF_A_LAYER, "dustbin")
 _CAUSAL = ("error", "softmax")
 _CROSS = ("sinkhorn", "softmax")
 
@@ -68,15 +61,10 @@ def checked(
     dustbin = options.get("dustbin")
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
-    defaults = {name: inspect.signature(sinkhorn_attention).parameters[name].default for name in OPTIONS}
-    given = defaults | options
-    solver(
-        1, torch.float32, None, given["epsilon"], given["window"], given["relaxation"], given["base_iters"],
-        given["tail_iters"], given["tolerance"], given["over_relaxation"], given["gradient"], given["engine"],
-    )  # fmt: skip
+    chosen = argument_checks.options(options)
+    chosen.solver(1, "float32")
     data_checks.check_dustbin_scores(dustbin)
-    given["mask_floor"] = floor(given["mask_floor"])
-    given["relaxation"] = plain_relaxation(given["relaxation"])
+    given = {name: getattr(chosen, name) for name in OF_A_LAYER} | {"dustbin": dustbin}
     if cross_attention is None:
         cross_attention = "softmax" if causal == "softmax" else "sinkhorn"
     return Settings(name, causal, cross_attention, layers, given)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.method.reference import kept
 from torch_sinkhorn_attn.problem import bits
 from torch_sinkhorn_attn.problem.feasibility import flow as transport_flow
 from torch_sinkhorn_attn.problem.feasibility.intervals import Marginals, check_intervals, interval_flow, refusal
+from torch_sinkhorn_attn.problem.masks.entries import kept
 
 _BLOCK_ELEMENTS = 1 << 22
 _WINDOW_ROWS = 256  # rows read at once beside a window: few, so that little is read outside it

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines import traits_of
-from torch_sinkhorn_attn.method.reference import kept
+from torch_sinkhorn_attn.engines import engine_of
 from torch_sinkhorn_attn.problem.looking import can_look
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.masks.lines import Lines, MaskScan, extremes, highest, without_hulls
 from torch_sinkhorn_attn.problem.support import by_segment
 
@@ -49,7 +49,7 @@ class DenseMask:
         if self._width is not None:
             width, elements = self._width, _GATHERED_ELEMENTS
         step = max(1, elements // max(1, self.num * self.heads * width))
-        if traits_of(self.mask.device).compiles:  # it fuses the reading into the reductions, and would unroll the loop
+        if engine_of(self.mask.device).compiles:  # it fuses the reading into the reductions, and would unroll the loop
             step = self.lines.length
         for start in range(0, self.lines.length, step):
             rows = slice(start, min(start + step, self.lines.length))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.method.reference import kept
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.support import Support, by_segment, segment_max, segment_sum
 
 

@@ -10,14 +10,15 @@ where data may be looked at, plus the lines of which the interval keeps nothing;
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn._ops import add_op_namespace_prefix
-from torch_sinkhorn_attn.boundary.op_checks import check_scan
 from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
+from torch_sinkhorn_attn.problem.fits import check_mask, check_present, described, refuse
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.masks.dense import DenseMask
 from torch_sinkhorn_attn.problem.masks.lines import KeyMask, Lines, MaskScan, QueryMask, without_hulls
@@ -101,7 +102,7 @@ def _scan_op(
 ) -> tuple[Tensor, Tensor]:
     """`_scan` of a dense mask for compiled programs: its loop over blocks would tie them to one length."""
     support = Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
-    check_scan(mask, support, packed, dtype, floor)
+    _check_scan(mask, support, packed, dtype, floor)
     found = _scan(mask, Lines.of(support, packed), dtype, floor, hulls=False)
     return found.row_active.clone(), found.col_active.clone()
 
@@ -123,3 +124,30 @@ def _scan_fake(
         mask.new_empty(x.shape[0], mask.shape[1], x.shape[1], dtype=torch.bool) for x in (row_active, col_active)
     )
     return row, col
+
+
+def _check_scan(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, floor: float | None) -> None:
+    """A call of `scan_mask`, whose tensors are a mask and the fields of a support."""
+    check_present(mask=mask, **support._asdict())
+    for name, x in (("row_lo", support.row_lo), ("col_lo", support.col_lo)):
+        if x.ndim != 2:
+            raise ValueError(f"{name} is {described(x)}; two dimensions are needed: batch and tokens.")
+    (num, length), size, device = support.row_lo.shape, support.col_lo.shape[1], mask.device
+    for name, x in support._asdict().items():
+        kind, shape = torch.bool if name.endswith("active") else torch.int64, (num, size if "col" in name else length)
+        if x.shape != shape or x.dtype != kind or x.device != device:
+            refuse(name, x, kind, shape, device)
+    check_mask(mask, (num, mask.shape[1] if mask.ndim == 4 else 1, length, size), device)
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype={dtype}; the compute dtype is needed, float32 or float64.")
+    if floor is not None and not -math.inf < floor < 0:
+        raise ValueError(f"floor={floor} is out of range; a negative number or None is needed.")
+    if device.type != "cpu":
+        return
+    most = max(1, min(length, size)) if packed else 1
+    for side, end in (("row", size), ("col", length)):
+        lo, hi, segment = (getattr(support, f"{side}_{name}") for name in ("lo", "hi", "segment"))
+        if lo.numel() and not bool(((lo >= 0) & (lo <= hi) & (hi <= end)).all()):
+            raise ValueError(f"{side}_lo and {side}_hi must hold 0 <= {side}_lo <= {side}_hi <= {end}.")
+        if packed and segment.numel() and not 0 <= int(segment.min()) <= int(segment.max()) < most:
+            raise ValueError(f"{side}_segment must hold indices from 0 to {most - 1}.")

@@ -17,6 +17,7 @@ from torch_sinkhorn_attn.engines.tpu.method import batching
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Result, Statics
+from torch_sinkhorn_attn.options import Options, Relaxation
 
 
 class SinkhornAux(NamedTuple):
@@ -63,28 +64,28 @@ def sinkhorn_attention(
     key: Array,
     value: Array,
     attn_mask: Array | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    dropout_p: float = Options.dropout_p,
+    is_causal: bool = Options.is_causal,
     *,
-    scale: float | None = None,
-    epsilon: float = 1.0,
-    window: tuple[int, int] | None = None,
+    scale: float | None = Options.scale,
+    epsilon: float = Options.epsilon,
+    window: tuple[int, int] | None = Options.window,
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
     query_segment_ids: Array | None = None,
     key_segment_ids: Array | None = None,
     row_mass: Array | None = None,
     col_mass: Array | None = None,
-    relaxation: float | tuple[float | None, float | None] | None = None,
+    relaxation: Relaxation = Options.relaxation,
     dustbin: Dustbin | None = None,
-    base_iters: int = 20,
-    tail_iters: int = 2,
-    tolerance: float | None = None,
-    over_relaxation: float = 1.0,
-    gradient: str = "tail",
+    base_iters: int = Options.base_iters,
+    tail_iters: int = Options.tail_iters,
+    tolerance: float | None = Options.tolerance,
+    over_relaxation: float = Options.over_relaxation,
+    gradient: str = Options.gradient,
     initial_potentials: tuple[Array, Array] | None = None,
-    enable_gqa: bool = False,
-    mask_floor: float | None = -1e3,
+    enable_gqa: bool = Options.enable_gqa,
+    mask_floor: float | None = Options.mask_floor,
     lowering: Lowering | None = None,
     return_aux: bool = False,
     dropout_seed: Array | None = None,
@@ -138,9 +139,9 @@ def sinkhorn_attention(
         dustbin: `Dustbin` (of this module) for tokens without a partner.
         base_iters: T, stopped iterations. Default 20.
         tail_iters: R, differentiated iterations. Default 2. T = R = 0 is softmax attention.
-        tolerance: 0 or more; None and 0 run all T. Each problem (batch element, head and, when packed, segment) ends
-            its T iterations early, after one or more of them, once the next column half-step would move none of its
-            v_j by more; the R last always run.
+        tolerance: 0 or more; None and 0 always run all T. Each problem (batch element, head and, when packed, segment)
+            ends its T iterations early, after one or more of them, once the next column half-step would move none of
+            its v_j by more; the R last always run.
         over_relaxation: omega between 0 and 2: each half-step of the T iterations gives (1 - omega) * old + omega * new
             potential. Above 1 it speeds up slow problems; one too large may not converge, which the residuals tell.
         gradient: "tail" differentiates the R last iterations, "unrolled" all T + R, "implicit" the fixed point (exact
@@ -166,7 +167,7 @@ def sinkhorn_attention(
     (4, 10, 8)
     """
     inputs, constants, statics, batch, unit = prepare(
-        query, key, value, attn_mask, enable_gqa,
+        query, key, value, attn_mask, enable_gqa=enable_gqa,
         dropout_p=dropout_p, is_causal=is_causal, scale=scale, epsilon=epsilon, window=window,
         query_lengths=query_lengths, key_lengths=key_lengths, query_segment_ids=query_segment_ids,
         key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass, relaxation=relaxation, dustbin=dustbin,

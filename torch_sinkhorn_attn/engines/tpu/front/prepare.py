@@ -16,8 +16,9 @@ from torch_sinkhorn_attn.engines.tpu.front.mass_scale import MassScale, find_sca
 from torch_sinkhorn_attn.engines.tpu.front.masses import Pair, Side, dustbin_capacities, marginal_masses
 from torch_sinkhorn_attn.engines.tpu.front.support import build_support, token_ids
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics, compute_dtype
+from torch_sinkhorn_attn.options import CHECKS, Options
 from torch_sinkhorn_attn.problem import scalars
-from torch_sinkhorn_attn.problem.causal import checked_causal, refuse_balanced_causal
+from torch_sinkhorn_attn.problem.causal import causal_window
 
 
 class Dustbin(NamedTuple):
@@ -47,20 +48,15 @@ class Prepared(NamedTuple):
     scale: MassScale | None  # of the problem's masses, None where they are the user's
 
 
-_NUMBERS = (
-    "scale", "epsilon", "window", "relaxation", "base_iters", "tail_iters", "tolerance", "over_relaxation", "gradient",
-)  # fmt: skip
-
-
-def prepare(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool, **options: Any) -> Prepared:
+def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) -> Prepared:
     """Check by type and shape, and canonicalise; `options` are those of `sinkhorn_attention`, all of them."""
-    query, key, value = tokens(query, key, value, enable_gqa)
+    query, key, value = tokens(query, key, value, options["enable_gqa"])
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype, dustbin = math.prod(batch), compute_dtype(query), options["dustbin"]
-    numbers = {name: options[name] for name in _NUMBERS}
-    not_traced(**numbers, mask_floor=options["mask_floor"], dropout_p=options["dropout_p"])
-    o = scalars.solver(features, str(dtype), **numbers)
-    floor, dropout_p = scalars.floor(options["mask_floor"]), scalars.dropout(options["dropout_p"])
+    numbers = {name: x for name, x in options.items() if name in CHECKS}
+    not_traced(**numbers)
+    o = Options.of(numbers)
+    solver = o.solver(features, str(dtype))
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
 
@@ -86,20 +82,14 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool, 
     ids = [
         token_ids(num, n, count, segment) for n, count, segment in zip((length, size), lengths, segments, strict=True)
     ]
-    balanced = o.rho == (1.0, 1.0) and dustbin is None and masses == (None, None)
-    softmax_mode = balanced and o.base_iters == o.tail_iters == 0
-    window, causal = o.window, False
-    if checked_causal(options["is_causal"], attn_mask):
-        plain = not packed and lengths == (None, None)
-        if plain and balanced:
-            refuse_balanced_causal(length, size, o.window, softmax_mode)
-        causal = not (plain and length == size)
-        if not causal:  # then it is a window, which the kernels know ahead of the data
-            window = (-1 if o.window is None else o.window[0], 0)
+    whole = not packed and lengths == (None, None)
+    uniform = solver.balanced and dustbin is None and masses == (None, None)
+    softmax_mode = uniform and o.base_iters == o.tail_iters == 0
+    window, causal = causal_window(o, attn_mask, length, size, whole, uniform)
     support = build_support(ids[0], ids[1], window, packed, causal)
     row_active, col_active = support.row_active[:, None], support.col_active[:, None]
     if mask is not None:
-        low = None if softmax_mode else floor
+        low = None if softmax_mode else o.mask_floor
         row_active, col_active = active_tokens(lax.stop_gradient(mask), support, packed, dtype, low)
     row_active = jnp.broadcast_to(row_active, (num, heads, length))
     col_active = jnp.broadcast_to(col_active, (num, heads, size))
@@ -110,7 +100,7 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool, 
     a, b = marginal_masses(rows, cols, groups, dustbin is not None, dtype)
     capacities = dustbin_capacities(given, a, b, rows, cols, bins)
     scale = None
-    if o.rho == (1.0, 1.0) and any(x is not None for x in (*masses, *given)):
+    if solver.balanced and any(x is not None for x in (*masses, *given)):
         every = [x for x in (a, b, *capacities) if x is not None]
         scale = find_scale(every, half_steps=o.base_iters + o.tail_iters > 0)
     if scale is not None:
@@ -121,22 +111,16 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool, 
             moved = [None if x is None else x - y for x, y in zip(initial, scale.shifts(dtype), strict=True)]
             initial = moved[0], moved[1]
 
-    stopped, kept = o.base_iters, o.tail_iters
-    if o.gradient == "unrolled":
-        stopped, kept = 0, stopped + kept
-    statics = Statics(
-        scale=o.scale, epsilon=o.epsilon, rho_row=o.rho[0], rho_col=o.rho[1], stopped=stopped, kept=kept,
-        tolerance=o.tolerance, over_relaxation=o.over_relaxation, implicit=o.gradient == "implicit",
-        dropout_p=dropout_p, banded=packed or window is not None or causal,
-        window_left=-1 if window is None else window[0], window_right=-1 if window is None else window[1],
-        uniform=not (packed or causal) and lengths == (None, None),
-    )  # fmt: skip
+    left, right = window or (-1, -1)
+    banded = packed or window is not None or causal
+    outline = {"banded": banded, "window_left": left, "window_right": right, "uniform": whole and not causal}
+    statics = Statics.of(solver, **outline)
     log_capacities = [None if x is None else jnp.log(x) for x in capacities]
     constants = Constants(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
         log_row_mass=jnp.log(a), log_col_mass=jnp.log(b), row_segment=row_segment, col_segment=col_segment,
         log_row_capacity=log_capacities[0], log_col_capacity=log_capacities[1],
-        initial_row=initial[0], initial_col=initial[1], dropout_seed=_seed(options["dropout_seed"], dropout_p),
+        initial_row=initial[0], initial_col=initial[1], dropout_seed=_seed(options["dropout_seed"], o.dropout_p),
     )  # fmt: skip
     flat = [x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     if mask is not None or not statics.uniform:

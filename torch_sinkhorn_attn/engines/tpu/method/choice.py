@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
-from torch_sinkhorn_attn.engines.tpu.method.schedule import Augmented
+from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, passes as resident
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
 from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses

@@ -8,11 +8,13 @@ features, G dustbins per head (one per packed segment; 1 without segments). Inde
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from torch_sinkhorn_attn.options import Solver
 
 
 class Inputs(NamedTuple):
@@ -74,6 +76,13 @@ class Statics:
     window_left: int = -1
     window_right: int = -1
     uniform: bool = True
+
+    @classmethod
+    def of(cls, solver: Solver, **outline: Any) -> Statics:
+        """From the checked options, and what is known of the support before its data."""
+        taken = {name: x for name, x in vars(solver).items() if name in cls.__dataclass_fields__}
+        implicit = solver.gradient == "implicit"
+        return cls(**taken, stopped=solver.stopped, kept=solver.kept, implicit=implicit, **outline)
 
     @property
     def balanced(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import schedule
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import BlockwisePasses
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Result, Statics
@@ -16,19 +16,19 @@ from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Re
 
 def _problem(
     inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering, adjoint: bool = False
-) -> tuple[schedule.Augmented, bool]:
+) -> tuple[sinkhorn.Augmented, bool]:
     """The problem with the passes of its lowering, and whether the resident kernels take it.
 
     Raises:
         ValueError: shape="resident" was asked for, and they do not.
     """
     if lowering.shape == "blockwise":
-        return schedule.Augmented(inputs, constants, statics, BlockwisePasses(inputs, constants, statics)), False
+        return sinkhorn.Augmented(inputs, constants, statics, BlockwisePasses(inputs, constants, statics)), False
     from torch_sinkhorn_attn.engines.tpu.method import choice
     from torch_sinkhorn_attn.engines.tpu.streaming import passes as streaming
 
     inputs = choice.without_redundant_mask(inputs)
-    problem = schedule.Augmented(
+    problem = sinkhorn.Augmented(
         inputs, constants, statics, streaming.StreamingPasses(inputs, constants, statics, lowering)
     )
     if lowering.shape == "streaming":
@@ -55,7 +55,7 @@ def forward(
     """
     problem, is_resident = _problem(inputs, constants, statics, lowering)
     if not is_resident:
-        return schedule.forward(problem, residuals)
+        return sinkhorn.forward(problem, residuals)
     from torch_sinkhorn_attn.engines.tpu.resident import passes as resident
 
     return resident.forward(problem, lowering, residuals)
@@ -83,7 +83,7 @@ def backward(
     problem, is_resident = _problem(inputs, constants, statics, lowering, adjoint=True)
     duals, bins = (row_potentials, col_potentials), (grad_to_bin, grad_from_bin)
     if not is_resident:
-        return schedule.backward(problem, output, duals, grad_output, bins, mask_grad)
+        return sinkhorn.backward(problem, output, duals, grad_output, bins, mask_grad)
     from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint
 
     return resident_adjoint.backward(problem, lowering, output, duals, grad_output, bins)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import schedule
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs
-from torch_sinkhorn_attn.engines.tpu.resident.backward import Options, field_parts, kernel
+from torch_sinkhorn_attn.engines.tpu.resident.backward import AdjointStatics, field_parts, kernel
 from torch_sinkhorn_attn.engines.tpu.resident.launch import Scratch, Shapes, launch, resident_or_streamed
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
@@ -33,14 +33,14 @@ Bins = tuple[Array | None, Array | None]
 
 
 def backward(
-    problem: schedule.Augmented,
+    problem: sinkhorn.Augmented,
     lowering: Lowering,
     output: Array,
     potentials: tuple[Array, Array],
     grad_output: Array,
     grad_bins: Bins,
 ) -> tuple[Inputs, Array]:
-    """`schedule.backward` by the resident kernel, and by `problem`'s own passes where the data want that."""
+    """`sinkhorn.backward` by the resident kernel, and by `problem`'s own passes where the data want that."""
     strip = strip_of(problem.length, problem.size, problem.statics)
     first, fits = first_blocks(problem.constants, strip)
     exponents = staircase_exponents(problem, potentials)
@@ -48,7 +48,7 @@ def backward(
     given = output, potentials, grad_output, grad_bins
 
     def streamed() -> tuple[Inputs, Array]:
-        return schedule.backward(problem, *given, False)
+        return sinkhorn.backward(problem, *given, False)
 
     def resident() -> tuple[Inputs, Array]:
         return adjoint(problem, lowering, strip, first, exponents, *given)
@@ -56,17 +56,17 @@ def backward(
     return resident_or_streamed(fits & small, resident, streamed)
 
 
-def staircase_exponents(problem: schedule.Augmented, potentials: tuple[Array, Array]) -> tuple[Array, ...]:
+def staircase_exponents(problem: sinkhorn.Augmented, potentials: tuple[Array, Array]) -> tuple[Array, ...]:
     """Dual differences of the factors, `[R, N, H, L(+G)]` and `[R, N, H, S(+G)]`: rows of A, rows of B, columns of A,
     columns of B; A^r = P exp(row + column)."""
     u, v = potentials
-    row_a = jnp.where(problem.log_a == -jnp.inf, 0, schedule.row_exponent(problem, u) - u[-1])[1:]
-    col_b = jnp.where(problem.log_b == -jnp.inf, 0, schedule.col_exponent(problem, v) - v[-1])[1:]
+    row_a = jnp.where(problem.log_a == -jnp.inf, 0, sinkhorn.row_exponent(problem, u) - u[-1])[1:]
+    col_b = jnp.where(problem.log_b == -jnp.inf, 0, sinkhorn.col_exponent(problem, v) - v[-1])[1:]
     return row_a, u[:-1] - u[-1], v[1:] - v[-1], col_b
 
 
 def adjoint(
-    problem: schedule.Augmented,
+    problem: sinkhorn.Augmented,
     lowering: Lowering,
     strip: Strip,
     first: Array,
@@ -79,11 +79,11 @@ def adjoint(
     """The cotangents by the kernel, whatever the data."""
     statics, length, size = problem.statics, problem.length, problem.size
     u, v = (x[-1] for x in potentials)
-    d = schedule.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
+    d = sinkhorn.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
     given = kernel_operands(problem, strip, d, u, v, exponents)
     width, low = given["value"].shape[2], given["value"].dtype
     parts = field_parts(statics.kept, low)
-    options = Options(strip, statics, problem.dtype, width, parts, problem.dustbin is not None)
+    options = AdjointStatics(strip, statics, problem.dtype, width, parts, problem.dustbin is not None)
     results, scratch = kernel_results(problem, strip, given), kernel_scratch(problem, strip, given)
     body = functools.partial(kernel, options)
     out = launch("sinkhorn_resident_backward", body, problem, lowering, first, given, results, scratch)
@@ -94,13 +94,13 @@ def adjoint(
         z, w = (jnp.concatenate(pair, -1) for pair in zip((z, w), bins, strict=True))
     features = problem.inputs.query.shape[-1]
     key, value = (jnp.swapaxes(out[name][..., :size], -1, -2) for name in ("grad_key", "grad_value"))
-    found = schedule.Cotangents(out["grad_query"][:, :, :length, :features], key[..., :features], value[..., :width])
-    field = schedule.staircase_field(problem, potentials, z[1:], w)
-    return schedule.gather(problem, u, v, d, field, found), z[0]
+    found = sinkhorn.Cotangents(out["grad_query"][:, :, :length, :features], key[..., :features], value[..., :width])
+    field = sinkhorn.staircase_field(problem, potentials, z[1:], w)
+    return sinkhorn.gather(problem, u, v, d, field, found), z[0]
 
 
 def kernel_operands(
-    problem: schedule.Augmented, strip: Strip, d: schedule.Cotangent, u: Array, v: Array, exponents: tuple[Array, ...]
+    problem: sinkhorn.Augmented, strip: Strip, d: sinkhorn.Cotangent, u: Array, v: Array, exponents: tuple[Array, ...]
 ) -> dict[str, Array]:
     """By the names of `backward.Refs`."""
     inputs, constants, length, size = problem.inputs, problem.constants, problem.length, problem.size
@@ -129,7 +129,7 @@ def kernel_operands(
     return found | {name: pad_lanes(x[..., :size], sp) for name, x in (("col_a", col_a), ("col_b", col_b))}
 
 
-def kernel_results(problem: schedule.Augmented, strip: Strip, given: Mapping[str, ShapeDtype]) -> Shapes:
+def kernel_results(problem: sinkhorn.Augmented, strip: Strip, given: Mapping[str, ShapeDtype]) -> Shapes:
     """Shapes of one head's results."""
     kept, lp, sp = problem.statics.kept, strip.padded_length, strip.padded_size
     width = given["query"].shape[2]
@@ -138,7 +138,7 @@ def kernel_results(problem: schedule.Augmented, strip: Strip, given: Mapping[str
     return found if problem.dustbin is None else found | {"bin_z": (kept + 1, BLOCK), "bin_w": (kept, BLOCK)}
 
 
-def kernel_scratch(problem: schedule.Augmented, strip: Strip, given: Mapping[str, ShapeDtype]) -> Scratch:
+def kernel_scratch(problem: sinkhorn.Augmented, strip: Strip, given: Mapping[str, ShapeDtype]) -> Scratch:
     """Shape and dtype of one head's workspace."""
     lp, sp, dtype, low = strip.padded_length, strip.padded_size, problem.dtype, given["value"].dtype
     field = field_parts(problem.statics.kept, low) + given["value"].shape[2]
@@ -153,14 +153,14 @@ def kernel_scratch(problem: schedule.Augmented, strip: Strip, given: Mapping[str
     }
 
 
-def footprint(problem: schedule.Augmented, strip: Strip) -> tuple[Mapping[str, ShapeDtype], Shapes, Scratch]:
+def footprint(problem: sinkhorn.Augmented, strip: Strip) -> tuple[Mapping[str, ShapeDtype], Shapes, Scratch]:
     """Operands, results and scratch of the adjoint's launch, by shape."""
 
     def look() -> dict[str, Array]:
         u, v = (jnp.zeros((problem.statics.kept + 1, *x.shape), problem.dtype) for x in (problem.log_a, problem.log_b))
         assert problem.inputs.value is not None
         grad = jnp.zeros((*problem.constants.log_row_mass.shape, problem.inputs.value.shape[-1]), problem.dtype)
-        d = schedule.plan_cotangent(problem, u[-1], v[-1], grad, grad, (None, None))
+        d = sinkhorn.plan_cotangent(problem, u[-1], v[-1], grad, grad, (None, None))
         return kernel_operands(problem, strip, d, u[-1], v[-1], staircase_exponents(problem, (u, v)))
 
     given = jax.eval_shape(look)

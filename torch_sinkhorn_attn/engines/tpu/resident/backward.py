@@ -41,7 +41,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
 FIELD_CHUNK = 8  # blocks of lanes
 
 
-class Options(NamedTuple):
+class AdjointStatics(NamedTuple):
     """What the kernel compiles in."""
 
     strip: Strip
@@ -88,7 +88,7 @@ class Refs(NamedTuple):
     field_cols: Any  # [Ev+f, Sp] V and the parts of Y
 
 
-def kernel(o: Options, names: tuple[str, ...], *refs: Any) -> None:
+def kernel(o: AdjointStatics, names: tuple[str, ...], *refs: Any) -> None:
     """The body of a grid step; `names` says which fields of `Refs` are there, in order."""
     present = dict(zip(names, refs, strict=True))
     Adjoint(o, Refs(*(present.get(name) for name in Refs._fields))).run()
@@ -97,7 +97,7 @@ def kernel(o: Options, names: tuple[str, ...], *refs: Any) -> None:
 class Adjoint:
     """One head's adjoint. r counts from 0 here: slot r of the factors belongs to iteration r + 1."""
 
-    def __init__(self, o: Options, r: Refs):
+    def __init__(self, o: AdjointStatics, r: Refs):
         self.o, self.r, self.s, self.strip = o, r, o.statics, o.strip
         self.n, self.h = pl.program_id(0), pl.program_id(1)
 

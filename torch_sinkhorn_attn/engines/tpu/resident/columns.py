@@ -34,7 +34,7 @@ COL_LIMIT, END_LIMIT = 16.0, 22.0
 ROW_LIMIT = END_LIMIT + 2 * COL_LIMIT
 
 
-class Options(NamedTuple):
+class SolveStatics(NamedTuple):
     """What the kernel compiles in."""
 
     strip: Strip
@@ -104,7 +104,7 @@ class Bin:
 class ColumnHalfStep:
     """y from the column sums of one head."""
 
-    def __init__(self, o: Options, r: Refs):
+    def __init__(self, o: SolveStatics, r: Refs):
         self.o, self.r, self.s, self.strip = o, r, o.statics, o.strip
         self.n, self.h = pl.program_id(0), pl.program_id(1)
 

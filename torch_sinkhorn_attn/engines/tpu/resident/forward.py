@@ -26,8 +26,8 @@ from torch_sinkhorn_attn.engines.tpu.resident.columns import (
     TINY,
     Bin,
     ColumnHalfStep,
-    Options,
     Refs,
+    SolveStatics,
 )
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
@@ -50,13 +50,13 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
 )
 
 
-def kernel(o: Options, names: tuple[str, ...], *refs: Any) -> None:
+def kernel(o: SolveStatics, names: tuple[str, ...], *refs: Any) -> None:
     """The body of a grid step; `names` says which fields of `Refs` are there, in order."""
     present = dict(zip(names, refs, strict=True))
-    Solver(o, Refs(*(present.get(name) for name in Refs._fields))).run()
+    HeadSolve(o, Refs(*(present.get(name) for name in Refs._fields))).run()
 
 
-class Solver(ColumnHalfStep):
+class HeadSolve(ColumnHalfStep):
     """One head's solve."""
 
     # The order of half-steps

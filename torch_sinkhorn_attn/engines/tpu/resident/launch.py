@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
-from torch_sinkhorn_attn.engines.tpu.method.schedule import Augmented
+from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 
 OWN_DTYPE = {
     "query",

@@ -11,11 +11,11 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import schedule
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Result
 from torch_sinkhorn_attn.engines.tpu.method.segments import centre_gauge, components
-from torch_sinkhorn_attn.engines.tpu.resident.columns import Options
+from torch_sinkhorn_attn.engines.tpu.resident.columns import SolveStatics
 from torch_sinkhorn_attn.engines.tpu.resident.forward import kernel
 from torch_sinkhorn_attn.engines.tpu.resident.launch import Scratch, Shapes, launch, resident_or_streamed
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
@@ -32,17 +32,17 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
 )
 
 
-def forward(problem: schedule.Augmented, lowering: Lowering, residuals: bool) -> Result:
-    """`schedule.forward` by the resident kernel, and by `problem`'s own passes where the data want that."""
+def forward(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> Result:
+    """`sinkhorn.forward` by the resident kernel, and by `problem`'s own passes where the data want that."""
     strip = strip_of(problem.length, problem.size, problem.statics)
     first, fits = first_blocks(problem.constants, strip)
     found, in_range = solve_resident(problem, lowering, strip, first, residuals)
-    streamed = functools.partial(schedule.forward, problem, residuals)
+    streamed = functools.partial(sinkhorn.forward, problem, residuals)
     return resident_or_streamed(fits & in_range, lambda: found, streamed)
 
 
 def solve_resident(
-    problem: schedule.Augmented, lowering: Lowering, strip: Strip, first: Array, residuals: bool
+    problem: sinkhorn.Augmented, lowering: Lowering, strip: Strip, first: Array, residuals: bool
 ) -> tuple[Result, Array]:
     """The result, and whether every scaling of every head stayed in range."""
     statics, length, size = problem.statics, problem.length, problem.size
@@ -68,13 +68,13 @@ def solve_resident(
     mass = out["mass"][:, :, :length] * scale[..., None] if options.values else None
     row_sums = out["row_total"][:, :, 0, :length] * scale
     col_sums = out["col_total"][:, :, 0, :size] if residuals else None
-    result = schedule.finish(problem, (rows, cols), mass, row_sums, col_sums)
+    result = sinkhorn.finish(problem, (rows, cols), mass, row_sums, col_sums)
     return result, jnp.all(out["range"] > 0)
 
 
-def call_of(problem: schedule.Augmented, lowering: Lowering, strip: Strip, residuals: bool) -> Call:
+def call_of(problem: sinkhorn.Augmented, lowering: Lowering, strip: Strip, residuals: bool) -> Call:
     """The launch for a problem."""
-    options = Options(
+    options = SolveStatics(
         strip=strip,
         statics=problem.statics,
         dtype=problem.dtype,
@@ -86,7 +86,7 @@ def call_of(problem: schedule.Augmented, lowering: Lowering, strip: Strip, resid
     return Call(problem, options)
 
 
-def _centred(problem: schedule.Augmented, rows: Array, cols: Array) -> tuple[Array, Array]:
+def _centred(problem: sinkhorn.Augmented, rows: Array, cols: Array) -> tuple[Array, Array]:
     """The gauge of u^0 and v^0, taken on by all that follow: half-steps of balanced problems pass it on."""
     parts = components(problem.constants, problem.statics)
     u, v = centre_gauge(rows[0], cols[0], problem.log_a, problem.log_b, parts)
@@ -96,7 +96,7 @@ def _centred(problem: schedule.Augmented, rows: Array, cols: Array) -> tuple[Arr
 class Call:
     """One launch of the forward kernel: operands, results and scratch by name."""
 
-    def __init__(self, problem: schedule.Augmented, options: Options):
+    def __init__(self, problem: sinkhorn.Augmented, options: SolveStatics):
         self.problem, self.o, self.strip = problem, options, options.strip
         constants, dtype = problem.constants, problem.dtype
         self.log_a, self.log_b = constants.log_row_mass.astype(dtype), constants.log_col_mass.astype(dtype)

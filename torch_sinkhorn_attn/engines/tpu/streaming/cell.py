@@ -9,19 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from torch_sinkhorn_attn.engines.tpu.method import dropout
-
-if TYPE_CHECKING:
-    from torch_sinkhorn_attn.engines.tpu.streaming.reading import Reading
-    from torch_sinkhorn_attn.engines.tpu.streaming.walk import Place
-
-LANES = 128
+from torch_sinkhorn_attn.engines.tpu.streaming.reading import LANES, Reading
+from torch_sinkhorn_attn.engines.tpu.streaming.walk import Place
 
 
 class Cell:

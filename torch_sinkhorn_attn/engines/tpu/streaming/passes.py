@@ -22,11 +22,11 @@ from torch_sinkhorn_attn.engines.tpu.streaming.kernels import (
     TimesMatrix,
     TimesVector,
 )
-from torch_sinkhorn_attn.engines.tpu.streaming.reading import Operands, Outputs, Reading
+from torch_sinkhorn_attn.engines.tpu.streaming.launch import Operands, Outputs, launch
+from torch_sinkhorn_attn.engines.tpu.streaming.reading import LANES, Reading
 from torch_sinkhorn_attn.engines.tpu.streaming.spans import most_tiles, spans
 from torch_sinkhorn_attn.engines.tpu.streaming.walk import HeadsOfTile
 
-LANES = 128
 LOG2_E = 1.4426950408889634
 BLOCK = 512  # lines of a block
 TILE, WIDE_TILE = 512, 1024  # what lies across in a tile; the wide one is 8 % faster where matrices are narrow
@@ -134,7 +134,7 @@ class StreamingPasses:
 
     @staticmethod
     def _lse(reading: Reading, v: Array) -> Array:
-        return reading.call(LogSumExp(), Operands({}, {"v": (v, -jnp.inf)}), Outputs(("lse",), sums=2))["lse"]
+        return launch(reading, LogSumExp(), Operands({}, {"v": (v, -jnp.inf)}), Outputs(("lse",), sums=2))["lse"]
 
     def rows(self, p: Array, q: Array, y: Array) -> Array:
         """M(p, q) y."""
@@ -151,7 +151,7 @@ class StreamingPasses:
     @staticmethod
     def _times_vector(reading: Reading, p: Array, q: Array, y: Array) -> Array:
         operands = Operands({"p": p}, {"q": (q, -jnp.inf), "y": (y, 0.0)})
-        return reading.call(TimesVector(), operands, Outputs(("out",), sums=1))["out"]
+        return launch(reading, TimesVector(), operands, Outputs(("out",), sums=1))["out"]
 
     def values(self, u: Array, v: Array) -> tuple[Array, Array]:
         """M(u, v) V with dropout `[N, H, L, Ev]`, and the row sums of M(u, v) without it `[N, H, L]`."""
@@ -160,7 +160,7 @@ class StreamingPasses:
         if self.empty:
             return jnp.zeros((*u.shape, width), self.dtype), jnp.zeros_like(u)
         operands = self._plan(self._row_exponent(u), self._col_exponent(v), self.value)
-        found = self._rows.call(TimesMatrix(), operands, Outputs(("sums",), {"out": width}, sums=1))
+        found = launch(self._rows, TimesMatrix(), operands, Outputs(("sums",), {"out": width}, sums=1))
         return found["out"], found["sums"]
 
     def value_cotangent(self, u: Array, v: Array, grad: Array) -> Array:
@@ -168,7 +168,7 @@ class StreamingPasses:
         if self.empty:
             return jnp.zeros((*v.shape, grad.shape[-1]), self.dtype)
         operands = self._plan(self._col_exponent(v), self._row_exponent(u), self._operand(grad))
-        return self._columns.call(TimesMatrix(), operands, Outputs(matrices={"out": grad.shape[-1]}))["out"]
+        return launch(self._columns, TimesMatrix(), operands, Outputs(matrices={"out": grad.shape[-1]}))["out"]
 
     @staticmethod
     def _plan(p: Array, q: Array, w: Array) -> Operands:
@@ -216,11 +216,11 @@ class StreamingPasses:
             weights = field._replace(x=field.x * jnp.exp(row_gap), y=field.y * jnp.exp(col_gap))
             operands = self._score_operands(u, v, grad, weights, transposed)
             del operands.line_vectors["p"], operands.across_vectors["q"]
-            return reading.call(ScoreCotangent(terms, scaled=True), operands, outputs)
+            return launch(reading, ScoreCotangent(terms, scaled=True), operands, outputs)
 
         def apart() -> dict[str, Array]:
             operands = self._score_operands(u, v, grad, field, transposed)
-            return reading.call(ScoreCotangent(terms, scaled=False), operands, outputs)
+            return launch(reading, ScoreCotangent(terms, scaled=False), operands, outputs)
 
         found = lax.cond(near, scaled, apart)
         return found["out"], found.get("sums")
@@ -237,7 +237,7 @@ class StreamingPasses:
         reading = self._for_terms(False, len(field.p))
         walk = HeadsOfTile(self.num, self.heads, reading.blocks, -(-self.size // reading.tile), shape[0], shape[1])
         operands = self._score_operands(u, v, grad, field, transposed=False)
-        return reading.call(MaskCotangent(len(field.p)), operands, Outputs(mask=shape), walk)["mask_cotangent"]
+        return launch(reading, MaskCotangent(len(field.p)), operands, Outputs(mask=shape), walk)["mask_cotangent"]
 
     # Operands
 

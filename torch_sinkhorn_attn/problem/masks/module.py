@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_sinkhorn_attn.method.reference import kept
 from torch_sinkhorn_attn.problem.looking import can_look, has_tangent
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import compute_dtype
 from torch_sinkhorn_attn.problem.scalars import window_sides
 from torch_sinkhorn_attn.problem.support import build_support
@@ -85,7 +85,7 @@ def _window_mask(masks: Masks, window: tuple[int, int], length: int, size: int, 
     ids = [torch.zeros(1, n, dtype=torch.int64, device=device) for n in (length, size)]
     if masks.query_ids is not None and masks.key_ids is not None:
         ids = [masks.query_ids, masks.key_ids]
-    support = build_support(ids[0], ids[1], window_sides(window), packed=True)
+    support = build_support(ids[0], ids[1], window_sides("window", window), packed=True)
     column = torch.arange(size, device=device)
     lo, hi = support.row_lo[:, None, :, None], support.row_hi[:, None, :, None]
     return (column >= lo) & (column < hi)

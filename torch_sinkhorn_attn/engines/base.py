@@ -1,0 +1,99 @@
+"""What an engine is: the verbs that the ops call, and what it does with the tensors of its own device.
+
+A new engine is a module with a subclass of `Engine` and one object of it, `ENGINE`, which `registry` lists.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from torch_sinkhorn_attn.method import reference, staircase
+from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+
+T = TypeVar("T")
+
+
+class Engine(ABC):
+    """A way to compute problems and their adjoints. The generic code asks `engines.engine_of(device)` for what is
+    particular about a device, and names no engine that is bound to another library; what is not overridden is that of a
+    plain eager device.
+
+    Attributes:
+        name: what users call it by, `engine=name`.
+        device: the type of the `torch.device` whose tensors are its own; None for an engine that has none.
+        compiles: every new computation is compiled there, so what data hold must not decide what is computed, and
+            loops in Python are unrolled.
+        wrappers: packages of the subclasses of Tensor that stand for plain tensors there.
+    """
+
+    name: str
+    device: str | None = None
+    compiles: bool = False
+    wrappers: tuple[str, ...] = ()
+
+    @abstractmethod
+    def status(self) -> str:
+        """Whether it can run, and how; or why not."""
+
+    @abstractmethod
+    def refusal(self, inputs: Inputs, problem: Problem) -> str | None:
+        """Why it cannot run the problem; None if it can."""
+
+    @abstractmethod
+    def solve(self, inputs: Inputs, problem: Problem) -> Potentials:
+        """T stopped and R kept iterations: the stacked duals."""
+
+    @abstractmethod
+    def forward(self, inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
+        """Output, duals and (unless `residuals` is False: NaN) the marginal residuals."""
+
+    @abstractmethod
+    def backward(
+        self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
+    ) -> Gradients:
+        """The adjoint of `forward`, of whose result it is given the output and the duals."""
+
+    def plan(self, inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
+        """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
+        potentials = self.solve(inputs._replace(value=None), problem)
+        full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
+        return reference.fold_dustbins(full, problem), potentials
+
+    def plan_backward(
+        self, inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
+    ) -> Gradients:
+        """The adjoint of `plan`: the dense staircase."""
+        dense, grad = reference.dense_problem(inputs, problem), reference.unfold_dustbins(grad_plan, problem)
+        cotangent, dropped = staircase.backward(dense, grad, potentials, problem)
+        return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
+
+    # What it does with tensors of its own device
+
+    def call(self, function: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """`function(*args)`: the body of an op, run on its tensors."""
+        return function(*args)
+
+    def placed(self, x: Tensor, source: Tensor) -> Tensor:
+        """x `[N, H, L, E]`, made from the user's `source`, lying on the devices that source lies on."""
+        return x
+
+    def fetched(self, tree: T) -> T:
+        """A tuple, NamedTuple or dataclass with tensors that may be looked at without compiling for it."""
+        return tree
+
+
+def each_tensor(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A tuple, NamedTuple or dataclass with `function` of each tensor in its place."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{name: each_tensor(x, function) for name, x in vars(tree).items()})
+    if isinstance(tree, tuple):
+        parts = [each_tensor(x, function) for x in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree

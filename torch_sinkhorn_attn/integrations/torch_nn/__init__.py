@@ -1,1 +1,0 @@
-"""torch.nn.MultiheadAttention: its masks, its nested tensors, and its replacement in a model."""
