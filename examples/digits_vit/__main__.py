@@ -1,5 +1,5 @@
 """``python -m examples.digits_vit``."""
 
-from examples.start import start
+from examples.common.start import start
 
 start("examples.digits_vit")

@@ -3,55 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from examples.pfam.checkpoint import REPORT, prepare_folder, set_aside
-from examples.pfam.config import Range, option_name
+from examples.common.files import REPORT, prepare_folder, set_aside
+from examples.common.settings import add_quiet, add_setting, add_threads, given, set_threads, settings_of
+from examples.common.start import exit_status
 
 from .data import Digits, Split, load_split
 from .maps import plot_class_token, plot_matrices, plot_reading
 from .measure import Outcome, attention_weights, class_token_view, first_of_each_class, measure, received
 from .plots import plot_learning
 from .report import write_report
-from .settings import LIMITS, Settings
+from .settings import Settings
 from .train import Learner, steps_per_epoch, train, warm_up
 
 _FOLDER = "runs/digits_vit"
 _SHOWN, _CLOSER = 5, 3  # digits 0 to 4 are drawn, the 3 in detail
-_THREADS = Range(1, 1024)
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status is 0, 1 after a plain error message, or 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    try:
-        _THREADS.check("--threads", options.threads)
-        settings = Settings(**{name: getattr(options, name) for name in (*LIMITS, "dustbin")})
-        torch.set_num_threads(options.threads)
-        _run(settings, Path(options.out), progress=not options.quiet)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_status(lambda: _run(options))
 
 
-def _run(settings: Settings, folder: Path, progress: bool) -> None:
+def _run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
+    set_threads(options)
+    settings = Settings(**given(options, Settings), dustbin=options.dustbin)
+    folder, progress = Path(options.out), not options.quiet
     prepare_folder(folder)
     split = load_split()
-    aside = set_aside(folder)
-    if aside:
-        print(f"the earlier run in {folder} is now in {aside}")
+    set_aside(folder)
     print(split.summary())
     models, outcomes = _train_all(settings, split, progress)
     report = write_report(settings, split, outcomes)
@@ -101,17 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a small vision transformer on handwritten digits with softmax and with Sinkhorn attention, "
         "side by side; end with tables and pictures.",
     )
-    for name, (_, meaning) in LIMITS.items():
-        default = getattr(Settings, name)
-        kind, metavar = (float, "X") if isinstance(default, float) else (int, "N")
-        text = f"{meaning} (default: %(default)s)"
-        parser.add_argument(option_name(name), type=kind, default=default, metavar=metavar, help=text)
+    for setting in settings_of(Settings).values():
+        add_setting(parser, setting)
     parser.add_argument("--dustbin", action="store_true", help="train a third model, Sinkhorn attention with a dustbin")
     parser.add_argument(
         "--out", metavar="PATH", default=_FOLDER, help="folder for the tables and pictures (default: %(default)s)"
     )
-    parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="threads for PyTorch (default: %(default)s)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_threads(parser, 1)
+    add_quiet(parser)
     return parser

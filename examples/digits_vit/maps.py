@@ -13,9 +13,11 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from examples.common.plots import save_figure
+
 from .data import GRID, PATCH, Digits, to_grid
 from .measure import Outcome
-from .plots import COLOURS, draw_reading, save
+from .plots import COLOURS, DPI, draw_reading
 
 _WEIGHT, _WIDE, _SHARE = Normalize(0, 1), PowerNorm(0.5, 0, 1), LogNorm(1 / 8, 8)
 _ROW, _MODEL = 0.95, 4.2  # inches: the height of a digit's row, the width of a model's four maps
@@ -47,7 +49,7 @@ def plot_matrices(image: Tensor, matrices: Mapping[str, Tensor], path: Path) -> 
         maps[1].set_ylabel("query")
         if model == 0:
             figure.colorbar(shown, ax=axes[:, 1:], label="attention weight", fraction=0.02)
-    save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def plot_reading(
@@ -59,14 +61,14 @@ def plot_reading(
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     _draw_maps(top, digits, maps, _SHARE, "RdBu_r", "attention a patch receives")
     draw_reading(bottom.subplots(), outcomes)
-    save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def plot_class_token(digits: Digits, maps: Mapping[str, Tensor], path: Path) -> None:
     """Where the class token looks in the last block: ``maps`` name: [n, heads, 16]."""
     figure = plt.figure(figsize=(2.0 + _MODEL * len(maps), 0.6 + _ROW * len(digits)), layout="constrained")
     _draw_maps(figure, digits, maps, _WEIGHT, "Blues", "class token's weight on a patch")
-    save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def _draw_maps(

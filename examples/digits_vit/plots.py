@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from examples.common.plots import save_figure
 
 from .measure import Outcome
 from .model import DUSTBIN, SINKHORN, SOFTMAX
 
+DPI = 110
 COLOURS = {SOFTMAX: "#d9480f", SINKHORN: "#1b4b7a", DUSTBIN: "#5c940d"}
 # A twelfth of an octave wide; an even share, 1, is the middle of its bin.
 _BINS = [2 ** ((k - 0.5) / 12) for k in range(-54, 56)]
@@ -46,7 +44,7 @@ def plot_learning(outcomes: Mapping[str, Sequence[Outcome]], path: Path) -> None
     for axis in axes[1:]:
         axis.set_ylim(70, 100.5)
     axes[0].legend(frameon=False)
-    save(figure, path)
+    save_figure(figure, path, DPI)
 
 
 def draw_reading(axis: Axes, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
@@ -64,8 +62,3 @@ def draw_reading(axis: Axes, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
     axis.set_title("all test digits, heads and seeds", loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-
-
-def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from examples.pfam.tables import table
+from examples.common.tables import table
 
 from .data import Split
 from .measure import Outcome

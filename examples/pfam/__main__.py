@@ -1,5 +1,5 @@
 """``python -m examples.pfam``."""
 
-from examples.start import start
+from examples.common.start import start
 
 start("examples.pfam")

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .atomic import replacing
+from examples.common.files import replacing
+from examples.common.tables import table
+
 from .config import Config
 from .decode import DECODERS, DEFAULT_DECODER
 from .evaluate import Result, Scores, align_pairs, measure_plan
 from .summary import by_identity
-from .tables import table
 from .train import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {

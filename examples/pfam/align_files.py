@@ -15,9 +15,9 @@ from Bio.Align import MultipleSeqAlignment
 from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
+from examples.common.files import prepare_folder, replacing
+
 from .alignment import PairwiseAlignment
-from .atomic import replacing
-from .checkpoint import prepare_folder
 from .sequences import Protein
 
 FASTA, STOCKHOLM, PICTURE, RECORD = "alignment.fasta", "alignment.sto", "plan.png", "alignment.json"

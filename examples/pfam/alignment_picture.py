@@ -9,8 +9,9 @@ import numpy.typing as npt
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from examples.common.plots import save, write
+
 from .alignment import PairwiseAlignment
-from .labels import save, write
 
 _FLOOR = 1e-4
 _LINE = "#d9480f"

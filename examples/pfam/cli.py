@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from examples.common.settings import set_threads
+from examples.common.start import INTERRUPTED
+from examples.common.text import clip, one_line, quiet_end, say, visible
+
 from .commands import ablate, align, download, evaluate, release, train
-from .commands.options import INTERRUPTED, command_line, set_threads
+from .commands.options import command_line
 from .download import DownloadError
-from .text import clip, one_line, quiet_end, say, visible
 
 _COMMANDS = (train, evaluate, align, ablate, release, download)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from examples.common.plots import legend, save_figure, write
+from examples.common.text import clip
+
 from .calibration import Calibration
 from .comparison import Comparison, Doubts
-from .labels import legend, write
-from .plots import save_figure
-from .text import clip
 
 _COLOURS = ("#868e96", "#1b4b7a", "#d9480f", "#2b8a3e", "#862e9c")
 

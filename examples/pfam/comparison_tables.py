@@ -8,12 +8,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from examples.common.tables import table
+
 from .baselines import GLOBAL_GAP, LOCAL_GAP
 from .calibration import Calibration, Reliability
 from .comparison import REFERENCE, REFERENCES, Comparison
 from .evaluate import PLAN, Result, Scores
 from .summary import LEVEL, RESAMPLES, Interval, Summary, by_identity, differences, summarise
-from .tables import HEADINGS, table
+from .tables import HEADINGS
 
 LEGEND = textwrap.fill(
     f"macro: means over a family's pairs, then over families, with {LEVEL:.0%} percentile intervals of {RESAMPLES} "

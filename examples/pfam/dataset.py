@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.common.files import is_stream
+
 from .config import Config
 from .identity import identities, related
 from .pairs import EvaluationSet, Family, evaluation_pairs, family_from_alignment
-from .source import MB, MOST_TEXT, TooLargeError, is_stream
+from .source import MB, MOST_TEXT, TooLargeError
 from .stockholm import StockholmError, read_stockholm, shown, stockholm_files
 from .streaming import stored_families
 

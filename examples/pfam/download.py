@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from examples.common.text import visible
+
 from .source import GROWTH, UNSUSPICIOUS
-from .text import visible
 
 PFAM_SEED_URL = "https://ftp.ebi.ac.uk/pub/databases/Pfam/current_release/Pfam-A.seed.gz"
 _CHUNK = 1 << 20

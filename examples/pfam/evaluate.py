@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from examples.common.text import clip
+
 from .baselines import diagonal, needleman_wunsch, scaled_diagonal, smith_waterman
 from .decode import DECODERS, DEFAULT_DECODER, confidence
 from .device import Device
@@ -30,7 +32,6 @@ from .metrics import (
 from .model import Aligner
 from .pairs import Pair
 from .sampler import collate
-from .text import clip
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+from examples.common.tables import table
+
 from .baselines import needleman_wunsch, smith_waterman
 from .evaluate import Scores, measure_alignment
 from .pairs import Pair
-from .tables import table
 
 OPEN = tuple(float(cost) for cost in range(8, 21))
 EXTEND = (0.5, 1.0, 1.5, 2.0)

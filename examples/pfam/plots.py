@@ -6,23 +6,19 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
+
+from examples.common.plots import save_figure, write
+from examples.common.text import clip
 
 from .decode import DECODERS, DEFAULT_DECODER
 from .evaluate import Scores
-from .labels import save, write
 from .metrics import pair_score
 from .pairs import Pair
-from .text import clip
 from .train import History
 
 FloatArray = npt.NDArray[np.floating]
@@ -106,10 +102,3 @@ def _levels(axis: Axes, baselines: Mapping[str, Scores], metric: str) -> None:
         level = scores.macro[metric]
         axis.axhline(level, color=_TRUTH, linestyle=style, linewidth=1.0, label=name)
     axis.legend(frameon=False, fontsize=8, loc="best")
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write the picture, and forget it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
-    plt.close(figure)

@@ -17,14 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .atomic import replacing
+from examples.common.files import replacing
+from examples.common.text import clip, visible
+
 from .checkpoint import load_checkpoint
 from .config import Config
 from .identity import Known
 from .model import Aligner
 from .pairs import Family
 from .stockholm import shown
-from .text import clip, visible
 
 SHIPPED = Path(__file__).parent / "data" / "aligner.safetensors"
 SUFFIX = ".safetensors"

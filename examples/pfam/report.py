@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from examples.common.files import REPORT
+from examples.common.text import file_stems
 from torch_sinkhorn_attn import certify, sinkhorn_attention
 
 from .attentions import AttentionProblem
 from .calibration import solved_attentions
-from .checkpoint import REPORT
 from .config import Config
 from .evaluate import Scores, align_pairs, score_baselines, score_model
 from .model import Aligner
@@ -19,7 +20,6 @@ from .pairs import Pair
 from .plots import plot_learning, plot_plan, plot_residuals
 from .release import load_aligner
 from .tables import aligner_name, alignment_table, family_table, plan_table
-from .text import file_stems
 from .train import Trainer
 
 LEGEND = """certificates of the attention that aligns

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
+from examples.common.files import is_stream
+from examples.common.text import BLANKS, clip, utf8, visible
+
 from .pairs import encode, looks_like_nucleotides, residue_counts
-from .source import MB, DamagedError, TooLargeError, UnlikelyError, is_readable, is_stream, lines
+from .source import MB, DamagedError, TooLargeError, UnlikelyError, is_readable, lines
 from .stockholm import GAPS, STOP, shown
-from .text import BLANKS, clip, utf8, visible
 
 LONGEST = 9_000_000
 """Residues of a sequence, unless told otherwise: more than could be aligned with a single one."""

@@ -9,7 +9,6 @@ import contextlib
 import gzip
 import hashlib
 import io
-import os
 import shutil
 import stat
 import tempfile
@@ -19,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from .text import BLANKS, visible
+from examples.common.files import STDIN, file_mode
+from examples.common.text import BLANKS, visible
 
-STDIN = "-"
 MB = 1_000_000
 LONGEST_LINE = 16 * MB
 """Characters: more than any protein or row of an alignment has."""
@@ -54,15 +53,9 @@ class UnlikelyError(ValueError):
     """This is no text of sequences, whatever was to be read; the message says why, and what to do if it is."""
 
 
-def is_stream(path: str | Path) -> bool:
-    """Whether ``path`` can be read, but only once: standard input, a pipe, a terminal, a device."""
-    mode = _mode(path)
-    return mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-
-
 def is_readable(path: str | Path) -> bool:
     """Whether there is something to read at ``path``, a file or a stream."""
-    mode = _mode(path)
+    mode = file_mode(path)
     return mode is not None and not stat.S_ISDIR(mode)
 
 
@@ -150,13 +143,6 @@ def kept_copy(path: str | Path, folder: Path, megabytes: float) -> Path:
         finally:
             Path(file.name).unlink(missing_ok=True)
     return kept
-
-
-def _mode(path: str | Path) -> int | None:
-    try:
-        return os.fstat(0).st_mode if str(path) == STDIN else os.stat(path).st_mode
-    except (OSError, ValueError):  # nothing there, or no name for a file: too long, as sequences are, or with a NUL
-        return None
 
 
 def _refuse_others(head: bytes) -> None:

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from examples.common.files import STDIN
+from examples.common.text import clip, decoded, utf8, visible
+
 from .source import (
     LONGEST_LINE,
     MB,
     MOST_TEXT,
-    STDIN,
     Budget,
     DamagedError,
     TooLargeError,
@@ -26,7 +28,6 @@ from .source import (
     is_readable,
     lines,
 )
-from .text import clip, decoded, utf8, visible
 
 GAPS = ".-_~"
 STOP = "*"

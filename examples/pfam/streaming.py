@@ -22,10 +22,11 @@ from typing import Any, overload
 import numpy as np
 from tqdm import tqdm
 
+from examples.common.text import file_stems
+
 from .pairs import Chain, Family, family_from_alignment
 from .source import MOST_TEXT
 from .stockholm import Alignment, read_stockholm, shown, stockholm_files
-from .text import file_stems
 
 _CHAINS, _INDEX, _FAMILIES = "chains.bin", "chains.idx", "families.json"
 _RECORD = np.dtype([("at", "<i8"), ("residues", "<i4"), ("name", "<i4")])

@@ -1,8 +1,10 @@
-"""The final report as plain text: aligned columns, nothing to install."""
+"""The final report as plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+from examples.common.tables import table
 
 from .config import Config
 from .evaluate import ALIGNED, PLAN, Scores
@@ -10,17 +12,6 @@ from .evaluate import ALIGNED, PLAN, Scores
 HEADINGS = {"f1": "F1", "barycentre": "barycentre error"} | {
     name: name for name in (*ALIGNED, *PLAN) if name not in ("f1", "barycentre")
 }
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A text table; the first column is left-aligned, the others right-aligned."""
-    widths = [max(len(row[c]) for row in (header, *rows)) for c in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
 
 
 def aligner_name(config: Config) -> str:

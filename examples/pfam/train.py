@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import CHECKPOINT, load_checkpoint, prepare_folder, restore_rng, restoring, save_checkpoint
+from examples.common.files import CHECKPOINT, prepare_folder
+
+from .checkpoint import load_checkpoint, restore_rng, restoring, save_checkpoint
 from .config import Config
 from .dataset import Dataset, load_dataset
 from .device import Device, on_cpu

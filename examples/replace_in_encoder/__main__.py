@@ -1,5 +1,5 @@
 """``python -m examples.replace_in_encoder``."""
 
-from examples.start import start
+from examples.common.start import start
 
 start("examples.replace_in_encoder")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from examples.pfam.checkpoint import read_file
+from examples.common.files import read_file
 
 from .data import LONGEST, TOKENS
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from examples.common.plots import save_figure
 from examples.pfam.pairs import decode
 
 from .attention import FloatArray
 from .stages import Result
 from .training import Curve
 
-_COLOURS = ("#1b4b7a", "#d9480f")
+_COLOURS, _DPI = ("#1b4b7a", "#d9480f"), 110
 
 
 def write_pictures(result: Result, folder: str | Path) -> list[Path]:
@@ -52,7 +48,7 @@ def plot_curves(curves: dict[str, Curve], level: float, path: Path) -> None:
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step of fine-tuning")
         axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def plot_attention(maps: dict[str, FloatArray], result: Result, layer: int, path: Path) -> None:
@@ -84,7 +80,7 @@ def plot_attention(maps: dict[str, FloatArray], result: Result, layer: int, path
     figure.colorbar(image, ax=axes[0, :], label="weight, mean of heads", pad=0.01, fraction=0.03, extend="max")
     family = result.split.names[result.crop.family]
     figure.suptitle(f"Layer {layer + 1}, {result.crop.name} ({family}), not trained on", x=0.01, ha="left", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def _loss(axis: Axes, curve: Curve, colour: str, width: int = 8) -> None:
@@ -92,9 +88,3 @@ def _loss(axis: Axes, curve: Curve, colour: str, width: int = 8) -> None:
     width = min(width, len(losses))
     smooth = np.convolve(losses, np.full(width, 1 / width), mode="valid")
     axis.plot(np.arange(width, len(losses) + 1), smooth, color=colour, linewidth=1.4)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from examples.pfam.checkpoint import prepare_folder
-from examples.pfam.config import Range
+from examples.common.files import prepare_folder, replacing
+from examples.common.settings import Range, add_quiet, add_threads, set_threads
+from examples.common.start import exit_status
 
 from .data import heldout_crops, load_split, training_batches
 from .model import CHECKPOINT, FamilyClassifier
@@ -52,29 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=CHECKPOINT, metavar="PATH", help="file to write (default: the shipped checkpoint)"
     )
-    parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="threads for PyTorch (default: %(default)s)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_threads(parser, 1)
+    add_quiet(parser)
     options = parser.parse_args(arguments)
-    try:
-        Range(1).check("--epochs", options.epochs)
-        Range(0, 2**32 - 1).check("--seed", options.seed)
-        Range(1, 1024).check("--threads", options.threads)
-        torch.set_num_threads(options.threads)
-        prepare_folder(options.out.parent)
-        model = pretrain(options.epochs, options.seed, not options.quiet)
-        partial = options.out.with_suffix(".partial")  # Ctrl-C or a full disk leaves the old file whole
-        torch.save(model.state_dict(), partial)
-        os.replace(partial, options.out)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(options), stopped="stopped; nothing was written")
+
+
+def _run(options: argparse.Namespace) -> None:
+    Range(1).check("--epochs", options.epochs)
+    Range(0, 2**32 - 1).check("--seed", options.seed)
+    set_threads(options)
+    prepare_folder(options.out.parent)
+    model = pretrain(options.epochs, options.seed, not options.quiet)
+    with replacing(options.out) as file:
+        torch.save(model.state_dict(), file)
     print(f"wrote {options.out}")
-    return 0
 
 
 if __name__ == "__main__":

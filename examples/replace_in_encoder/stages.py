@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from examples.pfam.tables import table
+from examples.common.tables import table
 from torch_sinkhorn_attn import ReplacementReport, replace_attention, restore_attention
 
 from .attention import FloatArray, attention_maps, operators

@@ -1,5 +1,5 @@
 """``python -m examples.tpu_vm``."""
 
-from examples.start import start
+from examples.common.start import start
 
 start("examples.tpu_vm")

@@ -6,20 +6,20 @@ import argparse
 import importlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from examples.pfam.checkpoint import CHECKPOINT, prepare_folder
-from examples.pfam.config import Config, Range
+from examples.common.files import CHECKPOINT, prepare_folder
+from examples.common.settings import Range, add_quiet, option_name
+from examples.common.start import INTERRUPTED, exit_status
+from examples.pfam.config import Config
 from examples.pfam.device import PRECISIONS, XlaDevice
 from examples.pfam.report import write_tables
 from examples.pfam.train import Trainer
 
-INTERRUPTED = 130
 _FOLDER = "runs/tpu_vm"
 _NUMBERS = {
     "steps": (2000, "training steps"),
@@ -43,19 +43,12 @@ _PROFILE_AFTER = 10  # steps: what is compiled is compiled by then
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status is 0, 1 after a plain error message, or 130 when stopped, its checkpoint written."""
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
+    return exit_status(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
     for name in ("pairs", "fsdp"):
-        Range(1).check(f"--{name}", getattr(options, name))
+        Range(1).check(option_name(name), getattr(options, name))
     Range(0).check("--profile", options.profile)
     folder = Path(options.out)
     prepare_folder(folder)
@@ -152,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, (number, meaning) in _NUMBERS.items():
         text = f"{meaning} (default: {number})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=number, metavar="N", help=text)
+        parser.add_argument(option_name(name), type=int, default=number, metavar="N", help=text)
     parser.add_argument("--until", type=int, metavar="N", help="stop at this step of the schedule (default: its end)")
     parser.add_argument("--data", metavar="PATH", help="Stockholm file or directory (default: the shipped sample)")
     text = "held-out families (default: the shipped ones, or a share of --data)"
@@ -163,5 +156,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help=text)
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into the folder's profile")
     parser.add_argument("--cache", metavar="PATH", help="folder to keep compiled programs in, for the next start")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_quiet(parser)
     return parser

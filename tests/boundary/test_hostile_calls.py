@@ -213,7 +213,7 @@ def test_the_random_calls_see_an_answer_and_a_crash(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_places_of_the_kernels_lists_are_the_fields_of_a_problem() -> None:
-    header = (Path(__file__).parents[1] / "csrc/checks.h").read_text()
+    header = (Path(__file__).parents[2] / "csrc/checks.h").read_text()
 
     def places(enum: str) -> list[str]:
         found = re.search(rf"enum {enum} : size_t \{{(.*?)\}}", header, re.S)

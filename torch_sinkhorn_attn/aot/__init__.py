@@ -9,7 +9,7 @@
     attention     one attention, forward and backward
     flash         JAX's own flash attention, to compare with
     exported      what a binding hands on, a function that jax.export has written
-    pfam          the torch_xla training step of examples/pfam
+    step          a training step of torch_xla, on all devices of a slice
     report, cli   the tables and the command line
 
 `bundles` may be imported by other programs, benchmarks among them; it needs jax and libtpu and no torch.

@@ -1,10 +1,10 @@
-"""The command line: `attention` compiles one attention, `pfam` the training step of examples/pfam."""
+"""The command line: `attention` compiles one attention. What compiles a training step is made from its parts."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,8 +21,12 @@ _DTYPES = ("bfloat16", "float32", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if the program compiles and fits, 3 if it does not, 1 after an error, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    """Run a command."""
+    return run(_parser().parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
+    """`options.run(options, topology)`: 0 if what it compiles fits, 3 if not, 1 after an error, 130 after Ctrl-C."""
     try:
         topology = parse_topology(options.topology)
         return int(options.run(options, topology))
@@ -64,19 +68,21 @@ def _attention(options: argparse.Namespace, topology: Topology) -> int:
     return _status(found, topology)
 
 
-def _pfam(options: argparse.Namespace, topology: Topology) -> int:
-    if missing("examples.pfam"):
-        raise ValueError("there is no examples/pfam here: run this in a checkout of the repository")
+def report_step(
+    head: str, target: str, settings: Mapping[str, Any], topology: Topology, options: argparse.Namespace
+) -> int:
+    """Compile a training step and print what comes out, after `head`; the exit status is that of `run`.
+
+    Args:
+        target: for `child.call`: a function of `settings`, `topology` and `shape` that returns what
+            `step.compile_step` does.
+        options: those of `add_slice`, and `memory_only`: no listings, so no cost of kernels and no projection.
+    """
     if reason := missing("torch_xla", "jax", "libtpu"):
         raise ValueError(reason)
-    settings = {name: getattr(options, name) for name in _PFAM}
-    print(
-        f"training step of examples/pfam: {options.pairs} pairs per device of {options.length} residues a side, window "
-        f"{options.window or 'none'}, T = {options.base_iters}, R = {options.tail_iters}"
-    )
+    print(head)
     arguments = {**settings, "topology": topology.name, "shape": options.shape}
     environment = {"LIBTPU_INIT_ARGS": ""} if options.memory_only else {}
-    target = "torch_sinkhorn_attn.aot.pfam:compile_step"
     found = _compiled(target, arguments, topology, options, environment=environment)
     if found is None:
         return DOES_NOT_FIT
@@ -108,15 +114,13 @@ def _status(found: dict[str, Any], topology: Topology) -> int:
     return 0 if total <= report.capacity(topology, found["devices"]) else DOES_NOT_FIT
 
 
-_PFAM = {
-    "pairs": (4, "pairs per device and step"),
-    "length": (1024, "residues of a side, padded"),
-    "window": (256, "tokens to either side of the scaled diagonal; 0: none"),
-    "base_iters": (20, "T"),
-    "tail_iters": (2, "R"),
-    "dim": (64, "width of the tokens"),
-    "fsdp": (1, "devices that the parameters are spread over"),
-}
+def add_slice(parser: argparse.ArgumentParser) -> None:
+    """The options that every command has: what is compiled for, and how."""
+    text = f"{', '.join(CHIPS)}, or a slice such as v6e:16x16 (default: v6e, which is v6e:2x4)"
+    parser.add_argument("--topology", default="v6e", metavar="NAME", help=text)
+    text = "which kernels; auto: what fits VMEM (default: %(default)s)"
+    parser.add_argument("--shape", choices=SHAPES, default="auto", help=text)
+    parser.add_argument("--listings", metavar="PATH", help="keep the compiler's listings in this folder")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,17 +153,5 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--base-dtype", choices=base, default="float32", help=text)
     text = "another Python with jax and libtpu, newer ones say; it needs no torch"
     attention.add_argument("--python", metavar="PATH", help=text)
-    pfam = commands.add_parser("pfam", help="the torch_xla training step of examples/pfam, on all devices of the slice")
-    pfam.set_defaults(run=_pfam)
-    for name, (number, meaning) in _PFAM.items():
-        text = f"{meaning} (default: {number})"
-        pfam.add_argument(f"--{name.replace('_', '-')}", type=int, default=number, metavar="N", help=text)
-    text = "no listings, so no cost of kernels and no projection; several times faster"
-    pfam.add_argument("--memory-only", action="store_true", help=text)
-    for command in (attention, pfam):
-        text = f"{', '.join(CHIPS)}, or a slice such as v6e:16x16 (default: v6e, which is v6e:2x4)"
-        command.add_argument("--topology", default="v6e", metavar="NAME", help=text)
-        text = "which kernels; auto: what fits VMEM (default: %(default)s)"
-        command.add_argument("--shape", choices=SHAPES, default="auto", help=text)
-        command.add_argument("--listings", metavar="PATH", help="keep the compiler's listings in this folder")
+    add_slice(attention)
     return parser

@@ -6,12 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from examples.common.files import REPORT, prepare_folder
+from examples.common.settings import Range, add_quiet, add_setting
+from examples.common.text import say
+
 from ..ablation import VARIANTS, ablate, ablation_table
-from ..checkpoint import REPORT, prepare_folder
-from ..config import Config, Range
+from ..config import Config
 from ..dataset import load_dataset, nucleotide_notes
-from ..text import say
-from .options import NUMBERS, add_number, add_quiet, add_reading, check_reading, given_settings, keep_streams
+from .options import NUMBERS, add_reading, check_reading, given_settings, keep_streams
 
 _FOLDER = "runs/ablation"
 _SEEDS, _JOBS = Range(1, 100), Range(1, 256)
@@ -34,7 +36,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(_FOLDER), help=text)
     for name in NUMBERS:
         if name not in ("seed", "eval_every"):
-            add_number(parser, name, str(NUMBERS[name].default))
+            add_setting(parser, NUMBERS[name])
     add_reading(parser)
     add_quiet(parser)
 

@@ -7,18 +7,18 @@ import sys
 
 import numpy as np
 
+from examples.common.settings import Range, add_threads
+from examples.common.text import clip, say, visible
+
 from ..align_files import check_folder, write_files
 from ..alignment import PairwiseAlignment
 from ..alignment_picture import draw_alignment
-from ..config import Range
 from ..decode import DECODERS, DEFAULT_DECODER
 from ..evaluate import align_pairs
 from ..pairs import Pair, encode
 from ..release import SHIPPED, load_aligner
 from ..sequences import LONGEST, Protein, read_proteins
-from ..text import clip, say, visible
 from ..three_lines import LEGEND, display_names, summary_lines, three_lines
-from .options import add_threads
 
 _FOLDER = "runs/align"
 # Mutual argmax may cross pairs, which columns cannot show.

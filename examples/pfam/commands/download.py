@@ -6,9 +6,11 @@ import argparse
 import shlex
 from pathlib import Path
 
+from examples.common.settings import add_quiet
+from examples.common.text import say
+
 from ..download import PFAM_SEED_URL, download
-from ..text import say
-from .options import add_quiet, command_line
+from .options import command_line
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,11 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..checkpoint import CHECKPOINT, REPORT, prepare_folder
+from examples.common.files import CHECKPOINT, REPORT, prepare_folder
+from examples.common.settings import Range, add_quiet
+from examples.common.text import file_stems, say, visible
+
 from ..comparison import Comparison, compare
 from ..comparison_plots import plot_errors, plot_reliability
 from ..comparison_tables import as_values, report
-from ..config import Config, Range
+from ..config import Config
 from ..dataset import in_brief, load_dataset, nucleotide_notes, read_families
 from ..decode import DECODERS, DEFAULT_DECODER
 from ..device import open_device
@@ -21,8 +24,7 @@ from ..pairs import EvaluationSet, Family, evaluation_pairs
 from ..release import SUFFIX, TrainedAligner, load_aligner
 from ..stockholm import shown
 from ..tables import aligner_name
-from ..text import file_stems, say, visible
-from .options import add_device, add_quiet, add_reading, check_reading
+from .options import add_device, add_reading, check_reading
 
 _FOLDER = "runs/evaluation"
 _PAIRS, _CAP = 40, 1024

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from examples.common.text import say
+
 from ..release import load_aligner, save_release
-from ..text import say
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

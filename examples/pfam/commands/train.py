@@ -7,20 +7,20 @@ import shlex
 import time
 from typing import Any
 
-from ..checkpoint import CHECKPOINT, prepare_folder, set_aside
-from ..config import Config, Range, option_name
+from examples.common.files import CHECKPOINT, prepare_folder, set_aside
+from examples.common.settings import Range, add_quiet, add_setting, option_name
+from examples.common.start import INTERRUPTED
+from examples.common.text import say
+
+from ..config import Config
 from ..device import PRECISIONS, Device, open_device
 from ..distributed import Processes, join
 from ..report import write_certificates, write_pictures, write_tables
 from ..tensorboard_log import FOLDER
-from ..text import say
 from ..train import Trainer
 from .options import (
-    INTERRUPTED,
     NUMBERS,
     add_device,
-    add_number,
-    add_quiet,
     add_reading,
     check_reading,
     command_line,
@@ -49,7 +49,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--resume", metavar="PATH", help="go on with the run in this folder; its settings stay")
     for name in NUMBERS:
-        add_number(parser, name, "all" if NUMBERS[name].default is None else str(NUMBERS[name].default))
+        add_setting(parser, NUMBERS[name], "all" if NUMBERS[name].default is None else None)
     add_quiet(parser)
     parser.add_argument(
         "--fsdp", type=int, default=1, metavar="N", help="XLA devices to spread parameters over (default: 1)"
@@ -114,9 +114,8 @@ def _trainer(options: argparse.Namespace, device: Device, processes: Processes) 
     if processes.first:
         prepare_folder(folder)
     trainer = Trainer(config, folder, **place)
-    aside = set_aside(folder) if processes.first else None
-    if aside:
-        say(f"the earlier run in {folder} is now in {aside}")
+    if processes.first:
+        set_aside(folder)
     return trainer
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples.common.tables import table
 from examples.pfam.baselines import blosum62, diagonal, needleman_wunsch, scaled_diagonal, smith_waterman
 from examples.pfam.evaluate import score_baselines, unpad
 from examples.pfam.metrics import (
@@ -30,7 +31,6 @@ from examples.pfam.metrics import (
 from examples.pfam.objective import barycentre_loss, plan_loss, training_loss
 from examples.pfam.pairs import ALPHABET, Pair, encode
 from examples.pfam.sampler import collate
-from examples.pfam.tables import table
 
 TARGET = np.array([[0, 0], [1, 2]])
 # Query of 2, keys of 3, the dustbin last: key 1 is unmatched.

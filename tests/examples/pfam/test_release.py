@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples.pfam import atomic, release
+from examples.common import files
+from examples.pfam import release
 from examples.pfam.checkpoint import load_checkpoint, save_checkpoint
 from examples.pfam.cli import main
 from examples.pfam.config import HELDOUT_SAMPLE, Config
@@ -251,7 +252,7 @@ def test_what_cannot_be_released(model: Aligner, tmp_path: Path, monkeypatch: py
     def fail(source: object, target: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(atomic.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_release(Aligner(CONFIG), CONFIG, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

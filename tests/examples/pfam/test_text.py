@@ -18,6 +18,8 @@ import pytest
 from Bio import SeqIO
 from matplotlib.figure import Figure
 
+from examples.common.plots import legend, write
+from examples.common.text import decoded, file_stems, say, visible
 from examples.pfam import dataset, sequences, source, stockholm
 from examples.pfam.alignment import PairwiseAlignment
 from examples.pfam.alignment_picture import draw_alignment
@@ -26,13 +28,11 @@ from examples.pfam.commands import release
 from examples.pfam.commands.options import given_settings, keep_streams
 from examples.pfam.config import Config
 from examples.pfam.dataset import load_dataset, read_families
-from examples.pfam.labels import legend, write
 from examples.pfam.pairs import Pair, encode
 from examples.pfam.plots import plot_plan
 from examples.pfam.sequences import read_proteins
 from examples.pfam.source import Budget, TooLargeError, UnlikelyError, lines
 from examples.pfam.stockholm import StockholmError, read_stockholm
-from examples.pfam.text import decoded, file_stems, say, visible
 
 MARK = b"\xef\xbb\xbf"
 HOSTILE = "a\x1b]0;owned\x07\x9b31m\u202eb\u2028c\x7f"

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from examples.pfam import atomic, checkpoint, cli, commands, plots, train
-from examples.pfam.checkpoint import load_checkpoint, save_checkpoint, set_aside
+from examples.common import files
+from examples.common.files import set_aside
+from examples.pfam import cli, commands, plots, train
+from examples.pfam.checkpoint import load_checkpoint, save_checkpoint
 from examples.pfam.cli import main
 from examples.pfam.commands.options import command_line
 from examples.pfam.config import HELDOUT_SAMPLE, TRAIN_SAMPLE, Config
@@ -81,7 +83,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatc
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "replace", fail)
+        patch.setattr(files.os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
             save_checkpoint(tmp_path, {**state, "step": 2})
     assert load_checkpoint(tmp_path)["step"] == 1
@@ -174,7 +176,7 @@ def test_values_out_of_range_are_refused_before_any_work(
 
 
 def test_a_batch_may_be_computed_in_one_part() -> None:
-    """As `aot pfam` and `examples.tpu_vm` have it: as many cells as there are."""
+    """As `examples.pfam.aot` and `examples.tpu_vm` have it: as many cells as there are."""
     for cells in (2**40, 128 * 256 * 8192**2):
         assert Config(batch_cells=cells).batch_cells == cells
 
@@ -284,7 +286,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(
     def full(**options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
     assert main(["train", "--out", str(tmp_path)]) == 1
     assert "(No space left on device); choose another folder" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Names in pictures: drawn letter by letter, whatever matplotlib could take them for."""
+"""Pictures. They need no display; names are drawn letter by letter, whatever matplotlib could take them for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from .text import clip, visible
+from examples.common.text import clip, visible
 
 _WIDEST = 80
 
@@ -33,8 +38,15 @@ def legend(axes: Axes, names: Sequence[str], fontsize: float | None = None) -> N
         write(text, name)
 
 
-def save(figure: Figure, to: Path | BinaryIO) -> None:
+def save_figure(figure: Figure, path: Path, dpi: float = 130) -> None:
+    """Write the picture, and forget it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path, dpi)
+    plt.close(figure)
+
+
+def save(figure: Figure, to: Path | BinaryIO, dpi: float = 130) -> None:
     """Write a PNG. Letters that the font lacks are drawn as boxes, without a warning for each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(to, format="png", dpi=130)
+        figure.savefig(to, format="png", dpi=dpi)

@@ -65,7 +65,7 @@ if kind != "one":
 
 def losses(kind: str, dustbin: bool, folder: Path) -> list[float]:
     """Six training losses of the global batch."""
-    root = str(Path(__file__).parents[3])
+    root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     store = folder / f"store {kind}"
     ranks = [

@@ -338,7 +338,7 @@ def test_every_item_of_the_table_has_its_test() -> None:
     folder = Path(__file__).parent
     table = (folder / "PARITY.md").read_text()
     named = {part for part in table.split("`") if part.startswith("test_") and not part.endswith(".py")}
-    source = "".join(path.read_text() for path in folder.parents[1].rglob("test_*.py"))
+    source = "".join(path.read_text() for path in folder.parent.rglob("test_*.py"))
     assert not [name for name in named if f"def {name}(" not in source]
     parity = "".join(path.read_text() for path in folder.glob("test_parity*.py"))
     here = set(re.findall(r"^def (test_\w+)", parity, flags=re.M)) - {"test_every_item_of_the_table_has_its_test"}

@@ -1,14 +1,15 @@
-"""The torch_xla training step of examples/pfam, compiled for all devices of a TPU slice.
+"""A training step of torch_xla, compiled for all devices of a TPU slice.
 
 torch_xla records the step on as many virtual devices of XLA's CPU as the slice has, with the attention lowered for the
 TPU; what would run next is compiled instead, by the TPU's compiler. Forward, backward, the all-reduce of the gradients
-and the update are one program. Runs in a process whose CPU_NUM_DEVICES is set before torch_xla is imported.
+and the update are one program. Runs in a process of its own, in which torch_xla was not imported before: see `child`.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -17,65 +18,29 @@ from torch_sinkhorn_attn.aot.bundles import clear, read
 from torch_sinkhorn_attn.aot.environment import prepare
 
 
-def compile_step(
-    *,
-    pairs: int,
-    length: int,
-    window: int,
-    base_iters: int,
-    tail_iters: int,
-    dim: int,
-    fsdp: int,
-    topology: str,
-    shape: str,
-) -> dict[str, Any]:
-    """Compile the step; what came out, ready for JSON. The options are those of the command line."""
+def compile_step(record: Callable[[int], tuple[bytes, str]], topology: str, shape: str) -> dict[str, Any]:
+    """Compile a step; what came out, ready for JSON.
+
+    Args:
+        record: given the number of devices, runs the step until its program is known; returns that, an HLO module as
+            bytes, and how data lie on the devices, in words.
+        topology: the slice, as the command line names it.
+        shape: which kernels, one of `attention.SHAPES`.
+    """
     folder = prepare()
     slice_ = devices(topology)
     count = slice_["devices"]
-    os.environ["CPU_NUM_DEVICES"] = str(count)
-    from examples.pfam.config import Config
+    os.environ["CPU_NUM_DEVICES"] = str(count)  # before torch_xla is imported
     from torch_sinkhorn_attn.engines.xla import binding, set_lowering, sharded
 
     binding.platform = lambda: "tpu"
     binding.device_kind = lambda: slice_["device_kind"]
     set_lowering(shape)
-    config = Config(
-        batch_size=pairs * count, batch_cells=2**40, cap=length, window=window or None, dim=dim,
-        base_iters=base_iters, tail_iters=tail_iters, gradient="tail", train_rounds=1,
-    )  # fmt: skip
-    recorded, described = _record(config, fsdp)
+    recorded, described = record(count)
     clear(folder)
     stats = _compile(recorded, topology, count).get_compiled_memory_stats()
-    layout = f"{config.batch_size} pairs in {described.replace('(CPU)', '(virtual)')}"
+    layout = described.replace("(CPU)", "(virtual)")
     return {**asdict(read(stats, folder)), **slice_, "layout": layout, "shape": str(sharded.lowering().shape)}
-
-
-def _record(config: Any, fsdp: int) -> tuple[bytes, str]:
-    """The program of a training step as an HLO module, and the devices it is for, in words."""
-    from torch_xla import _XLAC  # type: ignore[attr-defined]
-
-    from examples.pfam.device import XlaDevice
-    from examples.pfam.train import Trainer
-
-    class Recorder(XlaDevice):
-        results: tuple[Any, ...] = ()
-        program = b""
-
-        def finish_step(self) -> None:
-            if self.results:
-                self.program = _XLAC._get_xla_tensors_hlo_proto([*trainer.losses_unread, *self.results])
-            else:
-                super().finish_step()
-
-    device = Recorder(fsdp)
-    trainer = Trainer(config, os.devnull, device=device)
-    state = trainer.optimizer.state
-    device.results = tuple(
-        tensor for parameter in trainer.model.parameters() for tensor in (parameter, *state[parameter].values())
-    )
-    trainer.train_on(trainer.sampler.batch(0))
-    return device.program, device.describe()
 
 
 def _compile(module: bytes, topology: str, count: int) -> Any:
