@@ -181,7 +181,12 @@ def _in_callers_unit(prepared: Prepared, scale: MassScale, result: Result, resid
     inputs, problem = prepared.inputs, prepared.problem
     log_a = with_dustbin(problem.log_row_mass, problem.log_row_capacity)
     log_b = with_dustbin(problem.log_col_mass, problem.log_col_capacity)
-    found = scale.restored(result, log_a, log_b)
+    row, col = scale.restored(*result.potentials, log_a, log_b)
+    bins = (x if x.numel() == 0 else scale.of_plan(x) for x in (result.row_dustbin, result.col_dustbin))
+    found = Result(
+        scale.of_output(result.output), Potentials(row, col),
+        scale.of_mass(result.row_residual), scale.of_mass(result.col_residual), *bins,
+    )  # fmt: skip
     if residuals and not scale.even():
         with torch.no_grad(), full_precision(inputs.query.device):
             at = Tiles(inputs, problem).at(*(x[-1].detach() for x in result.potentials))
