@@ -17,6 +17,7 @@ from jax.numpy import (  # noqa: F401
     log2,
     logaddexp,
     max,
+    min,
     round,
     sum,
     take_along_axis,

@@ -9,6 +9,7 @@ import torch
 from torch import (  # noqa: F401
     Tensor,
     abs,
+    amin as min,
     broadcast_to,
     clip,
     concat,
