@@ -39,8 +39,6 @@ from torch_sinkhorn_attn.problem.support import build_support, token_ids
 class Keywords(TypedDict, total=False):
     """The keyword arguments of `sinkhorn_attention`, documented there: the scalars of `Options`, and tensors."""
 
-    dropout_p: float
-    is_causal: bool
     scale: float | None
     epsilon: float
     window: tuple[int, int] | None
@@ -58,6 +56,8 @@ class Keywords(TypedDict, total=False):
     over_relaxation: float
     gradient: str
     initial_potentials: tuple[Tensor, Tensor] | None
+    dropout_p: float
+    is_causal: bool
     enable_gqa: bool
     mask_floor: float | None
     engine: str | None
@@ -96,8 +96,8 @@ def prepare(
     o = options(keywords)
     solver = o.solver(features, "float64" if dtype == torch.float64 else "float32")
     given = _given(query, key, value, attn_mask, keywords)
-    dustbin, whole = keywords.get("dustbin"), not given.packed and given.lengths == (None, None)
-    uniform = solver.balanced and dustbin is None and given.masses == (None, None)
+    dustbin, whole = keywords.get("dustbin"), not given.packed and _absent(given.lengths)
+    uniform = solver.balanced and dustbin is None and _absent(given.masses)
     softmax_mode = uniform and o.base_iters == o.tail_iters == 0
     window, causal = causal_window(o, attn_mask, length, size, whole, uniform)
     look = check_data and data_checks_enabled(query, key, value, *given.tensors())
@@ -175,6 +175,10 @@ def prepare(
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side
+
+
+def _absent(pair: Pair) -> bool:
+    return pair[0] is None and pair[1] is None  # == would compare tensors
 
 
 class _Given(NamedTuple):
