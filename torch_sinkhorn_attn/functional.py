@@ -20,8 +20,8 @@ from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
 from torch_sinkhorn_attn.problem.looking import has_data
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision
+from torch_sinkhorn_attn.problem.segments import largest
 from torch_sinkhorn_attn.problem.status import SinkhornAux
-from torch_sinkhorn_attn.problem.support import largest
 
 
 @one_node
@@ -180,7 +180,12 @@ def run(prepared: Prepared, residuals: bool) -> Result:
 
 def _in_callers_unit(prepared: Prepared, scale: MassScale, result: Result, residuals: bool) -> Result:
     inputs, problem = prepared.inputs, prepared.problem
-    found = scale.restored(result, *problem.marginals.augmented)
+    row, col = scale.restored(*result.potentials, *problem.marginals.augmented)
+    bins = (x if x.numel() == 0 else scale.of_plan(x) for x in (result.row_dustbin, result.col_dustbin))
+    found = Result(
+        scale.of_output(result.output), Potentials(row, col),
+        scale.of_mass(result.row_residual), scale.of_mass(result.col_residual), *bins,
+    )  # fmt: skip
     if residuals and not scale.even():
         with torch.no_grad(), full_precision(inputs.query.device):
             at = Tiles(inputs, problem).at(*(x[-1].detach() for x in result.potentials))

@@ -11,7 +11,7 @@ from torch_sinkhorn_attn import Dustbin, sinkhorn_plan
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.method.implicit import DensePlan, implicit_duals
 from torch_sinkhorn_attn.problem.arguments import prepare
-from torch_sinkhorn_attn.problem.support import components
+from torch_sinkhorn_attn.problem.segments import components
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.masks.scan import scan_mask
-from torch_sinkhorn_attn.problem.support import (
-    build_support,
-    by_segment,
-    components,
-    segment_sum,
-    token_ids,
-    transpose_intervals,
-)
+from torch_sinkhorn_attn.problem.segments import by_segment, components, segment_sum
+from torch_sinkhorn_attn.problem.support import build_support, token_ids, transpose_intervals
 
 
 def brute_window(n: int, m: int, left: int, right: int) -> Tensor:

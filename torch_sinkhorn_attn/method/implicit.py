@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Problem
-from torch_sinkhorn_attn.problem.support import Components, by_segment, segment_sum, segments
+from torch_sinkhorn_attn.problem.segments import Components, by_segment, segment_sum, segments
 
 MAX_ITERS = 500  # where convergence can be looked at (eager CPU tensors); each iteration takes two passes
 FIXED_ITERS = 32  # elsewhere

@@ -23,7 +23,7 @@ from torch_sinkhorn_attn.method.implicit import FIRST_ONLY, DensePlan, implicit_
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result, compute_dtype, full_precision
-from torch_sinkhorn_attn.problem.support import (
+from torch_sinkhorn_attn.problem.segments import (
     Components,
     by_segment,
     centre_gauge,
@@ -129,7 +129,7 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
             problem,
         )
         if solver.balanced and stopped:
-            u, v = centre_gauge(u, v, problem, parts)
+            u, v = centre_gauge(u, v, dense.log_a, dense.log_b, parts)
     rows, cols = [u], [v]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not implicit):
         for _ in range(differentiated):

@@ -27,7 +27,7 @@ from torch_sinkhorn_attn.method.implicit import DensePlan, PlanOperator, implici
 from torch_sinkhorn_attn.method.reference import Dense
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem
-from torch_sinkhorn_attn.problem.support import Components, components
+from torch_sinkhorn_attn.problem.segments import Components, components
 
 
 class Factor(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.options import DEFAULTS, Options
 from torch_sinkhorn_attn.problem import scalars
@@ -140,4 +141,55 @@ def potentials(
         if x is None:
             raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
         pair.append(x.to(compute_dtype(query.dtype)).reshape(math.prod(batch), heads, n))
+    return pair[0], pair[1]
+
+
+def dustbin_tensors(
+    dustbin: Dustbin | None,
+    batch: torch.Size,
+    heads: int,
+    length: int,
+    size: int,
+    value: Tensor | None,
+    query: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(row_score [N, H, L], col_score [N, H, S], corner_score [N, H], value [N, H, Ev] or None), differentiable."""
+    if dustbin is None:
+        return None, None, None, None
+    dtype, flat = compute_dtype(query.dtype), math.prod(batch)
+
+    def expanded(name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
+        if not isinstance(x, Tensor):
+            x = torch.full((), float(x), dtype=dtype, device=query.device)
+        if x.device != query.device:
+            raise ValueError(f"Dustbin {name} is on {x.device} but query is on {query.device}; move it.")
+        if not broadcasts(x.shape, shape):
+            raise ValueError(
+                f"Dustbin {name} has shape {tuple(x.shape)}, which does not broadcast to {shape}; per head is (H, 1)."
+            )
+        return x.to(dtype).expand(shape).reshape(flat, *shape[len(batch) :])
+
+    vector = None
+    if dustbin.value is not None and value is not None:
+        vector = expanded("value", dustbin.value, (*batch, heads, value.shape[-1]))
+    return (
+        expanded("row_score", dustbin.row_score, (*batch, heads, length)),
+        expanded("col_score", dustbin.col_score, (*batch, heads, size)),
+        expanded("corner_score", dustbin.corner_score, (*batch, heads)),
+        vector,
+    )
+
+
+def given_capacities(
+    dustbin: Dustbin | None, batch: torch.Size, heads: int, length: int, size: int, query: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The user's capacities as [N, H, L] and [N, H, S], None where not given."""
+    if dustbin is None:
+        return None, None
+    pair = []
+    for name, x, n in (("row_capacity", dustbin.row_capacity, length), ("col_capacity", dustbin.col_capacity, size)):
+        if x is not None and not isinstance(x, Tensor):
+            x = torch.full((), float(x), dtype=torch.float64, device=query.device)
+        x = constant(f"Dustbin {name}", x, (*batch, heads, n), query)
+        pair.append(None if x is None else x.reshape(math.prod(batch), heads, n))
     return pair[0], pair[1]

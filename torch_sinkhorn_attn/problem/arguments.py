@@ -18,6 +18,8 @@ from torch_sinkhorn_attn.options import Relaxation
 from torch_sinkhorn_attn.problem import data_checks
 from torch_sinkhorn_attn.problem.argument_checks import (
     constant,
+    dustbin_tensors,
+    given_capacities,
     integers,
     options,
     potentials,
@@ -29,14 +31,7 @@ from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 from torch_sinkhorn_attn.problem.looking import data_checks_enabled, has_data
 from torch_sinkhorn_attn.problem.masks.scan import extremes, scan_mask
 from torch_sinkhorn_attn.problem.mass_scale import MassScale, find_scale, in_units
-from torch_sinkhorn_attn.problem.masses import (
-    Side,
-    dustbin_capacities,
-    dustbin_tensors,
-    given_capacities,
-    log_mass,
-    marginal_masses,
-)
+from torch_sinkhorn_attn.problem.masses import Side, dustbin_capacities, log_mass, marginal_masses
 from torch_sinkhorn_attn.problem.problem import Inputs, Intervals, Marginals, Outline, Problem, compute_dtype
 from torch_sinkhorn_attn.problem.support import build_support, token_ids
 
@@ -136,8 +131,8 @@ def prepare(
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
     rows = Side(given.masses[0], row_active, row_segment)
     cols = Side(given.masses[1], col_active, col_segment)
-    a, b = marginal_masses(rows, cols, groups, dustbin, mass_dtype)
-    capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins, mass_dtype)
+    a, b = marginal_masses(rows, cols, groups, dustbin is not None, mass_dtype)
+    capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins)
     existence, rho = None, (solver.rho_row, solver.rho_col)
     if not softmax_mode:
         existence = Existence(

@@ -11,7 +11,8 @@ from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.problem.feasibility import intervals as feasibility, masks as mask_feasibility
 from torch_sinkhorn_attn.problem.masks.lines import MaskScan
 from torch_sinkhorn_attn.problem.masks.scan import Extremes
-from torch_sinkhorn_attn.problem.support import Support, segment_sum
+from torch_sinkhorn_attn.problem.segments import segment_sum
+from torch_sinkhorn_attn.problem.support import Support
 
 
 def check_lengths(lengths: Tensor | None, name: str, limit: int) -> None:

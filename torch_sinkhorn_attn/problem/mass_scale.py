@@ -1,6 +1,7 @@
 """The unit of mass. A balanced problem does not depend on it, but numbers do: in float32 a plan of masses of 1e-39 has
 no digits left. So engines solve every head in a unit of its own, a power of two amid its masses, which leaves room on
-both sides of twelve decades and of sixty; what they find is given back in the caller's.
+both sides of twelve decades and of sixty; what they find is given back in the caller's. For torch and for JAX, which
+leaves relaxed problems in the caller's.
 
 With masses s a, s b for a, b the same half-steps lead to u + du, v + dv, if they start there:
 
@@ -14,12 +15,10 @@ and t_c / (t_r + t_c + 1), t = rho / (1 - rho), which is no longer log s in sum:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from torch_sinkhorn_attn.problem.problem import Result
+from torch_sinkhorn_attn.arrays import Array, namespace
 
 COMFORT = 32  # problems relaxed on both sides change their unit only if a mass lies beyond 2^-32 .. 2^32
 
@@ -27,76 +26,62 @@ COMFORT = 32  # problems relaxed on both sides change their unit only if a mass 
 class MassScale(NamedTuple):
     """The unit s of each head, and where it went. A mass m of the caller's is m / s in the problem."""
 
-    power: Tensor  # log2 s, whole numbers [N, H], in the compute dtype
+    power: Array  # log2 s, whole numbers [N, H], in the compute dtype
     row_share: float  # du / log s
     col_share: float
 
-    def shifted(self, row: Tensor, col: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    def shifted(self, row: Array, col: Array, back: bool = False) -> tuple[Array, Array]:
         """Potentials `[..., N, H, n]` as the caller has them, from those of the problem; or `back`."""
         log_unit = (-1 if back else 1) * math.log(2) * self.power[..., None]
         return row + self.row_share * log_unit, col + self.col_share * log_unit
 
-    def of_plan(self, x: Tensor) -> Tensor:
+    def of_plan(self, x: Array) -> Array:
         """Entries or sums of the plan `[N, H, ...]` in the caller's unit; 0 stays 0 beside any."""
-        return _times_exp2(x, (self.row_share + self.col_share) * self.power)
+        return namespace(x).times_exp2(x, (self.row_share + self.col_share) * self.power)
 
-    def of_mass(self, x: Tensor) -> Tensor:
+    def of_mass(self, x: Array) -> Array:
         """Masses `[N, H, ...]`, or residuals where they scale like the plan, in the caller's unit."""
-        return _times_exp2(x, self.power)
+        return namespace(x).times_exp2(x, self.power)
 
     def even(self) -> bool:  # a method: torch.compile does not trace properties of tuples
         """Whether plan and masses scale alike."""
         return self.row_share + self.col_share == 1
 
-    def of_output(self, x: Tensor) -> Tensor:
+    def of_output(self, x: Array) -> Array:
         """Outputs `[N, H, L, Ev]`: of the plan over the rows' masses."""
         if self.even():
             return x
-        return _times_exp2(x, (self.row_share + self.col_share - 1) * self.power)
+        return namespace(x).times_exp2(x, (self.row_share + self.col_share - 1) * self.power)
 
-    def restored(self, result: Result, log_row_mass: Tensor, log_col_mass: Tensor) -> Result:
-        """What an engine found, in the caller's unit; 0 where a token is inactive. Masses are augmented. Residuals
-        only where plan and masses scale alike."""
-        row, col = result.potentials
-        moved = self.shifted(row, col)
-        active = log_row_mass > -torch.inf, log_col_mass > -torch.inf
-        pair = (torch.where(on, x, 0.0) for on, x in zip(active, moved, strict=True))
-        bins = (x if x.numel() == 0 else self.of_plan(x) for x in (result.row_dustbin, result.col_dustbin))
-        return Result(
-            self.of_output(result.output), type(result.potentials)(*pair),
-            self.of_mass(result.row_residual), self.of_mass(result.col_residual), *bins,
-        )  # fmt: skip
-
-
-def _times_exp2(x: Tensor, exponent: Tensor) -> Tensor:
-    factor = exponent.to(x.device, x.dtype).exp2().reshape(*exponent.shape, *[1] * (x.ndim - exponent.ndim))
-    return torch.where(x == 0, x, x * factor)
+    def restored(self, row: Array, col: Array, log_row_mass: Array, log_col_mass: Array) -> tuple[Array, Array]:
+        """`shifted`, and 0 where a token is inactive. Masses are augmented."""
+        row, col = self.shifted(row, col)
+        where = namespace(row).where
+        return where(log_row_mass > -math.inf, row, 0.0), where(log_col_mass > -math.inf, col, 0.0)
 
 
 def find_scale(
-    masses: list[Tensor], rho: tuple[float, float], half_steps: bool, look: bool, dtype: torch.dtype
+    masses: Sequence[Array], rho: tuple[float, float], half_steps: bool, look: bool, dtype: Any
 ) -> MassScale | None:
     """The unit of each head for its masses `[N, H, n]`, 0 where inactive: the power of two in the middle of the largest
     and the smallest. None where the caller's may stay: a problem relaxed on both sides, whose residuals cost another
     pass in any other, unless `look` finds masses that are far from 1."""
-    every = torch.cat(masses, -1)
-    if every.shape[-1] == 0:
+    xp = namespace(masses[0])
+    every = xp.concat(masses, -1)
+    if every.shape[-1] == 0 or (1.0 not in rho and not look):
         return None
-    exponent = every.log2()
-    largest = exponent.amax(-1)
-    smallest = torch.where(every > 0, exponent, torch.inf).amin(-1)
-    some = largest > -torch.inf
-    far = some & ((largest > COMFORT) | (smallest < -COMFORT))
-    if 1.0 not in rho and not (look and bool(far.any())):
+    exponent = xp.log2(every)
+    largest, smallest = xp.max(exponent, -1), xp.min(xp.where(every > 0, exponent, math.inf), -1)
+    some = largest > -math.inf
+    if 1.0 not in rho and not bool((some & ((largest > COMFORT) | (smallest < -COMFORT))).any()):
         return None
-    middle = torch.where(some, ((largest + smallest) / 2).round(), 0.0)
-    shares = _shares(rho, half_steps)
-    return MassScale(middle.to(dtype), *shares)
+    middle = xp.where(some, xp.round((largest + smallest) / 2), 0.0)
+    return MassScale(xp.astype(middle, dtype), *_shares(rho, half_steps))
 
 
-def in_units(scale: MassScale, mass: Tensor) -> Tensor:
+def in_units(scale: MassScale, mass: Array) -> Array:
     """Masses `[N, H, n]` of the caller's in the problem's unit."""
-    return mass / scale.power.to(mass.dtype).exp2()[..., None]
+    return namespace(mass).over_exp2(mass, scale.power)
 
 
 def _shares(rho: tuple[float, float], half_steps: bool) -> tuple[float, float]:

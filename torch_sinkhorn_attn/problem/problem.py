@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.options import Solver
+from torch_sinkhorn_attn.problem.segments import with_dustbin
 
 
 class Inputs(NamedTuple):
@@ -98,10 +99,8 @@ class Marginals:
     @property
     def augmented(self) -> tuple[Tensor, Tensor]:
         """log a `[N, H, L+G]` and log b `[N, H, S+G]` with the dustbins' masses last, where there are any."""
-        if self.log_row_capacity is None or self.log_col_capacity is None:
-            return self.log_row_mass, self.log_col_mass
-        rows, cols = (self.log_row_mass, self.log_row_capacity), (self.log_col_mass, self.log_col_capacity)
-        return torch.cat(rows, -1), torch.cat(cols, -1)
+        rows = with_dustbin(self.log_row_mass, self.log_row_capacity)
+        return rows, with_dustbin(self.log_col_mass, self.log_col_capacity)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.arrays.of_torch import last_marked
 from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
-from torch_sinkhorn_attn.problem.problem import Problem
 
 
 class Support(NamedTuple):
@@ -137,18 +137,6 @@ def _segment_index(ids: Tensor, active: Tensor) -> Tensor:
     return (starts.to(ids.dtype).cumsum(-1) - 1).clamp(min=0)
 
 
-def last_marked(x: Tensor, marked: Tensor, before: bool = False) -> Tensor:
-    """x at the last marked entry of the last dimension up to each entry (or only `before` it); 0 where there is none.
-
-    >>> last_marked(torch.tensor([5, 6, 7]), torch.tensor([False, True, False]))
-    tensor([0, 6, 6])
-    """
-    mark = marked.to(torch.int64)
-    rank = mark.cumsum(-1)
-    kept = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-    return kept.scatter_add(-1, rank, x * mark).gather(-1, rank - mark if before else rank)
-
-
 def transpose_intervals(row_lo: Tensor, row_hi: Tensor, num_cols: int) -> tuple[Tensor, Tensor]:
     """`[N, num_cols]` smallest row intervals holding every row that attends to a column; (k, k) where none does.
 
@@ -208,101 +196,3 @@ def build_support(
         col_lo, col_hi = (torch.where(col_active, x, row.shape[-1]) for x in (first, end))
         row_segment, col_segment = torch.zeros_like(row_ids), torch.zeros_like(col_ids)
     return Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
-
-
-def segment_sum(x: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """Sum over the last dimension by segment: `[..., n]` and `index [..., n]` (broadcasting) to `[..., count]`.
-
-    >>> segment_sum(torch.tensor([1., 2., 3.]), torch.tensor([0, 1, 1]), 2)
-    tensor([1., 5.])
-    """
-    if index is None or count == 1:
-        return x.sum(-1, keepdim=True)
-    out = torch.zeros(*x.shape[:-1], count, dtype=x.dtype, device=x.device)
-    return out.scatter_add(-1, index.expand_as(x), x)
-
-
-def segment_max(x: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """Maximum likewise; -inf over none.
-
-    >>> segment_max(torch.tensor([1., 2., 3.]), torch.tensor([0, 1, 1]), 3)
-    tensor([1., 3., -inf])
-    """
-    where = torch.zeros_like(x, dtype=torch.int64) if index is None else index.expand_as(x)
-    return x.new_full((*x.shape[:-1], count), -torch.inf).scatter_reduce(-1, where, x, "amax")
-
-
-def by_segment(x: Tensor, index: Tensor | None, length: int) -> Tensor:
-    """The inverse look-up: `x [..., G]` read at each of `length` tokens, `[..., length]`."""
-    if index is None or x.shape[-1] == 1:
-        return x.expand(*x.shape[:-1], length)
-    return x.gather(-1, index.expand(*x.shape[:-1], length))
-
-
-class Components(NamedTuple):
-    """A partition of the lines, by labels that broadcast to `[N, H, L(+G)]` and `[N, H, S(+G)]`; None: all in one."""
-
-    row: Tensor | None
-    col: Tensor | None
-    number: int
-
-
-def segments(problem: Problem) -> Components:
-    """Which problem of its batch element and head each line belongs to, the dustbins' lines included."""
-    row, col = problem.support.row_segment, problem.support.col_segment
-    if row is None or col is None:
-        return Components(None, None, 1)
-    own = torch.arange(problem.num_dustbins, device=row.device).expand(row.shape[0], -1)
-    number = max(1, min(row.shape[-1], col.shape[-1]))
-    row, col = (torch.cat([s, own], -1)[:, None] for s in (row, col))
-    return Components(row, col, number)
-
-
-def components(problem: Problem) -> Components:
-    """Connected components of the intervals with active ends, one gauge freedom each; a dustbin joins all tokens of its
-    segment.
-
-    An attn_mask may split them further; that is not looked for (it would take O(n m)): a gauge shared by several
-    components is still a gauge.
-    """
-    segments = problem.support.row_segment, problem.support.col_segment
-    heads = problem.marginals.log_row_mass.shape[:2]
-    if problem.has_dustbin:
-        if segments[0] is None:
-            return Components(None, None, 1)
-        bins = torch.arange(problem.num_dustbins, device=segments[0].device).expand(*heads, -1)
-        row, col = (torch.cat([s[:, None].expand(*heads, -1), bins], -1) for s in segments if s is not None)
-        return Components(row, col, problem.num_dustbins)
-    if not problem.outline.banded:
-        return Components(None, None, 1)
-    row_active, col_active = problem.marginals.log_row_mass > -torch.inf, problem.marginals.log_col_mass > -torch.inf
-    lo, hi = (x[:, None].expand(row_active.shape) for x in (problem.support.row_lo, problem.support.row_hi))
-    live = row_active & (lo < hi)
-    active_before = torch.nn.functional.pad(col_active.to(lo.dtype).cumsum(-1), (1, 0))  # active columns before each
-    reach = last_marked(hi, live, before=True)
-    starts = live & (active_before.gather(-1, lo) >= active_before.gather(-1, reach))
-    row = (starts.to(lo.dtype).cumsum(-1) - 1).clamp(min=0)
-    begun = torch.zeros_like(active_before).scatter_add(-1, lo, starts.to(active_before.dtype))
-    col = (begun.cumsum(-1)[..., :-1] - 1).clamp(min=0)
-    return Components(row, col, max(1, row.shape[-1]))
-
-
-def centre_gauge(u: Tensor, v: Tensor, problem: Problem, parts: Components) -> tuple[Tensor, Tensor]:
-    """Subtract the mean of u over each component's active rows from u and add it to v: the plan does not change."""
-    row_active, col_active = ((x > -torch.inf).to(u.dtype) for x in problem.marginals.augmented)
-    size = segment_sum(row_active, parts.row, parts.number).clamp(min=1)
-    mean = segment_sum(u * row_active, parts.row, parts.number) / size
-    return (
-        (u - by_segment(mean, parts.row, u.shape[-1])) * row_active,
-        (v + by_segment(mean, parts.col, v.shape[-1])) * col_active,
-    )
-
-
-def mass_of(log_mass: Tensor) -> Tensor:
-    """exp, with 1 for inactive tokens, by which their zero rows of the plan may be divided."""
-    return log_mass.masked_fill(log_mass == -torch.inf, 0.0).exp()
-
-
-def largest(error: Tensor) -> Tensor:
-    """Largest absolute value over the last dimension, 0 over none."""
-    return error.abs().amax(-1) if error.shape[-1] else error.new_zeros(error.shape[:-1])

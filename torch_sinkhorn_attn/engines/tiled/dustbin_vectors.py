@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.method.staircase import Factor, Field
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem
-from torch_sinkhorn_attn.problem.support import by_segment, segment_sum
+from torch_sinkhorn_attn.problem.segments import by_segment, segment_sum
 
 Vectors = tuple[Tensor, Tensor, Tensor]  # column [N, H, L], row [N, H, S], corner [N, H, G]
 

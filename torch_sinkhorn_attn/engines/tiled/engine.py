@@ -18,7 +18,7 @@ from torch_sinkhorn_attn.method.reference import stopped_base
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
-from torch_sinkhorn_attn.problem.support import centre_gauge, components, largest, mass_of
+from torch_sinkhorn_attn.problem.segments import centre_gauge, components, largest, mass_of
 
 
 class TiledEngine(Engine):
@@ -76,7 +76,7 @@ def iterate(tiles: Tiles) -> Potentials:
     stopped, kept = problem.solver.stopped, problem.solver.kept
     u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem)
     if problem.solver.balanced and stopped:
-        u, v = centre_gauge(u, v, problem, components(problem))
+        u, v = centre_gauge(u, v, tiles.log_a, tiles.log_b, components(problem))
     rows, cols = [u], [v]
     for _ in range(kept):
         v = tiles.column_half_step(u)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.problem.support import segment_sum
+from torch_sinkhorn_attn.problem.segments import segment_sum
 
 _BITS = 60  # of an integer sum
 

@@ -13,7 +13,7 @@ from torch_sinkhorn_attn.problem import data_checks
 from torch_sinkhorn_attn.problem.masks.lines import MaskScan
 from torch_sinkhorn_attn.problem.masks.scan import scan_mask
 from torch_sinkhorn_attn.problem.masses import Side, dustbin_capacities, marginal_masses
-from torch_sinkhorn_attn.problem.support import Support, segment_sum
+from torch_sinkhorn_attn.problem.support import Support
 
 
 class Existence(NamedTuple):
@@ -37,7 +37,7 @@ class Existence(NamedTuple):
 
     def masses(self) -> tuple[Tensor, Tensor]:
         """Row and column masses in float64."""
-        return marginal_masses(self.rows, self.cols, self.groups, self.dustbin, torch.float64)
+        return marginal_masses(self.rows, self.cols, self.groups, self.dustbin is not None, torch.float64)
 
     def check(
         self,
@@ -91,7 +91,7 @@ class Existence(NamedTuple):
             for name, side in (("row_mass", one.rows), ("col_mass", one.cols)):
                 data_checks.check_positive_mass(name, side.given, side.active)
             masses = one.masses()
-            capacities = dustbin_capacities(one.capacities, *masses, one.rows, one.cols, one.bins, torch.float64)
+            capacities = dustbin_capacities(one.capacities, *masses, one.rows, one.cols, one.bins)
             one.check(masses, capacities, place or (0, 0))
         except ValueError as error:
             return str(error)
@@ -101,8 +101,7 @@ class Existence(NamedTuple):
         """Mean mass of the active rows and columns of each problem, `[N, H, G]`; what errors are small against."""
         means = []
         for side, mass in zip((self.rows, self.cols), self.masses(), strict=True):
-            index = None if side.segment is None else side.segment[:, None]
-            total, count = (segment_sum(x, index, self.groups) for x in (mass, (mass > 0).double()))
+            total, count = (side.total(x, self.groups) for x in (mass, (mass > 0).double()))
             means.append(total / count.clamp(min=1))
         return means[0], means[1]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.problem.feasibility.exact_sums import ExactSums
-from torch_sinkhorn_attn.problem.support import by_segment, segment_sum
+from torch_sinkhorn_attn.problem.segments import by_segment, segment_sum
 
 TOTALS_TOLERANCE = 1e-6  # a problem's totals may differ by this share; the iteration takes them to be equal
 SLACK_TOLERANCE = 2.0**-46

@@ -13,7 +13,7 @@ from torch_sinkhorn_attn.engines import engine_of
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.masks.lines import Lines, MaskScan, extremes, highest, without_hulls
-from torch_sinkhorn_attn.problem.support import by_segment
+from torch_sinkhorn_attn.problem.segments import by_segment
 
 _BLOCK_ELEMENTS = 1 << 21
 _GATHERED_ELEMENTS = 1 << 18  # with indices, of 8 bytes each: near the cache

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.problem.masks.entries import kept
-from torch_sinkhorn_attn.problem.support import Support, by_segment, segment_max, segment_sum
+from torch_sinkhorn_attn.problem.segments import by_segment, segment_max, segment_sum
+from torch_sinkhorn_attn.problem.support import Support
 
 
 class MaskScan(NamedTuple):

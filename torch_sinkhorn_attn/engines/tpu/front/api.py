@@ -11,13 +11,13 @@ import numpy as np
 from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.front import status
-from torch_sinkhorn_attn.engines.tpu.front.mass_scale import MassScale
 from torch_sinkhorn_attn.engines.tpu.front.prepare import Dustbin, prepare
 from torch_sinkhorn_attn.engines.tpu.method import batching
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Result, Statics
 from torch_sinkhorn_attn.options import Options, Relaxation
+from torch_sinkhorn_attn.problem.segments import with_dustbin
 
 
 class SinkhornAux(NamedTuple):
@@ -189,25 +189,13 @@ def sinkhorn_attention(
     fixed = (result.row_potentials[-1], result.col_potentials[-1], result.row_residual, result.col_residual)
     masses = (result.row_dustbin, result.col_dustbin)
     if unit is not None:
-        fixed = (*_in_callers_unit(fixed[:2], unit, constants), unit.back(fixed[2]), unit.back(fixed[3]))
-        row, col = (None if x is None else unit.back(x) for x in masses)
+        log_a = with_dustbin(constants.log_row_mass, constants.log_row_capacity)
+        log_b = with_dustbin(constants.log_col_mass, constants.log_col_capacity)
+        fixed = (*unit.restored(*fixed[:2], log_a, log_b), unit.of_mass(fixed[2]), unit.of_mass(fixed[3]))
+        row, col = (None if x is None else unit.of_plan(x) for x in masses)
         masses = row, col
     bins = (None if x is None else shaped(x) for x in masses)
     return output, SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
-
-
-def _in_callers_unit(potentials: tuple[Array, Array], scale: MassScale, constants: Constants) -> tuple[Array, Array]:
-    """0 where a token is inactive."""
-    pairs = (
-        (constants.log_row_mass, constants.log_row_capacity),
-        (constants.log_col_mass, constants.log_col_capacity),
-    )
-    logs = (x if bins is None else jnp.concatenate([x, bins], -1) for x, bins in pairs)
-    row, col = (
-        jnp.where(mass > -jnp.inf, x + shift, 0)
-        for x, shift, mass in zip(potentials, scale.shifts(potentials[0].dtype), logs, strict=True)
-    )
-    return row, col
 
 
 class _How(NamedTuple):

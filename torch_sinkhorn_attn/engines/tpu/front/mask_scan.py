@@ -12,7 +12,7 @@ from jax import Array
 
 from torch_sinkhorn_attn.engines.tpu.front.support import Support
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import kept
-from torch_sinkhorn_attn.engines.tpu.method.segments import by_segment, segment_max, segment_sum
+from torch_sinkhorn_attn.problem.segments import by_segment, segment_max, segment_sum
 
 
 def active_tokens(

@@ -12,13 +12,13 @@ from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.front.checks import flattened, is_array, not_traced, score_mask, tokens
 from torch_sinkhorn_attn.engines.tpu.front.mask_scan import active_tokens
-from torch_sinkhorn_attn.engines.tpu.front.mass_scale import MassScale, find_scale
-from torch_sinkhorn_attn.engines.tpu.front.masses import Pair, Side, dustbin_capacities, marginal_masses
 from torch_sinkhorn_attn.engines.tpu.front.support import build_support, token_ids
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics, compute_dtype
 from torch_sinkhorn_attn.options import CHECKS, Options
 from torch_sinkhorn_attn.problem import scalars
 from torch_sinkhorn_attn.problem.causal import causal_window
+from torch_sinkhorn_attn.problem.mass_scale import MassScale, find_scale, in_units
+from torch_sinkhorn_attn.problem.masses import Pair, Side, dustbin_capacities, marginal_masses
 
 
 class Dustbin(NamedTuple):
@@ -95,21 +95,20 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
     col_active = jnp.broadcast_to(col_active, (num, heads, size))
     row_segment, col_segment = (support.row_segment, support.col_segment) if packed else (None, None)
     groups = max(1, min(length, size)) if packed else 1
-    rows = Side(masses[0], row_active, None if row_segment is None else row_segment[:, None])
-    cols = Side(masses[1], col_active, None if col_segment is None else col_segment[:, None])
+    rows = Side(masses[0], row_active, row_segment)
+    cols = Side(masses[1], col_active, col_segment)
     a, b = marginal_masses(rows, cols, groups, dustbin is not None, dtype)
     capacities = dustbin_capacities(given, a, b, rows, cols, bins)
     scale = None
     if solver.balanced and any(x is not None for x in (*masses, *given)):
-        every = [x for x in (a, b, *capacities) if x is not None]
-        scale = find_scale(every, half_steps=o.base_iters + o.tail_iters > 0)
+        every = [lax.stop_gradient(x) for x in (a, b, *capacities) if x is not None]
+        scale = find_scale(every, (1.0, 1.0), half_steps=o.base_iters + o.tail_iters > 0, look=False, dtype=dtype)
     if scale is not None:
-        a, b = scale.into(a), scale.into(b)
-        row, col = (None if x is None else scale.into(x) for x in capacities)
+        a, b = in_units(scale, a), in_units(scale, b)
+        row, col = (None if x is None else in_units(scale, x) for x in capacities)
         capacities = row, col
         if initial[0] is not None:  # a start from 0 does not depend on the unit
-            moved = [None if x is None else x - y for x, y in zip(initial, scale.shifts(dtype), strict=True)]
-            initial = moved[0], moved[1]
+            initial = scale.shifted(*initial, back=True)
 
     left, right = window or (-1, -1)
     banded = packed or window is not None or causal

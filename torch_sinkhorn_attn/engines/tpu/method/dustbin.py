@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Field, Inputs
-from torch_sinkhorn_attn.engines.tpu.method.segments import by_segment, segment_logsumexp, segment_sum
+from torch_sinkhorn_attn.problem.segments import by_segment, segment_logsumexp, segment_sum
 
 
 class Vectors(NamedTuple):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Statics
-from torch_sinkhorn_attn.engines.tpu.method.segments import by_segment, components, segment_sum, segments
+from torch_sinkhorn_attn.problem.segments import by_segment, components, segment_sum, segments
 
 MAX_ITERS = 500  # each iteration takes two passes
 TOLERANCE = {"float32": 1e-7, "float64": 1e-14}  # relative residual, both near the dtype's rounding

@@ -28,7 +28,7 @@ from torch_sinkhorn_attn.engines.tpu.method.problem import (
     Statics,
     compute_dtype,
 )
-from torch_sinkhorn_attn.engines.tpu.method.segments import (
+from torch_sinkhorn_attn.problem.segments import (
     by_segment,
     centre_gauge,
     components,

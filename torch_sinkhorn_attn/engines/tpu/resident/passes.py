@@ -14,7 +14,6 @@ from jax import Array
 from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Result
-from torch_sinkhorn_attn.engines.tpu.method.segments import centre_gauge, components
 from torch_sinkhorn_attn.engines.tpu.resident.columns import SolveStatics
 from torch_sinkhorn_attn.engines.tpu.resident.forward import kernel
 from torch_sinkhorn_attn.engines.tpu.resident.launch import Scratch, Shapes, launch, resident_or_streamed
@@ -30,6 +29,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     strip_of,
     tokens_last,
 )
+from torch_sinkhorn_attn.problem.segments import centre_gauge, components
 
 
 def forward(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> Result:

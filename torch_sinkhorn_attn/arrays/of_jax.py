@@ -1,0 +1,73 @@
+"""JAX's functions, as `torch_sinkhorn_attn.arrays.of_torch` has torch's."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.nn import logsumexp  # noqa: F401
+from jax.numpy import (  # noqa: F401
+    abs,
+    broadcast_to,
+    clip,
+    concatenate as concat,
+    cumsum,
+    exp,
+    full_like,
+    log,
+    log2,
+    logaddexp,
+    max,
+    min,
+    round,
+    sum,
+    take_along_axis,
+    where,
+    zeros_like,
+)
+
+index_dtype = jnp.int32  # a TPU has no int64
+
+
+def astype(x: Array, dtype: jnp.dtype) -> Array:
+    return x.astype(dtype)
+
+
+def arange(count: int, like: Array) -> Array:
+    return jnp.arange(count, dtype=index_dtype)
+
+
+def add_at(x: Array, index: Array, count: int) -> Array:
+    flat, line, place = _lines(x, index)
+    out = jnp.zeros_like(flat, shape=(flat.shape[0], count)).at[line, place].add(flat)
+    return out.reshape(*x.shape[:-1], count)
+
+
+def max_at(x: Array, index: Array, count: int) -> Array:
+    flat, line, place = _lines(x, index)
+    out = jnp.full_like(flat, -jnp.inf, shape=(flat.shape[0], count)).at[line, place].max(flat)
+    return out.reshape(*x.shape[:-1], count)
+
+
+def _lines(x: Array, index: Array) -> tuple[Array, Array, Array]:
+    """The vectors of x one below the other, the number of each, and the index alike."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat, jnp.arange(flat.shape[0])[:, None], jnp.broadcast_to(index, x.shape).reshape(flat.shape)
+
+
+def last_marked(x: Array, marked: Array, before: bool = False) -> Array:
+    place = lax.cummax(jnp.where(marked, jnp.arange(1, x.shape[-1] + 1, dtype=index_dtype), 0), x.ndim - 1)
+    kept = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((1, 0),))
+    if before:
+        place = jnp.pad(place, ((0, 0),) * (x.ndim - 1) + ((1, 0),))[..., :-1]
+    return jnp.take_along_axis(kept, place, -1)
+
+
+def times_exp2(x: Array, power: Array) -> Array:
+    power = power.astype(jnp.int32).reshape(*power.shape, *[1] * (x.ndim - power.ndim))
+    half = power // 2  # the whole may leave the range where the product does not
+    one = jnp.ones((), x.dtype)
+    return x * jnp.ldexp(one, half) * jnp.ldexp(one, power - half)
+
+
+def over_exp2(x: Array, power: Array) -> Array:
+    return times_exp2(x, -power)

@@ -1,0 +1,87 @@
+"""torch's functions under the names of the array API standard, and a few that it lacks.
+
+Those are of operations that XLA does right too: no cummax, cummin, searchsorted, nor cumsum of bool.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import (  # noqa: F401
+    Tensor,
+    abs,
+    amin as min,
+    broadcast_to,
+    clip,
+    concat,
+    cumsum,
+    exp,
+    full_like,
+    log,
+    log2,
+    logaddexp,
+    logsumexp,
+    round,
+    sum,
+    where,
+    zeros_like,
+)
+
+index_dtype = torch.int64  # of lengths, ranks and segments
+
+
+def astype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def take_along_axis(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    return x.gather(axis, index)
+
+
+def arange(count: int, like: Tensor) -> Tensor:
+    """0 .. count - 1, of `index_dtype`, on the device of `like`."""
+    return torch.arange(count, device=like.device)
+
+
+def max(x: Tensor, axis: int, keepdims: bool = False, initial: float = -torch.inf) -> Tensor:
+    """As in NumPy, which has `initial`: what it is over none."""
+    if x.shape[axis] == 0:
+        x = torch.nn.functional.pad(x, (0, 1), value=initial)
+    return x.amax(axis, keepdim=keepdims)
+
+
+def add_at(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """Entries of the last dimension with the same index added up, `[..., n]` to `[..., count]`; `index` broadcasts to
+    `x`."""
+    out = torch.zeros(*x.shape[:-1], count, dtype=x.dtype, device=x.device)
+    return out.scatter_add(-1, index.expand_as(x), x)
+
+
+def max_at(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """Their maximum likewise; -inf over none."""
+    return x.new_full((*x.shape[:-1], count), -torch.inf).scatter_reduce(-1, index.expand_as(x), x, "amax")
+
+
+def last_marked(x: Tensor, marked: Tensor, before: bool = False) -> Tensor:
+    """x at the last marked entry of the last dimension up to each entry (or only `before` it); 0 where there is none.
+
+    >>> last_marked(torch.tensor([5, 6, 7]), torch.tensor([False, True, False]))
+    tensor([0, 6, 6])
+    """
+    mark = marked.to(torch.int64)
+    rank = mark.cumsum(-1)
+    kept = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    return kept.scatter_add(-1, rank, x * mark).gather(-1, rank - mark if before else rank)
+
+
+def times_exp2(x: Tensor, power: Tensor) -> Tensor:
+    """x times 2 to a power `[N, H]` that broadcasts over x's further dimensions; 0 stays 0 beside any."""
+    return torch.where(x == 0, x, x * _exp2(power, x))
+
+
+def over_exp2(x: Tensor, power: Tensor) -> Tensor:
+    """x divided by it, which may be the smallest number there is."""
+    return x / _exp2(power, x)
+
+
+def _exp2(power: Tensor, like: Tensor) -> Tensor:
+    return power.to(like.device, like.dtype).exp2().reshape(*power.shape, *[1] * (like.ndim - power.ndim))
