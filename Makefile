@@ -8,11 +8,12 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test bench lint matrix sanitize sanitize-calls races wheel clean
+.PHONY: help demo test test-fast bench lint matrix sanitize sanitize-calls races wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
 	@echo "make test    lint, then every test and documentation example (PYTEST_ARGS=... are passed on)"
+	@echo "make test-fast  the tests that are not marked slow, some three minutes on two cores (PYTEST_ARGS=... likewise)"
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
 	@echo "make matrix  every torch from 2.9 on, each in an environment of its own: docs/releases.md (ARGS=... to nox; an hour)"
@@ -31,6 +32,9 @@ bench: $(PACKAGE)
 
 test: lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+test-fast: $(PACKAGE)
+	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow" $(PYTEST_ARGS)
 
 lint: $(PACKAGE)
 	$(RUN) -m ruff check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import problems
 import pytest
 import torch
+from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import Certificate, Dustbin, certify, sinkhorn_attention, sinkhorn_plan
@@ -101,7 +102,7 @@ def test_not_certified_where_a_pair_is_missing() -> None:
     assert certify(q, k, relaxation=1.0).bias_bound.isinf().all()
 
 
-@pytest.mark.parametrize("start", range(0, 300, 60))
+@pytest.mark.parametrize("start", slow_after(1, range(0, 300, 60)))
 def test_bias_bound_bounds(start: int) -> None:
     """||dS_unrolled - dS_tail||_1 <= bound, for T, R, scales, masses and dustbins at random."""
     largest = 0.0
@@ -126,7 +127,7 @@ def test_bias_bound_bounds(start: int) -> None:
     assert 0.05 < largest <= 1 + 1e-9  # the bound is a bound, and not an idle one
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", slow_after(6, range(30)))
 def test_implicit_bound_bounds_at_convergence_and_measured_bias_is_measured(seed: int) -> None:
     q, k, v, grad = pair(seed, 6, 5, 1, scale=0.8)
     options = {"base_iters": 400, "tail_iters": 1 + seed % 2}

@@ -6,6 +6,7 @@ import problems
 import pytest
 import torch
 from conformance import ENGINES, assert_agrees, relative_error, results
+from marks import slow_after
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_attention
 from torch_sinkhorn_attn.engines.tiled import tiles
@@ -15,7 +16,7 @@ CHUNK = 40
 
 
 @engines
-@pytest.mark.parametrize("start", range(0, 400, CHUNK))
+@pytest.mark.parametrize("start", slow_after(2, range(0, 400, CHUNK)))
 def test_random_problems(engine: str, start: int) -> None:
     refused = 0
     for seed in range(start, start + CHUNK):
@@ -28,7 +29,7 @@ def test_random_problems(engine: str, start: int) -> None:
 
 
 @engines
-@pytest.mark.parametrize("start", range(1000, 1400, CHUNK))
+@pytest.mark.parametrize("start", slow_after(1, range(1000, 1400, CHUNK)))
 def test_random_problems_over_many_tiles(engine: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "block_size", lambda heads, reach=None: 4)
     test_random_problems(engine, start)

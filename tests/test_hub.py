@@ -92,6 +92,7 @@ def test_modules_import_one_another_relatively_and_ops_have_the_builds_namespace
     assert registered >= 9
 
 
+@pytest.mark.slow
 def test_two_builds_in_one_process(project: Path, tmp_path: Path) -> None:
     """Values, gradients and compiled programs; neither the other build nor an installed package is touched."""
     for unique in ("a1", "b2"):
@@ -125,6 +126,7 @@ print({str(x.message).partition(" computes")[0] for x in said if x.filename == "
     assert run(program, tmp_path).strip() == """{"engine='tiled'"}"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs jax")
 def test_the_jax_half_of_a_build_for_tpus(project: Path, tmp_path: Path) -> None:
     build(project, tmp_path, "c3", "tpu")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import ENGINES, weights
+from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
@@ -67,7 +68,7 @@ def tensors_of(size: int, dtype: torch.dtype, heads: int = 2) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("capability", cpu.capabilities())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_after(1, [torch.float32, torch.float64, torch.float16, torch.bfloat16]))
 def test_a_nan_key_among_any_number_at_any_place(dtype: torch.dtype, capability: str) -> None:
     """Attention of softmax and one or more iterations: one NaN among n keys makes every output NaN."""
     cpu.set_capability(capability)
@@ -85,7 +86,7 @@ def test_a_nan_key_among_any_number_at_any_place(dtype: torch.dtype, capability:
 
 
 @pytest.mark.parametrize("capability", cpu.capabilities())
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", slow_after(1, OPTIONS))
 def test_what_is_not_finite_shows_where_the_definition_shows_it(name: str, capability: str) -> None:
     cpu.set_capability(capability)
     for size in SIZES:
@@ -190,7 +191,7 @@ def off_the_support(n: int) -> dict[str, tuple[Tensor, dict[str, Any]]]:
 
 @pytest.mark.parametrize("engine", [*ENGINES, "reference"])
 @pytest.mark.parametrize("checks", ["auto", "never"])
-@pytest.mark.parametrize("name", off_the_support(20))
+@pytest.mark.parametrize("name", slow_after(4, off_the_support(20)))
 def test_what_a_mask_holds_off_the_support_is_nobodys(name: str, checks: str, engine: str) -> None:
     set_checks(checks)
     marked, options = off_the_support(20)[name]

@@ -1,7 +1,7 @@
 """Text that others wrote, such as names, descriptions, paths and settings, as text: never terminal control or markup.
 
 What comes from sequence files passes ``decoded`` where it is read, whatever is printed passes ``say``, and names in
-pictures are drawn by ``labels.py``.
+pictures are drawn by ``plots.py``.
 """
 
 from __future__ import annotations

@@ -240,12 +240,14 @@ def test_loops_of_a_kernel(tmp_path: Path) -> None:
     assert any(path.name.endswith("original.txt") for path in (tmp_path / "kept").iterdir())
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_kernel_that_is_too_large() -> None:
     with pytest.raises(CompileError, match=r"VMEM overflow: (kernel|the program)"):
         compiled("too_large")
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_command_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--length=1024", "--window", "64", "64", "--base-iters=2", "--tail-iters=1", "--features=32"]

@@ -192,6 +192,7 @@ def huge() -> dict[str, Tensor | None]:
     return dict(zip((*ops.Inputs._fields, *cpu._TENSORS), cpu._arguments(given.inputs, given.problem)[0], strict=True))
 
 
+@pytest.mark.slow
 def test_random_calls_that_do_not_fit() -> None:
     """`python tests/hostile_calls.py` makes 2,000."""
     outcomes = hostile_calls.run(0, 150)

@@ -64,6 +64,7 @@ class Alone(nn.Module):
 # Compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"window": (3, 3)}, {"dustbin": True}, {"gradient": "implicit"}], ids=str)
 def test_one_compilation_serves_all_lengths_of_a_bucket(options: dict[str, Any]) -> None:
     """Padded to the bucket, with the true lengths as data: forward and backward."""
@@ -92,6 +93,7 @@ def test_one_compilation_serves_all_lengths_of_the_functional() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("options", [{}, {"window": (3, 3)}, {"dustbin": Dustbin(0.1, 0.2)}], ids=str)
 def test_one_compilation_serves_dynamic_shapes(options: dict[str, Any], mask: bool) -> None:
@@ -112,6 +114,7 @@ def test_one_compilation_serves_dynamic_shapes(options: dict[str, Any], mask: bo
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_everything_dynamic() -> None:
     """`dynamic=True` makes symbols of numbers too."""
     module, counter = Alone(attention()), CompileCounterWithBackend("aot_eager")
@@ -134,6 +137,7 @@ def test_reading_a_mask_is_an_op_of_its_own_when_compiled() -> None:
         assert torch.equal(found[0], truth.row_active) and torch.equal(found[1], truth.col_active)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_forward_and_backward() -> None:
     module = Alone(attention(dustbin=True))
     compiled = torch.compile(module, fullgraph=True)
@@ -147,6 +151,7 @@ def test_inductor_compiles_forward_and_backward() -> None:
 # Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("dustbin", [True, False])
 def test_export_with_dynamic_batch_and_length(strict: bool, dustbin: bool) -> None:
@@ -161,6 +166,7 @@ def test_export_with_dynamic_batch_and_length(strict: bool, dustbin: bool) -> No
     assert torch.allclose(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in (found, truth)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_encoder_survives_saving() -> None:
     model = encoder(window=(4, 4)).eval()
     x, ignore = torch.randn(2, 8, E), padding(8, 5)

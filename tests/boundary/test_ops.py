@@ -25,6 +25,7 @@ def flat_of(call: problems.Call, value: bool = True, engine: str = "tiled") -> l
     return [x.detach() if isinstance(x, Tensor) else x for x in flat]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("seed", [0, 5, 8, 11, 17, 23])
 def test_opcheck(seed: int, engine: str) -> None:
@@ -68,6 +69,7 @@ GRADCHECK: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADCHECK)
 @pytest.mark.parametrize("engine", [*ENGINES, "reference"])
 def test_gradcheck(name: str, engine: str) -> None:

@@ -21,6 +21,7 @@ def run(program: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch", "torch_sinkhorn_attn"])
 def test_operators_are_there_beside_torch_in_either_order(first: str) -> None:
     run(
@@ -47,6 +48,7 @@ MODULES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_any_module_may_be_imported_first() -> None:
     program = """
 import importlib, os, sys
@@ -66,6 +68,7 @@ for name in sys.argv[1:]:
     run(program, *(f"torch_sinkhorn_attn.{name}" for name in MODULES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["set_checks", "Dustbin", "Status", "engines.ENGINES", "sinkhorn_attention"])
 def test_a_name_that_brings_torch_brings_the_operators(name: str) -> None:
     run(
@@ -80,6 +83,7 @@ for name in ("forward", "backward", "plan", "plan_backward", "scan_mask"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch", "torch_sinkhorn_attn"])
 def test_an_exported_program_needs_the_import_alone(first: str, tmp_path: Path) -> None:
     class Attention(torch.nn.Module):
@@ -103,6 +107,7 @@ assert torch.allclose(program.module()(x, mask), truth, atol=1e-6)
     )
 
 
+@pytest.mark.slow
 def test_a_pickled_module_finds_its_class(tmp_path: Path) -> None:
     torch.save(torch_sinkhorn_attn.SinkhornMultiheadAttention(8, 2), tmp_path / "module.pt")
     run(
@@ -116,6 +121,7 @@ assert module(*[torch.randn(1, 5, 8)] * 3)[0].shape == (1, 5, 8)
     )
 
 
+@pytest.mark.slow
 def test_names_are_found_however_they_are_asked_for() -> None:
     run(
         """

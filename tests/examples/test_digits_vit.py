@@ -205,6 +205,7 @@ def test_differences_are_paired_and_spreads_are_of_a_sample() -> None:
     assert reading_table({SOFTMAX: [uneven]}).split()[-5:] == ["1.00", "2.00", "51.00", "100.00", "101.00"]
 
 
+@pytest.mark.slow
 def test_the_command_trains_both_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     out.mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.common.start import INTERRUPTED
 from examples.replace_in_encoder import cli, data, pretrain, stages
 from examples.replace_in_encoder.attention import attention_maps, operators
 from examples.replace_in_encoder.data import Split, collate, heldout_crops, load_split, training_batches
@@ -151,7 +152,7 @@ def test_a_whole_run(
 
     (out / "mine.txt").write_text("kept")
     monkeypatch.setattr(cli, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert cli.main([*SHORT, "--out", str(out)]) == cli.INTERRUPTED
+    assert cli.main([*SHORT, "--out", str(out)]) == INTERRUPTED
     assert (tmp_path / "run-1" / "mine.txt").exists()
     assert capsys.readouterr().err == "stopped\n"
 

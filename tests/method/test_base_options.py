@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conformance import ENGINES
+from marks import slow_after
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import (
@@ -124,7 +125,7 @@ def test_over_relaxed_rows_are_still_exact_averages() -> None:
 
 @engines
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-3])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", slow_after(2, OPTIONS))
 def test_early_stopping_equals_fewer_iterations(engine: str, tolerance: float, name: str) -> None:
     q, k, v = tensors(1, 12, 4)
     options = {"engine": engine, **OPTIONS[name]}
@@ -166,7 +167,7 @@ def test_every_head_stops_on_its_own(engine: str, tail: int) -> None:
 
 @engines
 @pytest.mark.parametrize("dustbin", [None, Dustbin(0.5, -0.5)], ids=["no dustbin", "dustbin"])
-@pytest.mark.parametrize("omega", [1.0, 1.3])
+@pytest.mark.parametrize("omega", slow_after(1, [1.0, 1.3]))
 def test_packed_equals_separate(engine: str, dustbin: Dustbin | None, omega: float) -> None:
     q, k, v = tensors(2, 15, 4, seed=3)
     ids = torch.tensor([-1, 0, 0, 0, 0, -1, 1, 1, 1, 1, 1, 2, 2, 2, -1])
@@ -277,7 +278,7 @@ def test_bad_options_are_refused_everywhere(error: type[Exception], message: str
 
 @engines
 @pytest.mark.parametrize(
-    "options", [{"tolerance": 1e-2}, {"over_relaxation": 1.5}, {"tolerance": 0.1, "tail_iters": 1}]
+    "options", slow_after(1, [{"tolerance": 1e-2}, {"over_relaxation": 1.5}, {"tolerance": 0.1, "tail_iters": 1}])
 )
 def test_gradients_are_exact_for_the_surrogate(engine: str, options: dict[str, Any]) -> None:
     """The surrogate is the tail from constant duals: those of this base, whatever they are."""
@@ -307,6 +308,7 @@ def test_second_derivatives_take_the_same_base() -> None:
     assert torch.allclose(*found, atol=1e-12)
 
 
+@pytest.mark.slow
 @engines
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_and_vmapped_equal_eager(engine: str, packed: bool) -> None:

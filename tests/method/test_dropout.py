@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conformance import ENGINES
+from marks import slow_after
 
 from torch_sinkhorn_attn import sinkhorn_attention
 from torch_sinkhorn_attn.method.dropout import keep_tile
@@ -38,7 +39,7 @@ def test_tiles_see_the_entries_of_the_whole() -> None:
     assert torch.equal(whole[:, 11:30, 7:50], tile)
 
 
-@pytest.mark.parametrize("engine", ["reference", *ENGINES])
+@pytest.mark.parametrize("engine", slow_after(1, ["reference", *ENGINES]))
 def test_manual_seed_governs_and_the_expectation_holds(engine: str) -> None:
     x = torch.randn(1, 2, 12, 4, dtype=torch.float64)
     truth = sinkhorn_attention(x, x, x, engine=engine)

@@ -9,6 +9,7 @@ from typing import Any
 import conformance
 import pytest
 import torch
+from marks import slow_after
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -30,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.3},
     "warm start": {"initial_potentials": (torch.ones(2, 4, dtype=D), torch.zeros(2, 4, dtype=D)), "base_iters": 0},
 }
-options = pytest.mark.parametrize("name", OPTIONS)
+options = pytest.mark.parametrize("name", slow_after(3, OPTIONS))
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,7 @@ def test_second_derivatives_are_the_references(make: Callable[..., Any], name: s
         assert close(by_func, tuple((truth[i][0], truth[i][3]) for i in (0, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["tail", "no tail", "dustbin", "window", "relaxed", "unrolled"])
 def test_gradgradcheck(engine: str, name: str) -> None:
@@ -167,6 +169,7 @@ def test_gradients_per_sample_of_a_batch_with_a_shared_and_a_mapped_mask() -> No
                 )
 
 
+@pytest.mark.slow
 def test_checks_of_batched_gradients() -> None:
     inputs = [x.requires_grad_() for x in tensors()]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import problems
 import pytest
 import torch
+from marks import slow_after
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_plan
 from torch_sinkhorn_attn.method import reference
@@ -41,7 +42,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", slow_after(1, OPTIONS))
 def test_implicit_is_the_limit_of_unrolling(name: str) -> None:
     options = {"base_iters": 1000, **OPTIONS[name]}
     mask = options.pop("mask", None)

@@ -84,6 +84,7 @@ def losses(kind: str, dustbin: bool, folder: Path) -> list[float]:
     return [float(line.split()[1]) for line in outputs[0][0].splitlines() if line.startswith("loss ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dustbin", [False, True])
 def test_losses_are_those_of_one_process(dustbin: bool, tmp_path: Path) -> None:
     truth = losses("one", dustbin, tmp_path)

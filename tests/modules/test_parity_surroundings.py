@@ -219,6 +219,7 @@ def onnx_export(model, given, **options):
         return torch.onnx.export(model, given, dynamo=True, verbose=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"window": (2, 2)}, {"dustbin": True, "add_zero_attn": True}], ids=str)
 def test_onnx_computes_the_module_at_other_sizes(options: dict[str, Any]) -> None:
     model = Attend(**options).eval()
@@ -232,6 +233,7 @@ def test_onnx_computes_the_module_at_other_sizes(options: dict[str, Any]) -> Non
             assert torch.allclose(found, true, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_computes_masks_functions_and_softmax_mode() -> None:
     x, mask = torch.randn(2, 5, E), torch.randn(5, 5).masked_fill(torch.eye(5).bool(), -torch.inf)
     masked = Attend(tolerance=0.1, over_relaxation=1.2, relaxation=1.0, gradient="implicit").eval()
@@ -244,6 +246,7 @@ def test_onnx_computes_masks_functions_and_softmax_mode() -> None:
             assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_refuses_our_operators_with_advice() -> None:
     model, x = Attend().eval(), torch.randn(2, 5, E)
     program = torch.export.export(model, (x,))

@@ -6,6 +6,7 @@ import cuts
 import numpy as np
 import pytest
 import torch
+from marks import slow_after
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def accepts(keep: Tensor, a: Tensor, b: Tensor, **options) -> bool:
     return True
 
 
-@pytest.mark.parametrize("start", range(0, 120, 40))
+@pytest.mark.parametrize("start", slow_after(1, range(0, 120, 40)))
 def test_masks_agree_with_linear_programs(start: int) -> None:
     """Masses over twelve decades, ties, and rounded sums; `benchmarks/feasibility.py` tries thousands."""
     found = []
@@ -42,7 +43,7 @@ def test_masks_agree_with_linear_programs(start: int) -> None:
     assert 3 < sum(found) < 37  # both outcomes are drawn
 
 
-@pytest.mark.parametrize("start", range(0, 300, 100))
+@pytest.mark.parametrize("start", slow_after(1, range(0, 300, 100)))
 def test_masks_agree_with_all_cuts_in_any_order(start: int) -> None:
     g = torch.Generator().manual_seed(start)
     for seed in range(start, start + 100):
@@ -61,7 +62,7 @@ def intervals(g: torch.Generator, n: int, m: int) -> tuple[Tensor, Tensor]:
     return lo, hi.cummax(0).values
 
 
-@pytest.mark.parametrize("start", range(0, 900, 300))
+@pytest.mark.parametrize("start", slow_after(1, range(0, 900, 300)))
 def test_intervals_and_masks_decide_alike(start: int) -> None:
     """Monotone intervals are decided by sums in O(n); written as masks and shuffled, by flows. With idle tokens."""
     found = []
@@ -173,6 +174,7 @@ def test_a_tie_is_a_tie_whichever_way_its_sums_were_rounded() -> None:
         assert accepts(apart, a, b) and not accepts(apart, torch.tensor([first - 1e-13, 1 + 1e-13], dtype=D), b)
 
 
+@pytest.mark.slow
 def test_windows_over_millions_of_tokens() -> None:
     n = 1_000_001
     x = torch.zeros(1, 1, n, 1)
@@ -183,6 +185,7 @@ def test_windows_over_millions_of_tokens() -> None:
         sinkhorn_attention(x, x, x, window=(8, 0), base_iters=0, tail_iters=1)
 
 
+@pytest.mark.slow
 def test_ten_million_tokens_are_exact() -> None:
     n = 10_000_000
     a, index = torch.ones(1, 1, n, dtype=D), torch.arange(n)[None, None]
@@ -190,7 +193,7 @@ def test_ten_million_tokens_are_exact() -> None:
     check_intervals(Marginals(a, a, lo, hi, a > 0, request))
 
 
-@pytest.mark.parametrize("n", [8, 1000, 1_000_000])
+@pytest.mark.parametrize("n", slow_after(2, [8, 1000, 1_000_000]))
 @pytest.mark.parametrize("light", [1e-9, 1e-12])
 def test_a_slack_of_next_to_nothing_in_many_tokens(n: int, light: float) -> None:
     """The last key but one has the mass of one query less or more than a little; all others have that of one."""
@@ -253,7 +256,7 @@ def test_slack_of_whole_tokens(n: int, m: int, spare: int) -> None:
         assert "mass" in refused(n=n, m=m, mask=keep[rows][:, cols])
 
 
-@pytest.mark.parametrize("engine", ["tiled", "reference", None])
+@pytest.mark.parametrize("engine", slow_after(1, ["tiled", "reference", None]))
 def test_what_is_accepted_converges(engine: str | None) -> None:
     """Sparse random masks in random order: those accepted reach their marginals, on every engine."""
     accepted = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import problems
 import pytest
 import torch
+from marks import slow_after
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
@@ -60,7 +61,7 @@ OPTIONS: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("where", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("where", slow_after(2, MASKS.values()), ids=MASKS)
 def test_a_line_of_finite_minus_infinity_is_one_of_minus_infinity(where: Tensor, options: dict) -> None:
     tokens, gone = qkv(2, 2, 7), where > 0
     base = 0.5 * torch.randn(7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -131,7 +132,7 @@ def test_softmax_mode_is_softmax() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"window": (6, 6)}], ids=["plain", "window"])
-@pytest.mark.parametrize("shape", [(2, 1, 7, 7), (2, 1, 1, 7), (1, 2, 7, 1)], ids=str)
+@pytest.mark.parametrize("shape", slow_after(1, [(2, 1, 7, 7), (2, 1, 1, 7), (1, 2, 7, 1)]), ids=str)
 def test_where_data_may_not_be_looked_at(shape: tuple[int, ...], options: dict) -> None:
     q, k, v = qkv(2, 2, 7)
     mask = torch.zeros(shape, dtype=torch.float64)
@@ -159,7 +160,7 @@ def test_certificates_leave_low_keys_out() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [-1e3, -1e4, -8e4, -1e9])
+@pytest.mark.parametrize("value", slow_after(1, [-1e3, -1e4, -8e4, -1e9]))
 def test_the_module_pads_by_numbers(dtype: torch.dtype, value: float) -> None:
     torch.manual_seed(0)
     attention, x = SinkhornMultiheadAttention(12, 3, batch_first=True, dtype=dtype), torch.randn(2, 5, 12, dtype=dtype)
@@ -259,6 +260,7 @@ def test_the_scan_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(active.row_active, rows) and torch.equal(active.col_active, cols), seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1)], ids=["bool", "float"])
 @pytest.mark.parametrize("engine", ["tiled", None])
 def test_beside_a_window_a_dense_mask_is_not_read_as_a_whole(mask: Tensor, engine: str | None) -> None:
@@ -378,6 +380,7 @@ def of_modules(x: Tensor, pad: Tensor) -> list[Tensor]:
     return [*found, certificate.measured_bias]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("default", [torch.device("meta"), torch.float64, torch.bfloat16], ids=str)
 def test_the_defaults_of_torch_change_nothing(default: torch.device | torch.dtype) -> None:
     x, pad = torch.randn(2, 6, 8), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])

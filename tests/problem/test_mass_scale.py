@@ -9,6 +9,7 @@ import problems
 import pytest
 import torch
 from conformance import ENGINES, relative_error, results
+from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, certify, set_checks, sinkhorn_attention, sinkhorn_plan
@@ -53,7 +54,7 @@ def call(name: str, options: dict[str, Any], scale: float, dtype: torch.dtype = 
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "reference"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", slow_after(3, OPTIONS))
 def test_a_balanced_problem_does_not_depend_on_the_unit(name: str, engine: str) -> None:
     truth = results(call(name, OPTIONS[name], 1.0), "reference")
     for dtype, scales in SCALES.items():
@@ -72,7 +73,7 @@ def in_the_callers_unit(monkeypatch: pytest.MonkeyPatch, problem: problems.Call)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2e-4, 3e7])
-@pytest.mark.parametrize("name", [*OPTIONS, *(f"relaxed {name}" for name in RELAXED)])
+@pytest.mark.parametrize("name", slow_after(5, [*OPTIONS, *(f"relaxed {name}" for name in RELAXED)]))
 def test_everything_comes_back_in_the_callers_unit(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every result and gradient of the definition as it stands, potentials and residuals too, by every engine."""
     relaxed = name.startswith("relaxed ")

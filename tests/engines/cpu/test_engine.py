@@ -12,6 +12,7 @@ import problems
 import pytest
 import torch
 from conformance import ENGINES, assert_agrees, relative_error, results
+from marks import slow_after
 from test_conformance import CORNERS, call_of
 
 from torch_sinkhorn_attn import Dustbin, engines, sinkhorn_attention
@@ -81,7 +82,7 @@ def test_bitwise_equal_for_any_number_of_threads(name: str) -> None:
         assert all(torch.equal(x, other[key]) for key, x in found[0].items())
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", slow_after(3, LARGE))
 def test_large_problems_agree_with_the_definition(name: str) -> None:
     """Several blocks and parts, which the random problems of the suite are too small for."""
     single = LARGE[name]
@@ -117,6 +118,7 @@ def test_streaming_random_problems() -> None:
         assert_agrees(problems.make(seed), "cpu")
 
 
+@pytest.mark.slow
 def test_the_variable_chooses_the_instruction_set() -> None:
     program = "from torch_sinkhorn_attn.engines import cpu; print(cpu.capability())"
 
@@ -130,6 +132,7 @@ def test_the_variable_chooses_the_instruction_set() -> None:
     assert "TORCH_SINKHORN_ATTN_CPU_CAPABILITY='sse9' is not usable on this processor" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_the_variable_sets_the_budget() -> None:
     program = "from torch_sinkhorn_attn.engines import cpu; print(cpu.workspace_budget())"
 
@@ -226,6 +229,7 @@ def test_a_missing_library_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch)
         cpu.capability()
 
 
+@pytest.mark.slow
 def test_the_engines_say_what_they_are() -> None:
     command = [sys.executable, "-m", "torch_sinkhorn_attn.engines"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -312,7 +316,7 @@ def test_the_gradient_of_a_mask_of_rows_is_as_exact_as_plain_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2), (1, 3, 2)])
+@pytest.mark.parametrize("shape", slow_after(1, [(1, 1, 2), (1, 2, 2), (1, 3, 2)]))
 def test_conjugate_gradients_stop_at_rounding(shape: tuple[int, ...], engine: str, dtype: torch.dtype) -> None:
     """Small systems whose right-hand side is all rounding, or whose directions drift into a null vector."""
     for seed in range(120):
@@ -332,6 +336,7 @@ def test_a_short_packed_segment_does_not_explode_beside_a_long_one() -> None:
         assert_agrees(problems.Call(0, *leaves, None, options, leaves), engine, tolerance=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail_iters", [0, 2])
 def test_tolerance_is_looked_at_beyond_the_safe_range_too(tail_iters: int) -> None:
     """A column whose scaling crosses e^20 by a small step, or is beyond it from the first."""

@@ -20,6 +20,7 @@ TINY = Config(steps=1, batch_size=2, cap=24, dim=24, eval_pairs=1, eval_cap=95, 
 NAMES = ["Sinkhorn", "softmax"]
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once(tmp_path: Path) -> None:
     found = ablate(TINY, NAMES, seeds=2, folder=tmp_path, jobs=1, progress=False)
     assert list(found) == NAMES and all(len(runs) == 2 for runs in found.values())
@@ -58,6 +59,7 @@ def test_table() -> None:
     assert rows[2] == ["c", "diverged", "diverged"]
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--steps", "1", "--batch-size", "2", "--cap", "24", "--dim", "24", "--eval-pairs", "1", "--eval-cap", "95"]
     assert main(["ablate", "--variants", "T = 10", "--seeds", "1", "--out", str(tmp_path), "--quiet", *tiny]) == 0

@@ -288,6 +288,7 @@ def test_names_to_show() -> None:
     assert display_names(same) == ("sp|P1|A", "tr|P2|A")
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write(tmp_path / "one.fasta", ">sp|P1|ONE_HUMAN a\nMKVLAAGWWGHPDEACDEFGHIKL-\n")
     arguments = ["align", one, "MKVLAGHPDEACDEYGHIKLMN", "--checkpoint", str(checkpoint), "--threads", "1"]

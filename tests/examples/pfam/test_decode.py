@@ -101,6 +101,7 @@ def test_every_rule_takes_any_plan(name: str, dtype: type) -> None:
         assert confidence(plan, pairs).tolist() == [plan[i, j] for i, j in pairs]
 
 
+@pytest.mark.slow
 def test_the_compiled_loop_is_quick_without_a_cache(tmp_path: Path) -> None:
     program = """
 import time, numpy

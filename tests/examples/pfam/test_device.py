@@ -68,6 +68,7 @@ class WithoutGpu(CudaDevice):
     name = "cpu"
 
 
+@pytest.mark.slow
 def test_a_gpu_computes_the_same_from_tensors(batch: Batch, tmp_path: Path) -> None:
     model, device = Aligner(CONFIG), WithoutGpu()
     placed = device.place(batch, 3, 48, learning=True)
@@ -91,6 +92,7 @@ def test_without_a_gpu_it_says_so(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_log_has_every_step_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trainer = Trainer(CONFIG, run, tensorboard=True)

@@ -100,6 +100,7 @@ def numbers(text: str) -> torch.Tensor:
     return torch.tensor([float(word) for word in text.split()], dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     (one,) = run(tmp_path / "one", 1)
     two = run(tmp_path / "two", 2)

@@ -300,6 +300,7 @@ def test_attentions_without_a_transport_plan_have_no_certificates(tmp_path: Path
     assert write_certificates(trainer).startswith("no certificates: dual-softmax")
 
 
+@pytest.mark.slow
 def test_evaluate_several_checkpoints_on_any_stockholm_file(
     stockholm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +328,7 @@ def test_evaluate_several_checkpoints_on_any_stockholm_file(
     assert scores["aligners"]["one"]["pairs"] == 1
 
 
+@pytest.mark.slow
 def test_evaluate_says_which_families_were_trained_on(
     stockholm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
