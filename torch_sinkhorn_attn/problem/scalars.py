@@ -8,7 +8,10 @@ import math
 import operator
 from typing import Any, NamedTuple
 
+from torch_sinkhorn_attn.arrays import Array, namespace
+
 WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
+CONVERGED_WITHIN = 1e-2  # of a token's mean mass
 GRADIENTS = ("tail", "implicit", "unrolled")
 _LARGEST = {"float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
 
@@ -205,3 +208,32 @@ def token_shapes(query: Shape, key: Shape, value: Shape | None, enable_gqa: bool
         raise ValueError(f"query has {heads} heads but key has {key_heads}; pass enable_gqa=True for grouped queries.")
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"enable_gqa needs query heads ({heads}) to be a multiple of key heads ({key_heads}).")
+
+
+def score_mask(mask: Array, shape: Shape, dtypes: tuple[Any, ...]) -> Array:
+    """A mask that broadcasts to the scores' `shape` as a 4-D one that broadcasts to [N, H, L, S]; copied only if it
+    broadcasts over some of several batch dimensions but not all."""
+    if mask.dtype not in dtypes:
+        raise TypeError(
+            f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
+        )
+    if not broadcasts(mask.shape, shape):
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, which does not broadcast to {shape}.")
+    mask = mask.reshape(*(1,) * (len(shape) - mask.ndim), *mask.shape)
+    batch, own = shape[:-3], mask.shape[-3:]
+    if math.prod(mask.shape[:-3]) == 1:
+        return mask.reshape(1, *own)
+    return namespace(mask).broadcast_to(mask, (*batch, *own)).reshape(math.prod(batch), *own)
+
+
+def potential_pair(given: Any) -> list[tuple[str, Any]]:
+    """The two of `initial_potentials`, with their names."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(
+            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
+        )
+    pair = [(f"initial_potentials ({side})", x) for side, x in zip(("row", "column"), given)]
+    for name, x in pair:
+        if x is None:
+            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+    return pair

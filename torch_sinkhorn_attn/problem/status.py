@@ -11,8 +11,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.problem.arguments import Options, prepare
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
-
-CONVERGED_WITHIN = 1e-2  # of a token's mean mass
+from torch_sinkhorn_attn.problem.scalars import CONVERGED_WITHIN
 
 
 class Status(IntEnum):

@@ -70,15 +70,4 @@ def score_mask(mask: Any, batch: tuple[int, ...], rest: tuple[int, int, int]) ->
         return None
     if not is_array(mask):
         raise TypeError(f"attn_mask must be an array, got {type(mask).__name__}.")
-    if mask.dtype not in ("bool", *DTYPES):
-        raise TypeError(
-            f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
-        )
-    if not scalars.broadcasts(mask.shape, (*batch, *rest)):
-        raise ValueError(f"attn_mask has shape {mask.shape}, which does not broadcast to {(*batch, *rest)}.")
-    mask = jnp.asarray(mask)
-    mask = mask.reshape(*(1,) * (len(batch) + 3 - mask.ndim), *mask.shape)
-    lead, own = mask.shape[:-3], mask.shape[-3:]
-    if math.prod(lead) == 1:
-        return mask.reshape(1, *own)
-    return jnp.broadcast_to(mask, (*batch, *own)).reshape(math.prod(batch), *own)
+    return jnp.asarray(scalars.score_mask(mask, (*batch, *rest), ("bool", *DTYPES)))

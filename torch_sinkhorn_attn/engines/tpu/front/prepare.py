@@ -165,16 +165,10 @@ def _initial(
 ) -> Pair:
     if given is None:
         return None, None
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError(
-            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
-        )
     pair = []
-    for side, x, shape in (("row", given[0], rows), ("column", given[1], cols)):
-        name = f"initial_potentials ({side})"
+    for (name, x), shape in zip(scalars.potential_pair(given), (rows, cols), strict=True):
         x = flattened(name, x, "floating-point", batch, shape)
-        if x is None:
-            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+        assert x is not None
         pair.append(x.astype(dtype))
     return pair[0], pair[1]
 
