@@ -20,11 +20,12 @@ from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.method.implicit import NormalPlan
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
+from torch_sinkhorn_attn.options import CONVERGED_WITHIN
 from torch_sinkhorn_attn.problem.arguments import Keywords, prepare
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import OutputGrads, Potentials, Problem, full_precision
 from torch_sinkhorn_attn.problem.segments import Components, by_segment, components, segment_max, segment_sum, segments
-from torch_sinkhorn_attn.problem.status import CONVERGED_WITHIN, Status, judge
+from torch_sinkhorn_attn.problem.status import Status, judge
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 
 POWER_ITERS = 100

@@ -9,15 +9,59 @@ the callers refuse before.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch_sinkhorn_attn.problem.scalars import count, number, positive, window_sides
-
+WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
+CONVERGED_WITHIN = 1e-2  # of a token's mean mass
 GRADIENTS = ("tail", "implicit", "unrolled")
 Relaxation = float | tuple[float | None, float | None] | None
 _LARGEST = {"float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
+
+
+def number(name: str, x: Any) -> float:
+    try:
+        value = float(x) if not isinstance(x, (bool, str)) else None
+    except (TypeError, ValueError):
+        value = None
+    if value is None:
+        raise TypeError(f"{name} must be a number, got {x!r}.")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}={value} must be finite.")
+    return value
+
+
+def positive(name: str, x: Any) -> float:
+    value = number(name, x)
+    if value <= 0:
+        raise ValueError(f"{name}={value} must be positive.")
+    return value
+
+
+def count(name: str, x: Any) -> int:
+    try:
+        value = operator.index(x) if not isinstance(x, bool) else None
+    except TypeError:
+        value = None
+    if value is None:
+        raise TypeError(f"{name} must be an integer, got {x!r}.")
+    if value < 0:
+        raise ValueError(f"{name}={value} must be 0 or more.")
+    return value
+
+
+def window_sides(name: str, window: Any) -> tuple[int, int]:
+    try:
+        sides = [operator.index(x) for x in window if not isinstance(x, bool)]
+    except TypeError:
+        sides = []
+    if len(sides) != 2 or len(window) != 2:
+        raise TypeError(f"{name} must be a pair of integers (left, right), got {window!r}; -1 lifts a side.")
+    if min(sides) < -1:
+        raise ValueError(f"{name}={tuple(sides)} must have sides of 0 or more, or -1 for unlimited.")
+    return min(sides[0], WIDEST_WINDOW), min(sides[1], WIDEST_WINDOW)
 
 
 def _option(default: Any, check: Callable[[str, Any], Any], meaning: str, per_call: bool = False) -> Any:

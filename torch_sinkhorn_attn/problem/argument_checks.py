@@ -13,9 +13,9 @@ from torch import Tensor
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import check_name
 from torch_sinkhorn_attn.options import DEFAULTS, Options
-from torch_sinkhorn_attn.problem import scalars
+from torch_sinkhorn_attn.problem import shapes
 from torch_sinkhorn_attn.problem.problem import compute_dtype
-from torch_sinkhorn_attn.problem.scalars import broadcasts
+from torch_sinkhorn_attn.problem.shapes import broadcasts
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind, plain_mask
 
 _NUMBERS = ("scale", "epsilon", "relaxation", "tolerance", "over_relaxation", "mask_floor", "dropout_p")
@@ -41,8 +41,8 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, 
             raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}; cast them to one dtype.")
         if x.device != query.device:
             raise ValueError(f"{name} is on {x.device} but query is on {query.device}; move them to one device.")
-    shapes = [None if x is None else tuple(x.shape) for x in (query, key, value)]
-    scalars.token_shapes(shapes[0], shapes[1], shapes[2], enable_gqa)  # type: ignore[arg-type]
+    found = [None if x is None else tuple(x.shape) for x in (query, key, value)]
+    shapes.token_shapes(found[0], found[1], found[2], enable_gqa)  # type: ignore[arg-type]
     return query, key, value
 
 
@@ -77,20 +77,9 @@ def score_mask(mask: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | Non
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}.")
     check_kind("attn_mask", mask)
-    if mask.dtype not in (torch.bool, *DTYPES):
-        raise TypeError(
-            f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
-        )
     if mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} but query is on {query.device}; move it.")
-    if not broadcasts(mask.shape, shape):
-        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, which does not broadcast to {shape}.")
-    mask = mask.reshape(*(1,) * (len(shape) - mask.ndim), *mask.shape)
-    lead, batch = mask.shape[:-3], shape[:-3]
-    if math.prod(lead) == 1:
-        return mask.reshape(1, *mask.shape[-3:])
-    # Only a mask that broadcasts over some of several batch dimensions but not all is copied here.
-    return mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
+    return shapes.score_mask(mask, shape, (torch.bool, *DTYPES))
 
 
 def integers(name: str, x: Any, shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor | None:
@@ -130,16 +119,10 @@ def potentials(
     """A warm start as `[N, H, rows]` and `[N, H, cols]`."""
     if given is None:
         return None, None
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError(
-            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
-        )
     pair = []
-    for side, x, n in (("row", given[0], rows), ("column", given[1], cols)):
-        name = f"initial_potentials ({side})"
+    for (name, x), n in zip(shapes.potential_pair(given), (rows, cols), strict=True):
         x = constant(name, x, (*batch, heads, n), query)
-        if x is None:
-            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+        assert x is not None
         pair.append(x.to(compute_dtype(query.dtype)).reshape(math.prod(batch), heads, n))
     return pair[0], pair[1]
 

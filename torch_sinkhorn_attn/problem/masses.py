@@ -19,18 +19,18 @@ class Side(NamedTuple):
     active: Array
     segment: Array | None
 
-    def over_heads(self) -> Array | None:  # a method: torch.compile does not trace properties of tuples
+    def labels(self) -> Array | None:  # a method: torch.compile does not trace properties of tuples
         """The segment, to be broadcast over heads."""
         return None if self.segment is None else self.segment[:, None]
 
     def total(self, x: Array, groups: int) -> Array:
         """`[N, H, n]` summed over each problem, `[N, H, G]`."""
-        return segment_sum(x, self.over_heads(), groups)
+        return segment_sum(x, self.labels(), groups)
 
     def spread(self, total: Array, on: Array) -> Array:
         """The mass `[N, H, G]` of each problem shared evenly by its active tokens; `on` is 1 where active, else 0."""
         share = total / namespace(on).clip(self.total(on, total.shape[-1]), 1)
-        return on * by_segment(share, self.over_heads(), on.shape[-1])
+        return on * by_segment(share, self.labels(), on.shape[-1])
 
 
 def marginal_masses(rows: Side, cols: Side, groups: int, has_dustbin: bool, dtype: Any) -> tuple[Array, Array]:
@@ -56,7 +56,7 @@ def dustbin_capacities(given: Pair, a: Array, b: Array, rows: Side, cols: Side, 
     xp = namespace(a)
     row_total, col_total = rows.total(a, bins), cols.total(b, bins)
     row, col = (
-        None if x is None else segment_max(xp.where(mass > 0, xp.astype(x, a.dtype), 0.0), side.over_heads(), bins)
+        None if x is None else segment_max(xp.where(mass > 0, xp.astype(x, a.dtype), 0.0), side.labels(), bins)
         for x, mass, side in ((given[0], a, rows), (given[1], b, cols))
     )
     if row is None:

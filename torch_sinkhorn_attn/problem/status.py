@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from torch_sinkhorn_attn.options import CONVERGED_WITHIN
 from torch_sinkhorn_attn.problem.arguments import Keywords, prepare
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
-
-CONVERGED_WITHIN = 1e-2  # of a token's mean mass
 
 
 class Status(IntEnum):

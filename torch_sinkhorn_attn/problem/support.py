@@ -51,7 +51,7 @@ def token_ids(
     return ids
 
 
-class _Side(NamedTuple):
+class _Match(NamedTuple):
     """One side of the problems, seen by a token: where its problem's tokens are. All `[N, length]` but `order`."""
 
     order: Tensor  # physical index of the tokens sorted by id
@@ -61,7 +61,7 @@ class _Side(NamedTuple):
     own_count: Tensor
 
 
-def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Side, _Side]:
+def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Match, _Match]:
     """Both sides, from one sort of all tokens, by which the ids are numbered: rows first among equals."""
     length, total = row_ids.shape[-1], row_ids.shape[-1] + col_ids.shape[-1]
     ids, order = _stable_sort(torch.cat([row_ids, col_ids], -1))
@@ -75,8 +75,8 @@ def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Side, _Side]:
     rank = place - first_row - first_col - torch.where(position < length, 0, rows)
     row, col = slice(None, length), slice(length, None)
     return (
-        _Side(_order(first_row, rank, row), first_col[..., row], cols[..., row], rank[..., row], rows[..., row]),
-        _Side(_order(first_col, rank, col), first_row[..., col], rows[..., col], rank[..., col], cols[..., col]),
+        _Match(_order(first_row, rank, row), first_col[..., row], cols[..., row], rank[..., row], rows[..., row]),
+        _Match(_order(first_col, rank, col), first_row[..., col], rows[..., col], rank[..., col], cols[..., col]),
     )
 
 

@@ -14,8 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.tiled.dustbin_vectors import DustbinVectors, Vectors
+from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
 from torch_sinkhorn_attn.method.dropout import keep_mask
+from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.staircase import Factor, Field, subtract_field
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.masks.entries import kept
@@ -76,7 +77,7 @@ class Tiles:
         self.block = block_size(self.num * self.heads, left + right + 1 if min(left, right) >= 0 else None)
         self.row_blocks = [slice(i, min(i + self.block, self.length)) for i in range(0, self.length, self.block)]
         self.col_blocks = [slice(j, min(j + self.block, self.size)) for j in range(0, self.size, self.block)]
-        self.dustbin = DustbinVectors(inputs, problem, self.dtype) if self.bins else None
+        self.dustbin = DustbinPlan(inputs, problem, problem.solver.epsilon, self.dtype) if self.bins else None
         self._scores, self._plans = _Kept(), _Kept()
 
     def at(self, u: Tensor, v: Tensor) -> Tiles:
@@ -336,14 +337,13 @@ class Tiles:
     def log_dustbin_plan(self) -> Vectors:
         """log P on the dustbin's column `[N, H, L]`, row `[N, H, S]` and corner `[N, H, G]`; empty without one."""
         if self.dustbin is None:
-            return self._u.new_zeros(0), self._u.new_zeros(0), self._u.new_zeros(0)
+            return Vectors(*(self._u.new_zeros(0) for _ in range(3)))
         return self.dustbin.log_plan(self._u, self._v)
 
     @cached_property
     def dustbin_plan(self) -> Vectors:
         """P there; empty without a dustbin."""
-        column, row, corner = self.log_dustbin_plan
-        return column.exp(), row.exp(), corner.exp()
+        return Vectors(*(x.exp() for x in self.log_dustbin_plan))
 
     def _dustbin_factor(self, factor: Factor | None) -> Vectors:
         if factor is None or self.dustbin is None:

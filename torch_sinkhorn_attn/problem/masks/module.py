@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_sinkhorn_attn.options import window_sides
 from torch_sinkhorn_attn.problem.looking import can_look, has_tangent
 from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import compute_dtype
-from torch_sinkhorn_attn.problem.scalars import window_sides
 from torch_sinkhorn_attn.problem.support import build_support
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind, plain_mask
 

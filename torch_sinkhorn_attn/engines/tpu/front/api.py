@@ -16,7 +16,7 @@ from torch_sinkhorn_attn.engines.tpu.method import batching
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Result, Statics
-from torch_sinkhorn_attn.options import Options, Relaxation
+from torch_sinkhorn_attn.options import CONVERGED_WITHIN, Options, Relaxation
 from torch_sinkhorn_attn.problem.segments import with_dustbin
 
 
@@ -39,7 +39,7 @@ class SinkhornAux(NamedTuple):
 
     def status(
         self,
-        within: float = status.CONVERGED_WITHIN,
+        within: float = CONVERGED_WITHIN,
         attn_mask: Any = None,
         row_mass: Any = None,
         col_mass: Any = None,

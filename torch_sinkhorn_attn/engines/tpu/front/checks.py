@@ -1,6 +1,6 @@
 """Checks of one argument at a time, by type, dtype and shape: each returns the argument in canonical form or raises a
 TypeError or ValueError that names it, its value and the way out. What needs a look at data cannot be checked in JAX;
-numbers and shapes are checked as the torch function's, by `torch_sinkhorn_attn.problem.scalars`."""
+numbers and shapes are checked as the torch function's, by `torch_sinkhorn_attn.problem.shapes`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from torch_sinkhorn_attn.problem import scalars
+from torch_sinkhorn_attn.problem import shapes
 
 LONGEST = 1 << 22  # tokens a side, up to which the window's integers are exact
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -33,7 +33,7 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Array, A
             raise TypeError(f"{name} has dtype {x.dtype}; use float32, float64, bfloat16 or float16.")
         if x.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {x.dtype} but query has {query.dtype}; cast them to one dtype.")
-    scalars.token_shapes(query.shape, key.shape, value.shape, enable_gqa)
+    shapes.token_shapes(query.shape, key.shape, value.shape, enable_gqa)
     for name, x in given.items():
         if x.shape[-2] > LONGEST:
             raise ValueError(f"{name} has {x.shape[-2]} tokens; at most {LONGEST} are supported.")
@@ -59,7 +59,7 @@ def flattened(name: str, x: Any, kind: str, batch: tuple[int, ...], rest: tuple[
     if not is_array(x) or not jnp.issubdtype(x.dtype, family):
         found = x.dtype if is_array(x) else type(x).__name__
         raise TypeError(f"{name} must be an array of {kind} numbers broadcasting to {(*batch, *rest)}, got {found}.")
-    if not scalars.broadcasts(x.shape, (*batch, *rest)):
+    if not shapes.broadcasts(x.shape, (*batch, *rest)):
         raise ValueError(f"{name} has shape {x.shape}, which does not broadcast to {(*batch, *rest)}.")
     return jnp.broadcast_to(jnp.asarray(x), (*batch, *rest)).reshape(math.prod(batch), *rest)
 
@@ -70,15 +70,4 @@ def score_mask(mask: Any, batch: tuple[int, ...], rest: tuple[int, int, int]) ->
         return None
     if not is_array(mask):
         raise TypeError(f"attn_mask must be an array, got {type(mask).__name__}.")
-    if mask.dtype not in ("bool", *DTYPES):
-        raise TypeError(
-            f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
-        )
-    if not scalars.broadcasts(mask.shape, (*batch, *rest)):
-        raise ValueError(f"attn_mask has shape {mask.shape}, which does not broadcast to {(*batch, *rest)}.")
-    mask = jnp.asarray(mask)
-    mask = mask.reshape(*(1,) * (len(batch) + 3 - mask.ndim), *mask.shape)
-    lead, own = mask.shape[:-3], mask.shape[-3:]
-    if math.prod(lead) == 1:
-        return mask.reshape(1, *own)
-    return jnp.broadcast_to(mask, (*batch, *own)).reshape(math.prod(batch), *own)
+    return jnp.asarray(shapes.score_mask(mask, (*batch, *rest), ("bool", *DTYPES)))

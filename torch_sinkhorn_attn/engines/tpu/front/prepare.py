@@ -14,8 +14,8 @@ from torch_sinkhorn_attn.engines.tpu.front.checks import flattened, is_array, no
 from torch_sinkhorn_attn.engines.tpu.front.mask_scan import active_tokens
 from torch_sinkhorn_attn.engines.tpu.front.support import build_support, token_ids
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics, compute_dtype
-from torch_sinkhorn_attn.options import CHECKS, Options
-from torch_sinkhorn_attn.problem import scalars
+from torch_sinkhorn_attn.options import CHECKS, Options, number, positive
+from torch_sinkhorn_attn.problem import shapes
 from torch_sinkhorn_attn.problem.causal import causal_window
 from torch_sinkhorn_attn.problem.mass_scale import MassScale, find_scale, in_units
 from torch_sinkhorn_attn.problem.masses import Pair, Side, dustbin_capacities, marginal_masses
@@ -149,16 +149,10 @@ def _initial(
 ) -> Pair:
     if given is None:
         return None, None
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError(
-            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
-        )
     pair = []
-    for side, x, shape in (("row", given[0], rows), ("column", given[1], cols)):
-        name = f"initial_potentials ({side})"
+    for (name, x), shape in zip(shapes.potential_pair(given), (rows, cols), strict=True):
         x = flattened(name, x, "floating-point", batch, shape)
-        if x is None:
-            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+        assert x is not None
         pair.append(x.astype(dtype))
     return pair[0], pair[1]
 
@@ -178,7 +172,7 @@ def _dustbin(
         x = getattr(dustbin, name)
         if x is not None and not is_array(x) and name != "value":
             not_traced(**{f"Dustbin {name}": x})
-            x = jnp.asarray((scalars.positive if "capacity" in name else scalars.number)(f"Dustbin {name}", x), dtype)
+            x = jnp.asarray((positive if "capacity" in name else number)(f"Dustbin {name}", x), dtype)
         elif x is None and not ("capacity" in name or name == "value"):
             raise TypeError(f"Dustbin {name} must be a number or an array, got None.")
         x = flattened(f"Dustbin {name}", x, "floating-point", batch, shape)

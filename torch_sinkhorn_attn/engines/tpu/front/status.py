@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 WORDS = ("converged", "not converged", "no plan")
-CONVERGED_WITHIN = 1e-2  # of a token's mean mass
 _ROUNDING = 2.0**-46
 
 

@@ -119,7 +119,7 @@ def build_support(
     return Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
 
 
-class _Side(NamedTuple):
+class _Match(NamedTuple):
     """One side of the problems, seen by a token: where its problem's tokens are. All `[N, length]` but `order`."""
 
     order: Array  # physical index of the tokens sorted by id
@@ -129,13 +129,13 @@ class _Side(NamedTuple):
     own_count: Array
 
 
-def _match(ids: Array, other_ids: Array) -> _Side:
+def _match(ids: Array, other_ids: Array) -> _Match:
     order = jnp.argsort(ids, axis=-1, stable=True).astype(jnp.int32)
     sorted_own, sorted_other = jnp.take_along_axis(ids, order, -1), jnp.sort(other_ids, axis=-1)
     first, own_first = _search(sorted_other, ids, "left"), _search(sorted_own, ids, "left")
     count, own_count = _search(sorted_other, ids, "right") - first, _search(sorted_own, ids, "right") - own_first
     place = jnp.argsort(order, axis=-1).astype(jnp.int32)  # the inverse of the order
-    return _Side(order, first, count, place - own_first, own_count)
+    return _Match(order, first, count, place - own_first, own_count)
 
 
 def _segment_index(ids: Array, active: Array) -> Array:

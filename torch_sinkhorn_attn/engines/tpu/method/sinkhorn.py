@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from torch_sinkhorn_attn.engines.tpu.method.dustbin import Dustbin
+from torch_sinkhorn_attn.engines.tpu.method.dustbin import DustbinMatrix
 from torch_sinkhorn_attn.engines.tpu.method.implicit import implicit_duals
 from torch_sinkhorn_attn.engines.tpu.method.problem import (
     Constants,
@@ -49,7 +49,7 @@ class Augmented:
         self.log_a = with_dustbin(constants.log_row_mass, constants.log_row_capacity).astype(self.dtype)
         self.log_b = with_dustbin(constants.log_col_mass, constants.log_col_capacity).astype(self.dtype)
         self.length, self.size = constants.log_row_mass.shape[-1], constants.log_col_mass.shape[-1]
-        self.dustbin = Dustbin(inputs, constants, statics.epsilon, self.dtype) if constants.num_dustbins else None
+        self.dustbin = DustbinMatrix(inputs, constants, statics.epsilon, self.dtype) if constants.num_dustbins else None
 
     def real(self, u: Array, v: Array) -> tuple[Array, Array]:
         """The tokens' part of potentials."""

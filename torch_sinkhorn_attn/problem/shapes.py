@@ -1,57 +1,11 @@
-"""Checks of one argument at a time that torch's function and JAX's share: each returns the argument in canonical form
-or raises a TypeError or ValueError that names it, its value and the way out. Numbers are Python's here: what is no
-number of theirs, the callers refuse before."""
+"""Rules of shapes that torch's function and JAX's share, with the words for what breaks them."""
 
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
-WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
-
-
-def number(name: str, x: Any) -> float:
-    try:
-        value = float(x) if not isinstance(x, (bool, str)) else None
-    except (TypeError, ValueError):
-        value = None
-    if value is None:
-        raise TypeError(f"{name} must be a number, got {x!r}.")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}={value} must be finite.")
-    return value
-
-
-def positive(name: str, x: Any) -> float:
-    value = number(name, x)
-    if value <= 0:
-        raise ValueError(f"{name}={value} must be positive.")
-    return value
-
-
-def count(name: str, x: Any) -> int:
-    try:
-        value = operator.index(x) if not isinstance(x, bool) else None
-    except TypeError:
-        value = None
-    if value is None:
-        raise TypeError(f"{name} must be an integer, got {x!r}.")
-    if value < 0:
-        raise ValueError(f"{name}={value} must be 0 or more.")
-    return value
-
-
-def window_sides(name: str, window: Any) -> tuple[int, int]:
-    try:
-        sides = [operator.index(x) for x in window if not isinstance(x, bool)]
-    except TypeError:
-        sides = []
-    if len(sides) != 2 or len(window) != 2:
-        raise TypeError(f"{name} must be a pair of integers (left, right), got {window!r}; -1 lifts a side.")
-    if min(sides) < -1:
-        raise ValueError(f"{name}={tuple(sides)} must have sides of 0 or more, or -1 for unlimited.")
-    return min(sides[0], WIDEST_WINDOW), min(sides[1], WIDEST_WINDOW)
+from torch_sinkhorn_attn.arrays import Array, namespace
 
 
 def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -85,3 +39,32 @@ def token_shapes(query: Shape, key: Shape, value: Shape | None, enable_gqa: bool
         raise ValueError(f"query has {heads} heads but key has {key_heads}; pass enable_gqa=True for grouped queries.")
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"enable_gqa needs query heads ({heads}) to be a multiple of key heads ({key_heads}).")
+
+
+def score_mask(mask: Array, shape: Shape, dtypes: tuple[Any, ...]) -> Array:
+    """A mask that broadcasts to the scores' `shape` as a 4-D one that broadcasts to [N, H, L, S]; copied only if it
+    broadcasts over some of several batch dimensions but not all."""
+    if mask.dtype not in dtypes:
+        raise TypeError(
+            f"attn_mask has dtype {mask.dtype}; use bool (True = keep) or a float mask added to the scores."
+        )
+    if not broadcasts(mask.shape, shape):
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)}, which does not broadcast to {shape}.")
+    mask = mask.reshape(*(1,) * (len(shape) - mask.ndim), *mask.shape)
+    batch, own = shape[:-3], mask.shape[-3:]
+    if math.prod(mask.shape[:-3]) == 1:
+        return mask.reshape(1, *own)
+    return namespace(mask).broadcast_to(mask, (*batch, *own)).reshape(math.prod(batch), *own)
+
+
+def potential_pair(given: Any) -> list[tuple[str, Any]]:
+    """The two of `initial_potentials`, with their names."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(
+            f"initial_potentials must be a pair (row, column) as in SinkhornAux, got {type(given).__name__}."
+        )
+    pair = [(f"initial_potentials ({side})", x) for side, x in zip(("row", "column"), given)]
+    for name, x in pair:
+        if x is None:
+            raise TypeError(f"{name} is None; pass both potentials, or initial_potentials=None.")
+    return pair
