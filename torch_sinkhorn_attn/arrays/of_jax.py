@@ -55,11 +55,9 @@ def _lines(x: Array, index: Array) -> tuple[Array, Array, Array]:
 
 
 def last_marked(x: Array, marked: Array, before: bool = False) -> Array:
-    place = lax.cummax(jnp.where(marked, jnp.arange(1, x.shape[-1] + 1, dtype=index_dtype), 0), x.ndim - 1)
-    kept = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((1, 0),))
-    if before:
-        place = jnp.pad(place, ((0, 0),) * (x.ndim - 1) + ((1, 0),))[..., :-1]
-    return jnp.take_along_axis(kept, place, -1)
+    """For an x that is not negative and never falls from one marked entry to the next, as ends of intervals."""
+    highest = lax.cummax(jnp.where(marked, x, 0), x.ndim - 1)
+    return jnp.concatenate([jnp.zeros_like(x[..., :1]), highest[..., :-1]], -1) if before else highest
 
 
 def times_exp2(x: Array, power: Array) -> Array:
