@@ -14,7 +14,7 @@ from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.problem.bits import from_members, integers, members, packed, transposed
 from torch_sinkhorn_attn.problem.feasibility import flow as transport_flow, masks as mask_feasibility
 from torch_sinkhorn_attn.problem.feasibility.exact_sums import ExactSums
-from torch_sinkhorn_attn.problem.feasibility.intervals import Marginals, Request, check_intervals, interval_flow
+from torch_sinkhorn_attn.problem.feasibility.intervals import IntervalProblem, Request, check_intervals, interval_flow
 
 D = torch.float64
 
@@ -75,7 +75,7 @@ def test_intervals_and_masks_decide_alike(start: int) -> None:
         live = keep & (a > 0)[:, None] & (b > 0)
         if not (live.any(1) == (a > 0)).all() or not (live.any(0) == (b > 0)).all() or not live.any():
             continue
-        m_ = Marginals(*(x[None, None] for x in (a, b, lo, hi, live.any(0))), Request((1, 1), False, True))
+        m_ = IntervalProblem(*(x[None, None] for x in (a, b, lo, hi, live.any(0))), Request((1, 1), False, True))
         try:
             check_intervals(m_)
             found.append(True)
@@ -96,7 +96,7 @@ def test_largest_flows(seed: int) -> None:
     a, b = torch.rand(n, generator=g, dtype=D), torch.rand(m, generator=g, dtype=D)
     a[torch.rand(n, generator=g) < 0.2] = 0
     keep = (torch.arange(m) >= lo[:, None]) & (torch.arange(m) < hi[:, None])
-    given = Marginals(*(x[None, None] for x in (a, b, lo, hi, keep.any(0))), Request((1, 1), False, True))
+    given = IntervalProblem(*(x[None, None] for x in (a, b, lo, hi, keep.any(0))), Request((1, 1), False, True))
     pairs = keep.nonzero()
     matrix = np.zeros((n + m, len(pairs)))
     matrix[pairs[:, 0], range(len(pairs))] = matrix[n + pairs[:, 1], range(len(pairs))] = 1
@@ -190,7 +190,7 @@ def test_ten_million_tokens_are_exact() -> None:
     n = 10_000_000
     a, index = torch.ones(1, 1, n, dtype=D), torch.arange(n)[None, None]
     lo, hi, request = (index - 1).clamp(min=0), (index + 2).clamp(max=n), Request((1, 1), False, True)
-    check_intervals(Marginals(a, a, lo, hi, a > 0, request))
+    check_intervals(IntervalProblem(a, a, lo, hi, a > 0, request))
 
 
 @pytest.mark.parametrize("n", slow_after(2, [8, 1000, 1_000_000]))
@@ -205,7 +205,7 @@ def test_a_slack_of_next_to_nothing_in_many_tokens(n: int, light: float) -> None
     for more, exists in ((light, True), (0.0, False), (-light, False)):
         b = a.clone()
         b[..., -2], b[..., -1] = 1 - more, 1 + more
-        m = Marginals(a, b, lo, hi, a > 0, request)
+        m = IntervalProblem(a, b, lo, hi, a > 0, request)
         if exists:
             check_intervals(m)
         else:

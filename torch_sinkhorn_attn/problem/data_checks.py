@@ -145,7 +145,7 @@ def check_feasibility(
     lo, hi, covered = support.row_lo[:, None], support.row_hi[:, None], (support.col_lo < support.col_hi)[:, None]
     if scan is not None:
         lo, hi, covered = scan.row_lo, scan.row_hi, scan.col_covered
-    m = feasibility.Marginals(
+    m = feasibility.IntervalProblem(
         a, b, lo.cpu().expand(a.shape), hi.cpu().expand(a.shape), covered.cpu().expand(b.shape),
         feasibility.Request(window, mask is not None, given[0] is not None or given[1] is not None, is_causal),
         rows, cols, groups, feasibility.rounding_of(*given[:2]), first,
@@ -168,7 +168,7 @@ def check_feasibility(
 
 
 def _check_dustbin(
-    m: feasibility.Marginals,
+    m: feasibility.IntervalProblem,
     masked: mask_feasibility.MaskedSupport | None,
     row_total: Tensor,
     col_capacity: Tensor,

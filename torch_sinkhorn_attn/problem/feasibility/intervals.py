@@ -46,7 +46,7 @@ class Request(NamedTuple):
         return ", ".join([*own, dustbin, "or relaxation=tau to relax the marginals"])
 
 
-class Marginals(NamedTuple):
+class IntervalProblem(NamedTuple):
     """Everything the checks look at, float64 and on the CPU; masses are 0 where inactive."""
 
     row_mass: Tensor  # [N, H, L]
@@ -87,7 +87,7 @@ def check_balanced_totals(row_total: Tensor, col_total: Tensor, tolerance: float
         )
 
 
-def check_lines(m: Marginals) -> None:
+def check_lines(m: IntervalProblem) -> None:
     """No active line is emptied by the window."""
     bare_rows = (m.row_mass > 0) & (m.row_lo >= m.row_hi)
     if bare_rows.any():
@@ -104,7 +104,7 @@ def check_lines(m: Marginals) -> None:
         )
 
 
-def check_intervals(m: Marginals) -> None:
+def check_intervals(m: IntervalProblem) -> None:
     """Some plan is positive on the whole support, which is monotone intervals; see the module's text."""
     if m.row_mass.shape[1] > 1 and all(bool((x == x[:, :1]).all()) for x in m[:5]):
         m = m._replace(**{name: getattr(m, name)[:, :1] for name in m._fields[:5]})  # heads alike
@@ -137,7 +137,7 @@ class _Spans:
     """Components of monotone intervals, and the cuts between a row and those before or after it: `[N, H, L]`, or
     `[N, H, 1]` for what all rows share."""
 
-    def __init__(self, m: Marginals):
+    def __init__(self, m: IntervalProblem):
         self.m, (length, size) = m, (m.row_mass.shape[-1], m.col_mass.shape[-1])
         live = (m.row_mass > 0) & (m.row_lo < m.row_hi)
         self.lo, self.hi = monotone_hull(m)
@@ -188,7 +188,7 @@ class _Spans:
 
 
 def refusal(
-    m: Marginals, n: int, h: int, rows: Tensor, cols: Tensor, apart: bool = False, by_keys: bool = False
+    m: IntervalProblem, n: int, h: int, rows: Tensor, cols: Tensor, apart: bool = False, by_keys: bool = False
 ) -> str:
     """Why there is no plan: `rows` and all the columns `cols` that they reach, boolean `[L]` and `[S]`."""
     held, room = float(m.row_mass[n, h][rows].sum()), float(m.col_mass[n, h][cols].sum())
@@ -230,7 +230,7 @@ def described(tokens: Tensor, one: str, many: str, most: int = 4) -> str:
     return f"{len(places)} {many} ({', '.join(runs)}{', ...' if len(first) > most else ''})"
 
 
-def check_dustbin(m: Marginals, needed: Tensor, flow: Tensor, tolerance: Tensor) -> None:
+def check_dustbin(m: IntervalProblem, needed: Tensor, flow: Tensor, tolerance: Tensor) -> None:
     """With a dustbin: every problem must carry strictly more real mass, `flow`, than `needed` = sum(a) - col_capacity,
     all `[N, H, G]`."""
     total = segment_sum(m.row_mass, m.row_segment, m.groups)
@@ -244,13 +244,13 @@ def check_dustbin(m: Marginals, needed: Tensor, flow: Tensor, tolerance: Tensor)
         )
 
 
-def some_flow(m: Marginals) -> Tensor:
+def some_flow(m: IntervalProblem) -> Tensor:
     """`[N, H, G]` mass of the rows that reach something: more than 0 where any pair can carry mass."""
     reachable = m.row_mass * (m.row_lo < m.row_hi)
     return segment_sum(reachable, m.row_segment, m.groups)
 
 
-def monotone_hull(m: Marginals) -> tuple[Tensor, Tensor]:
+def monotone_hull(m: IntervalProblem) -> tuple[Tensor, Tensor]:
     """The smallest monotone intervals holding the live rows' intervals; identity on monotone ones."""
     live = (m.row_mass > 0) & (m.row_lo < m.row_hi)
     hi = torch.where(live, m.row_hi, 0).cummax(-1).values
@@ -258,7 +258,7 @@ def monotone_hull(m: Marginals) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
-def interval_flow(m: Marginals) -> Tensor:
+def interval_flow(m: IntervalProblem) -> Tensor:
     """`[N, H, G]` a largest flow along monotone intervals: keys are filled from the left, row after row.
 
     Up to which cumulative key mass x keys are used, each row changes by x -> min(top, max(x, bottom) + its mass): such

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.problem import bits
 from torch_sinkhorn_attn.problem.feasibility import flow as transport_flow
-from torch_sinkhorn_attn.problem.feasibility.intervals import Marginals, check_intervals, interval_flow, refusal
+from torch_sinkhorn_attn.problem.feasibility.intervals import IntervalProblem, check_intervals, interval_flow, refusal
 from torch_sinkhorn_attn.problem.masks.entries import kept
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -40,12 +40,12 @@ class MaskedSupport(NamedTuple):
         """Whether the mask's shape says that it forbids only whole queries, or only whole keys."""
         return self.mask.shape[-2] == 1 or self.mask.shape[-1] == 1
 
-    def without_mask(self, m: Marginals) -> Marginals:
+    def without_mask(self, m: IntervalProblem) -> IntervalProblem:
         lo, hi = (x[:, None].expand(m.row_mass.shape) for x in (self.row_lo, self.row_hi))
         return m._replace(row_lo=lo, row_hi=hi)
 
 
-def check_masked(m: Marginals, support: MaskedSupport) -> None:
+def check_masked(m: IntervalProblem, support: MaskedSupport) -> None:
     """Refuse a balanced problem without a plan."""
     plain = support.without_mask(m)
     if support.lines_only:
@@ -68,7 +68,7 @@ def check_masked(m: Marginals, support: MaskedSupport) -> None:
         check_intervals(plain._replace(row_mass=torch.where(by_intervals, m.row_mass, 0.0)))
 
 
-def masked_flow(m: Marginals, support: MaskedSupport) -> Tensor:
+def masked_flow(m: IntervalProblem, support: MaskedSupport) -> Tensor:
     """`[N, H, G]` the largest mass that the support can carry, whatever the totals."""
     if support.lines_only:
         return interval_flow(support.without_mask(m))
@@ -87,7 +87,7 @@ def masked_flow(m: Marginals, support: MaskedSupport) -> Tensor:
 Blocks = list[tuple[int, int, bytes]]  # rows after rows: first column, bytes of a row, packed pairs
 
 
-def _problems(m: Marginals, support: MaskedSupport) -> Iterator[tuple[int, int, bytes, Blocks]]:
+def _problems(m: IntervalProblem, support: MaskedSupport) -> Iterator[tuple[int, int, bytes, Blocks]]:
     """The problems that differ from those before them: batch element, head, digest and pairs."""
     seen: set[bytes] = set()
     read: dict[tuple[int, int, int], tuple[Blocks, bytes]] = {}
@@ -136,25 +136,25 @@ def _read(support: MaskedSupport, n: int, h: int) -> Blocks:
     return found
 
 
-def _rows(m: Marginals, n: int, h: int, pairs: Blocks) -> list[int]:
+def _rows(m: IntervalProblem, n: int, h: int, pairs: Blocks) -> list[int]:
     """The pairs of active tokens, by query."""
     every = bits.from_members((m.col_mass[n, h] > 0).nonzero()[:, 0].tolist())
     rows = [row << first for first, width, data in pairs for row in bits.integers(width, data)]
     return [row & every if live else 0 for row, live in zip(rows, (m.row_mass[n, h] > 0).tolist(), strict=True)]
 
 
-def _holds_intervals(plain: Marginals, n: int, h: int, rows: list[int]) -> bool:
+def _holds_intervals(plain: IntervalProblem, n: int, h: int, rows: list[int]) -> bool:
     """Whether every pair of active tokens inside the intervals is there."""
     before = torch.nn.functional.pad((plain.col_mass[n, h] > 0).cumsum(-1), (1, 0))
     count = torch.where(plain.row_mass[n, h] > 0, before[plain.row_hi[n, h]] - before[plain.row_lo[n, h]], 0)
     return [row.bit_count() for row in rows] == count.tolist()
 
 
-def _graph(m: Marginals, rows: list[int]) -> transport_flow.Graph:
+def _graph(m: IntervalProblem, rows: list[int]) -> transport_flow.Graph:
     return transport_flow.Graph(rows, bits.transposed(rows, m.col_mass.shape[-1]))
 
 
-def _check_flow(m: Marginals, n: int, h: int, rows: list[int]) -> None:
+def _check_flow(m: IntervalProblem, n: int, h: int, rows: list[int]) -> None:
     (a,), (b,) = (transport_flow.dyadic(x[n, h].tolist()) for x in (m.row_mass, m.col_mass))
     totals = [(sum(a), sum(b))] * len(a)
     if m.row_segment is not None and m.col_segment is not None:
