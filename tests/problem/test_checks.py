@@ -58,14 +58,17 @@ META_IDS = torch.empty(2, 70, dtype=torch.int64, device="meta")
 
 @pytest.mark.parametrize(
     "options",
-    slow_after(1, [
-        {"window": (9, 9)},
-        {"query_lengths": META_IDS[:, 0], "key_lengths": META_IDS[:, 0], "window": (9, 9)},
-        {"query_segment_ids": META_IDS, "key_segment_ids": META_IDS, "dustbin": Dustbin(1.0, 0.0)},
-        {"gradient": "implicit"},
-        {"relaxation": 1.0, "dropout_p": 0.1, "tail_iters": 0},
-        {"tolerance": 1e-2, "over_relaxation": 1.3},
-    ]),
+    slow_after(
+        1,
+        [
+            {"window": (9, 9)},
+            {"query_lengths": META_IDS[:, 0], "key_lengths": META_IDS[:, 0], "window": (9, 9)},
+            {"query_segment_ids": META_IDS, "key_segment_ids": META_IDS, "dustbin": Dustbin(1.0, 0.0)},
+            {"gradient": "implicit"},
+            {"relaxation": 1.0, "dropout_p": 0.1, "tail_iters": 0},
+            {"tolerance": 1e-2, "over_relaxation": 1.3},
+        ],
+    ),
     ids=lambda options: "-".join(options),
 )
 def test_off_the_cpu_the_tiled_engine_never_looks_at_data(options: dict) -> None:

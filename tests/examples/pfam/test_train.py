@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -337,75 +333,3 @@ def test_every_option_says_what_it_is(command: str) -> None:
         assert action.nargs == 0 or action.metavar == {int: "N", float: "X"}.get(
             action.type, "NAME" if action.choices else {"url": "URL", "exclude": "PREFIX"}.get(action.dest, "PATH")
         )
-
-
-def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "examples.pfam", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def start_training(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A process in the middle of training, its first checkpoint written."""
-    process = start("train", "--steps=100000", "--save-every=1", "--out", str(folder), *SMALL_FLAGS.split(), *arguments)
-    deadline = time.monotonic() + 50
-    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    return process
-
-
-def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
-    process = start_training(tmp_path)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=50)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert "stopping after this step; Ctrl-C again stops now\n" in err
-    assert "Sinkhorn aligner" in out and "evaluated at step 0" in out
-    assert f" -m examples.pfam train --resume {tmp_path}" in out
-    resumed = Trainer.resume(tmp_path)
-    assert resumed.step == len(resumed.history.loss) >= 1
-    assert f"stopped at step {resumed.step};" in out
-
-
-def test_a_second_ctrl_c_still_says_how_to_go_on(tmp_path: Path) -> None:
-    # Steps so long that the second signal cannot come too late.
-    process = start_training(tmp_path, "--base-iters=3000")
-    process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    while "stopping after this step" not in (line := process.stderr.readline()) and line:
-        pass
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=50)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert f"stopped; from the last checkpoint: {command_line()} train --resume {tmp_path}\n" in out
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_run_cut_short_says_what_is_left(
-    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(trainer: Trainer, progress: bool) -> bool:
-        if saved:
-            trainer.save()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "run", stop)
-    assert main(["train", "--out", str(tmp_path), "--quiet"]) == 130
-    hint = f"stopped; from the last checkpoint: {command_line()} train --resume {tmp_path}\n"
-    assert capsys.readouterr().out.endswith(hint if saved else "stopped before the first checkpoint\n")
-
-
-def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(50)\n")
-    process = start(environment={"PYTHONPATH": str(tmp_path)})
-    assert process.stdout is not None and process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=50)
-    assert (process.returncode, err) == (130, "stopped\n")
