@@ -10,22 +10,17 @@ from jax.numpy import (  # noqa: F401
     broadcast_to,
     clip,
     concatenate as concat,
-    cumsum,
     exp,
-    full_like,
     log,
     log2,
     logaddexp,
     max,
     min,
     round,
-    sum,
     take_along_axis,
     where,
     zeros_like,
 )
-
-index_dtype = jnp.int32  # a TPU has no int64
 
 
 def astype(x: Array, dtype: jnp.dtype) -> Array:
@@ -33,7 +28,11 @@ def astype(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def arange(count: int, like: Array) -> Array:
-    return jnp.arange(count, dtype=index_dtype)
+    return jnp.arange(count, dtype=jnp.int32)
+
+
+def cumsum(x: Array, axis: int) -> Array:
+    return jnp.cumsum(x, axis, dtype=x.dtype)  # which would widen int32 where there is an int64
 
 
 def add_at(x: Array, index: Array, count: int) -> Array:

@@ -15,18 +15,14 @@ from torch import (  # noqa: F401
     concat,
     cumsum,
     exp,
-    full_like,
     log,
     log2,
     logaddexp,
     logsumexp,
     round,
-    sum,
     where,
     zeros_like,
 )
-
-index_dtype = torch.int64  # of lengths, ranks and segments
 
 
 def astype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,14 +34,14 @@ def take_along_axis(x: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def arange(count: int, like: Tensor) -> Tensor:
-    """0 .. count - 1, of `index_dtype`, on the device of `like`."""
+    """0 .. count - 1 on the device of `like`: int64; int32 in JAX, as a TPU has no int64."""
     return torch.arange(count, device=like.device)
 
 
 def max(x: Tensor, axis: int, keepdims: bool = False, initial: float = -torch.inf) -> Tensor:
     """As in NumPy, which has `initial`: what it is over none."""
     if x.shape[axis] == 0:
-        x = torch.nn.functional.pad(x, (0, 1), value=initial)
+        x = torch.full_like(x.sum(axis, keepdim=True), initial)
     return x.amax(axis, keepdim=keepdims)
 
 
