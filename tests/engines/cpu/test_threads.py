@@ -56,6 +56,7 @@ def fresh(program: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_counts_that_differ_in_every_direction() -> None:
     """torch keeps one thread count for each thread and for each library that asks: whatever they say, the call is
     sized and run by one number, to the same bits."""
@@ -113,6 +114,7 @@ def test_one_to_sixty_four_threads_give_the_same_bits() -> None:
     )
 
 
+@pytest.mark.slow
 def test_many_callers_share_one_budget() -> None:
     """Eight Python threads at once keep no more tiles than one: the resident set shows it."""
     fresh(
@@ -156,6 +158,7 @@ def forward(**options):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_long_calls_hear_an_interrupt(threads: int) -> None:
     program = """
@@ -180,6 +183,7 @@ def test_long_calls_hear_an_interrupt(threads: int) -> None:
     fresh(HEARS.format(length=4000, threads=threads) + textwrap.dedent(program))
 
 
+@pytest.mark.slow
 def test_a_handler_that_does_not_raise_loses_nothing() -> None:
     fresh(
         HEARS.format(length=900, threads=2)

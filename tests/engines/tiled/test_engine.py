@@ -43,6 +43,7 @@ def peak(n: int) -> PeakMemory:
     return memory
 
 
+@pytest.mark.slow
 def test_peak_memory_is_linear_and_no_square_tensor_exists() -> None:
     small, large = peak(16384), peak(32768)
     assert large.largest <= 4 * max(tiles.LARGEST_BLOCK**2, 32768 * WIDTH)  # nothing beyond a tile or an input
@@ -52,6 +53,7 @@ def test_peak_memory_is_linear_and_no_square_tensor_exists() -> None:
     assert large.peak < 2.05 * small.peak
 
 
+@pytest.mark.slow
 def test_certificates_take_linear_memory() -> None:
     peaks = []
     for n in (4096, 8192):

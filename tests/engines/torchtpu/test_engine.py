@@ -17,6 +17,7 @@ import problems
 import pytest
 import torch
 from conformance import assert_agrees, relative_error, results
+from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, SinkhornMultiheadAttention, certify, engines, sinkhorn_attention
@@ -84,17 +85,18 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_after(2, CASES))
 def test_it_agrees_with_the_reference(name: str, standing_in: None) -> None:
     assert_agrees(case(name), "torchtpu")
 
 
+@pytest.mark.slow
 def test_random_problems_agree_with_the_reference(standing_in: None) -> None:
     for seed in range(7000, 7012):
         assert_agrees(problems.make(seed), "torchtpu", plan=False)
 
 
-@pytest.mark.parametrize("name", ["window, unrolled", "mask, dustbin, dropout"])
+@pytest.mark.parametrize("name", slow_after(1, ["window, unrolled", "mask, dustbin, dropout"]))
 def test_float32_is_as_exact_as_the_reference_in_float32(name: str, standing_in: None) -> None:
     found, plain, truth = (
         results(case(name, dtype), library, plan=False)
@@ -107,6 +109,7 @@ def test_float32_is_as_exact_as_the_reference_in_float32(name: str, standing_in:
             assert relative_error(found[key].double(), x) <= allowed, key
 
 
+@pytest.mark.slow
 def test_an_interpreted_kernel_agrees_with_the_reference(standing_in: None) -> None:
     torchtpu.set_lowering("auto", interpret=True)
     assert_agrees(case("window, unrolled"), "torchtpu", plan=False)
@@ -159,6 +162,7 @@ def test_without_it_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         sinkhorn_attention(x, x, x, engine="torchtpu")
 
 
+@pytest.mark.slow
 def test_a_module_and_data_that_vary_trace_once(standing_in: None) -> None:
     """Lengths are data: steps of training that differ in them compile nothing again."""
     torch.manual_seed(0)
@@ -178,6 +182,7 @@ def test_a_module_and_data_that_vary_trace_once(standing_in: None) -> None:
     assert counts[0] > 0 and counts == counts[:1] * 3
 
 
+@pytest.mark.slow
 def test_vmap_and_compile(standing_in: None) -> None:
     x = randn(3, 2, 2, 8, 4)
     mapped = torch.func.vmap(lambda x: sinkhorn_attention(x, x, x, base_iters=3, engine="torchtpu"))(x)
@@ -216,7 +221,7 @@ def recorded(call: problems.Call) -> list[tuple[str, program.Program, list[Tenso
     return found
 
 
-@pytest.mark.parametrize("name", ["lengths", "mask, dustbin, dropout", "implicit, relaxed", "softmax"])
+@pytest.mark.parametrize("name", slow_after(1, ["lengths", "mask, dustbin, dropout", "implicit, relaxed", "softmax"]))
 def test_the_fakes_are_right(name: str, standing_in: None) -> None:
     """Names, shapes and dtypes as JAX finds them, and every check of torch.library, with symbolic sizes too."""
     calls = recorded(case(name, torch.float32))
@@ -276,6 +281,7 @@ def without_stacks() -> Iterator[None]:
     jax.config.update(name, before)
 
 
+@pytest.mark.slow
 @needs_torch_xla
 @pytest.mark.parametrize("name", ["forward", "backward", "solve"])
 @pytest.mark.parametrize("options", ["window, kernel", "mask, dustbin, dropout"])
@@ -316,6 +322,7 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
     assert "tpu_custom_call" in texts[0] and texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_is_what_it_is_on_one_device() -> None:
     """Dropout too: each shard knows its place in the whole."""
     script = Path(__file__).with_name("shards.py")
@@ -337,6 +344,7 @@ def test_an_axis_of_a_mesh_has_one_use() -> None:
         mesh.set_sharding({"data": 4}, batch="data", heads="data")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize("function", ["forward", "backward"])
 def test_the_tpus_compiler_takes_it(function: str, standing_in: None, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow_after
 
 jax = pytest.importorskip("jax")
 
@@ -73,10 +74,10 @@ def loss(function: Any, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (output * jnp.sin(jnp.arange(output.size).reshape(output.shape))).sum(), output
 
 
-@pytest.mark.parametrize("name", [
+@pytest.mark.parametrize("name", slow_after(2, [
     "plain", "softmax", "window", "lengths", "segments", "float mask", "boolean mask", "masses, epsilon", "dustbin",
     "causal, dustbin", "causal, lengths", "causal, square", "implicit", "unrolled",
-])  # fmt: skip
+]))  # fmt: skip
 def test_values_and_gradients_are_the_definitions(name: str) -> None:
     with enable_x64():
         options, same = cases()[name]
@@ -87,6 +88,7 @@ def test_values_and_gradients_are_the_definitions(name: str) -> None:
         assert tpu_dense.worst(found(*leaves), truth(*leaves)) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["resident", "streaming"])
 def test_kernels_are_the_definition(shape: str) -> None:
     """Interpreted, in float32."""
@@ -99,6 +101,7 @@ def test_kernels_are_the_definition(shape: str) -> None:
     assert tpu_dense.worst(found, truth) < 2e-5
 
 
+@pytest.mark.slow
 def test_vmap_and_checkpoint_keep_values_and_gradients() -> None:
     with enable_x64():
         options, same = {"window": (4, 4), "base_iters": 3}, {"keep": tpu_dense.band(L, L, (4, 4)), "stopped": 3}

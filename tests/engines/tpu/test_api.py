@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow_after
 
 jax = pytest.importorskip("jax")
 
@@ -31,13 +32,14 @@ def qkv(*batch: int, length: int = 20, dtype: Any = jnp.float32) -> list[jax.Arr
     return [jax.random.normal(jax.random.key(i), (*batch, length, 8), dtype) for i in range(3)]
 
 
-@pytest.mark.parametrize("tail_iters", [0, 1, 3])
+@pytest.mark.parametrize("tail_iters", slow_after(2, [0, 1, 3]))
 def test_the_tail_without_a_base_is_differentiated_exactly(tail_iters: int) -> None:
     with enable_x64(True):
         run = partial(tpu.sinkhorn_attention, base_iters=0, tail_iters=tail_iters, window=(6, 6))
         check_grads(jax.jit(run), qkv(2, length=9, dtype=jnp.float64), order=1, modes=["rev"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_lengths_and_segments_are_data() -> None:
     """One compilation for every length and every packing."""
     q, k, v = qkv(2, 2)
@@ -55,6 +57,7 @@ def worst(found: Any, expected: Any) -> float:
     return max(float(jnp.abs(x - y).max()) for x, y in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "dropout_p"), [("none", 0.3), ("shared", 0.0), ("own", 0.3), ("own for each head", 0)]
 )
@@ -79,6 +82,7 @@ def test_vmap_is_a_loop(mask: str, dropout_p: float) -> None:
         assert worst(found, jax.tree.map(lambda *x: jnp.stack(x), *each)) < 1e-12
 
 
+@pytest.mark.slow
 def test_shard_map_over_batch_and_heads() -> None:
     """In a process with four devices: values, gradients (of shared arrays too) and the output's sharding."""
     script = Path(__file__).with_name("shards.py")
@@ -167,7 +171,9 @@ def test_a_traced_number_is_refused_with_the_way_out() -> None:
         jax.jit(lambda e: tpu.sinkhorn_attention(X, X, X, epsilon=e))(1.0)
 
 
-@pytest.mark.parametrize("options", [{}, {"base_iters": 0, "tail_iters": 0}, {"over_relaxation": 1.3, "base_iters": 2}])
+@pytest.mark.parametrize(
+    "options", slow_after(1, [{}, {"base_iters": 0, "tail_iters": 0}, {"over_relaxation": 1.3, "base_iters": 2}])
+)
 @pytest.mark.parametrize("dustbin", [False, True])
 def test_a_balanced_problem_does_not_depend_on_the_unit_of_mass(options: dict[str, Any], dustbin: bool) -> None:
     """Nor do gradients; potentials, residuals and masses come back in the caller's."""

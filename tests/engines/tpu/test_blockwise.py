@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from marks import slow_after
 
 torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
 
@@ -36,7 +37,7 @@ def blocks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "block_size", lambda heads, reach=None: size)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", slow_after(2, SEEDS))
 def test_random_problems_over_several_blocks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_of(4, monkeypatch)
     assert_agrees(problems.make(seed), ENGINE, plan=seed % 5 == 0)
@@ -78,13 +79,13 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", slow_after(1, LARGE))
 def test_larger_problems_in_ragged_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_of(32, monkeypatch)
     assert_agrees(LARGE[name], ENGINE, plan=False)
 
 
-@pytest.mark.parametrize("seed", [0, 3, 5, 6])
+@pytest.mark.parametrize("seed", slow_after(1, [0, 3, 5, 6]))
 def test_float32_is_as_exact_as_plain_float32_pytorch(seed: int) -> None:
     """Within 2x (values) and 3x (gradients) of the reference's own float32 error, plus two roundings."""
     truth = results(problems.make(seed, dropout=False, base_options=False), "reference", plan=False)
@@ -187,6 +188,7 @@ def step_memory(length: int, mask: Tensor | None = None) -> int:
     return jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_temporaries_are_linear_and_the_mask_is_not_copied() -> None:
     small, large = step_memory(2048), step_memory(4096)
     assert large < 2.05 * small and large < 4096 * 4096  # bytes: a quarter of a float32 plan

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow_after
 
 jax = pytest.importorskip("jax")
 
@@ -27,7 +28,7 @@ def attention(lowering: str, size: int, mask: np.ndarray) -> jax.Array:
     return compute(*tokens(size), jnp.asarray(mask, jnp.float32))
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", slow_after(1, LOWERINGS))
 def test_a_nan_on_the_support_shows(lowering: str) -> None:
     for size in (2, 130):
         mask = np.zeros((size, size))
@@ -37,8 +38,8 @@ def test_a_nan_on_the_support_shows(lowering: str) -> None:
         assert jnp.isnan(output[0, 0]).all() and jnp.isfinite(output[0, 1]).all(), size
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("shape", [(9, 9), (1, 9), (9, 1)])
+@pytest.mark.parametrize("lowering", slow_after(1, LOWERINGS))
+@pytest.mark.parametrize("shape", slow_after(1, [(9, 9), (1, 9), (9, 1)]))
 def test_a_line_of_nan_is_no_padding(shape: tuple[int, int], lowering: str) -> None:
     """NaN lies neither above nor below `mask_floor`: where a key or query has no other entry it stays active."""
     for place in ((..., -1), (-1, slice(None))):
@@ -47,7 +48,7 @@ def test_a_line_of_nan_is_no_padding(shape: tuple[int, int], lowering: str) -> N
         assert jnp.isnan(attention(lowering, 9, mask)).all(), place
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", slow_after(1, LOWERINGS))
 def test_a_nan_amid_padding(lowering: str) -> None:
     mask = np.zeros((9, 9))
     mask[:, 0] = -1e4
@@ -96,8 +97,8 @@ def values_and_gradients(masks: list[np.ndarray], lowering: str, options: dict[s
 MORE = ({}, {"dustbin": Dustbin(0.2, 0.1)}, {"gradient": "implicit", "base_iters": 60})
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("lowering", slow_after(1, LOWERINGS))
+@pytest.mark.parametrize("case", slow_after(2, range(9)))
 def test_what_a_mask_holds_off_the_support_is_nobodys(case: int, lowering: str) -> None:
     name, (marked, options) = list(off_the_support(20).items())[case]
     masks = [np.where(marked, value, 0.0) for value in (0.0, np.nan, np.inf)]
@@ -107,6 +108,7 @@ def test_what_a_mask_holds_off_the_support_is_nobodys(case: int, lowering: str) 
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_kernels_of_several_tiles_read_past_no_edge() -> None:
     """Blocks and tiles that stick out over the edge, where an interpreter reads NaN."""
     size, lengths = 530, {"query_lengths": jnp.asarray([515]), "key_lengths": jnp.asarray([520])}
@@ -118,8 +120,8 @@ def test_kernels_of_several_tiles_read_past_no_edge() -> None:
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
-@pytest.mark.parametrize("which", [1, 2])
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("which", slow_after(1, [1, 2]))
+@pytest.mark.parametrize("lowering", slow_after(1, LOWERINGS))
 def test_a_grouped_key_that_one_head_alone_sees(lowering: str, which: int) -> None:
     """NaN in a key, or its value, that the mask keeps for one of the two query heads that read it, is that head's."""
     leaves = tokens(9, heads=4)

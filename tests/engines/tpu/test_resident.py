@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from marks import slow_after
 
 torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
 
@@ -105,7 +106,7 @@ def problem_of(name: str) -> problems.Call:
     return call_of(7, *shape, **options)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", slow_after(2, PROBLEMS))
 def test_conformance(name: str, never_streamed: None) -> None:
     assert_agrees(problem_of(name), ENGINE, plan=False)
 
@@ -122,6 +123,7 @@ def single(call: problems.Call, dtype: torch.dtype) -> problems.Call:
     return problems.Call(call.seed, *leaves[:3], options=call.options, leaves=leaves)
 
 
+@pytest.mark.slow
 def test_float32_is_as_exact_as_plain_float32_pytorch(never_streamed: None) -> None:
     """Within 2x (values) and 3x (gradients) of the reference's own float32 error, plus two roundings."""
     call = call_of(5, 1, 2, 300, 300, 16, window=(90, 90))
@@ -133,6 +135,7 @@ def test_float32_is_as_exact_as_plain_float32_pytorch(never_streamed: None) -> N
             assert relative_error(found[name].double(), y) <= allowed, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
 def test_bfloat16(base_dtype: str, never_streamed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs in bfloat16 compute in float32; a base in bfloat16 moves u^0, not the surrogate taken from it."""
@@ -148,7 +151,7 @@ def test_bfloat16(base_dtype: str, never_streamed: None, monkeypatch: pytest.Mon
             assert relative_error(found[name].double(), y) < 2e-2, name
 
 
-@pytest.mark.parametrize("name", [name for name in PROBLEMS if "nothing" in name])
+@pytest.mark.parametrize("name", slow_after(1, [name for name in PROBLEMS if "nothing" in name]))
 def test_empty_problems_keep_the_batch_in_range(name: str) -> None:
     call = problem_of(name)
     prepared = prepare(call.query, call.key, call.value, **call.options)
@@ -161,6 +164,7 @@ def test_empty_problems_keep_the_batch_in_range(name: str) -> None:
         assert bool(fits) and bool(resident.solve_resident(problem, RESIDENT, strip, first, True)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharp", "steep"])
 def test_what_leaves_the_range_or_the_strip_is_streamed(name: str) -> None:
     """Scores hundreds apart, and a slope the strip was not laid out for: the right answer all the same."""
@@ -182,6 +186,7 @@ def test_what_leaves_the_range_or_the_strip_is_streamed(name: str) -> None:
     assert_agrees(call, ENGINE, plan=False, tolerance=1e-9)
 
 
+@pytest.mark.slow
 def test_no_races(monkeypatch: pytest.MonkeyPatch) -> None:
     """JAX's interpreter of TPU kernels, on two cores, forward and backward."""
     race_states = watch_races(monkeypatch)

@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 import pytest
+from marks import slow_after
 
 jax = pytest.importorskip("jax")
 
@@ -234,7 +235,7 @@ def assert_close(have, want, tolerance):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_after(3, CASES))
 def test_equals_the_dense_formulas(name, small_blocks):
     case = Case(len(name), **CASES[name])
     have, want = found(case, names=SOME if "mask of" in name else None), expected(case)
@@ -242,6 +243,7 @@ def test_equals_the_dense_formulas(name, small_blocks):
     assert_close(have, want, 1e-12)
 
 
+@pytest.mark.slow
 def test_large_tiles():
     case = Case(
         0, num=1, heads=1, length=530, size=600, terms=1, lengths=[(530, 580)], window=(900, 400), mask=(0, 0, 1, 1)
@@ -249,6 +251,7 @@ def test_large_tiles():
     assert_close(found(case, names=SOME), expected(case), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes(dtype, small_blocks):
     """Float32 throughout, but that bfloat16 rounds the plan and dS before they multiply matrices."""
@@ -315,6 +318,7 @@ def race_states(monkeypatch):
         yield states
 
 
+@pytest.mark.slow
 def test_no_races(small_blocks, race_states):
     case = Case(
         7, length=140, size=150, num=1, heads=1, window=(100, 20), mask=(0, 0, 1, 1), mask_dtype=np.float32,
@@ -326,6 +330,7 @@ def test_no_races(small_blocks, race_states):
     assert_close(have, expected(case), 2e-5)
 
 
+@pytest.mark.slow
 def test_a_race_would_be_seen(small_blocks, race_states, monkeypatch):
     """Tiles of one block of lines on two cores at once."""
     monkeypatch.setattr(streaming_walk.TilesOfLines, "order", ("parallel",) * 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from marks import slow_after
 
 torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
 
@@ -89,11 +90,12 @@ def assert_same(call: problems.Call) -> None:
         assert error < 1e-10, f"{name}: {error:.1e} in {call}"
 
 
-@pytest.mark.parametrize("seed", [3000, 3002, 3005, 3007, 3010])
+@pytest.mark.parametrize("seed", slow_after(1, [3000, 3002, 3005, 3007, 3010]))
 def test_values_and_gradients_are_torchs(seed: int) -> None:
     assert_same(problems.make(seed))
 
 
+@pytest.mark.slow
 def test_a_packed_dustbin_with_dropout_is_torchs() -> None:
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(2, n, 4, generator=g, dtype=torch.float64).requires_grad_() for n in (9, 7, 7)]
@@ -123,7 +125,7 @@ def test_a_mask_leaves_the_tokens_that_it_leaves_in_torch(shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize("window", [(128, 128), (0, 5), None])
-@pytest.mark.parametrize("lengths", [(200_000, 200_000), (199_999, 131_073), (70_001, 200_000)])
+@pytest.mark.parametrize("lengths", slow_after(1, [(200_000, 200_000), (199_999, 131_073), (70_001, 200_000)]))
 def test_supports_of_long_sequences_do_not_overflow(window: tuple[int, int] | None, lengths: tuple[int, int]) -> None:
     longest = 200_000
     ours = [support.token_ids(1, longest, jnp.array([n]), None) for n in lengths]
@@ -156,6 +158,7 @@ def test_the_order_of_the_potentials_shows_that_there_is_no_plan() -> None:
     assert f"no plan: {(status == 2).sum()} of 60" in verdict and verdict.startswith("converged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [17])
 def test_the_streaming_schedule_is_torchs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One vector of lanes a block and a tile: many tiles in small problems."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import relative_error
+from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import (
@@ -132,7 +133,7 @@ def same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = ["plain", "window", "lengths", "segments", "dustbin", "implicit", "softmax"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_after(3, CASES))
 def test_it_agrees_with_the_reference(name: str, device: torch.device, fallbacks: Any, same_seed: None) -> None:
     found = results("xla", device, name, D)
     assert not fallbacks()
@@ -140,7 +141,7 @@ def test_it_agrees_with_the_reference(name: str, device: torch.device, fallbacks
         assert relative_error(found[key], x, floor=1.0 if "residual" in key else 1e-3) < 1e-10, key
 
 
-@pytest.mark.parametrize("name", ["window", "dustbin"])
+@pytest.mark.parametrize("name", slow_after(1, ["window", "dustbin"]))
 def test_float32_is_as_exact_as_the_reference_in_float32(name: str, device: torch.device, same_seed: None) -> None:
     found, plain, truth = (
         results(engine, where, name, dtype)
@@ -189,6 +190,7 @@ def test_plan_and_certificate(device: torch.device, fallbacks: Any) -> None:
         assert torch.allclose(x, y) if isinstance(y, Tensor) else x == y
 
 
+@pytest.mark.slow
 def test_training_compiles_once_whatever_the_lengths(device: torch.device, fallbacks: Any) -> None:
     import torch_xla
 
@@ -219,6 +221,7 @@ def test_training_compiles_once_whatever_the_lengths(device: torch.device, fallb
     assert counts[2:] == counts[2:3] * 4  # the momentum of the first step is not yet there
 
 
+@pytest.mark.slow
 def test_segments_and_masses_are_data(device: torch.device) -> None:
     import torch_xla
 
@@ -246,6 +249,7 @@ def test_a_call_synchronises_nothing(device: torch.device) -> None:
     assert not {"ExecuteTime", "CompileTime", "TransferFromDeviceTime"} & set(metrics.metric_names())
 
 
+@pytest.mark.slow
 def test_checks_that_look_at_masks(device: torch.device) -> None:
     """Always: also there, where a reduction of everything is not what it is elsewhere."""
     set_checks("always")
@@ -275,6 +279,7 @@ def test_vmap(device: torch.device) -> None:
     assert relative_error(found.cpu(), expected) < 1e-10
 
 
+@pytest.mark.slow
 def test_torch_compile(device: torch.device) -> None:
     torch.manual_seed(0)
     here = SinkhornMultiheadAttention(8, 2, batch_first=True, window=(6, 6), base_iters=3)
@@ -338,6 +343,7 @@ def test_the_kernels_are_the_users_choice(device: torch.device, asked: None) -> 
         sinkhorn_attention(x, x, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "options"), [("streaming", "softmax"), ("auto", "window")])
 def test_an_interpreted_kernel_agrees_with_the_reference(
     shape: str, options: str, device: torch.device, asked: None
@@ -361,6 +367,7 @@ def test_a_wrong_choice_is_refused(arguments: dict[str, Any], message: str) -> N
         xla.set_lowering(**arguments)
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_too() -> None:
     program = "from torch_sinkhorn_attn.engines import xla; print(xla.lowering())"
 
@@ -373,6 +380,7 @@ def test_the_environment_chooses_too() -> None:
     assert "TORCH_SINKHORN_ATTN_XLA_LOWERING='fast' must be words separated by commas" in said("fast")
 
 
+@pytest.mark.slow
 def test_a_kernel_for_a_tpu_is_in_the_graph_that_is_lowered_for_one(device: torch.device) -> None:
     """In the version of its payload that the pinned libtpu reads: those of `jax.export` are."""
     import jax
@@ -396,6 +404,7 @@ def test_a_kernel_for_a_tpu_is_in_the_graph_that_is_lowered_for_one(device: torc
     assert "tpu_custom_call" in lowered.compiler_ir("hlo").as_hlo_text()
 
 
+@pytest.mark.slow
 def test_the_variable_is_named_when_it_is_wrong() -> None:
     wrong = {"TORCH_SINKHORN_ATTN_XLA_LOWERING": "interpret"}
     command = [sys.executable, "-c", "import torch, torch_sinkhorn_attn"]

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("torch_xla")
 pytest.importorskip("jax")
+pytestmark = pytest.mark.slow
 
 PRELUDE = """
 import numpy as np, torch, torch_xla, torch_xla.runtime as xr, torch_xla.distributed.spmd as xs
