@@ -52,7 +52,7 @@ def sinkhorn_attention(
     initial_potentials: tuple[Tensor, Tensor] | None = None,
     enable_gqa: bool = Options.enable_gqa,
     mask_floor: float | None = Options.mask_floor,
-    engine: str | None = Options.engine,
+    engine: str | None = None,
     return_aux: bool = False,
 ) -> Tensor | tuple[Tensor, SinkhornAux]:
     r"""Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
