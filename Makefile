@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
 	@echo "make test    lint, then every test and documentation example (PYTEST_ARGS=... are passed on)"
-	@echo "make test-fast  the tests that are not marked slow, some three minutes on two cores (PYTEST_ARGS=... likewise)"
+	@echo "make test-fast  the tests that are not marked slow, a few minutes on two cores (PYTEST_ARGS=... likewise)"
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
 	@echo "make matrix  every torch from 2.9 on, each in an environment of its own: docs/releases.md (ARGS=... to nox; an hour)"
