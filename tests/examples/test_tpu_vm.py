@@ -31,7 +31,7 @@ def run(folder: Path, *arguments: str) -> str:
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }  # fmt: skip
     command = [sys.executable, "-m", "examples.tpu_vm", *SMALL.split(), "--out", str(folder), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
