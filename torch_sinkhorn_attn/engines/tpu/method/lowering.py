@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-SHAPES = ("auto", "resident", "streaming", "blockwise")
+SHAPES = ("auto", "resident", "wavefront", "streaming", "blockwise")
 VMEM = {"v4": 16 << 20, "v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "tpu7x": 64 << 20}  # bytes of a core
 USABLE = 15 / 16  # of it; the rest is the compiler's
 

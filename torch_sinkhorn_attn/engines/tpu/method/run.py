@@ -57,8 +57,10 @@ def forward(
     if not is_resident:
         return sinkhorn.forward(problem, residuals)
     from torch_sinkhorn_attn.engines.tpu.resident import passes as resident
+    from torch_sinkhorn_attn.engines.tpu.wavefront import passes as wavefront
 
-    return resident.forward(problem, lowering, residuals)
+    shape = wavefront if lowering.shape == "wavefront" else resident
+    return shape.forward(problem, lowering, residuals)
 
 
 def backward(
@@ -84,6 +86,8 @@ def backward(
     duals, bins = (row_potentials, col_potentials), (grad_to_bin, grad_from_bin)
     if not is_resident:
         return sinkhorn.backward(problem, output, duals, grad_output, bins, mask_grad)
-    from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint
+    from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident
+    from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint as wavefront
 
-    return resident_adjoint.backward(problem, lowering, output, duals, grad_output, bins)
+    shape = wavefront if lowering.shape == "wavefront" else resident
+    return shape.backward(problem, lowering, output, duals, grad_output, bins)

@@ -1,0 +1,158 @@
+"""The adjoint of the wavefront shape: what its kernel is given, and what is made of its results."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs
+from torch_sinkhorn_attn.engines.tpu.resident.adjoint import (
+    LARGEST_EXPONENT,
+    Bins,
+    kernel_operands,
+    staircase_exponents,
+)
+from torch_sinkhorn_attn.engines.tpu.resident.backward import field_parts
+from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
+from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, SUBLANES, Strip
+from torch_sinkhorn_attn.engines.tpu.wavefront.backward import AdjointStatics, kernel
+from torch_sinkhorn_attn.engines.tpu.wavefront.launch import COLS, ROWS, Operand, Result, Scratch, launch
+from torch_sinkhorn_attn.engines.tpu.wavefront.passes import pad_cols, without_padding
+from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries, entries_of, path_of
+
+
+def backward(
+    problem: sinkhorn.Augmented,
+    lowering: Lowering,
+    output: Array,
+    potentials: tuple[Array, Array],
+    grad_output: Array,
+    grad_bins: Bins,
+) -> tuple[Inputs, Array]:
+    """`sinkhorn.backward` by the wavefront kernel, and by `problem`'s own passes where the data want that."""
+    exponents = staircase_exponents(problem, potentials)
+    small = jnp.all(jnp.stack([jnp.max(x, initial=-jnp.inf) for x in exponents]) <= LARGEST_EXPONENT)
+    width = problem.inputs.value.shape[-1]  # type: ignore[union-attr]
+    path = path_of(problem.length, problem.size, problem.statics)
+    low = jnp.dtype(jnp.float32) if problem.inputs.value.dtype == jnp.float16 else problem.inputs.value.dtype  # type: ignore[union-attr]
+    o = AdjointStatics(path, problem.statics, problem.dtype, width, field_parts(problem.statics.kept, low))
+    entries = entries_of(problem.constants, path, problem.statics, o.way.before, o.way.steps)
+    given = output, potentials, grad_output, grad_bins
+    return resident_or_streamed(
+        entries.fits & small,
+        lambda: adjoint(problem, lowering, o, entries, exponents, *given),
+        lambda: sinkhorn.backward(problem, *given, False),
+    )
+
+
+def adjoint(
+    problem: sinkhorn.Augmented,
+    lowering: Lowering,
+    o: AdjointStatics,
+    entries: Entries,
+    exponents: tuple[Array, ...],
+    output: Array,
+    potentials: tuple[Array, Array],
+    grad_output: Array,
+    grad_bins: Bins,
+) -> tuple[Inputs, Array]:
+    """The cotangents by the kernel, whatever the data."""
+    length, size, path = problem.length, problem.size, o.path
+    u, v = (x[-1] for x in potentials)
+    d = sinkhorn.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
+    arrays = kernel_operands(problem, Strip(path.rows, path.cols, path.width), d, u, v, exponents)
+    results = results_of(o, arrays)
+    found = launch(
+        "sinkhorn_wavefront_backward", functools.partial(kernel, o), problem, lowering, entries, o.way.before,
+        operands_of(o, arrays), results, scratch_of(o, arrays),
+    )  # fmt: skip
+    out = {
+        result.name: without_padding(x, path, size) if result.side == COLS else x
+        for result, x in zip(results, found, strict=True)
+    }
+    rows_in, cols_in = supported(problem)
+    z = jnp.where(rows_in, jnp.moveaxis(out["z"], 2, 0)[..., :length], 0)
+    z = jnp.concatenate([z, d.row_sums[None]])
+    w = jnp.where(cols_in, jnp.moveaxis(out["w"], 2, 0), 0)
+    features = problem.inputs.query.shape[-1]
+    query = jnp.where(rows_in[..., None], out["grad_query"][:, :, :length, :features], 0)
+    key, value = (
+        jnp.where(cols_in[..., None], jnp.swapaxes(out[name], -1, -2), 0) for name in ("grad_key", "grad_value")
+    )
+    field = sinkhorn.staircase_field(problem, potentials, z[1:], w)
+    cotangents = sinkhorn.Cotangents(query, key[..., :features], value[..., : o.value_width])
+    return sinkhorn.gather(problem, u, v, d, field, cotangents), z[0]
+
+
+def supported(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
+    """Lines with a support, `[N, 1, L]` and `[N, 1, S]`: those that no way leads through are not written."""
+    constants = problem.constants
+    return (constants.row_lo < constants.row_hi)[:, None], (constants.col_lo < constants.col_hi)[:, None]
+
+
+def operands_of(o: AdjointStatics, arrays: dict[str, Array]) -> list[Operand]:
+    """What the kernel reads, from the arrays of the resident one."""
+    path, kept, lag = o.path, o.statics.kept, o.path.lag
+    last = kept * lag
+    cols = {
+        name: pad_cols(arrays[name], path) for name in ("head_key", "value", "col_sums", "col_a", "col_b")
+    } | {name: pad_cols(arrays[name][:, None], path) for name in ("col_lo", "col_hi")}
+    found = [
+        Operand("query", arrays["query"], ROWS),
+        Operand("head_key", cols["head_key"], COLS),
+        Operand("grad", arrays["grad"], ROWS),
+        Operand("col_lo", cols["col_lo"], COLS),
+        Operand("col_hi", cols["col_hi"], COLS),
+        Operand("first_value", cols["value"], COLS, lag),
+        Operand("first_col_sums", cols["col_sums"], COLS, lag),
+    ]
+    for name in ("row_a", "row_b"):
+        found += [Operand(name, arrays[name], ROWS, q * lag) for q in range(1, kept + 1)]
+    for name in ("col_a", "col_b"):
+        found += [Operand(name, cols[name], COLS, q * lag) for q in range(1, kept + 1)]
+    return [
+        *found,
+        Operand("last_row_sums", arrays["row_sums"], ROWS, last),
+        Operand("last_query", arrays["query"], ROWS, last),
+        Operand("last_key", cols["head_key"], COLS, last),
+        Operand("last_value", cols["value"], COLS, last),
+        Operand("last_grad", arrays["grad"], ROWS, last),
+    ]
+
+
+def results_of(o: AdjointStatics, arrays: dict[str, Array]) -> list[Result]:
+    """What it writes."""
+    lp, sp, kept, lag = o.path.padded_length, o.path.padded_cols * BLOCK, o.statics.kept, o.path.lag
+    features = arrays["query"].shape[2]
+    return [
+        Result("grad_query", (lp, features), ROWS, kept * lag, tokens_first=True),
+        Result("grad_key", (features, sp), COLS, (kept + 1) * lag),
+        Result("grad_value", (arrays["grad"].shape[2], sp), COLS, lag),
+        Result("z", (kept, lp), ROWS, kept * lag),
+        Result("w", (kept, sp), COLS, kept * lag),
+    ]
+
+
+def scratch_of(o: AdjointStatics, arrays: dict[str, Array]) -> Scratch:
+    """Its workspace."""
+    way, path, kept, dtype, line = o.way, o.path, o.statics.kept, o.dtype, (SUBLANES, BLOCK)
+    features, low = arrays["query"].shape[2], arrays["value"].dtype
+    lines = -(-kept // SUBLANES) * SUBLANES
+    return {
+        "plan": ((way.ring, BLOCK, path.columns), dtype),
+        "zs": ((way.ring, lines, BLOCK), dtype),
+        "ws": ((way.held, lines, BLOCK), dtype),
+        "sums": ((kept + 1, way.touched, *line), dtype),
+        "y": ((kept + 1, way.touched, *line), dtype),
+        "los": ((way.window, *line), jnp.int32),
+        "his": ((way.window, *line), jnp.int32),
+        "keys": ((way.window, features, BLOCK), arrays["head_key"].dtype),
+        "last_keys": ((way.window, features, BLOCK), arrays["head_key"].dtype),
+        "field_cols": ((way.window, o.field_parts + o.value_width, BLOCK), low),
+        "value_sums": ((way.touched, arrays["grad"].shape[2], BLOCK), dtype),
+        "key_sums": ((way.touched, features, BLOCK), dtype),
+    }

@@ -1,0 +1,365 @@
+"""The wavefront forward kernel: a band's row blocks pass through all iterations at once, so that what a core keeps does
+not grow with the length.
+
+A grid step is one step of the way (`path`) of one (batch element, head). The mathematics is that of the resident kernel
+(`resident.forward`): a strip K_ij = exp(S_ij + u^start_i + v^abs_j), and half-steps that are matrix-vector products. The
+strip of a row block stays in a ring in VMEM from the step in which its scores are formed to that of its last iteration:
+
+    entry e = s                  scores, and the column maxima v^abs is made of
+    entry e = s - lag            K, and the column sums for x = 1
+    entry e = s - (i + 1) lag    iteration i: y of the column block that comes in, x of the row block, its column sums
+    entry e = s - (I + 2) lag    the columns' last sums, where asked for
+
+Each iteration has column sums and y of its own, in rings of a few column blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
+from torch_sinkhorn_attn.engines.tpu.resident.columns import COL_LIMIT, END_LIMIT, TINY
+from torch_sinkhorn_attn.engines.tpu.resident.strip import (
+    BLOCK,
+    DEAD,
+    LOG2E,
+    SUBLANES,
+    along_lanes,
+    along_rows,
+    dot,
+    dropout_keep,
+    fold,
+)
+from torch_sinkhorn_attn.engines.tpu.wavefront.path import Path
+from torch_sinkhorn_attn.engines.tpu.wavefront.stages import (
+    Stages,
+    Way,
+    columns_of,
+    fill,
+    keep_unless,
+    named,
+    over_sublanes,
+    rep_of_line,
+    row_sums,
+)
+
+UNROLLED = 24  # blocks of 128 x 128 in one loop body, as in `resident.strip`
+
+
+class PassStatics(NamedTuple):
+    """What the kernel compiles in. A pass makes iterations 1..base, over-relaxed, and base + 1..base + tail, plain."""
+
+    path: Path
+    statics: Statics
+    dtype: Any  # of sums and potentials
+    base: int
+    tail: int
+    saved: tuple[int, ...]  # iterations whose potentials are results
+    values: bool
+    residuals: bool
+
+    @property
+    def iterations(self) -> int:
+        return self.base + self.tail
+
+    @property
+    def plain(self) -> bool:
+        """Whether half-steps are the scalings alone, without logarithms."""
+        return self.statics.balanced and self.statics.over_relaxation == 1.0
+
+    def lag_of(self, iteration: int) -> int:
+        """Steps that an iteration is behind."""
+        return self.path.lag * (iteration + 1)
+
+    @property
+    def way(self) -> Way:
+        last = self.lag_of(self.iterations)
+        return Way(self.path, last + self.path.lag * self.residuals, last)
+
+
+class Refs(NamedTuple):
+    """The kernel's operands, results and scratch, by name; absent ones are None. Blocks of one row or column block:
+    leading dimensions are 1. "rep" is `[128, 128]`, every lane the same; "line" is `[8, 128]`, every sublane the same.
+    """
+
+    row: Any  # [n * steps] SMEM: `path.Entries`
+    front: Any
+    stream: Any  # [N, H] SMEM: dropout's
+    query: Any  # [1, 1, E+b, 128]
+    key: Any  # [1, 1, E+b, 128]
+    col_lo: Any  # [1, 1, 1, 128]
+    col_hi: Any
+    log_a: Any  # [1, 1, 1, 128]; DEAD on lines without support
+    start_row: Any  # [1, 1, 1, 128]
+    log_b: Any  # [1, 1, 1, 128]
+    start_col: Any
+    mask: Any  # width times [1, 1, 128, 128]
+    value: Any  # [1, 1, Ev, 128]
+    rows: Any  # [1, 1, 1, 128] u of each saved iteration
+    cols: Any  # v likewise
+    mass: Any  # [1, 1, 128, Ev] P V, rows not yet scaled
+    scale: Any  # [1, 1, 1, 128] the last x: what scales them
+    row_total: Any  # [1, 1, 1, 128] row sums likewise
+    col_total: Any  # [1, 1, 1, 128] column sums of the last plan; only with residuals
+    range: Any  # [1, 1, 1, 128]: 1 while every scaling stayed in range
+    strip: Any  # [ring, 128, C]
+    row_rep: Any  # [ring] rep: a, or beside relaxation rho (log a + u^start) - u^start
+    row_line: Any  # [ring, 8, 128]: u^start and log a in its first two lines
+    log_x: Any  # [ring] rep: kept for over-relaxation
+    keys: Any  # [window, E+b, 128]
+    los: Any  # [window] line, int32
+    his: Any
+    values: Any  # [window, Ev, 128]
+    tops: Any  # [touched, 8, 128] column maxima of the scores, to be taken over sublanes
+    col_abs: Any  # [held] line: v^abs, DEAD on dead columns
+    col_mass: Any  # [held] line: b, or log b
+    sums: Any  # [iterations + 1, touched, 8, 128] column sums, to be added over sublanes
+    y: Any  # [iterations + 1, touched] line: column scaling, 1 on dead columns
+    log_y: Any  # its logarithm, kept for over-relaxation
+    worst: Any  # [2, 8, 128]: the largest y and 1 / y
+
+
+class RowBlock(NamedTuple):
+    """A row block in an iteration."""
+
+    row: Array  # its number, or ~ of the last, where none comes in
+    front: Array
+    slot: Array  # its place in the ring
+    tiles: list[Array]  # K, by column block
+    weighted: list[Array]  # K y
+    total: Array  # row sums of K y, rep
+    x: Array  # rep
+
+
+def kernel(o: PassStatics, names: tuple[str, ...], *refs: Any) -> None:
+    """The body of a grid step; `names` says which fields of `Refs` are there, in order, those of `rows`, `cols` and
+    `mask` once for each."""
+    Wave(o, Refs(*named(names, refs, Refs._fields, ("rows", "cols", "mask")))).step()
+
+
+class Wave(Stages):
+    """One step of one head."""
+
+    def __init__(self, o: PassStatics, r: Refs):
+        super().__init__(o.path, o.way, o.statics.uniform, r)
+        self.o, self.s = o, o.statics
+
+    def step(self) -> None:
+        """The stages in an order in which everything that a ring holds is read before anything is written to it, so
+        that the scheduler may overlap them: they work on different row blocks, `lag` steps apart."""
+        o = self.o
+        pl.when(self.at == 0)(self.clear)
+        alike = max(0, o.base - 1)  # iteration `base` is saved
+        unroll = max(1, min(alike, UNROLLED // self.path.width))
+        looped = alike // unroll * unroll
+        if looped:
+            lax.fori_loop(0, alike // unroll, lambda k, _: self.group(1 + k * unroll, unroll, alike=True), None)
+        self.group(1 + looped, o.iterations - looped)
+        if o.residuals:
+            self.column_totals()
+        self.exponentials()
+        self.scores()
+        self.note_range()
+
+    def group(self, first: Any, count: int, alike: bool = False) -> None:
+        """Iterations `first` and on."""
+        iterations = [(first + g, alike or first + g <= self.o.base) for g in range(count)]
+        for i, base in iterations:
+            self.column_scaling(i, base)
+        found = [self.row_products(i, base) for i, base in iterations]
+        for (i, _), x in zip(iterations, found):
+            self.column_sums(i, x)
+        if not alike:
+            for (i, _), x in zip(iterations, found):
+                self.results(i, x)
+
+    def clear(self) -> None:
+        """What is read before it is written must be numbers: of a row block and columns that are in no interval."""
+        r, plain = self.r, self.o.plain
+        for ref, value in (
+            (r.strip, TINY), (r.row_rep, 0 if plain else DEAD), (r.row_line, DEAD), (r.log_x, 0), (r.los, 0), (r.his, 0),
+            (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, 0 if plain else DEAD), (r.sums, 0), (r.y, 1), (r.log_y, 0),
+            (r.values, 0), (r.worst, 0),
+        ):  # fmt: skip
+            if ref is not None:
+                fill(ref, value)
+        r.range[...] = jnp.ones_like(r.range)
+
+    # The strip
+
+    def scores(self) -> None:
+        """The scores of the row block that comes in, and their column maxima."""
+        r, s = self.r, self.s
+        row, front = self.entry(0)
+        new = self.in_window(front - 1)
+        r.keys[new] = r.key[0, 0]
+        self.take_in(front)
+        slot = self.slot(0)
+        factor = s.scale / s.epsilon * LOG2E
+        started = self.touched(front - 1)
+        stalled = self.stalled(0)
+        r.tops[started] = jnp.where(stalled, r.tops[started], DEAD)
+        for j, column in enumerate(self.window(front)):
+            tile = dot(r.query[0, 0], r.keys[self.in_window(column)], (0, 0), self.o.dtype) * factor
+            tile = self.masked_scores(row, column, j, tile)
+            r.strip[slot, :, columns_of(j)] = tile
+            place = self.touched(column)
+            r.tops[place] = jnp.maximum(r.tops[place], fold(tile, jnp.maximum))
+
+    def exponentials(self) -> None:
+        """K of a row block whose columns' maxima are known, and its column sums for x = 1."""
+        r, o, s, lag = self.r, self.o, self.s, self.path.lag
+        row, front = self.entry(lag)
+        real, slot = row >= 0, self.slot(lag)
+        new = front - 1
+        top = jnp.max(r.tops[self.touched(new)], 0, keepdims=True) / LOG2E
+        log_b = r.log_b[0, 0]
+        alive = (top > DEAD / 2) & (log_b > DEAD / 2)
+        col_abs = jnp.where(alive, -top, DEAD)
+        held = self.held(new)
+        r.col_abs[held] = jnp.broadcast_to(col_abs, (SUBLANES, BLOCK))
+        r.col_mass[held] = jnp.broadcast_to(jnp.exp(log_b) if o.plain else log_b, (SUBLANES, BLOCK))
+        if r.log_y is not None:
+            log_y = jnp.where(alive, r.start_col[0, 0] - col_abs, 0)
+            r.log_y[0, self.touched(new)] = jnp.broadcast_to(log_y, (SUBLANES, BLOCK))
+        self.start_sums(0, lag, front)
+        for j, column in enumerate(self.window(front)):
+            at = columns_of(j)
+            tile = r.strip[slot, :, at] + rep_of_line(r.col_abs[self.held(column)]) * LOG2E
+            tile = jnp.maximum(jnp.exp2(tile), TINY)
+            r.strip[slot, :, at] = tile
+            place = self.touched(column)
+            r.sums[0, place] = r.sums[0, place] + fold(tile)
+        log_a, start = r.log_a[0, 0], r.start_row[0, 0]
+        log_a = jnp.where(real, log_a, DEAD)
+        r.row_rep[slot] = along_rows(jnp.exp(log_a) if o.plain else s.rho_row * (log_a + start) - start)
+        r.row_line[slot, 0:1, :] = start
+        r.row_line[slot, 1:2, :] = log_a
+        if r.log_x is not None:
+            r.log_x[slot] = jnp.zeros((BLOCK, BLOCK), o.dtype)
+
+    def start_sums(self, iteration: Any, lag: Any, front: Array) -> None:
+        """Sums of the column block that comes in begin at 0."""
+        place = self.touched(front - 1)
+        self.r.sums[iteration, place] = jnp.where(self.stalled(lag), self.r.sums[iteration, place], 0)
+
+    # The iterations
+
+    def column_scaling(self, i: Any, base: bool) -> None:
+        """y of iteration i for the column block that comes in."""
+        r, o, s = self.r, self.o, self.s
+        _, front = self.entry(self.path.lag * (i + 1))
+        new = front - 1
+        held, place = self.held(new), self.touched(new)
+        total = jnp.maximum(over_sublanes(r.sums[i - 1, place]), TINY)
+        mass = r.col_mass[held]
+        if o.plain:
+            live = mass > 0
+            y = jnp.where(live, mass / total, 1)
+            inverse = jnp.where(live, total / jnp.where(live, mass, 1), 1)
+        else:
+            col_abs = r.col_abs[held]
+            live = (mass > DEAD / 2) & (col_abs > DEAD / 2)
+            log_y = s.rho_col * (mass + col_abs - jnp.log(total)) - col_abs
+            if base and s.over_relaxation != 1:
+                log_y = (1 - s.over_relaxation) * r.log_y[i - 1, place] + s.over_relaxation * log_y
+            log_y = jnp.where(live, log_y, 0)
+            if r.log_y is not None:
+                r.log_y[i, place] = log_y
+            y, inverse = jnp.exp(log_y), jnp.exp(-log_y)
+        r.y[i, place] = y
+        r.worst[0] = jnp.maximum(r.worst[0], y)
+        r.worst[1] = jnp.maximum(r.worst[1], inverse)
+
+    def row_products(self, i: Any, base: bool) -> RowBlock:
+        """x of iteration i for its row block."""
+        r = self.r
+        lag = self.path.lag * (i + 1)
+        row, front = self.entry(lag)
+        slot, columns = self.slot(lag), self.window(front)
+        tiles = [r.strip[slot, :, columns_of(j)] for j in range(self.path.width)]
+        weighted = [tile * rep_of_line(r.y[i, self.touched(c)]) for tile, c in zip(tiles, columns)]
+        total = row_sums(weighted)
+        return RowBlock(row, front, slot, tiles, weighted, total, self.row_scaling(slot, total, base))
+
+    def column_sums(self, i: Any, b: RowBlock) -> None:
+        """The column sums for x."""
+        if isinstance(i, int) and i == self.o.iterations and not self.o.residuals:
+            return
+        r = self.r
+        self.start_sums(i, self.path.lag * (i + 1), b.front)
+        for tile, column in zip(b.tiles, self.window(b.front)):
+            place = self.touched(column)
+            r.sums[i, place] = r.sums[i, place] + fold(tile * b.x)
+
+    def results(self, i: int, b: RowBlock) -> None:
+        """What an iteration that is not only passed through leaves behind."""
+        r, o = self.r, self.o
+        real, x = b.row >= 0, None
+        if i in o.saved or i == o.iterations:
+            x = along_lanes(b.x)
+        if i in o.saved:
+            self.save(o.saved.index(i), i, b.slot, b.front, real, x)
+        if i == o.iterations and r.scale is not None:
+            keep_unless(real, r.scale, x)
+            keep_unless(real, r.row_total, along_lanes(b.total))
+        if i == o.iterations and o.values:
+            self.add_values(b.row, b.front, b.weighted, real)
+
+    def row_scaling(self, slot: Array, total: Array, base: bool) -> Array:
+        """x for row sums `total`, rep."""
+        r, s = self.r, self.s
+        if self.o.plain:
+            return r.row_rep[slot] / total
+        log_x = r.row_rep[slot] - s.rho_row * jnp.log(total)
+        if r.log_x is not None:
+            if base:
+                log_x = (1 - s.over_relaxation) * r.log_x[slot] + s.over_relaxation * log_x
+            r.log_x[slot] = log_x
+        return jnp.exp(log_x)
+
+    def save(self, k: int, i: int, slot: Array, front: Array, real: Array, x: Array) -> None:
+        """u and v of a saved iteration."""
+        r = self.r
+        start, log_a = r.row_line[slot, 0:1, :], r.row_line[slot, 1:2, :]
+        keep_unless(real, r.rows[k], start + jnp.log(jnp.maximum(x, TINY)))
+        new = front - 1
+        y = r.y[i, self.touched(new)][:1]
+        r.cols[k][0, 0] = r.col_abs[self.held(new)][:1] + jnp.log(jnp.maximum(y, TINY))
+        fine = (x >= math.exp(-END_LIMIT)) & (x <= math.exp(END_LIMIT))
+        self.note(jnp.where((log_a > DEAD / 2) & ~fine, 1.0, 0.0))
+
+    def add_values(self, row: Array, front: Array, weighted: list[Array], real: Array) -> None:
+        r, o = self.r, self.o
+        r.values[self.in_window(front - 1)] = r.value[0, 0]
+        total: Any = 0
+        for tile, column in zip(weighted, self.window(front)):
+            if self.s.dropout_p:
+                block = column - self.path.width  # without the padding
+                keep = dropout_keep(r.stream[self.n, self.h], jnp.maximum(row, 0), block, tile.shape, self.s.dropout_p)
+                tile = jnp.where(keep, tile / (1 - self.s.dropout_p), 0)
+            value = r.values[self.in_window(column)]
+            total = total + dot(tile.astype(value.dtype), value, (1, 1), o.dtype)
+        keep_unless(real, r.mass, total)
+
+    def column_totals(self) -> None:
+        """The column sums of the last plan."""
+        r, i = self.r, self.o.iterations
+        _, front = self.entry(self.path.lag * (i + 2))
+        place = self.touched(front - 1)
+        r.col_total[0, 0] = (r.y[i, place] * over_sublanes(r.sums[i, place]))[:1]
+
+    # The range
+
+    def note(self, bad: Array) -> None:
+        self.r.range[0, 0] = jnp.minimum(self.r.range[0, 0], 1 - bad.astype(self.o.dtype))
+
+    def note_range(self) -> None:
+        """Whether y stayed in range, and is a number."""
+        worst = jnp.maximum(self.r.worst[0], self.r.worst[1])[:1]
+        self.note(jnp.where(worst <= math.exp(COL_LIMIT), 0.0, 1.0))

@@ -1,0 +1,116 @@
+"""One launch of a wavefront kernel: operands and results block by block, each at the stage that reads or writes it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torch_sinkhorn_attn.engines.tpu.method import dropout
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
+from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK
+from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries
+
+ROWS, COLS = "rows", "cols"
+
+
+class Operand(NamedTuple):
+    """An array that a kernel reads a block at a time.
+
+    `array`: `[N or 1, H, Hk or 1, F, tokens]`, tokens in whole blocks, columns with their padding. `side`: which tokens
+    those are. `lag`: steps that the stage which reads it is behind.
+    """
+
+    name: str
+    array: Array
+    side: str
+    lag: int = 0
+
+
+class Result(NamedTuple):
+    """Likewise one that it writes, `shape` without `[N, H]`: `[F, tokens]`, or `[tokens, F]` where `tokens_first`."""
+
+    name: str
+    shape: tuple[int, int]
+    side: str | None  # None: one block for the head
+    lag: int = 0
+    tokens_first: bool = False
+
+
+Scratch = dict[str, tuple[tuple[int, ...], Any]]
+
+
+def launch(
+    name: str,
+    body: Callable[..., None],
+    problem: Augmented,
+    lowering: Lowering,
+    entries: Entries,
+    before: int,
+    operands: list[Operand],
+    results: list[Result],
+    scratch: Scratch,
+) -> list[Array]:
+    """Run `body(names, *refs)` over all steps of all heads; results come back as `[N, H, *shape]`."""
+    num, heads = problem.constants.log_row_mass.shape[:2]
+    length = entries.row.shape[1]
+    per_batch = np.int32(length if entries.row.shape[0] > 1 else 0)
+    prefetched = {"row": entries.row.reshape(-1), "front": entries.front.reshape(-1)}
+    if problem.constants.dropout_seed is not None:
+        prefetched["stream"] = dropout.head_streams(problem.constants)
+
+    def block_at(side: str | None, lag: int) -> Callable[..., Any]:
+        def at(n: Any, s: Any, row: Any, front: Any) -> Any:
+            if side is None:
+                return 0
+            place = n * per_batch + s + np.int32(before - lag)
+            if side == COLS:
+                return front[place] - 1
+            block = row[place]
+            return jax.numpy.where(block < 0, ~block, block)
+
+        return at
+
+    def operand(x: Operand) -> pl.BlockSpec:
+        at, (own_n, own_h) = block_at(x.side, x.lag), x.array.shape[:2]
+        group = np.int32(heads // own_h)
+        shape = (1, 1, x.array.shape[2], BLOCK)
+        return pl.BlockSpec(
+            shape,
+            lambda n, h, s, row, front, *_: (n if own_n > 1 else 0, lax.div(h, group), 0, at(n, s, row, front)),
+        )
+
+    def result(x: Result) -> pl.BlockSpec:
+        at = block_at(x.side, x.lag)
+        if x.tokens_first:
+            return pl.BlockSpec(
+                (1, 1, BLOCK, x.shape[1]), lambda n, h, s, row, front, *_: (n, h, at(n, s, row, front), 0)
+            )
+        return pl.BlockSpec((1, 1, x.shape[0], BLOCK), lambda n, h, s, row, front, *_: (n, h, 0, at(n, s, row, front)))
+
+    names = (*prefetched, *(x.name for x in operands), *(x.name for x in results), *scratch)
+    run = pl.pallas_call(
+        functools.partial(body, names),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetched),
+            grid=(num, heads, length - before),
+            in_specs=[operand(x) for x in operands],
+            out_specs=[result(x) for x in results],
+            scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((num, heads, *x.shape), problem.dtype) for x in results],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=lowering.vmem_limit
+        ),
+        interpret=lowering.interpret,
+        name=name,
+    )
+    with jax.named_scope(name):  # by which the compiler's listings call it
+        return list(run(*prefetched.values(), *(x.array for x in operands)))
