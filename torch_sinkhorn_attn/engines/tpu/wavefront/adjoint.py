@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,15 +15,24 @@ from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs
 from torch_sinkhorn_attn.engines.tpu.resident.adjoint import (
     LARGEST_EXPONENT,
     Bins,
+    footprint,
     kernel_operands,
     staircase_exponents,
 )
 from torch_sinkhorn_attn.engines.tpu.resident.backward import field_parts
 from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
-from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, SUBLANES, Strip
+from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, SUBLANES, Strip, matmul_dtype
 from torch_sinkhorn_attn.engines.tpu.wavefront.backward import AdjointStatics, kernel
 from torch_sinkhorn_attn.engines.tpu.wavefront.launch import COLS, ROWS, Operand, Result, Scratch, launch
-from torch_sinkhorn_attn.engines.tpu.wavefront.passes import pad_cols, without_padding
+from torch_sinkhorn_attn.engines.tpu.wavefront.passes import (
+    bytes_of,
+    intervals,
+    mask_floor,
+    mask_operands,
+    pad_cols,
+    shapes_of,
+    without_padding,
+)
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries, entries_of, path_of
 
 
@@ -36,17 +47,40 @@ def backward(
     """`sinkhorn.backward` by the wavefront kernel, and by `problem`'s own passes where the data want that."""
     exponents = staircase_exponents(problem, potentials)
     small = jnp.all(jnp.stack([jnp.max(x, initial=-jnp.inf) for x in exponents]) <= LARGEST_EXPONENT)
-    width = problem.inputs.value.shape[-1]  # type: ignore[union-attr]
-    path = path_of(problem.length, problem.size, problem.statics)
-    low = jnp.dtype(jnp.float32) if problem.inputs.value.dtype == jnp.float16 else problem.inputs.value.dtype  # type: ignore[union-attr]
-    o = AdjointStatics(path, problem.statics, problem.dtype, width, field_parts(problem.statics.kept, low))
-    entries = entries_of(problem.constants, path, problem.statics, o.way.before, o.way.steps)
+    o = options_of(problem)
+    entries = entries_of(problem.constants, o.path, problem.statics, o.way.before, o.way.steps)
     given = output, potentials, grad_output, grad_bins
     return resident_or_streamed(
         entries.fits & small,
         lambda: adjoint(problem, lowering, o, entries, exponents, *given),
         lambda: sinkhorn.backward(problem, *given, False),
     )
+
+
+def options_of(problem: sinkhorn.Augmented) -> AdjointStatics:
+    """What the kernel compiles in."""
+    value, statics = problem.inputs.value, problem.statics
+    assert value is not None
+    return AdjointStatics(
+        path_of(problem.length, problem.size, statics),
+        statics,
+        problem.dtype,
+        value.shape[-1],
+        field_parts(statics.kept, matmul_dtype(value)),
+        mask_floor(problem),
+    )
+
+
+def vmem(problem: sinkhorn.Augmented) -> int:
+    """Bytes of a core's memory that the kernel takes at most."""
+    o, path = options_of(problem), path_of(problem.length, problem.size, problem.statics)
+    arrays = footprint(problem, Strip(path.rows, path.cols, path.width))[0]
+
+    def look() -> list[Operand]:
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in arrays.items()}
+        return operands_of(problem, o, zeros)
+
+    return bytes_of(shapes_of(look), results_of(o, arrays), scratch_of(o, arrays), problem.dtype)
 
 
 def adjoint(
@@ -67,8 +101,8 @@ def adjoint(
     arrays = kernel_operands(problem, Strip(path.rows, path.cols, path.width), d, u, v, exponents)
     results = results_of(o, arrays)
     found = launch(
-        "sinkhorn_wavefront_backward", functools.partial(kernel, o), problem, lowering, entries, o.way.before,
-        operands_of(o, arrays), results, scratch_of(o, arrays),
+        "sinkhorn_wavefront_backward", functools.partial(kernel, o), problem, lowering, entries, path, o.way.before,
+        operands_of(problem, o, arrays), results, scratch_of(o, arrays),
     )  # fmt: skip
     out = {
         result.name: without_padding(x, path, size) if result.side == COLS else x
@@ -94,22 +128,23 @@ def supported(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
     return (constants.row_lo < constants.row_hi)[:, None], (constants.col_lo < constants.col_hi)[:, None]
 
 
-def operands_of(o: AdjointStatics, arrays: dict[str, Array]) -> list[Operand]:
+def operands_of(problem: sinkhorn.Augmented, o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Operand]:
     """What the kernel reads, from the arrays of the resident one."""
     path, kept, lag = o.path, o.statics.kept, o.path.lag
     last = kept * lag
-    cols = {
-        name: pad_cols(arrays[name], path) for name in ("head_key", "value", "col_sums", "col_a", "col_b")
-    } | {name: pad_cols(arrays[name][:, None], path) for name in ("col_lo", "col_hi")}
+    names = ("head_key", "value", "col_sums", "col_a", "col_b")
+    cols = {name: pad_cols(arrays[name], path) for name in names}
+    lo, hi = intervals(problem)
     found = [
         Operand("query", arrays["query"], ROWS),
         Operand("head_key", cols["head_key"], COLS),
         Operand("grad", arrays["grad"], ROWS),
-        Operand("col_lo", cols["col_lo"], COLS),
-        Operand("col_hi", cols["col_hi"], COLS),
+        Operand("col_lo", pad_cols(lo, path), COLS),
+        Operand("col_hi", pad_cols(hi, path), COLS),
         Operand("first_value", cols["value"], COLS, lag),
         Operand("first_col_sums", cols["col_sums"], COLS, lag),
     ]
+    found += mask_operands(problem, path)
     for name in ("row_a", "row_b"):
         found += [Operand(name, arrays[name], ROWS, q * lag) for q in range(1, kept + 1)]
     for name in ("col_a", "col_b"):
@@ -124,7 +159,7 @@ def operands_of(o: AdjointStatics, arrays: dict[str, Array]) -> list[Operand]:
     ]
 
 
-def results_of(o: AdjointStatics, arrays: dict[str, Array]) -> list[Result]:
+def results_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Result]:
     """What it writes."""
     lp, sp, kept, lag = o.path.padded_length, o.path.padded_cols * BLOCK, o.statics.kept, o.path.lag
     features = arrays["query"].shape[2]
@@ -137,7 +172,7 @@ def results_of(o: AdjointStatics, arrays: dict[str, Array]) -> list[Result]:
     ]
 
 
-def scratch_of(o: AdjointStatics, arrays: dict[str, Array]) -> Scratch:
+def scratch_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> Scratch:
     """Its workspace."""
     way, path, kept, dtype, line = o.way, o.path, o.statics.kept, o.dtype, (SUBLANES, BLOCK)
     features, low = arrays["query"].shape[2], arrays["value"].dtype

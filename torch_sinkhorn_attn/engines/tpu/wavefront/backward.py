@@ -51,6 +51,7 @@ class AdjointStatics(NamedTuple):
     dtype: Any  # of sums
     value_width: int
     field_parts: int
+    mask_floor: float = 0.0  # a float mask drops what is at or below
 
     @property
     def way(self) -> Way:
@@ -69,7 +70,8 @@ class Refs(NamedTuple):
     grad: Any  # [1, 1, Ev+b, 128] dO / a, and ra^R z^R
     col_lo: Any  # [1, 1, 1, 128]
     col_hi: Any
-    mask: Any  # width times [1, 1, 128, 128]
+    mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
+    alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
     first_value: Any  # [1, 1, Ev, 128]: V at the first reading,
     first_col_sums: Any  # [1, 1, 1, 128] and column sums of P*D
     row_a: Any  # [1, 1, R, 128] ra^1..ra^R, at each reading
@@ -113,7 +115,7 @@ class Adjoint(Stages):
     """One step of one head. r counts from 0: slot r of the factors belongs to iteration r + 1."""
 
     def __init__(self, o: AdjointStatics, r: Refs):
-        super().__init__(o.path, o.way, o.statics.uniform, r)
+        super().__init__(o.path, o.way, o.statics.uniform, o.mask_floor, r)
         self.o, self.s, self.kept = o, o.statics, o.statics.kept
 
     def step(self) -> None:

@@ -1,9 +1,10 @@
 """The wavefront forward kernel: a band's row blocks pass through all iterations at once, so that what a core keeps does
 not grow with the length.
 
-A grid step is one step of the way (`path`) of one (batch element, head). The mathematics is that of the resident kernel
-(`resident.forward`): a strip K_ij = exp(S_ij + u^start_i + v^abs_j), and half-steps that are matrix-vector products. The
-strip of a row block stays in a ring in VMEM from the step in which its scores are formed to that of its last iteration:
+A grid step is one step of the way (`path`) of one (batch element, head). The mathematics is that of the resident
+kernel (`resident.forward`): a strip K_ij = exp(S_ij + u^start_i + v^abs_j), and half-steps that are matrix-vector
+products. The strip of a row block stays in a ring in VMEM from the step in which its scores are formed to that of its
+last iteration:
 
     entry e = s                  scores, and the column maxima v^abs is made of
     entry e = s - lag            K, and the column sums for x = 1
@@ -48,8 +49,6 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.stages import (
     row_sums,
 )
 
-UNROLLED = 24  # blocks of 128 x 128 in one loop body, as in `resident.strip`
-
 
 class PassStatics(NamedTuple):
     """What the kernel compiles in. A pass makes iterations 1..base, over-relaxed, and base + 1..base + tail, plain."""
@@ -62,6 +61,8 @@ class PassStatics(NamedTuple):
     saved: tuple[int, ...]  # iterations whose potentials are results
     values: bool
     residuals: bool
+    mask_floor: float = 0.0  # a float mask drops what is at or below
+    unrolled: int = 1  # iterations in one loop body
 
     @property
     def iterations(self) -> int:
@@ -98,7 +99,8 @@ class Refs(NamedTuple):
     start_row: Any  # [1, 1, 1, 128]
     log_b: Any  # [1, 1, 1, 128]
     start_col: Any
-    mask: Any  # width times [1, 1, 128, 128]
+    mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
+    alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
     value: Any  # [1, 1, Ev, 128]
     rows: Any  # [1, 1, 1, 128] u of each saved iteration
     cols: Any  # v likewise
@@ -146,7 +148,7 @@ class Wave(Stages):
     """One step of one head."""
 
     def __init__(self, o: PassStatics, r: Refs):
-        super().__init__(o.path, o.way, o.statics.uniform, r)
+        super().__init__(o.path, o.way, o.statics.uniform, o.mask_floor, r)
         self.o, self.s = o, o.statics
 
     def step(self) -> None:
@@ -155,7 +157,7 @@ class Wave(Stages):
         o = self.o
         pl.when(self.at == 0)(self.clear)
         alike = max(0, o.base - 1)  # iteration `base` is saved
-        unroll = max(1, min(alike, UNROLLED // self.path.width))
+        unroll = max(1, min(alike, o.unrolled))
         looped = alike // unroll * unroll
         if looped:
             lax.fori_loop(0, alike // unroll, lambda k, _: self.group(1 + k * unroll, unroll, alike=True), None)
@@ -181,9 +183,10 @@ class Wave(Stages):
     def clear(self) -> None:
         """What is read before it is written must be numbers: of a row block and columns that are in no interval."""
         r, plain = self.r, self.o.plain
+        dead = 0 if plain else DEAD
         for ref, value in (
-            (r.strip, TINY), (r.row_rep, 0 if plain else DEAD), (r.row_line, DEAD), (r.log_x, 0), (r.los, 0), (r.his, 0),
-            (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, 0 if plain else DEAD), (r.sums, 0), (r.y, 1), (r.log_y, 0),
+            (r.strip, TINY), (r.row_rep, dead), (r.row_line, DEAD), (r.log_x, 0), (r.los, 0), (r.his, 0),
+            (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, dead), (r.sums, 0), (r.y, 1), (r.log_y, 0),
             (r.values, 0), (r.worst, 0),
         ):  # fmt: skip
             if ref is not None:

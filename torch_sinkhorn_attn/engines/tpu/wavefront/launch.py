@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -16,22 +18,24 @@ from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK
-from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries
+from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries, Path
 
-ROWS, COLS = "rows", "cols"
+ROWS, COLS, PAIRS = "rows", "cols", "pairs"
 
 
 class Operand(NamedTuple):
     """An array that a kernel reads a block at a time.
 
-    `array`: `[N or 1, H, Hk or 1, F, tokens]`, tokens in whole blocks, columns with their padding. `side`: which tokens
-    those are. `lag`: steps that the stage which reads it is behind.
+    `array`: `[N or 1, H, Hk or 1, F, tokens]`, tokens in whole blocks, columns with their padding; or of pairs, `[N or
+    1, H or 1, L or 1, S or 1]`, as it is. `side`: which tokens those are. `lag`: steps that the stage which reads it is
+    behind. `column`: of pairs, the column block of the strip.
     """
 
     name: str
     array: Array
     side: str
     lag: int = 0
+    column: int = 0
 
 
 class Result(NamedTuple):
@@ -53,6 +57,7 @@ def launch(
     problem: Augmented,
     lowering: Lowering,
     entries: Entries,
+    path: Path,
     before: int,
     operands: list[Operand],
     results: list[Result],
@@ -74,11 +79,29 @@ def launch(
             if side == COLS:
                 return front[place] - 1
             block = row[place]
-            return jax.numpy.where(block < 0, ~block, block)
+            return jnp.where(block < 0, ~block, block)
 
         return at
 
+    def pairs(x: Operand) -> pl.BlockSpec:
+        own_n, own_h, own_l, own_s = x.array.shape
+        row_at, col_at = (block_at(side, x.lag) for side in (ROWS, COLS))
+        last = np.int32(-(-own_s // BLOCK) - 1)
+
+        def index(n: Any, h: Any, s: Any, row: Any, front: Any, *_: Any) -> tuple[Any, ...]:
+            column = col_at(n, s, row, front) + np.int32(1 - 2 * path.width + x.column)
+            return (
+                n if own_n > 1 else 0,
+                h if own_h > 1 else 0,
+                row_at(n, s, row, front) if own_l > 1 else 0,
+                jnp.clip(column, 0, last) if own_s > 1 else 0,
+            )
+
+        return pl.BlockSpec((1, 1, BLOCK if own_l > 1 else 1, BLOCK if own_s > 1 else 1), index)
+
     def operand(x: Operand) -> pl.BlockSpec:
+        if x.side == PAIRS:
+            return pairs(x)
         at, (own_n, own_h) = block_at(x.side, x.lag), x.array.shape[:2]
         group = np.int32(heads // own_h)
         shape = (1, 1, x.array.shape[2], BLOCK)
@@ -114,3 +137,11 @@ def launch(
     )
     with jax.named_scope(name):  # by which the compiler's listings call it
         return list(run(*prefetched.values(), *(x.array for x in operands)))
+
+
+def tile_bytes(shape: Iterable[int], dtype: Any) -> int:
+    """Bytes of an array in VMEM, its last two dimensions in whole tiles of 8 x 128 words."""
+    size = jnp.dtype(dtype).itemsize
+    *outer, lines, lanes = shape
+    rows = 8 * max(1, 4 // size)
+    return math.prod(outer) * (-(-lines // rows) * rows) * (-(-lanes // 128) * 128) * size

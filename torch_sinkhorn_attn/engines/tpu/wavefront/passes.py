@@ -6,12 +6,15 @@ Data that leave the path compiled in, or the range, are computed by streaming, i
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
+from torch_sinkhorn_attn.engines.tpu.method.blockwise import lowest_kept
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Result as Found
 from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
@@ -20,14 +23,26 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
     DEAD,
     SUBLANES,
+    UNROLLED,
     Strip,
     operands,
     pad_lanes,
     tokens_last,
 )
 from torch_sinkhorn_attn.engines.tpu.wavefront.forward import PassStatics, kernel
-from torch_sinkhorn_attn.engines.tpu.wavefront.launch import COLS, ROWS, Operand, Result, Scratch, launch
+from torch_sinkhorn_attn.engines.tpu.wavefront.launch import (
+    COLS,
+    PAIRS,
+    ROWS,
+    Operand,
+    Result,
+    Scratch,
+    launch,
+    tile_bytes,
+)
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import Path, entries_of, path_of
+
+SPILLS = 4 << 20  # bytes for what the unrolled loops spill and the compiler adds
 
 
 def forward(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> Found:
@@ -53,37 +68,58 @@ def lines_of(problem: sinkhorn.Augmented) -> Lines:
     )
 
 
+def passes_of(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> list[PassStatics] | None:
+    """The passes over the sequence: one, or more where a core's memory does not hold all iterations in flight; None
+    where it does not hold a pass of one iteration."""
+    statics, values = problem.statics, problem.inputs.value is not None
+    path = path_of(problem.length, problem.size, statics)
+    saved = tuple(range(statics.stopped, statics.stopped + statics.kept + 1))
+    # Interpreted, a loop body takes long to compile and gains nothing.
+    beside = {"mask_floor": mask_floor(problem), "unrolled": 1 if lowering.interpret else UNROLLED // path.width}
+
+    def last(base: int) -> PassStatics:
+        first = base + statics.kept - (len(saved) - 1)
+        own = tuple(range(first, first + len(saved)))
+        own = own if statics.stopped else own[1:]
+        return PassStatics(path, statics, problem.dtype, base, statics.kept, own, values, residuals, **beside)
+
+    def earlier(base: int) -> PassStatics:
+        return PassStatics(path, statics, problem.dtype, base, 0, (base,), False, False, **beside)
+
+    def held(o: PassStatics) -> bool:
+        return vmem(problem, o) <= lowering.vmem_limit
+
+    own = statics.stopped
+    while own > min(1, statics.stopped) and not held(last(own)):
+        own -= 1
+    if not held(last(own)):
+        return None
+    rest = statics.stopped - own
+    if not rest:
+        return [last(own)]
+    most = rest
+    while most > 1 and not held(earlier(most)):
+        most -= 1
+    count = -(-rest // most)
+    sizes = [rest // count + (k < rest % count) for k in range(count)]
+    return [*(earlier(size) for size in sizes), last(own)]
+
+
 def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> tuple[Found, Array]:
     """The result, and whether the data kept to the path and every scaling stayed in range."""
     statics, length, size = problem.statics, problem.length, problem.size
-    path, lines = path_of(length, size, statics), lines_of(problem)
-    start = problem.initial_potentials()
-    saved = tuple(range(statics.stopped, statics.stopped + statics.kept + 1))
-    o = PassStatics(
-        path,
-        statics,
-        problem.dtype,
-        base=statics.stopped,
-        tail=statics.kept,
-        saved=saved if statics.stopped else saved[1:],
-        values=problem.inputs.value is not None,
-        residuals=residuals,
-    )
-    entries = entries_of(problem.constants, path, statics, o.way.before, o.way.steps)
-    results = results_of(problem, o)
-    given = operands_of(problem, o, start)
-    out = launch(
-        "sinkhorn_wavefront_forward", functools.partial(kernel, o), problem, lowering, entries, o.way.before,
-        given, results, scratch_of(problem, o, given[1].array),
-    )  # fmt: skip
-    named: dict[str, list[Array]] = {}
-    for result, x in zip(results, out, strict=True):
-        named.setdefault(result.name, []).append(without_padding(x, path, size) if result.side == COLS else x)
-    rows, cols = (jnp.stack(named[name])[:, :, :, 0] for name in ("rows", "cols"))
-    rows, cols = rows[..., :length], cols[..., :size]
+    lines = lines_of(problem)
+    passes = passes_of(problem, lowering, residuals)
+    assert passes is not None
+    start, suited = problem.initial_potentials(), jnp.bool_(True)
+    for o in passes:
+        named, fine = run_pass(problem, lowering, o, start, lines)
+        suited &= fine
+        start = named["rows"][-1], named["cols"][-1]
+    rows, cols = jnp.stack(named["rows"]), jnp.stack(named["cols"])
     if not statics.stopped:
-        rows, cols = jnp.concatenate([start[0][None], rows]), jnp.concatenate([start[1][None], cols])
-    rows, cols = jnp.where(lines.log_a == -jnp.inf, 0, rows), jnp.where(lines.log_b == -jnp.inf, 0, cols)
+        u, v = problem.initial_potentials()
+        rows, cols = jnp.concatenate([u[None], rows]), jnp.concatenate([v[None], cols])
     if statics.balanced and statics.stopped:
         rows, cols = centred(problem, rows, cols)
     alive = lines.log_a > -jnp.inf
@@ -93,8 +129,58 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
     col_sums = None
     if residuals:
         col_sums = jnp.where(lines.log_b > -jnp.inf, named["col_total"][0][:, :, 0, :size], 0)
-    result = sinkhorn.finish(problem, (rows, cols), mass, row_sums, col_sums)
-    return result, entries.fits & jnp.all(named["range"][0] > 0)
+    return sinkhorn.finish(problem, (rows, cols), mass, row_sums, col_sums), suited
+
+
+def run_pass(
+    problem: sinkhorn.Augmented, lowering: Lowering, o: PassStatics, start: tuple[Array, Array], lines: Lines
+) -> tuple[dict[str, list[Array]], Array]:
+    """Its results by name, `rows` and `cols` as potentials, and whether it was suited."""
+    path = o.path
+    entries = entries_of(problem.constants, path, problem.statics, o.way.before, o.way.steps)
+    given, results = operands_of(problem, o, start), results_of(problem, o)
+    out = launch(
+        "sinkhorn_wavefront_forward", functools.partial(kernel, o), problem, lowering, entries, path, o.way.before,
+        given, results, scratch_of(problem, o, given[1].array),
+    )  # fmt: skip
+    named: dict[str, list[Array]] = {}
+    for result, x in zip(results, out, strict=True):
+        named.setdefault(result.name, []).append(without_padding(x, path, problem.size) if result.side == COLS else x)
+    for name, log_mass in (("rows", lines.log_a), ("cols", lines.log_b)):
+        found = (x[:, :, 0, : log_mass.shape[-1]] for x in named[name])
+        named[name] = [jnp.where(log_mass == -jnp.inf, 0, x) for x in found]
+    return named, entries.fits & jnp.all(named["range"][0] > 0)
+
+
+def vmem(problem: sinkhorn.Augmented, o: PassStatics) -> int:
+    """Bytes of a core's memory that a pass takes at most."""
+
+    def look() -> list[Operand]:
+        return operands_of(problem, o, problem.initial_potentials())
+
+    given, results = shapes_of(look), results_of(problem, o)
+    return bytes_of(given, results, scratch_of(problem, o, given[1].array), problem.dtype)
+
+
+def shapes_of(look: Callable[[], list[Operand]]) -> list[Operand]:
+    """Operands by shape alone."""
+    kept: list[Operand] = []
+
+    def arrays() -> list[Array]:
+        kept[:] = look()
+        return [x.array for x in kept]
+
+    shapes = jax.eval_shape(arrays)
+    return [x._replace(array=shape) for x, shape in zip(kept, shapes, strict=True)]
+
+
+def bytes_of(given: list[Operand], results: list[Result], scratch: Scratch, dtype: Any) -> int:
+    """Operands and results twice, for the next blocks are fetched meanwhile, the workspace, and `SPILLS`."""
+    moved = sum(
+        tile_bytes((BLOCK, BLOCK) if x.side == PAIRS else (x.array.shape[2], BLOCK), x.array.dtype) for x in given
+    )
+    moved += sum(tile_bytes((BLOCK, x.shape[1]) if x.tokens_first else (x.shape[0], BLOCK), dtype) for x in results)
+    return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + SPILLS
 
 
 def without_padding(x: Array, path: Path, size: int) -> Array:
@@ -111,21 +197,23 @@ def pad_cols(x: Array, path: Path, value: float = 0.0) -> Array:
 
 def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: tuple[Array, Array]) -> list[Operand]:
     """What the forward kernel reads, for potentials to start from."""
-    path, inputs, constants, lag = o.path, problem.inputs, problem.constants, o.path.lag
+    path, inputs, lag = o.path, problem.inputs, o.path.lag
     u, v = start
     lines = lines_of(problem)
-    found = operands(inputs, constants, problem.statics, Strip(path.rows, path.cols, path.width), u)
+    found = operands(inputs, problem.constants, problem.statics, Strip(path.rows, path.cols, path.width), u)
     pad = functools.partial(pad_lanes, size=path.padded_length)
     last = o.lag_of(o.iterations)
+    lo, hi = intervals(problem)
     given = [
         Operand("query", found["query"], ROWS),
         Operand("key", pad_cols(found["key"], path), COLS),
-        Operand("col_lo", pad_cols(constants.col_lo[:, None, None], path), COLS),
-        Operand("col_hi", pad_cols(constants.col_hi[:, None, None], path), COLS),
+        Operand("col_lo", pad_cols(lo, path), COLS),
+        Operand("col_hi", pad_cols(hi, path), COLS),
         Operand("log_a", pad(jnp.maximum(lines.log_a, DEAD), value=DEAD)[:, :, None], ROWS, lag),
         Operand("start_row", pad(u)[:, :, None], ROWS, lag),
         Operand("log_b", pad_cols(jnp.maximum(lines.log_b, DEAD), path, DEAD)[:, :, None], COLS, lag),
     ]
+    given += mask_operands(problem, path)
     if problem.statics.over_relaxation != 1:
         given.append(Operand("start_col", pad_cols(v, path)[:, :, None], COLS, lag))
     if o.values:
@@ -134,12 +222,41 @@ def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: tuple[Array,
     return given
 
 
+def intervals(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
+    """Of the columns, `[N, 1 or H, 1, S]`; empty beside a mask for inactive ones, whose entries may hold anything."""
+    lo, hi = (x[:, None] for x in (problem.constants.col_lo, problem.constants.col_hi))
+    if problem.inputs.mask is not None:
+        hi = jnp.where(problem.constants.log_col_mass == -jnp.inf, lo, hi)
+    return jnp.broadcast_to(lo, hi.shape)[:, :, None], hi[:, :, None]
+
+
+def mask_operands(problem: sinkhorn.Augmented, path: Path) -> list[Operand]:
+    """The mask's tiles of a strip, and who is active beside a float mask."""
+    mask = problem.inputs.mask
+    if mask is None:
+        return []
+    if mask.dtype == jnp.bool_:
+        mask = mask.astype(jnp.int8)
+    tiles = [Operand("mask", mask, PAIRS, column=j) for j in range(path.width)]
+    if mask.dtype == jnp.int8:
+        return tiles
+    alive = (problem.constants.log_row_mass > -jnp.inf).astype(problem.dtype)[:, :, None]
+    return [*tiles, Operand("alive", pad_lanes(alive, path.padded_length), ROWS)]
+
+
+def mask_floor(problem: sinkhorn.Augmented) -> float:
+    """A float mask drops what is at or below."""
+    mask = problem.inputs.mask
+    return 0.0 if mask is None or mask.dtype == jnp.bool_ else lowest_kept(mask.dtype, problem.dtype)
+
+
 def results_of(problem: sinkhorn.Augmented, o: PassStatics) -> list[Result]:
     """What it writes."""
     lp, sp, last = o.path.padded_length, o.path.padded_cols * BLOCK, o.lag_of(o.iterations)
     found = [Result("rows", (1, lp), ROWS, o.lag_of(i)) for i in o.saved]
     found += [Result("cols", (1, sp), COLS, o.lag_of(i)) for i in o.saved]
-    found += [Result("scale", (1, lp), ROWS, last), Result("row_total", (1, lp), ROWS, last)]
+    if o.tail:
+        found += [Result("scale", (1, lp), ROWS, last), Result("row_total", (1, lp), ROWS, last)]
     if o.values:
         assert problem.inputs.value is not None
         found.append(Result("mass", (lp, problem.inputs.value.shape[-1]), ROWS, last, tokens_first=True))

@@ -1,9 +1,9 @@
 """The way of a wavefront through a band: at which step which row block enters, and how far iterations lie apart.
 
-A step of the grid takes in one row block of 128 queries. Its strip reaches from column block `front - width` to `front`,
-and `front` grows by at most one a step: where a band is steeper, steps without a row block stand in between. Iteration
-i works on the row block that came in `lag` steps after the one that iteration i - 1 works on. So far apart, the
-columns that the row block reaches have been summed up by the iteration before:
+A step of the grid takes in one row block of 128 queries. Its strip reaches from column block `front - width` to
+`front`, and `front` grows by at most one a step: where a band is steeper, steps without a row block stand in between.
+Iteration i works on the row block that came in `lag` steps before the one that iteration i - 1 works on. So far apart,
+the columns that the row block reaches have been summed up by the iteration before:
 
     step          s         s - 3       s - 6        (lag 3, a window of 128 tokens on each side)
     work on it    fill      iteration 1  iteration 2  ...

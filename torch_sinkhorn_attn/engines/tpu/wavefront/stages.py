@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, DEAD, LOG2E, SUBLANES, inside
+from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, DEAD, LOG2E, SUBLANES, along_rows, inside
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import Path
 
 
@@ -35,10 +35,11 @@ def power_of_two(least: int) -> int:
 
 
 class Stages:
-    """A step of one head, seen from the stage `lag` steps behind. `r.row` and `r.front` are those of `path.Entries`."""
+    """A step of one head, seen from the stage `lag` steps behind. `r.row` and `r.front` are those of `path.Entries`.
+    `mask_floor`: a float mask drops what is at or below."""
 
-    def __init__(self, path: Path, way: Way, uniform: bool, r: Any):
-        self.path, self.way, self.r = path, way, r
+    def __init__(self, path: Path, way: Way, uniform: bool, mask_floor: float, r: Any):
+        self.path, self.way, self.mask_floor, self.r = path, way, mask_floor, r
         self.n, self.h, self.at = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         self.base = 0 if uniform else self.n * (way.before + way.steps)
 
@@ -71,13 +72,21 @@ class Stages:
         return block & (self.way.held - 1)
 
     def masked_scores(self, row: Array, column: Array, j: int, scores: Array) -> Array:
-        """A tile of scores for `exp2`, `DEAD` outside of the intervals and where a boolean mask is False; `column` is
-        the j-th of the strip."""
-        if self.r.mask is not None:
-            scores = masked(scores, self.r.mask[j][0, 0])
-        at = self.in_window(column)
+        """A tile of scores for `exp2`, `DEAD` outside of the intervals and where the mask excludes; `column` is the
+        j-th of the strip. What a mask holds there may be NaN."""
+        r, at = self.r, self.in_window(column)
         block = jnp.where(row >= 0, row, self.path.rows)  # behind the last: in no interval
-        return jnp.where(inside(block, self.r.los[at][:1], self.r.his[at][:1]), scores, DEAD)
+        keep = inside(block, r.los[at][:1], r.his[at][:1])
+        if r.mask is not None:
+            mask = r.mask[j][0, 0]
+            if mask.dtype == jnp.int8:
+                keep &= jnp.broadcast_to(mask.astype(jnp.int32), keep.shape) != 0
+            else:
+                mask = mask.astype(scores.dtype)
+                keep &= jnp.logical_not(jnp.broadcast_to(mask, keep.shape) <= self.mask_floor)  # NaN stays, to be seen
+                keep &= along_rows(r.alive[0, 0]) > 0
+                scores = scores + mask * LOG2E
+        return jnp.where(keep, scores, DEAD)
 
     def take_in(self, front: Array) -> None:
         """The intervals of the column block that comes in."""
@@ -122,14 +131,9 @@ def row_sums(weighted: list[Array]) -> Array:
     return jnp.broadcast_to(jnp.sum(sum(weighted), 1, keepdims=True), (BLOCK, BLOCK))
 
 
-def masked(tile: Array, mask: Array) -> Array:
-    """Scores, for `exp2`, with a boolean (True = keep) or a float mask."""
-    if mask.dtype == jnp.bool_:
-        return jnp.where(mask, tile, DEAD)
-    return tile + mask.astype(tile.dtype) * LOG2E
-
-
-def named(names: tuple[str, ...], refs: tuple[Any, ...], fields: tuple[str, ...], several: tuple[str, ...]) -> list[Any]:
+def named(
+    names: tuple[str, ...], refs: tuple[Any, ...], fields: tuple[str, ...], several: tuple[str, ...]
+) -> list[Any]:
     """Refs in the order of `fields`, absent ones None; those of a name in `several` in a tuple."""
     found: dict[str, Any] = {}
     for name, ref in zip(names, refs, strict=True):
