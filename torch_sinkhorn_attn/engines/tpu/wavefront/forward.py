@@ -303,9 +303,9 @@ class Wave(Stages):
     def results(self, i: int, b: RowBlock) -> None:
         """What an iteration that is not only passed through leaves behind."""
         r, o = self.r, self.o
-        real, x = b.row >= 0, None
-        if i in o.saved or i == o.iterations:
-            x = along_lanes(b.x)
+        if i not in o.saved and i != o.iterations:
+            return
+        real, x = b.row >= 0, along_lanes(b.x)
         if i in o.saved:
             self.save(o.saved.index(i), i, b.slot, b.front, real, x)
         if i == o.iterations and r.scale is not None:

@@ -75,16 +75,16 @@ def passes_of(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) 
     path = path_of(problem.length, problem.size, statics)
     saved = tuple(range(statics.stopped, statics.stopped + statics.kept + 1))
     # Interpreted, a loop body takes long to compile and gains nothing.
-    beside = {"mask_floor": mask_floor(problem), "unrolled": 1 if lowering.interpret else UNROLLED // path.width}
+    floor, unrolled = mask_floor(problem), 1 if lowering.interpret else UNROLLED // path.width
 
     def last(base: int) -> PassStatics:
         first = base + statics.kept - (len(saved) - 1)
         own = tuple(range(first, first + len(saved)))
         own = own if statics.stopped else own[1:]
-        return PassStatics(path, statics, problem.dtype, base, statics.kept, own, values, residuals, **beside)
+        return PassStatics(path, statics, problem.dtype, base, statics.kept, own, values, residuals, floor, unrolled)
 
     def earlier(base: int) -> PassStatics:
-        return PassStatics(path, statics, problem.dtype, base, 0, (base,), False, False, **beside)
+        return PassStatics(path, statics, problem.dtype, base, 0, (base,), False, False, floor, unrolled)
 
     def held(o: PassStatics) -> bool:
         return vmem(problem, o) <= lowering.vmem_limit
