@@ -24,7 +24,7 @@ _BRANCH = re.compile(r"sbr\.rel .*?target (?:bundleno = (\d+)|= \$region(\d+))")
 _START = re.compile(r"(?:Start|Start/End empty) region (\d+)")
 _COUNTED = re.compile(r"\s*loop: start=(-?\d+), step=(-?\d+), limit=(-?\d+)")
 _HEADER = re.compile(r"\s*\$region(\d+): .*// loop_header$")
-_VMEM = re.compile(r"#allocation\d+ \[.*space=vmem, size = 0x([0-9a-f]+),")
+_VMEM = re.compile(r"\s*#allocation\d+(_spill)? \[.*space=vmem, size = 0x([0-9a-f]+),")
 _LIMIT = re.compile(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 _OPERATION = re.compile(r'op_name="([^"]*)/pallas_call"')
 _DELAY_SLOTS = 4
@@ -71,6 +71,7 @@ class Kernel:
         bundles: of all of it, each counted once.
         loops: in program order; a loop's children follow it at greater depth.
         vmem: bytes of its windows, scratch and spills.
+        spills: of them, those for what the registers do not hold.
         vmem_limit: what it may have.
         executions: how often the program runs it, or None where that depends on data; a loop of the program that may
             end early counts in full.
@@ -82,6 +83,7 @@ class Kernel:
     bundles: int
     loops: tuple[Loop, ...]
     vmem: int
+    spills: int
     vmem_limit: int | None
     executions: int | None = 1
 
@@ -147,7 +149,8 @@ def _kernel(files: Mapping[str, Path], instruction: str, times: int | None) -> K
     units, used = _slots(listing("pre-delay_hlo-static-per-bundle-utilization"))
     loops = tuple(_loops(lines, _counts(original), units, used))
     limit = _LIMIT.search(analysis)
-    sizes = [int(m[1], 16) for line in original if (m := _VMEM.search(line))]
+    sizes = [(int(m[2], 16), m[1]) for line in listing("post-ra") if (m := _VMEM.match(line))]
+    sizes = [(size, spilled) for size, spilled in sizes if size < _LARGEST_VMEM]
     first = next((line for line in analysis.splitlines() if "scheduled bundles (" in line), "")
     pallas = 'custom_call_target="tpu_custom_call"' in first
     return Kernel(
@@ -156,7 +159,8 @@ def _kernel(files: Mapping[str, Path], instruction: str, times: int | None) -> K
         pallas=pallas,
         bundles=sum(1 for line in lines if _BUNDLE.match(line)),
         loops=loops,
-        vmem=sum(size for size in sizes if size < _LARGEST_VMEM),
+        vmem=sum(size for size, _ in sizes),
+        spills=sum(size for size, spilled in sizes if spilled),
         vmem_limit=int(limit[1]) if limit else None,
         executions=times,
     )

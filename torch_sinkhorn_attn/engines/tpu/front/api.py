@@ -151,7 +151,8 @@ def sinkhorn_attention(
         mask_floor: negative, in the units of a float mask: a token whose every mask entry inside the support lies
             `-mask_floor` or more below the highest of its problem is inactive, as if they were -inf. None keeps every
             finite entry. Softmax mode ignores it. Default -1e3.
-        lowering: how it is computed; None: plain XLA, `Lowering()`. `Lowering("auto")` takes the TPU's kernels.
+        lowering: how it is computed; None is `Lowering()`: by Pallas kernels where the program is lowered for a TPU,
+            by plain XLA elsewhere. `Lowering("blockwise")` is plain XLA everywhere.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass).
         dropout_seed: a `jax.random.key`, or `[2]` uint32; needed with `dropout_p`. Entries are dropped by seed, head,
             row and column: give each step its own, and inside shard_map each shard (`jax.random.fold_in`).

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from torch_sinkhorn_attn.engines.tpu.method.low_base import not_in_bfloat16
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
@@ -35,24 +37,41 @@ def choose(inputs: Inputs, constants: Constants, statics: Statics, lowering: Low
     Args:
         inputs, constants: arrays or `jax.ShapeDtypeStruct`s.
     """
+    not_low = "" if adjoint else _in_float32(inputs, statics, lowering, resident=False)
     if lowering.shape in ("blockwise", "streaming"):
-        return Choice(lowering.shape, "asked for", None)
+        return Choice(lowering.shape, f"asked for{not_low}", None)
     found: list[Choice] = []
 
     def look(inputs: Inputs, constants: Constants) -> None:
-        inputs = without_redundant_mask(inputs)
-        problem = Augmented(inputs, constants, statics, StreamingPasses(inputs, constants, statics, lowering))
-        reason = refusal(problem, lowering, adjoint)
-        size = None if _unsuited(problem, adjoint) else vmem(problem, lowering, adjoint)
+        nonlocal not_low
+        problem, used = posed(inputs, constants, statics, lowering)
+        reason = refusal(problem, used, adjoint)
+        size = None if _unsuited(problem, adjoint) else vmem(problem, used, adjoint)
         if reason is None:
             assert size is not None
             reason = f"{_mebibytes(size)} of {_mebibytes(lowering.vmem_limit)} of VMEM"
-            found.append(Choice("resident", reason, size))
+            not_low = "" if adjoint else _in_float32(inputs, statics, lowering, resident=True)
+            found.append(Choice("resident", reason + not_low, size))
         else:
-            found.append(Choice("streaming", reason, size))
+            found.append(Choice("streaming", reason + not_low, size))
 
     jax.eval_shape(look, inputs, constants)
     return found[0]
+
+
+def _in_float32(inputs: Inputs, statics: Statics, lowering: Lowering, resident: bool) -> str:
+    why = not_in_bfloat16(inputs, statics, lowering, resident)
+    return "" if why is None else f"; base_dtype='bfloat16' is not followed: {why}"
+
+
+def posed(
+    inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering
+) -> tuple[Augmented, Lowering]:
+    """The problem as the Pallas kernels take it, and the lowering with the base's dtype that the resident one uses."""
+    inputs = without_redundant_mask(inputs)
+    if not_in_bfloat16(inputs, statics, lowering, resident=True) is not None:
+        lowering = replace(lowering, base_dtype="float32")
+    return Augmented(inputs, constants, statics, StreamingPasses(inputs, constants, statics, lowering)), lowering
 
 
 def without_redundant_mask(inputs: Inputs) -> Inputs:
@@ -71,7 +90,7 @@ def refusal(problem: Augmented, lowering: Lowering, adjoint: bool) -> str | None
     size = vmem(problem, lowering, adjoint)
     if size > lowering.vmem_limit:
         return (
-            f"a head needs {_mebibytes(size)} of VMEM, and {lowering.generation} has {_mebibytes(lowering.vmem_limit)}"
+            f"a head needs {_mebibytes(size)} of VMEM, and {lowering.chip} has {_mebibytes(lowering.vmem_limit)}"
         )
     return None
 
