@@ -18,7 +18,7 @@ import pytest
 
 import torch_sinkhorn_attn
 from examples.pfam.aot import main as step_of_pfam
-from torch_sinkhorn_attn.aot import attention, cli, environment
+from torch_sinkhorn_attn.aot import attention, cli, environment, report
 from torch_sinkhorn_attn.aot.attention import Configuration
 from torch_sinkhorn_attn.aot.child import CompileError, call
 from torch_sinkhorn_attn.aot.chips import GIB, parse_topology
@@ -129,8 +129,22 @@ PROGRAM = """HloModule test
   ROOT %lt.2 = pred[] compare(%gte.4, %gte.5), direction=LT
 }
 
+%rare (a: f32[8]) -> f32[8] {
+  %r.1 = f32[8]{0} negate(%a), metadata={op_name="jit(f)/cond/sinkhorn_of_unfit_data/neg"}
+  %r.2 = (s32[], f32[8]) while(%t.4), condition=%few, body=%deeper
+}
+
+%deeper (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %r.3 = f32[8]{0} custom-call(%gte.7), custom_call_target="tpu_custom_call"
+}
+
+%usual (a: f32[8]) -> f32[8] {
+  %s.1 = f32[8]{0} abs(%a)
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t.3), condition=%few, body=%body
+  %d = f32[8]{0} conditional(%p, %x, %x), branch_computations={%rare, %usual}
   ROOT %y = f32[8]{0} copy(%gte.6)
 }
 """
@@ -140,6 +154,9 @@ def test_executions_follow_the_loops_of_a_program() -> None:
     found = instructions(PROGRAM)
     assert {name: found[name].times for name in ("w", "y", "x.1", "k.1")} == {"w": 1, "y": 1, "x.1": 20, "k.1": None}
     assert "tanh.1" not in found
+    assert {name: found[name].unfit for name in ("d", "r.1", "r.3", "s.1", "k.1")} == {
+        "d": False, "r.1": True, "r.3": True, "s.1": False, "k.1": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -238,6 +255,25 @@ def test_loops_of_a_kernel(tmp_path: Path) -> None:
     assert one - none == 4 * 20 * kernel["loops"][3]["bundles"] == (ten - none) / 10
     assert 2 * 512 * 128 * 4 * 2 <= kernel["vmem"] < 2**21 and found["memory"]["arguments"] >= 2**20
     assert any(path.name.endswith("original.txt") for path in (tmp_path / "kept").iterdir())
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_only_unfit_data_need_stands_apart() -> None:
+    """Every loop of the resident kernel has its trips, also where a loop begins with another; what it falls back to
+    does not count."""
+    found = compiled("resident")
+    kernel = next(k for k in found["kernels"] if "sinkhorn_resident" in k["name"])
+    assert (kernel["executions"], kernel["unfit"]) == (1, 0)
+    trips = [(loop["depth"], loop["trips"]) for loop in kernel["loops"]]
+    assert (1, 3) in trips and (2, 11) in trips and all(count is not None for _, count in trips)
+    others = [k for k in found["kernels"] if k is not kernel]
+    assert others and all(k["executions"] == 0 and k["unfit"] != 0 for k in others)
+    own, complete = report.cost(found["kernels"])
+    assert complete and own == report.cost([kernel])[0] > kernel["bundles"]
+    table = report.kernels(found, parse_topology("v6e"))
+    assert table.index("sinkhorn_resident") < table.index("only if the data do not fit")
+    assert kernel["spills"] % 4096 == 0 and 0 < kernel["spills"] < kernel["vmem"]
 
 
 @pytest.mark.slow

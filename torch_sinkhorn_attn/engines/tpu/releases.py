@@ -4,8 +4,8 @@ tried."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import jax as _typed
 
@@ -40,6 +40,13 @@ def tpu_kind() -> str | None:
     if kind.startswith("TPU"):
         return kind
     return str(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
+
+
+def use_mesh(mesh: Any) -> AbstractContextManager[Any]:
+    """A context in which shardings are read on an abstract mesh; in 0.7 the user's own (`jax.set_mesh`) is all there
+    is."""
+    use = getattr(jax.sharding, "use_abstract_mesh", None)
+    return nullcontext() if use is None else cast("AbstractContextManager[Any]", use(mesh))
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -101,6 +108,5 @@ def lowered_for_tpu(fn: Callable[..., Any], shapes: list[Any], device: Any) -> A
 
         function = jax.jit(export.export(function, platforms=["tpu"])(*shapes).call, keep_unused=True)
         return function.trace(*shapes).lower(lowering_platforms=("tpu",))
-    sharding = jax.sharding
-    with sharding.use_abstract_mesh(sharding.Mesh([device], ("device",)).abstract_mesh):
+    with use_mesh(jax.sharding.Mesh([device], ("device",)).abstract_mesh):
         return function.trace(*shapes).lower(lowering_platforms=("tpu",))

@@ -10,6 +10,7 @@ VMEM = {"v4": 16 << 20, "v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "tp
 USABLE = 15 / 16  # of it; the rest is the compiler's
 BFLOAT16_VECTORS = {"v6e", "tpu7x"}  # the vector units of the others work in float32 alone
 UNKNOWN = "v6e"  # stands for a TPU of which nothing says what it is
+UNFIT = "sinkhorn_of_unfit_data"  # the scope of branches that only data take which do not suit the kernels
 _KINDS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5litepod": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
     "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU tpu7x": "tpu7x",

@@ -17,6 +17,7 @@ from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
+from torch_sinkhorn_attn.engines.tpu.method.unfit import of_unfit_data
 from torch_sinkhorn_attn.engines.tpu.releases import kernel_body, result_type
 
 OWN_DTYPE = {
@@ -96,7 +97,7 @@ def resident_or_streamed(suited: Array, resident: Callable[[], Any], streamed: C
     """The branch the data want: `suited` says whether they fit the strip and stay in range."""
     if not _streams:
         return resident()
-    return lax.cond(suited, lambda: vary_together(resident()), lambda: vary_together(streamed()))
+    return lax.cond(suited, lambda: vary_together(resident()), lambda: vary_together(of_unfit_data(streamed)()))
 
 
 @contextlib.contextmanager
