@@ -57,7 +57,8 @@ def kernels(found: dict[str, Any], topology: Topology) -> str:
     parts = [_kernel_table("kernel", [k for k in every if k["executions"] != 0], "executions", topology), note]
     rare = [k for k in every if k["unfit"] != 0]
     if rare:
-        parts += ["", _kernel_table("only if the data do not fit", [{**k, "loops": []} for k in rare], "unfit", topology)]
+        short = [{**k, "loops": []} for k in rare]
+        parts += ["", _kernel_table("only if the data do not fit", short, "unfit", topology)]
     return "\n".join(parts)
 
 
@@ -117,7 +118,8 @@ def comparison(found: dict[str, Any], scores: float) -> str:
         rows.append(["these kernels, forward and backward", *own_row])
     note = (
         "flash attention: full support, tiles of 512 x 512, over all scores of its tiles; these kernels: over the\n"
-        "scores of the support, so tiles that overlap a band's edge weigh more; what only unfit data need is not counted"
+        "scores of the support, so tiles that overlap a band's edge weigh more; what only unfit data need is not\n"
+        "counted"
     )
     return f"{table(['static cost per 8 x 128 scores', 'bundles', 'filled', 'share'], rows)}\n{note}"
 

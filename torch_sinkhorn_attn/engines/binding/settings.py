@@ -31,7 +31,8 @@ def set_lowering(shape: str | None = None, *, interpret: bool = False, base_dtyp
             where its kernel can take the problem and it fits the TPU's VMEM, else streaming; "blockwise": plain XLA.
         interpret: run the Pallas kernels by their interpreter, on any device: to check them, for it is slow.
         base_dtype: "float32" or "bfloat16": of the products of the iterations that are not differentiated, in the
-            resident kernel.
+            resident kernel. Where float32 is computed all the same (v4, v5e and v5p have no bfloat16 vector unit;
+            relaxation, over-relaxation and a tolerance need float32), a warning says why, once for each reason.
 
     TORCH_SINKHORN_ATTN_XLA_LOWERING sets the same at import, its words separated by commas: "streaming,interpret",
     "resident,bfloat16", "bfloat16".

@@ -15,12 +15,12 @@ from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, passes as resident
+from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
 from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
 
 WIDEST = 32  # column blocks of a row block: what one loop body may hold
 SMALLEST_FACTOR = 1e-6  # of q.k: what is added to the scores is held divided by it
-SPILLS = 14 << 20  # bytes for what the unrolled loops spill and the compiler adds: the most that was seen is 13 MiB
 
 
 class Choice(NamedTuple):
@@ -64,9 +64,7 @@ def _in_float32(inputs: Inputs, statics: Statics, lowering: Lowering, resident: 
     return "" if why is None else f"; base_dtype='bfloat16' is not followed: {why}"
 
 
-def posed(
-    inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering
-) -> tuple[Augmented, Lowering]:
+def posed(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering) -> tuple[Augmented, Lowering]:
     """The problem as the Pallas kernels take it, and the lowering with the base's dtype that the resident one uses."""
     inputs = without_redundant_mask(inputs)
     if not_in_bfloat16(inputs, statics, lowering, resident=True) is not None:
@@ -89,9 +87,7 @@ def refusal(problem: Augmented, lowering: Lowering, adjoint: bool) -> str | None
         return reason
     size = vmem(problem, lowering, adjoint)
     if size > lowering.vmem_limit:
-        return (
-            f"a head needs {_mebibytes(size)} of VMEM, and {lowering.chip} has {_mebibytes(lowering.vmem_limit)}"
-        )
+        return f"a head needs {_mebibytes(size)} of VMEM, and {lowering.chip} has {_mebibytes(lowering.vmem_limit)}"
     return None
 
 
@@ -117,7 +113,7 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
 
 def vmem(problem: Augmented, lowering: Lowering, adjoint: bool) -> int:
     """Bytes a head takes at most: operands and results twice, for the next head's are fetched meanwhile, the workspace,
-    and `SPILLS`."""
+    and what the compiler spills."""
     strip = strip_of(problem.length, problem.size, problem.statics)
     if adjoint:
         operands, results, scratch = resident_adjoint.footprint(problem, strip)
@@ -126,7 +122,7 @@ def vmem(problem: Augmented, lowering: Lowering, adjoint: bool) -> int:
         operands, results, scratch = jax.eval_shape(call.operands), call.results(), call.scratch()
     moved = sum(tile_bytes(x.shape[-2:], x.dtype) for x in operands.values())
     moved += sum(tile_bytes(shape, problem.dtype) for shape in results.values())
-    return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + SPILLS
+    return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + spilled(strip.width, adjoint)
 
 
 def tile_bytes(shape: Iterable[int], dtype: Any) -> int:

@@ -22,8 +22,8 @@ def not_in_bfloat16(inputs: Inputs, statics: Statics, lowering: Lowering, reside
     """Why the base is computed in float32 where `lowering.base_dtype` says bfloat16; None if it is not.
 
     >>> from jax import ShapeDtypeStruct
-    >>> given, v5e = Inputs(*[ShapeDtypeStruct((1, 1, 8, 4), "float32")] * 2), Lowering("auto", False, "bfloat16", "v5e")
-    >>> not_in_bfloat16(given, Statics(1.0), v5e, True)
+    >>> given = Inputs(*[ShapeDtypeStruct((1, 1, 8, 4), "float32")] * 2)
+    >>> not_in_bfloat16(given, Statics(1.0), Lowering("auto", base_dtype="bfloat16", generation="v5e"), True)
     'v5e has no bfloat16 vector unit: float32 is faster'
     """
     if lowering.base_dtype == "float32":

@@ -13,9 +13,9 @@ from jax import Array
 
 from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import BlockwisePasses
+from torch_sinkhorn_attn.engines.tpu.method.low_base import warn_of_float32
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.platforms import by_platform
-from torch_sinkhorn_attn.engines.tpu.method.low_base import warn_of_float32
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Result, Statics
 
 
