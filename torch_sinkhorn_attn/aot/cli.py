@@ -62,7 +62,7 @@ def _attention(options: argparse.Namespace, topology: Topology) -> int:
     found = _compiled(target, arguments, topology, options, python=options.python)
     if found is None:
         return DOES_NOT_FIT
-    print(f"shape: {found['shape']}, {found['why']}\n")
+    print(f"shape: {found['shape']}, {found['why']}", *found["disagreements"], sep="\n", end="\n\n")
     print(report.memory(found, topology), report.kernels(found, topology), sep="\n\n", end="\n\n")
     print(report.comparison(found, c.visited), report.projection(found, topology), sep="\n\n")
     return _status(found, topology)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from torch_sinkhorn_attn.engines.tpu.front import status
+from torch_sinkhorn_attn.engines.tpu.front import explicit, status
 from torch_sinkhorn_attn.engines.tpu.front.prepare import Dustbin, prepare
 from torch_sinkhorn_attn.engines.tpu.method import batching
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
@@ -151,7 +151,8 @@ def sinkhorn_attention(
         mask_floor: negative, in the units of a float mask: a token whose every mask entry inside the support lies
             `-mask_floor` or more below the highest of its problem is inactive, as if they were -inf. None keeps every
             finite entry. Softmax mode ignores it. Default -1e3.
-        lowering: how it is computed; None: plain XLA, `Lowering()`. `Lowering("auto")` takes the TPU's kernels.
+        lowering: how it is computed; None is `Lowering()`: by Pallas kernels where the program is lowered for a TPU,
+            by plain XLA elsewhere. `Lowering("blockwise")` is plain XLA everywhere.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass).
         dropout_seed: a `jax.random.key`, or `[2]` uint32; needed with `dropout_p`. Entries are dropped by seed, head,
             row and column: give each step its own, and inside shard_map each shard (`jax.random.fold_in`).
@@ -166,6 +167,16 @@ def sinkhorn_attention(
     >>> sinkhorn_attention(q, k, v, window=(3, 3)).shape
     (4, 10, 8)
     """
+    arguments = dict(locals())
+    if lowering is not None and not isinstance(lowering, Lowering):
+        raise TypeError(f"lowering must be a Lowering or None, got {lowering!r}; pass Lowering(shape=...).")
+    if (place := explicit.placement(arguments)) is not None:
+        n, bins = query.ndim, None if dustbin is None else query.ndim - 1
+        dimensions = (n, SinkhornAux(n - 1, n - 1, n - 2, n - 2, bins, bins)) if return_aux else n  # type: ignore[arg-type]
+        found: Array | tuple[Array, SinkhornAux] = explicit.with_automatic_axes(
+            sinkhorn_attention, place, arguments, dimensions
+        )
+        return found
     inputs, constants, statics, batch, unit = prepare(
         query, key, value, attn_mask, enable_gqa=enable_gqa,
         dropout_p=dropout_p, is_causal=is_causal, scale=scale, epsilon=epsilon, window=window,
@@ -174,8 +185,6 @@ def sinkhorn_attention(
         base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance, over_relaxation=over_relaxation,
         gradient=gradient, initial_potentials=initial_potentials, mask_floor=mask_floor, dropout_seed=dropout_seed,
     )  # fmt: skip
-    if lowering is not None and not isinstance(lowering, Lowering):
-        raise TypeError(f"lowering must be a Lowering or None, got {lowering!r}; pass Lowering(shape=...).")
     how = _How(statics, Lowering() if lowering is None else lowering, return_aux)
     result = _attention(how, *vary_together((inputs, constants)))
 

@@ -39,4 +39,4 @@ def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mas
         fits = size <= lowering.vmem_limit
     else:
         fits = passes.passes_of(problem, lowering, residuals=True) is not None
-    return None if fits else f"{lowering.generation} has not the memory for an iteration of its row blocks in flight"
+    return None if fits else f"{lowering.chip} has not the memory for an iteration of its row blocks in flight"

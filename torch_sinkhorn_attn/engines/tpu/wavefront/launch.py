@@ -16,7 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
+from torch_sinkhorn_attn.engines.tpu.releases import kernel_body, result_type
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries, Path
 
@@ -119,8 +121,9 @@ def launch(
         return pl.BlockSpec((1, 1, x.shape[0], BLOCK), lambda n, h, s, row, front, *_: (n, h, 0, at(n, s, row, front)))
 
     names = (*prefetched, *(x.name for x in operands), *(x.name for x in results), *scratch)
+    given = vary_together([*prefetched.values(), *(x.array for x in operands)])
     run = pl.pallas_call(
-        functools.partial(body, names),
+        kernel_body(functools.partial(body, names)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(num, heads, length - before),
@@ -128,7 +131,7 @@ def launch(
             out_specs=[result(x) for x in results],
             scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()],
         ),
-        out_shape=[jax.ShapeDtypeStruct((num, heads, *x.shape), problem.dtype) for x in results],
+        out_shape=[result_type((num, heads, *x.shape), problem.dtype, given) for x in results],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=lowering.vmem_limit
         ),
@@ -136,7 +139,7 @@ def launch(
         name=name,
     )
     with jax.named_scope(name):  # by which the compiler's listings call it
-        return list(run(*prefetched.values(), *(x.array for x in operands)))
+        return list(run(*given))
 
 
 def tile_bytes(shape: Iterable[int], dtype: Any) -> int:
