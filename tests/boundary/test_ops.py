@@ -31,8 +31,9 @@ def flat_of(call: problems.Call, value: bool = True, engine: str = "tiled") -> l
 def test_opcheck(seed: int, engine: str) -> None:
     call = problems.make(seed)
     flat = flat_of(call, engine=engine)
-    torch.library.opcheck(lib.forward.default, (*flat, True))
-    results = lib.forward(*flat, True)
+    arguments = ops.with_residuals(flat, True)
+    torch.library.opcheck(lib.forward.default, tuple(arguments))
+    results = lib.forward(*arguments)
     bins = (torch.ones_like(results[5]), torch.ones_like(results[6])) if results[5].ndim > 1 else (None, None)
     torch.library.opcheck(lib.backward.default, (torch.ones_like(results[0]), *bins, True, *results[:3], *flat))
     flat = flat_of(call, value=False, engine=engine)
@@ -44,7 +45,7 @@ def test_opcheck(seed: int, engine: str) -> None:
 def test_opcheck_of_backward_without_the_masks_gradient() -> None:
     flat = flat_of(problems.make(11))
     assert flat[3] is not None and flat[3].is_floating_point()
-    results = lib.forward(*flat, True)
+    results = lib.forward(*ops.with_residuals(flat, True))
     grads = (torch.ones_like(results[0]), None, None, False, *results[:3], *flat)
     torch.library.opcheck(lib.backward.default, grads)
     assert lib.backward(*grads)[3].numel() == 0
