@@ -39,7 +39,11 @@ NUM_INPUTS = len(Inputs._fields)
 _LATER = {x.name: x.default for x in fields(Solver) if x.default is not MISSING}
 PROBLEM_FIELDS = tuple(name for _, name, _ in LEAVES if name not in _LATER)
 NAMES = (*Inputs._fields, *PROBLEM_FIELDS, "engine", *_LATER)  # of a flat problem
-_RESIDUALS = NAMES.index("engine") + 1  # where forward takes them: before what came later
+_ENGINE = NAMES.index("engine")
+_RESIDUALS = _ENGINE + 1  # where forward takes them: before what came later
+_ORDER = [name for _, name, _ in LEAVES]
+_FLAT = [_ORDER.index(name) for name in (*PROBLEM_FIELDS, *_LATER)]  # of the leaves, in the order of a flat problem
+_BACK = [[*PROBLEM_FIELDS, *_LATER].index(name) for name in _ORDER]
 _REQUIRED = {"query", "key"}  # of the inputs; a problem says it by its types
 
 
@@ -52,14 +56,18 @@ def _schema_arguments() -> tuple[str, str]:
 
 def flatten(inputs: Inputs, problem: Problem, engine: str) -> list[Any]:
     """A flat problem: one value for each of `NAMES`."""
-    found = dict(zip((name for _, name, _ in LEAVES), leaves(problem), strict=True))
-    return [*inputs, *(found[name] for name in PROBLEM_FIELDS), engine, *(found[name] for name in _LATER)]
+    found = leaves(problem)
+    flat = [*inputs, *[found[i] for i in _FLAT]]
+    flat.insert(_ENGINE, engine)
+    return flat
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
     """Its inverse; what is missing at the end has its default."""
-    found = {**_LATER, **dict(zip(NAMES, flat, strict=False))}
-    return Inputs(*flat[:NUM_INPUTS]), from_leaves([found[name] for _, name, _ in LEAVES]), found["engine"]
+    missing = len(NAMES) - len(flat)
+    last = [*_LATER.values()][len(_LATER) - missing :]
+    found = [*flat[NUM_INPUTS:_ENGINE], *flat[_ENGINE + 1 :], *last]
+    return Inputs(*flat[:NUM_INPUTS]), from_leaves([found[i] for i in _BACK]), flat[_ENGINE]
 
 
 def with_residuals(flat: Sequence[Any], residuals: bool) -> list[Any]:
