@@ -204,6 +204,8 @@ def test_a_configuration_is_completed_and_checked() -> None:
         Configuration.of({"heads": 3, "key_heads": 2})
     with pytest.raises(ValueError, match="--batch must be at least 1"):
         Configuration.of({"batch": 0})
+    with pytest.raises(ValueError, match="pass acceleration='chebyshev' too"):
+        Configuration.of({"contraction": 0.9})
     full, band = (Configuration.of({"length": 100, "window": w}).visited for w in (None, (2, 2)))
     assert full == 100 * 100 and band == pytest.approx(5 * 100 - 2 * (2 + 1))
 
@@ -212,6 +214,10 @@ def test_every_option_of_an_attention_is_one_of_the_command() -> None:
     options = cli._parser().parse_args(["attention", "--window", "3", "4", "--dustbin"])
     assert set(attention.Configuration.__dataclass_fields__) <= set(vars(options))
     assert options.window == [3, 4] and options.dustbin and options.topology == "v6e"
+    options = cli._parser().parse_args(["attention", "--acceleration", "chebyshev", "--contraction", "0.9"])
+    assert (options.acceleration, options.contraction) == ("chebyshev", 0.9)
+    statics = attention.problem(Configuration.of({"acceleration": "chebyshev", "contraction": 0.9}))[2]
+    assert (statics.acceleration, statics.contraction) == ("chebyshev", 0.9)
 
 
 def test_plain_errors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

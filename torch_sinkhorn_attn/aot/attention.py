@@ -33,6 +33,8 @@ class Configuration:
     window: tuple[int, int] | None = Options.window
     base_iters: int = Options.base_iters
     tail_iters: int = Options.tail_iters
+    acceleration: str | None = Options.acceleration
+    contraction: float | None = Options.contraction
     epsilon: float = Options.epsilon
     dustbin: bool = False
     segments: bool = False
@@ -63,6 +65,7 @@ class Configuration:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
         if not 0 < found.epsilon < math.inf:
             raise ValueError(f"--epsilon must be above 0 and finite, got {found.epsilon}")
+        Options.of({name: getattr(found, name) for name in ("acceleration", "contraction", "gradient")})
         if min(found.window or (0,)) < -1:
             raise ValueError(f"--window takes tokens to the left and right, -1 for unlimited, got {found.window}")
         return cls(**{**asdict(found), **complete, "window": found.window})
@@ -125,6 +128,8 @@ def problem(c: Configuration) -> tuple[Any, Any, Any]:
         epsilon=c.epsilon,
         stopped=0 if unrolled else c.base_iters,
         kept=c.tail_iters + (c.base_iters if unrolled else 0),
+        acceleration=c.acceleration,
+        contraction=c.contraction or 0.0,
         implicit=c.gradient == "implicit",
         banded=c.segments or c.window is not None,
         window_left=left,

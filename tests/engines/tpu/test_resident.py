@@ -241,6 +241,8 @@ def test_the_choice_is_explained() -> None:
     padding = torch.ones(1, 1, 1, 200, dtype=torch.bool)
     assert choice_of(1, 1, 200, 200, 8, mask=padding).shape == "resident"
     assert "attn_mask" in choice_of(1, 1, 200, 200, 8, mask=torch.zeros(200, 200)).reason
+    assert "acceleration" in choice_of(1, 1, 200, 200, 8, acceleration="chebyshev").reason
+    assert choice_of(1, 1, 200, 200, 8, acceleration="chebyshev", adjoint=True).shape == "resident"
     assert "tail" in choice_of(1, 1, 200, 200, 8, tail_iters=0).reason
     assert choice_of(1, 1, 200, 200, 8, gradient="implicit").shape == "resident"
     assert "linear system" in choice_of(1, 1, 200, 200, 8, gradient="implicit", adjoint=True).reason

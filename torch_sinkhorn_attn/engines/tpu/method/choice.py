@@ -121,6 +121,8 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
         return "it is empty"
     if problem.inputs.mask is not None:
         return "attn_mask is read tile by tile"
+    if statics.acceleration is not None and not adjoint:
+        return "acceleration is not in the resident kernel yet"
     if statics.kept == 0:
         return "without tail iterations there is little to keep for"
     if adjoint and statics.implicit:
