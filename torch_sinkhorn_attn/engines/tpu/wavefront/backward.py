@@ -20,9 +20,7 @@ from jax.experimental import pallas as pl
 from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
 from torch_sinkhorn_attn.engines.tpu.resident.backward import LEFT, RIGHT, in_parts
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
-    BLOCK,
     LOG2E,
-    SUBLANES,
     along_lanes,
     along_rows,
     dot,
@@ -36,6 +34,7 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.stages import (
     columns_of,
     fill,
     keep_unless,
+    line_of,
     named,
     over_sublanes,
     rep_of_line,
@@ -105,6 +104,24 @@ class Refs(NamedTuple):
 SEVERAL = ("mask", "row_a", "row_b", "col_a", "col_b")
 
 
+class Columns(NamedTuple):
+    """The column block that comes in at a reading."""
+
+    front: Array
+    w: Array  # [1, 128]
+    y: Array  # line
+
+
+class LastBlock(NamedTuple):
+    """The row block of the last reading."""
+
+    row: Array
+    front: Array
+    w: Array  # [R, 128] of the column block that comes in
+    field_cols: Array  # [f+Ev, 128] likewise
+    inner: list[Array]  # D - X^T Y by column block, then dS
+
+
 def kernel(o: AdjointStatics, names: tuple[str, ...], *refs: Any) -> None:
     """The body of a grid step; `names` says which fields of `Refs` are there, in order, those of `SEVERAL` as often as
     they are."""
@@ -119,14 +136,20 @@ class Adjoint(Stages):
         self.o, self.s, self.kept = o, o.statics, o.statics.kept
 
     def step(self) -> None:
+        """Products that wait for nothing stand before those that wait for them, for the matrix unit takes them in
+        order; and what rings hold is read before anything is written to them."""
         pl.when(self.at == 0)(self.clear)
-        for q in range(1, self.kept + 1):
-            self.column_cotangent(q)
+        columns = {q: self.column_cotangent(q) for q in range(1, self.kept + 1)}
+        plans = self.plans()
+        last = self.last_block(columns)
         for q in range(1, self.kept):
-            self.read(q)
-        self.last_reading()
-        self.completed_keys()
-        self.form_plan()
+            self.read(q, columns[q])
+        self.last_totals(last, columns[self.kept])
+        _, complete = self.entry((self.kept + 1) * self.path.lag)
+        self.r.grad_key[0, 0] = self.r.key_sums[self.touched(complete - 1)]
+        self.value_products(plans)
+        self.score_products(last)
+        self.keep(plans, last, columns)
 
     def clear(self) -> None:
         """What is read before it is written must be numbers."""
@@ -134,37 +157,30 @@ class Adjoint(Stages):
         for ref in (r.plan, r.zs, r.ws, r.sums, r.y, r.los, r.his, r.last_keys, r.field_cols, r.value_sums, r.key_sums):
             fill(ref, 0)
 
-    def begin(self, ref: Any, lag: int, front: Array, *index: Any) -> None:
-        """Sums of the column block that comes in begin at 0."""
-        at = (*index, self.touched(front - 1))
-        ref[at] = jnp.where(self.stalled(lag), ref[at], 0)
-
     # P
 
-    def form_plan(self) -> None:
-        """P of the row block that comes in, and what it gives to dV."""
+    def plans(self) -> tuple[Array, Array, list[Array]]:
+        """Row block, front and P of the row block that comes in."""
         r, o, s = self.r, self.o, self.s
         row, front = self.entry(0)
-        r.keys[self.in_window(front - 1)] = r.head_key[0, 0]
-        self.take_in(front)
-        slot, factor = self.slot(0), s.scale / s.epsilon * LOG2E
-        self.begin(r.value_sums, 0, front)
-        grad, plans = r.grad[0, 0], []
-        for j, column in enumerate(self.window(front)):
-            scores = dot(r.query[0, 0], r.keys[self.in_window(column)], (0, 0), o.dtype) * factor
-            plans.append(jnp.exp2(self.masked_scores(row, column, j, scores)))
-        for plan, column in zip(plans, self.window(front)):
-            low, at = plan.astype(grad.dtype), self.touched(column)
+        factor = s.scale / s.epsilon * LOG2E
+        keys = self.with_new(r.keys, front, r.head_key[0, 0])
+        scores = [dot(r.query[0, 0], key, (0, 0), o.dtype) * factor for key in keys]
+        return row, front, [jnp.exp2(tile) for tile in self.masked_scores(row, front, scores)]
+
+    def value_products(self, plans: tuple[Array, Array, list[Array]]) -> None:
+        """What P gives to dV."""
+        r, o, s, (row, front, tiles) = self.r, self.o, self.s, plans
+        grad, width, parts = r.grad[0, 0], o.value_width, []
+        for tile, column in zip(tiles, self.window(front)):
+            low = tile.astype(grad.dtype)
             if s.dropout_p:
-                kept = self.dropped_out(plan, row, column).astype(grad.dtype)
-                width = o.value_width
-                parts = [dot(grad[:width], kept, (1, 0), o.dtype), dot(grad[width:], low, (1, 0), o.dtype)]
-                found = jnp.concatenate(parts, 0)
+                kept = self.dropped_out(tile, row, column).astype(grad.dtype)
+                both = dot(grad[:width], kept, (1, 0), o.dtype), dot(grad[width:], low, (1, 0), o.dtype)
+                parts.append(jnp.concatenate(both, 0))
             else:
-                found = dot(grad, low, (1, 0), o.dtype)
-            r.value_sums[at] = r.value_sums[at] + found
-        for j, plan in enumerate(plans):
-            r.plan[slot, :, columns_of(j)] = plan
+                parts.append(dot(grad, low, (1, 0), o.dtype))
+        self.put(r.value_sums, front, self.added(r.value_sums, front, parts, self.stalled(0)))
 
     def dropped_out(self, tile: Array, row: Array, column: Array) -> Array:
         p = self.s.dropout_p
@@ -174,85 +190,94 @@ class Adjoint(Stages):
 
     # The readings
 
-    def column_cotangent(self, q: int) -> None:
+    def column_cotangent(self, q: int) -> Columns:
         """w of the column block that comes in = own - rho_r ca (P^T ra z), and y = cb w for the row blocks."""
         r, s, o, slot = self.r, self.s, self.o, self.kept - q
         _, front = self.entry(q * self.path.lag)
         new = front - 1
         own: Any = 0
         if q == 1:
-            sums = r.value_sums[self.touched(new)]
-            width = o.value_width
+            sums, width = r.value_sums[self.touched(new)], o.value_width
             image = jnp.sum(sums[width:], 0, keepdims=True)
             own = jnp.sum(sums[:width] * r.first_value[0, 0].astype(o.dtype), 0, keepdims=True) + r.first_col_sums[0, 0]
             r.grad_value[0, 0] = sums
         else:
             image = over_sublanes(r.sums[q - 1, self.touched(new)])[:1]
         w = own - s.rho_row * r.col_a[q - 1][0, 0, slot : slot + 1, :] * image
-        r.ws[self.held(new), slot : slot + 1, :] = w
-        y = r.col_b[q - 1][0, 0, slot : slot + 1, :] * w
-        r.y[q, self.touched(new)] = jnp.broadcast_to(y, (SUBLANES, BLOCK))
+        return Columns(front, w, line_of(r.col_b[q - 1][0, 0, slot : slot + 1, :] * w))
 
-    def products(self, q: int) -> tuple[Array, Array, list[Array], list[Array], Array]:
-        """Row block, its place, columns and tiles of P in a reading, and P y, rep."""
-        r = self.r
-        row, front = self.entry(q * self.path.lag)
-        slot, columns = self.slot(q * self.path.lag), self.window(front)
+    def products(self, q: int, columns: Columns) -> tuple[list[Array], Array]:
+        """Tiles of P in a reading, and P y, rep."""
+        r, slot = self.r, self.slot(q * self.path.lag)
         tiles = [r.plan[slot, :, columns_of(j)] for j in range(self.path.width)]
-        weighted = [tile * rep_of_line(r.y[q, self.touched(c)]) for tile, c in zip(tiles, columns)]
-        return row, slot, columns, tiles, row_sums(weighted)
+        lines = [r.y[q, self.touched(column)] for column in self.window(columns.front)[:-1]] + [columns.y]
+        return tiles, row_sums([tile * rep_of_line(y) for tile, y in zip(tiles, lines)])
 
-    def read(self, q: int) -> None:
+    def read(self, q: int, columns: Columns) -> None:
         """z of the iteration before, and its column sums."""
-        r, s, slot = self.r, self.s, self.kept - q
-        _, place, columns, tiles, total = self.products(q)
+        r, s, slot, lag = self.r, self.s, self.kept - q, q * self.path.lag
+        tiles, total = self.products(q, columns)
         scale = -s.rho_col * r.row_b[q - 1][0, 0, slot : slot + 1, :]
-        r.zs[place, slot : slot + 1, :] = scale * along_lanes(total)
         weight = total * along_rows(scale * r.row_a[q - 1][0, 0, slot - 1 : slot, :])
-        self.begin(r.sums, q * self.path.lag, columns[-1] + 1, q)
-        for tile, column in zip(tiles, columns):
-            at = self.touched(column)
-            r.sums[q, at] = r.sums[q, at] + fold(tile * weight)
+        sums = self.added(r.sums, columns.front, [fold(tile * weight) for tile in tiles], self.stalled(lag), q)
+        self.put(r.sums, columns.front, sums, q)
+        r.zs[self.slot(lag), slot : slot + 1, :] = scale * along_lanes(total)
 
-    def last_reading(self) -> None:
-        """z^0, and dS = P * (D - X^T Y) with what it gives to dQ and dK."""
+    def last_block(self, columns: dict[int, Columns]) -> LastBlock:
+        """dS = P * (D - X^T Y) of the last reading."""
         r, o, s, q = self.r, self.o, self.s, self.kept
-        row, place, columns, tiles, total = self.products(q)
-        front, real = columns[-1] + 1, row >= 0
+        row, front = self.entry(q * self.path.lag)
+        place, new = self.slot(q * self.path.lag), front - 1
         row_a, row_b = r.row_a[q - 1][0, 0], r.row_b[q - 1][0, 0]
-        r.zs[place, 0:1, :] = -s.rho_col * row_b[:1] * along_lanes(total)
         z = jnp.concatenate([r.zs[place, 1:q, :], r.last_row_sums[0, 0]], 0) if q > 1 else r.last_row_sums[0, 0]
-        x = jnp.concatenate([s.rho_row * row_a * z, row_b], 0)
         low = r.last_value.dtype
-        field_rows = in_parts(-x, LEFT, o.field_parts, low)
-        new = front - 1
-        w = r.ws[self.held(new), :q, :]
+        field_rows = in_parts(-jnp.concatenate([s.rho_row * row_a * z, row_b], 0), LEFT, o.field_parts, low)
+        w = columns[q].w if q == 1 else jnp.concatenate([columns[q].w, r.ws[self.held(new), 1:q, :]], 0)
         y = jnp.concatenate([r.col_a[q - 1][0, 0], s.rho_col * r.col_b[q - 1][0, 0] * w], 0)
-        at = self.in_window(new)
-        r.field_cols[at, : o.field_parts, :] = in_parts(y, RIGHT, o.field_parts, low)
-        r.field_cols[at, o.field_parts :, :] = r.last_value[0, 0]
-        r.last_keys[at] = r.last_key[0, 0]
-        self.begin(r.key_sums, q * self.path.lag, front)
-        keep_unless(real, r.z, r.zs[place, :q, :])
-        r.w[0, 0] = w
-        grad = r.last_grad[0, 0, : o.value_width, :]
-        grad_scores = []
-        for tile, column in zip(tiles, columns):
-            cols = r.field_cols[self.in_window(column)]
+        field_cols = jnp.concatenate([in_parts(y, RIGHT, o.field_parts, low), r.last_value[0, 0]], 0)
+        grad, found = r.last_grad[0, 0, : o.value_width, :], []
+        for cols, column in zip(self.with_new(r.field_cols, front, field_cols), self.window(front)):
             if s.dropout_p:
                 d = self.dropped_out(dot(grad, cols[o.field_parts :], (0, 0), o.dtype), row, column)
-                inner = d + dot(field_rows, cols[: o.field_parts], (0, 0), o.dtype)
+                found.append(d + dot(field_rows, cols[: o.field_parts], (0, 0), o.dtype))
             else:
-                inner = dot(jnp.concatenate([field_rows, grad], 0), cols, (0, 0), o.dtype)
-            grad_scores.append((tile * inner).astype(low))
-        found: Any = 0
-        for tile, column in zip(grad_scores, columns):
-            found = found + dot(tile, r.last_keys[self.in_window(column)], (1, 1), o.dtype)
-        keep_unless(real, r.grad_query, found)
-        for tile, column in zip(grad_scores, columns):
-            at = self.touched(column)
-            r.key_sums[at] = r.key_sums[at] + dot(r.last_query[0, 0], tile, (1, 0), o.dtype)
+                found.append(dot(jnp.concatenate([field_rows, grad], 0), cols, (0, 0), o.dtype))
+        return LastBlock(row, front, w, field_cols, found)
 
-    def completed_keys(self) -> None:
-        _, front = self.entry((self.kept + 1) * self.path.lag)
-        self.r.grad_key[0, 0] = self.r.key_sums[self.touched(front - 1)]
+    def last_totals(self, b: LastBlock, columns: Columns) -> None:
+        """z^0, and dS from D - X^T Y."""
+        r, s, q = self.r, self.s, self.kept
+        tiles, total = self.products(q, columns)
+        b.inner[:] = [(tile * inner).astype(r.last_value.dtype) for tile, inner in zip(tiles, b.inner)]
+        first = -s.rho_col * r.row_b[q - 1][0, 0, :1, :] * along_lanes(total)
+        place = self.slot(q * self.path.lag)
+        z = first if q == 1 else jnp.concatenate([first, r.zs[place, 1:q, :]], 0)
+        keep_unless(b.row >= 0, r.z, z)
+        r.w[0, 0] = b.w
+
+    def score_products(self, b: LastBlock) -> None:
+        """What dS gives to dQ and dK."""
+        r, o = self.r, self.o
+        keys = self.with_new(r.last_keys, b.front, r.last_key[0, 0])
+        found: Any = 0
+        for tile, key in zip(b.inner, keys):
+            found = found + dot(tile, key, (1, 1), o.dtype)
+        parts = [dot(r.last_query[0, 0], tile, (1, 0), o.dtype) for tile in b.inner]
+        keep_unless(b.row >= 0, r.grad_query, found)
+        stalled = self.stalled(self.kept * self.path.lag)
+        self.put(r.key_sums, b.front, self.added(r.key_sums, b.front, parts, stalled))
+
+    def keep(self, plans: tuple[Array, Array, list[Array]], last: LastBlock, columns: dict[int, Columns]) -> None:
+        """What the steps to come will read."""
+        r, (_, front, tiles) = self.r, plans
+        slot = self.slot(0)
+        for j, tile in enumerate(tiles):
+            r.plan[slot, :, columns_of(j)] = tile
+        r.keys[self.in_window(front - 1)] = r.head_key[0, 0]
+        self.take_in(front)
+        at = self.in_window(last.front - 1)
+        r.field_cols[at], r.last_keys[at] = last.field_cols, r.last_key[0, 0]
+        for q, found in columns.items():
+            new, line = found.front - 1, self.kept - q
+            r.ws[self.held(new), line : line + 1, :] = found.w
+            r.y[q, self.touched(new)] = found.y

@@ -23,6 +23,8 @@ def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mas
         return "a dustbin couples all rows in every iteration"
     if statics.tolerance:
         return "a tolerance couples all rows in every iteration"
+    if not backward and statics.acceleration and not statics.contraction and constants.row_segment is not None:
+        return "the contraction of packed problems is measured segment by segment"
     if not 0 < statics.kept <= MOST_KEPT:
         return f"a wavefront keeps between 1 and {MOST_KEPT} iterations, not {statics.kept}"
     if backward and statics.implicit:

@@ -29,7 +29,6 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
     DEAD,
     LOG2E,
-    SUBLANES,
     along_lanes,
     along_rows,
     dot,
@@ -43,6 +42,7 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.stages import (
     columns_of,
     fill,
     keep_unless,
+    line_of,
     named,
     over_sublanes,
     rep_of_line,
@@ -63,6 +63,7 @@ class PassStatics(NamedTuple):
     residuals: bool
     mask_floor: float = 0.0  # a float mask drops what is at or below
     unrolled: int = 1  # iterations in one loop body
+    accelerated: bool = False  # columns of the base move on from their last two potentials
 
     @property
     def iterations(self) -> int:
@@ -70,8 +71,13 @@ class PassStatics(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether half-steps are the scalings alone, without logarithms."""
+        """Whether row half-steps are the scalings alone, without logarithms."""
         return self.statics.balanced and self.statics.over_relaxation == 1.0
+
+    @property
+    def plain_columns(self) -> bool:
+        """Whether column half-steps are."""
+        return self.plain and not self.accelerated
 
     def lag_of(self, iteration: int) -> int:
         """Steps that an iteration is behind."""
@@ -80,7 +86,7 @@ class PassStatics(NamedTuple):
     @property
     def way(self) -> Way:
         last = self.lag_of(self.iterations)
-        return Way(self.path, last + self.path.lag * self.residuals, last)
+        return Way(self.path, last + self.path.lag * self.residuals, last, memory=2 if self.accelerated else 1)
 
 
 class Refs(NamedTuple):
@@ -91,6 +97,8 @@ class Refs(NamedTuple):
     row: Any  # [n * steps] SMEM: `path.Entries`
     front: Any
     stream: Any  # [N, H] SMEM: dropout's
+    to_plain: Any  # [N * H * base] SMEM: how far v goes towards the plain half-step's value, in each iteration,
+    onwards: Any  # and on from the potential before
     query: Any  # [1, 1, E+b, 128]
     key: Any  # [1, 1, E+b, 128]
     col_lo: Any  # [1, 1, 1, 128]
@@ -99,6 +107,7 @@ class Refs(NamedTuple):
     start_row: Any  # [1, 1, 1, 128]
     log_b: Any  # [1, 1, 1, 128]
     start_col: Any
+    before_col: Any  # v before it
     mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
     alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
     value: Any  # [1, 1, Ev, 128]
@@ -122,7 +131,7 @@ class Refs(NamedTuple):
     col_mass: Any  # [held] line: b, or log b
     sums: Any  # [iterations + 1, touched, 8, 128] column sums, to be added over sublanes
     y: Any  # [iterations + 1, touched] line: column scaling, 1 on dead columns
-    log_y: Any  # its logarithm, kept for over-relaxation
+    log_y: Any  # [iterations + 2, touched] line: its logarithm, from the start's predecessor on
     worst: Any  # [2, 8, 128]: the largest y and 1 / y
 
 
@@ -174,19 +183,20 @@ class Wave(Stages):
         for i, base in iterations:
             self.column_scaling(i, base)
         found = [self.row_products(i, base) for i, base in iterations]
-        for (i, _), x in zip(iterations, found):
-            self.column_sums(i, x)
+        sums = [self.column_sums(i, x) for (i, _), x in zip(iterations, found)]
+        for (i, _), x, values in zip(iterations, found, sums):
+            self.put(self.r.sums, x.front, values, i)
         if not alike:
             for (i, _), x in zip(iterations, found):
                 self.results(i, x)
 
     def clear(self) -> None:
         """What is read before it is written must be numbers: of a row block and columns that are in no interval."""
-        r, plain = self.r, self.o.plain
-        dead = 0 if plain else DEAD
+        r = self.r
+        dead, dead_col = (0 if plain else DEAD for plain in (self.o.plain, self.o.plain_columns))
         for ref, value in (
             (r.strip, TINY), (r.row_rep, dead), (r.row_line, DEAD), (r.log_x, 0), (r.los, 0), (r.his, 0),
-            (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, dead), (r.sums, 0), (r.y, 1), (r.log_y, 0),
+            (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, dead_col), (r.sums, 0), (r.y, 1), (r.log_y, 0),
             (r.values, 0), (r.worst, 0),
         ):  # fmt: skip
             if ref is not None:
@@ -200,19 +210,16 @@ class Wave(Stages):
         r, s = self.r, self.s
         row, front = self.entry(0)
         new = self.in_window(front - 1)
+        slot, factor = self.slot(0), s.scale / s.epsilon * LOG2E
+        keys = self.with_new(r.keys, front, r.key[0, 0])
+        tiles = self.masked_scores(row, front, [dot(r.query[0, 0], key, (0, 0), self.o.dtype) * factor for key in keys])
+        tops = [r.tops[self.touched(column)] for column in self.window(front)]
+        tops[-1] = jnp.where(self.stalled(0), tops[-1], DEAD)
+        self.put(r.tops, front, [jnp.maximum(top, fold(tile, jnp.maximum)) for top, tile in zip(tops, tiles)])
+        for j, tile in enumerate(tiles):
+            r.strip[slot, :, columns_of(j)] = tile
         r.keys[new] = r.key[0, 0]
         self.take_in(front)
-        slot = self.slot(0)
-        factor = s.scale / s.epsilon * LOG2E
-        started = self.touched(front - 1)
-        stalled = self.stalled(0)
-        r.tops[started] = jnp.where(stalled, r.tops[started], DEAD)
-        for j, column in enumerate(self.window(front)):
-            tile = dot(r.query[0, 0], r.keys[self.in_window(column)], (0, 0), self.o.dtype) * factor
-            tile = self.masked_scores(row, column, j, tile)
-            r.strip[slot, :, columns_of(j)] = tile
-            place = self.touched(column)
-            r.tops[place] = jnp.maximum(r.tops[place], fold(tile, jnp.maximum))
 
     def exponentials(self) -> None:
         """K of a row block whose columns' maxima are known, and its column sums for x = 1."""
@@ -225,19 +232,21 @@ class Wave(Stages):
         alive = (top > DEAD / 2) & (log_b > DEAD / 2)
         col_abs = jnp.where(alive, -top, DEAD)
         held = self.held(new)
-        r.col_abs[held] = jnp.broadcast_to(col_abs, (SUBLANES, BLOCK))
-        r.col_mass[held] = jnp.broadcast_to(jnp.exp(log_b) if o.plain else log_b, (SUBLANES, BLOCK))
+        r.col_mass[held] = line_of(jnp.exp(log_b) if o.plain_columns else log_b)
         if r.log_y is not None:
-            log_y = jnp.where(alive, r.start_col[0, 0] - col_abs, 0)
-            r.log_y[0, self.touched(new)] = jnp.broadcast_to(log_y, (SUBLANES, BLOCK))
-        self.start_sums(0, lag, front)
-        for j, column in enumerate(self.window(front)):
-            at = columns_of(j)
-            tile = r.strip[slot, :, at] + rep_of_line(r.col_abs[self.held(column)]) * LOG2E
-            tile = jnp.maximum(jnp.exp2(tile), TINY)
-            r.strip[slot, :, at] = tile
-            place = self.touched(column)
-            r.sums[0, place] = r.sums[0, place] + fold(tile)
+            for place, start in ((0, r.before_col), (1, r.start_col)):
+                if start is not None:
+                    log_y = jnp.where(alive, start[0, 0] - col_abs, 0)
+                    r.log_y[place, self.touched(new)] = line_of(log_y)
+        shifts = [r.col_abs[self.held(column)] for column in self.window(front)[:-1]] + [line_of(col_abs)]
+        tiles = [
+            jnp.maximum(jnp.exp2(r.strip[slot, :, columns_of(j)] + rep_of_line(shift) * LOG2E), TINY)
+            for j, shift in enumerate(shifts)
+        ]
+        self.put(r.sums, front, self.added(r.sums, front, [fold(tile) for tile in tiles], self.stalled(lag), 0), 0)
+        for j, tile in enumerate(tiles):
+            r.strip[slot, :, columns_of(j)] = tile
+        r.col_abs[held] = line_of(col_abs)
         log_a, start = r.log_a[0, 0], r.start_row[0, 0]
         log_a = jnp.where(real, log_a, DEAD)
         r.row_rep[slot] = along_rows(jnp.exp(log_a) if o.plain else s.rho_row * (log_a + start) - start)
@@ -245,11 +254,6 @@ class Wave(Stages):
         r.row_line[slot, 1:2, :] = log_a
         if r.log_x is not None:
             r.log_x[slot] = jnp.zeros((BLOCK, BLOCK), o.dtype)
-
-    def start_sums(self, iteration: Any, lag: Any, front: Array) -> None:
-        """Sums of the column block that comes in begin at 0."""
-        place = self.touched(front - 1)
-        self.r.sums[iteration, place] = jnp.where(self.stalled(lag), self.r.sums[iteration, place], 0)
 
     # The iterations
 
@@ -261,7 +265,7 @@ class Wave(Stages):
         held, place = self.held(new), self.touched(new)
         total = jnp.maximum(over_sublanes(r.sums[i - 1, place]), TINY)
         mass = r.col_mass[held]
-        if o.plain:
+        if o.plain_columns:
             live = mass > 0
             y = jnp.where(live, mass / total, 1)
             inverse = jnp.where(live, total / jnp.where(live, mass, 1), 1)
@@ -269,11 +273,15 @@ class Wave(Stages):
             col_abs = r.col_abs[held]
             live = (mass > DEAD / 2) & (col_abs > DEAD / 2)
             log_y = s.rho_col * (mass + col_abs - jnp.log(total)) - col_abs
-            if base and s.over_relaxation != 1:
-                log_y = (1 - s.over_relaxation) * r.log_y[i - 1, place] + s.over_relaxation * log_y
+            if base and o.accelerated:
+                old, older = r.log_y[i, place], r.log_y[i - 1, place]
+                at = (self.n * pl.num_programs(1) + self.h) * o.base + i - 1
+                log_y = old + r.to_plain[at] * (log_y - old) + r.onwards[at] * (old - older)
+            elif base and s.over_relaxation != 1:
+                log_y = (1 - s.over_relaxation) * r.log_y[i, place] + s.over_relaxation * log_y
             log_y = jnp.where(live, log_y, 0)
             if r.log_y is not None:
-                r.log_y[i, place] = log_y
+                r.log_y[i + 1, place] = log_y
             y, inverse = jnp.exp(log_y), jnp.exp(-log_y)
         r.y[i, place] = y
         r.worst[0] = jnp.maximum(r.worst[0], y)
@@ -290,15 +298,12 @@ class Wave(Stages):
         total = row_sums(weighted)
         return RowBlock(row, front, slot, tiles, weighted, total, self.row_scaling(slot, total, base))
 
-    def column_sums(self, i: Any, b: RowBlock) -> None:
-        """The column sums for x."""
+    def column_sums(self, i: Any, b: RowBlock) -> list[Array]:
+        """The column sums for x, where anything reads them."""
         if isinstance(i, int) and i == self.o.iterations and not self.o.residuals:
-            return
-        r = self.r
-        self.start_sums(i, self.path.lag * (i + 1), b.front)
-        for tile, column in zip(b.tiles, self.window(b.front)):
-            place = self.touched(column)
-            r.sums[i, place] = r.sums[i, place] + fold(tile * b.x)
+            return []
+        parts = [fold(tile * b.x) for tile in b.tiles]
+        return self.added(self.r.sums, b.front, parts, self.stalled(self.path.lag * (i + 1)), i)
 
     def results(self, i: int, b: RowBlock) -> None:
         """What an iteration that is not only passed through leaves behind."""
@@ -339,15 +344,15 @@ class Wave(Stages):
 
     def add_values(self, row: Array, front: Array, weighted: list[Array], real: Array) -> None:
         r, o = self.r, self.o
-        r.values[self.in_window(front - 1)] = r.value[0, 0]
         total: Any = 0
-        for tile, column in zip(weighted, self.window(front)):
+        values = self.with_new(r.values, front, r.value[0, 0])
+        for tile, value, column in zip(weighted, values, self.window(front)):
             if self.s.dropout_p:
                 block = column - self.path.width  # without the padding
                 keep = dropout_keep(r.stream[self.n, self.h], jnp.maximum(row, 0), block, tile.shape, self.s.dropout_p)
                 tile = jnp.where(keep, tile / (1 - self.s.dropout_p), 0)
-            value = r.values[self.in_window(column)]
             total = total + dot(tile.astype(value.dtype), value, (1, 1), o.dtype)
+        r.values[self.in_window(front - 1)] = r.value[0, 0]
         keep_unless(real, r.mass, total)
 
     def column_totals(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -64,14 +64,17 @@ def launch(
     operands: list[Operand],
     results: list[Result],
     scratch: Scratch,
+    scalars: Mapping[str, Array] | None = None,
 ) -> list[Array]:
-    """Run `body(names, *refs)` over all steps of all heads; results come back as `[N, H, *shape]`."""
+    """Run `body(names, *refs)` over all steps of all heads; results come back as `[N, H, *shape]`. `scalars`: vectors
+    that the kernel reads number by number."""
     num, heads = problem.constants.log_row_mass.shape[:2]
     length = entries.row.shape[1]
     per_batch = np.int32(length if entries.row.shape[0] > 1 else 0)
     prefetched = {"row": entries.row.reshape(-1), "front": entries.front.reshape(-1)}
     if problem.constants.dropout_seed is not None:
         prefetched["stream"] = dropout.head_streams(problem.constants)
+    prefetched |= scalars or {}
 
     def block_at(side: str | None, lag: int) -> Callable[..., Any]:
         def at(n: Any, s: Any, row: Any, front: Any) -> Any:

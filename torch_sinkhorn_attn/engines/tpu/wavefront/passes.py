@@ -41,6 +41,9 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.launch import (
     tile_bytes,
 )
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import Path, entries_of, path_of
+from torch_sinkhorn_attn.method.acceleration import estimate, log_norm
+from torch_sinkhorn_attn.options import plain_iterations
+from torch_sinkhorn_attn.problem.segments import segments
 
 SPILLS = 4 << 20  # bytes for what the unrolled loops spill and the compiler adds
 
@@ -69,56 +72,69 @@ def lines_of(problem: sinkhorn.Augmented) -> Lines:
 
 
 def passes_of(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> list[PassStatics] | None:
-    """The passes over the sequence: one, or more where a core's memory does not hold all iterations in flight; None
-    where it does not hold a pass of one iteration."""
+    """The passes over the sequence: one, or more where a core's memory does not hold all iterations in flight, or where
+    lambda of an accelerated base is measured first; None where it does not hold a pass of one iteration."""
     statics, values = problem.statics, problem.inputs.value is not None
     path = path_of(problem.length, problem.size, statics)
-    saved = tuple(range(statics.stopped, statics.stopped + statics.kept + 1))
+    momentum = statics.acceleration is not None
     # Interpreted, a loop body takes long to compile and gains nothing.
     floor, unrolled = mask_floor(problem), 1 if lowering.interpret else UNROLLED // path.width
 
     def last(base: int) -> PassStatics:
-        first = base + statics.kept - (len(saved) - 1)
-        own = tuple(range(first, first + len(saved)))
-        own = own if statics.stopped else own[1:]
-        return PassStatics(path, statics, problem.dtype, base, statics.kept, own, values, residuals, floor, unrolled)
+        saved = tuple(range(base if statics.stopped else 1, base + statics.kept + 1))
+        return PassStatics(
+            path, statics, problem.dtype, base, statics.kept, saved, values, residuals, floor, unrolled,
+            momentum and base > 0,
+        )  # fmt: skip
 
-    def earlier(base: int) -> PassStatics:
-        return PassStatics(path, statics, problem.dtype, base, 0, (base,), False, False, floor, unrolled)
+    def earlier(base: int, plain: bool = False) -> PassStatics:
+        saved = tuple(range(1 if plain else max(1, base - momentum), base + 1))
+        return PassStatics(
+            path, statics, problem.dtype, base, 0, saved, False, False, floor, unrolled, momentum and not plain
+        )
 
     def held(o: PassStatics) -> bool:
         return vmem(problem, o) <= lowering.vmem_limit
 
-    own = statics.stopped
-    while own > min(1, statics.stopped) and not held(last(own)):
+    measured = momentum and not statics.contraction and statics.stopped > plain_iterations(0)
+    first = [earlier(plain_iterations(0), plain=True)] if measured else []
+    stopped = statics.stopped - sum(o.base for o in first)
+    own = stopped
+    while own > min(1, stopped) and not held(last(own)):
         own -= 1
-    if not held(last(own)):
+    if not all(held(o) for o in (*first, last(own))):
         return None
-    rest = statics.stopped - own
-    if not rest:
-        return [last(own)]
-    most = rest
+    rest, most = stopped - own, stopped - own
     while most > 1 and not held(earlier(most)):
         most -= 1
-    count = -(-rest // most)
+    count = -(-rest // max(1, most))
     sizes = [rest // count + (k < rest % count) for k in range(count)]
-    return [*(earlier(size) for size in sizes), last(own)]
+    return [*first, *(earlier(size) for size in sizes), last(own)]
 
 
 def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> tuple[Found, Array]:
     """The result, and whether the data kept to the path and every scaling stayed in range."""
     statics, length, size = problem.statics, problem.length, problem.size
-    lines = lines_of(problem)
+    lines, own = lines_of(problem), segments(problem.constants)
     passes = passes_of(problem, lowering, residuals)
     assert passes is not None
-    start, suited = problem.initial_potentials(), jnp.bool_(True)
+    u, v = problem.initial_potentials()
+    state, suited, done = Start(u, v, v), jnp.bool_(True), 0
+    factors = momentum_of(problem, jnp.full((*u.shape[:2], 1), statics.contraction, problem.dtype))
     for o in passes:
-        named, fine = run_pass(problem, lowering, o, start, lines)
+        scalars = (
+            {name: x[..., done : done + o.base].reshape(-1) for name, x in factors.items()} if o.accelerated else {}
+        )
+        named, fine = run_pass(problem, lowering, o, state, lines, scalars)
         suited &= fine
-        start = named["rows"][-1], named["cols"][-1]
+        done += o.base
+        before, *kept = state.col, *named["cols"]
+        state = Start(named["rows"][-1], kept[-1], kept[-2] if len(kept) > 1 else before)
+        if o.base and not o.tail and not o.accelerated and statics.acceleration:
+            changes = (log_norm(x - y, problem.log_b, own) for x, y in (kept[-1:-3:-1], kept[-2:-4:-1]))
+            factors = momentum_of(problem, estimate(*changes))
     rows, cols = jnp.stack(named["rows"]), jnp.stack(named["cols"])
     if not statics.stopped:
-        u, v = problem.initial_potentials()
         rows, cols = jnp.concatenate([u[None], rows]), jnp.concatenate([v[None], cols])
     if statics.balanced and statics.stopped:
         rows, cols = centred(problem, rows, cols)
@@ -132,8 +148,42 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
     return sinkhorn.finish(problem, (rows, cols), mass, row_sums, col_sums), suited
 
 
+class Start(NamedTuple):
+    """What a pass goes on from: u, v, and the v before it."""
+
+    row: Array
+    col: Array
+    before: Array
+
+
+def momentum_of(problem: sinkhorn.Augmented, contraction: Array) -> dict[str, Array]:
+    """How each stopped iteration of an accelerated base moves v (`method.acceleration`), `[N, H, T]`: towards the plain
+    half-step's value, and on from the potential before; plain iterations too.
+
+    Args:
+        contraction: lambda of each head, `[N, H, 1]`.
+    """
+    statics = problem.statics
+    first = plain_iterations(statics.contraction)
+    g, mu = 2 / (2 - contraction), contraction / (2 - contraction)
+    omega, found = jnp.ones_like(contraction), []
+    for t in range(statics.stopped):
+        if t < first:
+            found.append((jnp.ones_like(g), jnp.zeros_like(g)))
+            continue
+        found.append((omega * g, omega - 1))
+        omega = 1 / (1 - (2 if t == first else 1) * omega * mu**2 / 4)
+    to_plain, onwards = (jnp.concatenate([x[k] for x in found], -1) if found else g[..., :0] for k in (0, 1))
+    return {"to_plain": to_plain, "onwards": onwards}
+
+
 def run_pass(
-    problem: sinkhorn.Augmented, lowering: Lowering, o: PassStatics, start: tuple[Array, Array], lines: Lines
+    problem: sinkhorn.Augmented,
+    lowering: Lowering,
+    o: PassStatics,
+    start: Start,
+    lines: Lines,
+    scalars: dict[str, Array],
 ) -> tuple[dict[str, list[Array]], Array]:
     """Its results by name, `rows` and `cols` as potentials, and whether it was suited."""
     path = o.path
@@ -141,7 +191,7 @@ def run_pass(
     given, results = operands_of(problem, o, start), results_of(problem, o)
     out = launch(
         "sinkhorn_wavefront_forward", functools.partial(kernel, o), problem, lowering, entries, path, o.way.before,
-        given, results, scratch_of(problem, o, given[1].array),
+        given, results, scratch_of(problem, o, given[1].array), scalars,
     )  # fmt: skip
     named: dict[str, list[Array]] = {}
     for result, x in zip(results, out, strict=True):
@@ -156,7 +206,8 @@ def vmem(problem: sinkhorn.Augmented, o: PassStatics) -> int:
     """Bytes of a core's memory that a pass takes at most."""
 
     def look() -> list[Operand]:
-        return operands_of(problem, o, problem.initial_potentials())
+        u, v = problem.initial_potentials()
+        return operands_of(problem, o, Start(u, v, v))
 
     given, results = shapes_of(look), results_of(problem, o)
     return bytes_of(given, results, scratch_of(problem, o, given[1].array), problem.dtype)
@@ -195,10 +246,10 @@ def pad_cols(x: Array, path: Path, value: float = 0.0) -> Array:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((before, after),), constant_values=value)
 
 
-def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: tuple[Array, Array]) -> list[Operand]:
+def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: Start) -> list[Operand]:
     """What the forward kernel reads, for potentials to start from."""
     path, inputs, lag = o.path, problem.inputs, o.path.lag
-    u, v = start
+    u, v, before = start
     lines = lines_of(problem)
     found = operands(inputs, problem.constants, problem.statics, Strip(path.rows, path.cols, path.width), u)
     pad = functools.partial(pad_lanes, size=path.padded_length)
@@ -214,8 +265,10 @@ def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: tuple[Array,
         Operand("log_b", pad_cols(jnp.maximum(lines.log_b, DEAD), path, DEAD)[:, :, None], COLS, lag),
     ]
     given += mask_operands(problem, path)
-    if problem.statics.over_relaxation != 1:
+    if problem.statics.over_relaxation != 1 or o.accelerated:
         given.append(Operand("start_col", pad_cols(v, path)[:, :, None], COLS, lag))
+    if o.accelerated:
+        given.append(Operand("before_col", pad_cols(before, path)[:, :, None], COLS, lag))
     if o.values:
         assert inputs.value is not None
         given.append(Operand("value", pad_cols(tokens_last(inputs.value), path), COLS, last))
@@ -284,7 +337,9 @@ def scratch_of(problem: sinkhorn.Augmented, o: PassStatics, key: Array) -> Scrat
         "worst": ((2, *line), dtype),
     }
     if problem.statics.over_relaxation != 1:
-        found |= {"log_x": ((way.ring, BLOCK, BLOCK), dtype), "log_y": ((stages, way.touched, *line), dtype)}
+        found["log_x"] = ((way.ring, BLOCK, BLOCK), dtype)
+    if problem.statics.over_relaxation != 1 or o.accelerated:
+        found["log_y"] = ((stages + 1, way.touched, *line), dtype)
     if o.values:
         assert problem.inputs.value is not None
         value = tokens_last(problem.inputs.value)

@@ -15,13 +15,14 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.path import Path
 
 
 class Way:
-    """Sizes that follow from a path and the lag of its last stage; row blocks are kept until stage `kept`."""
+    """Sizes that follow from a path and the lag of its last stage; row blocks are kept until `kept` steps later, and
+    columns of an iteration read by the `memory` next."""
 
-    def __init__(self, path: Path, before: int, kept: int):
+    def __init__(self, path: Path, before: int, kept: int, memory: int = 1):
         self.before, self.steps = before, path.entries + before
         self.ring = kept + 1  # row blocks in flight
         self.window = power_of_two(path.width)  # rings of the column blocks of one strip,
-        self.touched = power_of_two(path.width + path.lag + 1)  # of those being summed up,
+        self.touched = power_of_two(path.width + memory * path.lag + 1)  # of those being summed up,
         self.held = power_of_two(before + path.width + 1)  # and of all in flight
 
 
@@ -71,27 +72,49 @@ class Stages:
     def held(self, block: Array) -> Array:
         return block & (self.way.held - 1)
 
-    def masked_scores(self, row: Array, column: Array, j: int, scores: Array) -> Array:
-        """A tile of scores for `exp2`, `DEAD` outside of the intervals and where the mask excludes; `column` is the
-        j-th of the strip. What a mask holds there may be NaN."""
-        r, at = self.r, self.in_window(column)
+    def masked_scores(self, row: Array, front: Array, scores: list[Array]) -> list[Array]:
+        """The tiles of scores of a strip for `exp2`, `DEAD` outside of the intervals and where the mask excludes. What
+        a mask holds there may be NaN."""
+        r = self.r
         block = jnp.where(row >= 0, row, self.path.rows)  # behind the last: in no interval
-        keep = inside(block, r.los[at][:1], r.his[at][:1])
-        if r.mask is not None:
-            mask = r.mask[j][0, 0]
-            if mask.dtype == jnp.int8:
-                keep &= jnp.broadcast_to(mask.astype(jnp.int32), keep.shape) != 0
-            else:
-                mask = mask.astype(scores.dtype)
-                keep &= jnp.logical_not(jnp.broadcast_to(mask, keep.shape) <= self.mask_floor)  # NaN stays, to be seen
-                keep &= along_rows(r.alive[0, 0]) > 0
-                scores = scores + mask * LOG2E
-        return jnp.where(keep, scores, DEAD)
+        starts, ends = (self.with_new(ref, front, x[0, 0]) for ref, x in ((r.los, r.col_lo), (r.his, r.col_hi)))
+        found = []
+        for j, (tile, lo, hi) in enumerate(zip(scores, starts, ends)):
+            keep = inside(block, lo[:1], hi[:1])
+            if r.mask is not None:
+                mask = r.mask[j][0, 0]
+                if mask.dtype == jnp.int8:
+                    keep &= jnp.broadcast_to(mask.astype(jnp.int32), keep.shape) != 0
+                else:
+                    mask = mask.astype(tile.dtype)
+                    keep &= jnp.logical_not(
+                        jnp.broadcast_to(mask, keep.shape) <= self.mask_floor
+                    )  # NaN stays, to be seen
+                    keep &= along_rows(r.alive[0, 0]) > 0
+                    tile = tile + mask * LOG2E
+            found.append(jnp.where(keep, tile, DEAD))
+        return found
 
     def take_in(self, front: Array) -> None:
         """The intervals of the column block that comes in."""
         r, new = self.r, self.in_window(front - 1)
-        r.los[new], r.his[new] = (jnp.broadcast_to(x[0, 0], (SUBLANES, BLOCK)) for x in (r.col_lo, r.col_hi))
+        r.los[new], r.his[new] = (line_of(x[0, 0]) for x in (r.col_lo, r.col_hi))
+
+    def with_new(self, ring: Any, front: Array, new: Array) -> list[Array]:
+        """What a ring of the window holds of the strip's columns, and `new` for the one that comes in: so that reading
+        need not wait for its being written."""
+        return [*(ring[self.in_window(column)] for column in self.window(front)[:-1]), new]
+
+    def added(self, ring: Any, front: Array, parts: list[Array], stalled: Array, *index: Any) -> list[Array]:
+        """Sums of the strip's columns and their new parts; those of the column block that comes in begin at 0."""
+        old = [ring[(*index, self.touched(column))] for column in self.window(front)]
+        old[-1] = jnp.where(stalled, old[-1], 0)
+        return [x + part for x, part in zip(old, parts)]
+
+    def put(self, ring: Any, front: Array, values: list[Array], *index: Any) -> None:
+        """Into the ring, for the strip's columns."""
+        for column, x in zip(self.window(front), values):
+            ring[(*index, self.touched(column))] = x
 
 
 def columns_of(j: int) -> slice:
@@ -112,6 +135,11 @@ def fill(ref: Any, value: float) -> None:
 def keep_unless(wanted: Array, ref: Any, x: Array) -> None:
     """x, where wanted; else what the block holds, for it is not written back until another takes its place."""
     ref[0, 0] = jnp.where(wanted, x, ref[0, 0])
+
+
+def line_of(x: Array) -> Array:
+    """`[1, 128]` in every sublane."""
+    return jnp.broadcast_to(x, (SUBLANES, BLOCK))
 
 
 def rep_of_line(x: Array) -> Array:
