@@ -165,7 +165,7 @@ class Wave(Stages):
         that the scheduler may overlap them: they work on different row blocks, `lag` steps apart."""
         o = self.o
         pl.when(self.at == 0)(self.clear)
-        alike = max(0, o.base - 1)  # iteration `base` is saved
+        alike = max(0, min(o.base, o.saved[0] - 1))  # those before the first that is saved
         unroll = max(1, min(alike, o.unrolled))
         looped = alike // unroll * unroll
         if looped:
