@@ -9,9 +9,7 @@ from torch_sinkhorn_attn.engines.tpu.method.lowering import UNFIT
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) =(.*?) ([a-z][\w\-]*)\(")
-_CALLED = re.compile(
-    r"(?:body|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
-)
+_CALLED = re.compile(r"(?:body|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")

@@ -57,7 +57,7 @@ def ask(
         return {**known, **json.loads(kept.read_text())}
     try:
         (found,) = compile_and_read(_function(kernel), arguments, topology).kernels
-        answer = {"vmem": found.vmem, "spills": found.spills, "limit": found.vmem_limit}
+        answer: dict[str, Any] = {"vmem": found.vmem, "spills": found.spills, "limit": found.vmem_limit}
     except Exception as error:  # whatever the compiler says
         reason = explain(str(error))
         if "VMEM overflow" not in reason:
@@ -96,7 +96,7 @@ def alone(
     asked = Lowering("resident", base_dtype=base_dtype, generation=generation)
     known: dict[str, Any] = {}
 
-    def posed(inputs: Any, constants: Any) -> Any:
+    def posed(inputs: Any, constants: Any) -> tuple[Any, Any]:
         found, lowering = choice.posed(inputs, constants, options, asked)
         strip = strip_of(found.length, found.size, options)
         known.update(estimate=choice.vmem(found, lowering, adjoint), width=strip.width)
@@ -104,11 +104,12 @@ def alone(
 
     def forward(inputs: Any, constants: Any, *_: Any) -> Any:
         with launch.without_streaming():
-            return passes.forward(*posed(inputs, constants), residuals=True)
+            return passes.forward(*posed(inputs, constants), True)
 
     def backward(inputs: Any, constants: Any, output: Any, duals: Any, bins: Any) -> Any:
         with launch.without_streaming():
-            return resident_adjoint.backward(*posed(inputs, constants), output, duals, output, bins)
+            found, lowering = posed(inputs, constants)
+            return resident_adjoint.backward(found, lowering, output, duals, output, bins)
 
     def floats(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((c.batch, c.heads, *shape), "float32")

@@ -15,8 +15,8 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
-import jax.export  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from jax import export  # noqa: E402
 
 from torch_sinkhorn_attn.engines.tpu import Lowering, releases, sinkhorn_attention  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.method import low_base  # noqa: E402
@@ -34,7 +34,7 @@ def kernels(lowering: Lowering | None, platform: str) -> int:
     """Pallas calls of one function, differentiated and lowered for a platform."""
     run = partial(sinkhorn_attention, window=(6, 6), base_iters=2, tail_iters=1, lowering=lowering)
     step = jax.jit(jax.grad(lambda q, k, v: (run(q, k, v) ** 2).sum()))
-    return jax.export.export(step, platforms=[platform])(*qkv()).mlir_module().count("tpu_custom_call")
+    return export.export(step, platforms=[platform])(*qkv()).mlir_module().count("tpu_custom_call")
 
 
 @pytest.mark.slow

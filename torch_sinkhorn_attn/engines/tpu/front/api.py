@@ -179,8 +179,9 @@ def sinkhorn_attention(
     if lowering is not None and not isinstance(lowering, Lowering):
         raise TypeError(f"lowering must be a Lowering or None, got {lowering!r}; pass Lowering(shape=...).")
     if (place := explicit.placement(arguments)) is not None:
-        n, bins = query.ndim, None if dustbin is None else query.ndim - 1
-        dimensions = (n, SinkhornAux(n - 1, n - 1, n - 2, n - 2, bins, bins)) if return_aux else n  # type: ignore[arg-type]
+        n = query.ndim
+        mass = None if dustbin is None else n - 1
+        dimensions = (n, SinkhornAux(n - 1, n - 1, n - 2, n - 2, mass, mass)) if return_aux else n  # type: ignore[arg-type]
         found: Array | tuple[Array, SinkhornAux] = explicit.with_automatic_axes(
             sinkhorn_attention, place, arguments, dimensions
         )
