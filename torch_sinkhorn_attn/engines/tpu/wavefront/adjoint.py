@@ -27,6 +27,7 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.launch import COLS, ROWS, Operand
 from torch_sinkhorn_attn.engines.tpu.wavefront.passes import (
     bytes_of,
     intervals,
+    lines_for,
     mask_floor,
     mask_operands,
     pad_cols,
@@ -130,32 +131,18 @@ def supported(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
 
 def operands_of(problem: sinkhorn.Augmented, o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Operand]:
     """What the kernel reads, from the arrays of the resident one."""
-    path, kept, lag = o.path, o.statics.kept, o.path.lag
-    last = kept * lag
-    names = ("head_key", "value", "col_sums", "col_a", "col_b")
-    cols = {name: pad_cols(arrays[name], path) for name in names}
-    lo, hi = intervals(problem)
-    found = [
-        Operand("query", arrays["query"], ROWS),
-        Operand("head_key", cols["head_key"], COLS),
-        Operand("grad", arrays["grad"], ROWS),
-        Operand("col_lo", pad_cols(lo, path), COLS),
-        Operand("col_hi", pad_cols(hi, path), COLS),
-        Operand("first_value", cols["value"], COLS, lag),
-        Operand("first_col_sums", cols["col_sums"], COLS, lag),
-    ]
-    found += mask_operands(problem, path)
-    for name in ("row_a", "row_b"):
-        found += [Operand(name, arrays[name], ROWS, q * lag) for q in range(1, kept + 1)]
-    for name in ("col_a", "col_b"):
-        found += [Operand(name, cols[name], COLS, q * lag) for q in range(1, kept + 1)]
+    path = o.path
+    row_lines = jnp.concatenate([arrays[name] for name in ("row_a", "row_b", "row_sums")], 2)
+    col_lines = jnp.concatenate([arrays[name] for name in ("col_a", "col_b", "col_sums")], 2)
     return [
-        *found,
-        Operand("last_row_sums", arrays["row_sums"], ROWS, last),
-        Operand("last_query", arrays["query"], ROWS, last),
-        Operand("last_key", cols["head_key"], COLS, last),
-        Operand("last_value", cols["value"], COLS, last),
-        Operand("last_grad", arrays["grad"], ROWS, last),
+        Operand("query", arrays["query"], ROWS),
+        Operand("head_key", pad_cols(arrays["head_key"], path), COLS),
+        Operand("value", pad_cols(arrays["value"], path), COLS),
+        Operand("grad", arrays["grad"], ROWS),
+        Operand("bounds", pad_cols(intervals(problem), path), COLS),
+        *mask_operands(problem, path),
+        Operand("row_lines", row_lines.astype(o.dtype), ROWS),
+        Operand("col_lines", pad_cols(col_lines.astype(o.dtype), path), COLS),
     ]
 
 
@@ -175,19 +162,22 @@ def results_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Result]:
 def scratch_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> Scratch:
     """Its workspace."""
     way, path, kept, dtype, line = o.way, o.path, o.statics.kept, o.dtype, (SUBLANES, BLOCK)
-    features, low = arrays["query"].shape[2], arrays["value"].dtype
-    lines = -(-kept // SUBLANES) * SUBLANES
+    features = arrays["query"].shape[2]
+    key, value, grad = (arrays[name].dtype for name in ("head_key", "value", "grad"))
     return {
         "plan": ((way.ring, BLOCK, path.columns), dtype),
-        "zs": ((way.ring, lines, BLOCK), dtype),
-        "ws": ((way.held, lines, BLOCK), dtype),
+        "zs": ((way.ring, lines_for(kept), BLOCK), dtype),
+        "ws": ((way.held, lines_for(kept), BLOCK), dtype),
         "sums": ((kept + 1, way.touched, *line), dtype),
         "y": ((kept + 1, way.touched, *line), dtype),
-        "los": ((way.window, *line), jnp.int32),
-        "his": ((way.window, *line), jnp.int32),
-        "keys": ((way.window, features, BLOCK), arrays["head_key"].dtype),
-        "last_keys": ((way.window, features, BLOCK), arrays["head_key"].dtype),
-        "field_cols": ((way.window, o.field_parts + o.value_width, BLOCK), low),
+        "intervals": ((way.window, 2, BLOCK), jnp.int32),
+        "queries": ((way.ring, features, BLOCK), arrays["query"].dtype),
+        "grads": ((way.ring, arrays["grad"].shape[2], BLOCK), grad),
+        "keys": ((way.held, features, BLOCK), key),
+        "values": ((way.held, o.value_width, BLOCK), value),
+        "row_kept": ((way.ring, lines_for(2 * kept + 1), BLOCK), dtype),
+        "col_kept": ((way.held, lines_for(2 * kept + 1), BLOCK), dtype),
+        "field_cols": ((way.window, o.field_parts + o.value_width, BLOCK), value),
         "value_sums": ((way.touched, arrays["grad"].shape[2], BLOCK), dtype),
         "key_sums": ((way.touched, features, BLOCK), dtype),
     }

@@ -66,22 +66,13 @@ class Refs(NamedTuple):
     stream: Any  # [N, H] SMEM: dropout's
     query: Any  # [1, 1, E+b, 128], with u^R among its features
     head_key: Any  # [1, 1, E+b, 128], with v^R
+    value: Any  # [1, 1, Ev, 128]
     grad: Any  # [1, 1, Ev+b, 128] dO / a, and ra^R z^R
-    col_lo: Any  # [1, 1, 1, 128]
-    col_hi: Any
+    bounds: Any  # [1, 1, 2, 128] first row and end of the columns' intervals, int32
     mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
     alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
-    first_value: Any  # [1, 1, Ev, 128]: V at the first reading,
-    first_col_sums: Any  # [1, 1, 1, 128] and column sums of P*D
-    row_a: Any  # [1, 1, R, 128] ra^1..ra^R, at each reading
-    row_b: Any
-    col_a: Any
-    col_b: Any
-    last_row_sums: Any  # [1, 1, 1, 128] of P*D, at the last reading
-    last_query: Any
-    last_key: Any
-    last_value: Any
-    last_grad: Any
+    row_lines: Any  # [1, 1, 2R + 1, 128] ra^1..ra^R, rb^1..rb^R, row sums of P*D
+    col_lines: Any  # [1, 1, 2R + 1, 128] ca, cb and column sums likewise
     grad_query: Any  # [1, 1, 128, E+b] dS K
     grad_key: Any  # [1, 1, E+b, 128] (dS^T Q)^T
     grad_value: Any  # [1, 1, Ev+b, 128] (P^T dO)^T, and P^T ra^R z^R
@@ -92,16 +83,19 @@ class Refs(NamedTuple):
     ws: Any  # [held, R', 128] w^1..w^R of a column block
     sums: Any  # [R + 1, touched, 8, 128] column sums of a reading, to be added over sublanes
     y: Any  # [R + 1, touched] line: cb^r w^r
-    los: Any  # [window] line, int32
-    his: Any
-    keys: Any  # [window, E+b, 128]
-    last_keys: Any
+    intervals: Any  # [window, 2, 128] int32
+    queries: Any  # [ring, E+b, 128] the operands of row and column blocks in flight
+    grads: Any  # [ring, Ev+b, 128]
+    keys: Any  # [held, E+b, 128]
+    values: Any  # [held, Ev, 128]
+    row_kept: Any  # [ring, lines, 128]
+    col_kept: Any  # [held, lines, 128]
     field_cols: Any  # [window, f+Ev, 128] the parts of Y, and V
     value_sums: Any  # [touched, Ev+b, 128]
     key_sums: Any  # [touched, E+b, 128]
 
 
-SEVERAL = ("mask", "row_a", "row_b", "col_a", "col_b")
+SEVERAL = ("mask",)
 
 
 class Columns(NamedTuple):
@@ -154,7 +148,10 @@ class Adjoint(Stages):
     def clear(self) -> None:
         """What is read before it is written must be numbers."""
         r = self.r
-        for ref in (r.plan, r.zs, r.ws, r.sums, r.y, r.los, r.his, r.last_keys, r.field_cols, r.value_sums, r.key_sums):
+        for ref in (
+            r.plan, r.zs, r.ws, r.sums, r.y, r.intervals, r.queries, r.grads, r.keys, r.values, r.row_kept, r.col_kept,
+            r.field_cols, r.value_sums, r.key_sums,
+        ):  # fmt: skip
             fill(ref, 0)
 
     # P
@@ -164,7 +161,7 @@ class Adjoint(Stages):
         r, o, s = self.r, self.o, self.s
         row, front = self.entry(0)
         factor = s.scale / s.epsilon * LOG2E
-        keys = self.with_new(r.keys, front, r.head_key[0, 0])
+        keys = [r.keys[self.held(column)] for column in self.window(front)[:-1]] + [r.head_key[0, 0]]
         scores = [dot(r.query[0, 0], key, (0, 0), o.dtype) * factor for key in keys]
         return row, front, [jnp.exp2(tile) for tile in self.masked_scores(row, front, scores)]
 
@@ -190,21 +187,33 @@ class Adjoint(Stages):
 
     # The readings
 
+    def row_factors(self, place: Array) -> tuple[Array, Array, Array]:
+        """ra and rb, `[R, 128]`, and the row sums of P*D, `[1, 128]`, of a row block in flight."""
+        lines, kept = self.r.row_kept[place], self.kept
+        return lines[:kept], lines[kept : 2 * kept], lines[2 * kept : 2 * kept + 1]
+
+    def col_factors(self, place: Array) -> tuple[Array, Array, Array]:
+        """ca, cb and column sums likewise."""
+        lines, kept = self.r.col_kept[place], self.kept
+        return lines[:kept], lines[kept : 2 * kept], lines[2 * kept : 2 * kept + 1]
+
     def column_cotangent(self, q: int) -> Columns:
         """w of the column block that comes in = own - rho_r ca (P^T ra z), and y = cb w for the row blocks."""
         r, s, o, slot = self.r, self.s, self.o, self.kept - q
         _, front = self.entry(q * self.path.lag)
         new = front - 1
         own: Any = 0
+        col_a, col_b, col_sums = self.col_factors(self.held(new))
         if q == 1:
             sums, width = r.value_sums[self.touched(new)], o.value_width
             image = jnp.sum(sums[width:], 0, keepdims=True)
-            own = jnp.sum(sums[:width] * r.first_value[0, 0].astype(o.dtype), 0, keepdims=True) + r.first_col_sums[0, 0]
+            value = r.values[self.held(new)].astype(o.dtype)
+            own = jnp.sum(sums[:width] * value, 0, keepdims=True) + col_sums
             r.grad_value[0, 0] = sums
         else:
             image = over_sublanes(r.sums[q - 1, self.touched(new)])[:1]
-        w = own - s.rho_row * r.col_a[q - 1][0, 0, slot : slot + 1, :] * image
-        return Columns(front, w, line_of(r.col_b[q - 1][0, 0, slot : slot + 1, :] * w))
+        w = own - s.rho_row * col_a[slot : slot + 1] * image
+        return Columns(front, w, line_of(col_b[slot : slot + 1] * w))
 
     def products(self, q: int, columns: Columns) -> tuple[list[Array], Array]:
         """Tiles of P in a reading, and P y, rep."""
@@ -217,8 +226,9 @@ class Adjoint(Stages):
         """z of the iteration before, and its column sums."""
         r, s, slot, lag = self.r, self.s, self.kept - q, q * self.path.lag
         tiles, total = self.products(q, columns)
-        scale = -s.rho_col * r.row_b[q - 1][0, 0, slot : slot + 1, :]
-        weight = total * along_rows(scale * r.row_a[q - 1][0, 0, slot - 1 : slot, :])
+        row_a, row_b, _ = self.row_factors(self.slot(lag))
+        scale = -s.rho_col * row_b[slot : slot + 1]
+        weight = total * along_rows(scale * row_a[slot - 1 : slot])
         sums = self.added(r.sums, columns.front, [fold(tile * weight) for tile in tiles], self.stalled(lag), q)
         self.put(r.sums, columns.front, sums, q)
         r.zs[self.slot(lag), slot : slot + 1, :] = scale * along_lanes(total)
@@ -228,14 +238,15 @@ class Adjoint(Stages):
         r, o, s, q = self.r, self.o, self.s, self.kept
         row, front = self.entry(q * self.path.lag)
         place, new = self.slot(q * self.path.lag), front - 1
-        row_a, row_b = r.row_a[q - 1][0, 0], r.row_b[q - 1][0, 0]
-        z = jnp.concatenate([r.zs[place, 1:q, :], r.last_row_sums[0, 0]], 0) if q > 1 else r.last_row_sums[0, 0]
-        low = r.last_value.dtype
+        row_a, row_b, row_sums = self.row_factors(place)
+        z = jnp.concatenate([r.zs[place, 1:q, :], row_sums], 0) if q > 1 else row_sums
+        low, held = r.values.dtype, self.held(new)
         field_rows = in_parts(-jnp.concatenate([s.rho_row * row_a * z, row_b], 0), LEFT, o.field_parts, low)
-        w = columns[q].w if q == 1 else jnp.concatenate([columns[q].w, r.ws[self.held(new), 1:q, :]], 0)
-        y = jnp.concatenate([r.col_a[q - 1][0, 0], s.rho_col * r.col_b[q - 1][0, 0] * w], 0)
-        field_cols = jnp.concatenate([in_parts(y, RIGHT, o.field_parts, low), r.last_value[0, 0]], 0)
-        grad, found = r.last_grad[0, 0, : o.value_width, :], []
+        w = columns[q].w if q == 1 else jnp.concatenate([columns[q].w, r.ws[held, 1:q, :]], 0)
+        col_a, col_b, _ = self.col_factors(held)
+        y = jnp.concatenate([col_a, s.rho_col * col_b * w], 0)
+        field_cols = jnp.concatenate([in_parts(y, RIGHT, o.field_parts, low), r.values[held]], 0)
+        grad, found = r.grads[place, : o.value_width, :], []
         for cols, column in zip(self.with_new(r.field_cols, front, field_cols), self.window(front)):
             if s.dropout_p:
                 d = self.dropped_out(dot(grad, cols[o.field_parts :], (0, 0), o.dtype), row, column)
@@ -248,9 +259,9 @@ class Adjoint(Stages):
         """z^0, and dS from D - X^T Y."""
         r, s, q = self.r, self.s, self.kept
         tiles, total = self.products(q, columns)
-        b.inner[:] = [(tile * inner).astype(r.last_value.dtype) for tile, inner in zip(tiles, b.inner)]
-        first = -s.rho_col * r.row_b[q - 1][0, 0, :1, :] * along_lanes(total)
+        b.inner[:] = [(tile * inner).astype(r.values.dtype) for tile, inner in zip(tiles, b.inner)]
         place = self.slot(q * self.path.lag)
+        first = -s.rho_col * self.row_factors(place)[1][:1] * along_lanes(total)
         z = first if q == 1 else jnp.concatenate([first, r.zs[place, 1:q, :]], 0)
         keep_unless(b.row >= 0, r.z, z)
         r.w[0, 0] = b.w
@@ -258,11 +269,11 @@ class Adjoint(Stages):
     def score_products(self, b: LastBlock) -> None:
         """What dS gives to dQ and dK."""
         r, o = self.r, self.o
-        keys = self.with_new(r.last_keys, b.front, r.last_key[0, 0])
+        query = r.queries[self.slot(self.kept * self.path.lag)]
         found: Any = 0
-        for tile, key in zip(b.inner, keys):
-            found = found + dot(tile, key, (1, 1), o.dtype)
-        parts = [dot(r.last_query[0, 0], tile, (1, 0), o.dtype) for tile in b.inner]
+        for tile, column in zip(b.inner, self.window(b.front)):
+            found = found + dot(tile, r.keys[self.held(column)], (1, 1), o.dtype)
+        parts = [dot(query, tile, (1, 0), o.dtype) for tile in b.inner]
         keep_unless(b.row >= 0, r.grad_query, found)
         stalled = self.stalled(self.kept * self.path.lag)
         self.put(r.key_sums, b.front, self.added(r.key_sums, b.front, parts, stalled))
@@ -273,10 +284,13 @@ class Adjoint(Stages):
         slot = self.slot(0)
         for j, tile in enumerate(tiles):
             r.plan[slot, :, columns_of(j)] = tile
-        r.keys[self.in_window(front - 1)] = r.head_key[0, 0]
+        r.queries[slot], r.grads[slot] = r.query[0, 0], r.grad[0, 0]
+        r.row_kept[slot, : 2 * self.kept + 1, :] = r.row_lines[0, 0]
+        held = self.held(front - 1)
+        r.keys[held], r.values[held] = r.head_key[0, 0], r.value[0, 0]
+        r.col_kept[held, : 2 * self.kept + 1, :] = r.col_lines[0, 0]
         self.take_in(front)
-        at = self.in_window(last.front - 1)
-        r.field_cols[at], r.last_keys[at] = last.field_cols, r.last_key[0, 0]
+        r.field_cols[self.in_window(last.front - 1)] = last.field_cols
         for q, found in columns.items():
             new, line = found.front - 1, self.kept - q
             r.ws[self.held(new), line : line + 1, :] = found.w

@@ -101,30 +101,24 @@ class Refs(NamedTuple):
     onwards: Any  # and on from the potential before
     query: Any  # [1, 1, E+b, 128]
     key: Any  # [1, 1, E+b, 128]
-    col_lo: Any  # [1, 1, 1, 128]
-    col_hi: Any
-    log_a: Any  # [1, 1, 1, 128]; DEAD on lines without support
-    start_row: Any  # [1, 1, 1, 128]
-    log_b: Any  # [1, 1, 1, 128]
-    start_col: Any
-    before_col: Any  # v before it
+    bounds: Any  # [1, 1, 2, 128] first row and end of the columns' intervals, int32
+    row_lines: Any  # [1, 1, 2, 128] u^start, and log a; DEAD on lines without support
+    col_lines: Any  # [1, 1, 1..3, 128] log b, and where the base is not plain v^start and the v before it
     mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
     alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
     value: Any  # [1, 1, Ev, 128]
-    rows: Any  # [1, 1, 1, 128] u of each saved iteration
-    cols: Any  # v likewise
+    rows: Any  # [1, 1, saved + 2, 128] u of the saved iterations, the last x, which scales mass and sums, and row sums
+    cols: Any  # [1, 1, saved, 128] v of the saved iterations
     mass: Any  # [1, 1, 128, Ev] P V, rows not yet scaled
-    scale: Any  # [1, 1, 1, 128] the last x: what scales them
-    row_total: Any  # [1, 1, 1, 128] row sums likewise
     col_total: Any  # [1, 1, 1, 128] column sums of the last plan; only with residuals
     range: Any  # [1, 1, 1, 128]: 1 while every scaling stayed in range
     strip: Any  # [ring, 128, C]
     row_rep: Any  # [ring] rep: a, or beside relaxation rho (log a + u^start) - u^start
-    row_line: Any  # [ring, 8, 128]: u^start and log a in its first two lines
+    row_kept: Any  # [ring, lines, 128]: u^start, log a and u of the saved iterations
+    col_kept: Any  # [held, lines, 128]: v of the saved iterations
     log_x: Any  # [ring] rep: kept for over-relaxation
     keys: Any  # [window, E+b, 128]
-    los: Any  # [window] line, int32
-    his: Any
+    intervals: Any  # [window, 2, 128] int32
     values: Any  # [window, Ev, 128]
     tops: Any  # [touched, 8, 128] column maxima of the scores, to be taken over sublanes
     col_abs: Any  # [held] line: v^abs, DEAD on dead columns
@@ -150,7 +144,7 @@ class RowBlock(NamedTuple):
 def kernel(o: PassStatics, names: tuple[str, ...], *refs: Any) -> None:
     """The body of a grid step; `names` says which fields of `Refs` are there, in order, those of `rows`, `cols` and
     `mask` once for each."""
-    Wave(o, Refs(*named(names, refs, Refs._fields, ("rows", "cols", "mask")))).step()
+    Wave(o, Refs(*named(names, refs, Refs._fields, ("mask",)))).step()
 
 
 class Wave(Stages):
@@ -183,9 +177,8 @@ class Wave(Stages):
         for i, base in iterations:
             self.column_scaling(i, base)
         found = [self.row_products(i, base) for i, base in iterations]
-        sums = [self.column_sums(i, x) for (i, _), x in zip(iterations, found)]
-        for (i, _), x, values in zip(iterations, found, sums):
-            self.put(self.r.sums, x.front, values, i)
+        for (i, _), x in zip(iterations, found):
+            self.column_sums(i, x)
         if not alike:
             for (i, _), x in zip(iterations, found):
                 self.results(i, x)
@@ -195,7 +188,7 @@ class Wave(Stages):
         r = self.r
         dead, dead_col = (0 if plain else DEAD for plain in (self.o.plain, self.o.plain_columns))
         for ref, value in (
-            (r.strip, TINY), (r.row_rep, dead), (r.row_line, DEAD), (r.log_x, 0), (r.los, 0), (r.his, 0),
+            (r.strip, TINY), (r.row_rep, dead), (r.row_kept, DEAD), (r.log_x, 0), (r.intervals, 0), (r.col_kept, 0),
             (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, dead_col), (r.sums, 0), (r.y, 1), (r.log_y, 0),
             (r.values, 0), (r.worst, 0),
         ):  # fmt: skip
@@ -228,16 +221,15 @@ class Wave(Stages):
         real, slot = row >= 0, self.slot(lag)
         new = front - 1
         top = jnp.max(r.tops[self.touched(new)], 0, keepdims=True) / LOG2E
-        log_b = r.log_b[0, 0]
+        log_b = r.col_lines[0, 0, :1, :]
         alive = (top > DEAD / 2) & (log_b > DEAD / 2)
         col_abs = jnp.where(alive, -top, DEAD)
         held = self.held(new)
         r.col_mass[held] = line_of(jnp.exp(log_b) if o.plain_columns else log_b)
         if r.log_y is not None:
-            for place, start in ((0, r.before_col), (1, r.start_col)):
-                if start is not None:
-                    log_y = jnp.where(alive, start[0, 0] - col_abs, 0)
-                    r.log_y[place, self.touched(new)] = line_of(log_y)
+            for place, line in ((1, 1), (0, 2)):
+                log_y = jnp.where(alive, r.col_lines[0, 0, line : line + 1, :] - col_abs, 0)
+                r.log_y[place, self.touched(new)] = line_of(log_y)
         shifts = [r.col_abs[self.held(column)] for column in self.window(front)[:-1]] + [line_of(col_abs)]
         tiles = [
             jnp.maximum(jnp.exp2(r.strip[slot, :, columns_of(j)] + rep_of_line(shift) * LOG2E), TINY)
@@ -247,11 +239,10 @@ class Wave(Stages):
         for j, tile in enumerate(tiles):
             r.strip[slot, :, columns_of(j)] = tile
         r.col_abs[held] = line_of(col_abs)
-        log_a, start = r.log_a[0, 0], r.start_row[0, 0]
-        log_a = jnp.where(real, log_a, DEAD)
+        start = r.row_lines[0, 0, :1, :]
+        log_a = jnp.where(real, r.row_lines[0, 0, 1:, :], DEAD)
         r.row_rep[slot] = along_rows(jnp.exp(log_a) if o.plain else s.rho_row * (log_a + start) - start)
-        r.row_line[slot, 0:1, :] = start
-        r.row_line[slot, 1:2, :] = log_a
+        r.row_kept[slot, :2, :] = jnp.concatenate([start, log_a], 0)
         if r.log_x is not None:
             r.log_x[slot] = jnp.zeros((BLOCK, BLOCK), o.dtype)
 
@@ -298,26 +289,29 @@ class Wave(Stages):
         total = row_sums(weighted)
         return RowBlock(row, front, slot, tiles, weighted, total, self.row_scaling(slot, total, base))
 
-    def column_sums(self, i: Any, b: RowBlock) -> list[Array]:
+    def column_sums(self, i: Any, b: RowBlock) -> None:
         """The column sums for x, where anything reads them."""
         if isinstance(i, int) and i == self.o.iterations and not self.o.residuals:
-            return []
-        parts = [fold(tile * b.x) for tile in b.tiles]
-        return self.added(self.r.sums, b.front, parts, self.stalled(self.path.lag * (i + 1)), i)
+            return
+        sums, parts = self.r.sums, [fold(tile * b.x) for tile in b.tiles]
+        self.put(sums, b.front, self.added(sums, b.front, parts, self.stalled(self.path.lag * (i + 1)), i), i)
 
     def results(self, i: int, b: RowBlock) -> None:
         """What an iteration that is not only passed through leaves behind."""
         r, o = self.r, self.o
         if i not in o.saved and i != o.iterations:
             return
-        real, x = b.row >= 0, along_lanes(b.x)
+        x, last = along_lanes(b.x), i == o.iterations
         if i in o.saved:
-            self.save(o.saved.index(i), i, b.slot, b.front, real, x)
-        if i == o.iterations and r.scale is not None:
-            keep_unless(real, r.scale, x)
-            keep_unless(real, r.row_total, along_lanes(b.total))
-        if i == o.iterations and o.values:
-            self.add_values(b.row, b.front, b.weighted, real)
+            self.save(o.saved.index(i), i, b, x)
+        if last:
+            lines = r.row_kept[b.slot, 2 : 2 + len(o.saved), :]
+            if o.tail:
+                lines = jnp.concatenate([lines, x, along_lanes(b.total)], 0)
+            keep_unless(b.row >= 0, r.rows, lines)
+            r.cols[0, 0] = r.col_kept[self.held(b.front - 1), : len(o.saved), :]
+        if last and o.values:
+            self.add_values(b.row, b.front, b.weighted, b.row >= 0)
 
     def row_scaling(self, slot: Array, total: Array, base: bool) -> Array:
         """x for row sums `total`, rep."""
@@ -331,14 +325,14 @@ class Wave(Stages):
             r.log_x[slot] = log_x
         return jnp.exp(log_x)
 
-    def save(self, k: int, i: int, slot: Array, front: Array, real: Array, x: Array) -> None:
-        """u and v of a saved iteration."""
-        r = self.r
-        start, log_a = r.row_line[slot, 0:1, :], r.row_line[slot, 1:2, :]
-        keep_unless(real, r.rows[k], start + jnp.log(jnp.maximum(x, TINY)))
-        new = front - 1
+    def save(self, k: int, i: int, b: RowBlock, x: Array) -> None:
+        """u and v of a saved iteration, in the rings until the last."""
+        r, new = self.r, b.front - 1
+        start, log_a = r.row_kept[b.slot, 0:1, :], r.row_kept[b.slot, 1:2, :]
+        r.row_kept[b.slot, 2 + k : 3 + k, :] = start + jnp.log(jnp.maximum(x, TINY))
         y = r.y[i, self.touched(new)][:1]
-        r.cols[k][0, 0] = r.col_abs[self.held(new)][:1] + jnp.log(jnp.maximum(y, TINY))
+        v = r.col_abs[self.held(new)][:1] + jnp.log(jnp.maximum(y, TINY))
+        r.col_kept[self.held(new), k : k + 1, :] = v
         fine = (x >= math.exp(-END_LIMIT)) & (x <= math.exp(END_LIMIT))
         self.note(jnp.where((log_a > DEAD / 2) & ~fine, 1.0, 0.0))
 

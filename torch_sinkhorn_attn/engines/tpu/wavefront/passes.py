@@ -129,19 +129,19 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
         suited &= fine
         done += o.base
         before, *kept = state.col, *named["cols"]
-        state = Start(named["rows"][-1], kept[-1], kept[-2] if len(kept) > 1 else before)
+        state = Start(named["rows"][len(o.saved) - 1], kept[-1], kept[-2] if len(kept) > 1 else before)
         if o.base and not o.tail and not o.accelerated and statics.acceleration:
             changes = (log_norm(x - y, problem.log_b, own) for x, y in (kept[-1:-3:-1], kept[-2:-4:-1]))
             factors = momentum_of(problem, estimate(*changes))
-    rows, cols = jnp.stack(named["rows"]), jnp.stack(named["cols"])
+    rows, cols = jnp.stack(named["rows"][: len(o.saved)]), jnp.stack(named["cols"])
+    scale, total = named["rows"][len(o.saved) :]
     if not statics.stopped:
         rows, cols = jnp.concatenate([u[None], rows]), jnp.concatenate([v[None], cols])
     if statics.balanced and statics.stopped:
         rows, cols = centred(problem, rows, cols)
     alive = lines.log_a > -jnp.inf
-    scale = named["scale"][0][:, :, 0, :length]
     mass = jnp.where(alive[..., None], named["mass"][0][:, :, :length] * scale[..., None], 0) if o.values else None
-    row_sums = jnp.where(alive, named["row_total"][0][:, :, 0, :length] * scale, 0)
+    row_sums = scale * total
     col_sums = None
     if residuals:
         col_sums = jnp.where(lines.log_b > -jnp.inf, named["col_total"][0][:, :, 0, :size], 0)
@@ -197,8 +197,8 @@ def run_pass(
     for result, x in zip(results, out, strict=True):
         named.setdefault(result.name, []).append(without_padding(x, path, problem.size) if result.side == COLS else x)
     for name, log_mass in (("rows", lines.log_a), ("cols", lines.log_b)):
-        found = (x[:, :, 0, : log_mass.shape[-1]] for x in named[name])
-        named[name] = [jnp.where(log_mass == -jnp.inf, 0, x) for x in found]
+        found = jnp.moveaxis(named[name][0], 2, 0)[..., : log_mass.shape[-1]]
+        named[name] = list(jnp.where(log_mass == -jnp.inf, 0, found))
     return named, entries.fits & jnp.all(named["range"][0] > 0)
 
 
@@ -254,33 +254,30 @@ def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: Start) -> li
     found = operands(inputs, problem.constants, problem.statics, Strip(path.rows, path.cols, path.width), u)
     pad = functools.partial(pad_lanes, size=path.padded_length)
     last = o.lag_of(o.iterations)
-    lo, hi = intervals(problem)
+    row_lines = jnp.stack([pad(u), pad(jnp.maximum(lines.log_a, DEAD), value=DEAD)], 2)
+    col_lines = [pad_cols(jnp.maximum(lines.log_b, DEAD), path, DEAD)]
+    if problem.statics.over_relaxation != 1 or o.accelerated:
+        col_lines += [pad_cols(v, path), pad_cols(before, path)]
     given = [
         Operand("query", found["query"], ROWS),
         Operand("key", pad_cols(found["key"], path), COLS),
-        Operand("col_lo", pad_cols(lo, path), COLS),
-        Operand("col_hi", pad_cols(hi, path), COLS),
-        Operand("log_a", pad(jnp.maximum(lines.log_a, DEAD), value=DEAD)[:, :, None], ROWS, lag),
-        Operand("start_row", pad(u)[:, :, None], ROWS, lag),
-        Operand("log_b", pad_cols(jnp.maximum(lines.log_b, DEAD), path, DEAD)[:, :, None], COLS, lag),
+        Operand("bounds", pad_cols(intervals(problem), path), COLS),
+        Operand("row_lines", row_lines, ROWS, lag),
+        Operand("col_lines", jnp.stack(col_lines, 2), COLS, lag),
     ]
     given += mask_operands(problem, path)
-    if problem.statics.over_relaxation != 1 or o.accelerated:
-        given.append(Operand("start_col", pad_cols(v, path)[:, :, None], COLS, lag))
-    if o.accelerated:
-        given.append(Operand("before_col", pad_cols(before, path)[:, :, None], COLS, lag))
     if o.values:
         assert inputs.value is not None
         given.append(Operand("value", pad_cols(tokens_last(inputs.value), path), COLS, last))
     return given
 
 
-def intervals(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
-    """Of the columns, `[N, 1 or H, 1, S]`; empty beside a mask for inactive ones, whose entries may hold anything."""
+def intervals(problem: sinkhorn.Augmented) -> Array:
+    """Of the columns, `[N, 1 or H, 2, S]`; empty beside a mask for inactive ones, whose entries may hold anything."""
     lo, hi = (x[:, None] for x in (problem.constants.col_lo, problem.constants.col_hi))
     if problem.inputs.mask is not None:
         hi = jnp.where(problem.constants.log_col_mass == -jnp.inf, lo, hi)
-    return jnp.broadcast_to(lo, hi.shape)[:, :, None], hi[:, :, None]
+    return jnp.stack([jnp.broadcast_to(lo, hi.shape), hi], 2)
 
 
 def mask_operands(problem: sinkhorn.Augmented, path: Path) -> list[Operand]:
@@ -306,10 +303,11 @@ def mask_floor(problem: sinkhorn.Augmented) -> float:
 def results_of(problem: sinkhorn.Augmented, o: PassStatics) -> list[Result]:
     """What it writes."""
     lp, sp, last = o.path.padded_length, o.path.padded_cols * BLOCK, o.lag_of(o.iterations)
-    found = [Result("rows", (1, lp), ROWS, o.lag_of(i)) for i in o.saved]
-    found += [Result("cols", (1, sp), COLS, o.lag_of(i)) for i in o.saved]
-    if o.tail:
-        found += [Result("scale", (1, lp), ROWS, last), Result("row_total", (1, lp), ROWS, last)]
+    saved = len(o.saved)
+    found = [
+        Result("rows", (saved + (2 if o.tail else 0), lp), ROWS, last),
+        Result("cols", (saved, sp), COLS, last),
+    ]
     if o.values:
         assert problem.inputs.value is not None
         found.append(Result("mass", (lp, problem.inputs.value.shape[-1]), ROWS, last, tokens_first=True))
@@ -325,10 +323,10 @@ def scratch_of(problem: sinkhorn.Augmented, o: PassStatics, key: Array) -> Scrat
     found: Scratch = {
         "strip": ((way.ring, BLOCK, path.columns), dtype),
         "row_rep": ((way.ring, BLOCK, BLOCK), dtype),
-        "row_line": ((way.ring, *line), dtype),
+        "row_kept": ((way.ring, lines_for(2 + len(o.saved)), BLOCK), dtype),
+        "col_kept": ((way.held, lines_for(len(o.saved)), BLOCK), dtype),
         "keys": ((way.window, key.shape[2], BLOCK), key.dtype),
-        "los": ((way.window, *line), jnp.int32),
-        "his": ((way.window, *line), jnp.int32),
+        "intervals": ((way.window, 2, BLOCK), jnp.int32),
         "tops": ((way.touched, *line), dtype),
         "col_abs": ((way.held, *line), dtype),
         "col_mass": ((way.held, *line), dtype),
@@ -345,3 +343,8 @@ def scratch_of(problem: sinkhorn.Augmented, o: PassStatics, key: Array) -> Scrat
         value = tokens_last(problem.inputs.value)
         found["values"] = ((way.window, value.shape[2], BLOCK), value.dtype)
     return found
+
+
+def lines_for(count: int) -> int:
+    """`count` lines in whole registers."""
+    return -(-count // SUBLANES) * SUBLANES

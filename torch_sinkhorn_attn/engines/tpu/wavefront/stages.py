@@ -77,10 +77,9 @@ class Stages:
         a mask holds there may be NaN."""
         r = self.r
         block = jnp.where(row >= 0, row, self.path.rows)  # behind the last: in no interval
-        starts, ends = (self.with_new(ref, front, x[0, 0]) for ref, x in ((r.los, r.col_lo), (r.his, r.col_hi)))
         found = []
-        for j, (tile, lo, hi) in enumerate(zip(scores, starts, ends)):
-            keep = inside(block, lo[:1], hi[:1])
+        for j, (tile, bounds) in enumerate(zip(scores, self.with_new(r.intervals, front, r.bounds[0, 0]))):
+            keep = inside(block, bounds[:1], bounds[1:2])
             if r.mask is not None:
                 mask = r.mask[j][0, 0]
                 if mask.dtype == jnp.int8:
@@ -97,8 +96,7 @@ class Stages:
 
     def take_in(self, front: Array) -> None:
         """The intervals of the column block that comes in."""
-        r, new = self.r, self.in_window(front - 1)
-        r.los[new], r.his[new] = (line_of(x[0, 0]) for x in (r.col_lo, r.col_hi))
+        self.r.intervals[self.in_window(front - 1)] = self.r.bounds[0, 0]
 
     def with_new(self, ring: Any, front: Array, new: Array) -> list[Array]:
         """What a ring of the window holds of the strip's columns, and `new` for the one that comes in: so that reading
