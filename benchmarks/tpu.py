@@ -40,17 +40,12 @@ def compiled(python: str | None, chip: Any, shape: str, base_dtype: str = "float
     return child.call("torch_sinkhorn_attn.aot.attention:compile_attention", arguments, python=python)
 
 
-def kernel_cycles(report: Any, name: str, base_iters: int, deep: bool) -> tuple[float, float]:
-    """Bundles of a resident kernel per vector, and the filled ones; `deep`: its base sweeps are unrolled further."""
+def kernel_cycles(report: Any, name: str) -> tuple[float, float]:
+    """Bundles of a resident kernel per vector, and the filled ones."""
     kernel = next(k for k in report["kernels"] if name in k["name"])
     loops = [Loop(**loop) for loop in kernel["loops"]]
-    trips: dict[int, float] = {}
-    for index, loop in enumerate(loops):
-        if loop.trips is None:  # the base, around its sweep and the loop that divides the columns
-            inner = next(i for i in range(index + 1, len(loops)) if loops[i].depth == loop.depth + 1)
-            trips |= {index: base_iters - 1, inner: STRIP.rows // STRIP.unrolled(deep), inner + 1: loops[2].trips or 0}
     once = kernel["bundles"] - sum(loop.last - loop.first + 1 for loop in loops if loop.depth == 1)
-    return tuple((weighted(loops, trips, filled=f) + once) / VECTORS for f in (False, True))  # type: ignore[return-value]
+    return tuple((weighted(loops, filled=f) + once) / VECTORS for f in (False, True))  # type: ignore[return-value]
 
 
 def cycles(python: str | None) -> None:
@@ -62,12 +57,7 @@ def cycles(python: str | None) -> None:
         for base_iters in (20, 40):
             report = compiled(python, chip, "resident", base_dtype, base_iters=base_iters)
             flash, versions = report["flash"], report["versions"]
-            found.append(
-                [
-                    kernel_cycles(report, f"resident_{x}", base_iters, base_dtype == "bfloat16")
-                    for x in ("forward", "backward")
-                ]
-            )
+            found.append([kernel_cycles(report, f"resident_{x}") for x in ("forward", "backward")])
         (forward, backward), (longer, _) = found
         both = [forward[i] + backward[i] for i in (0, 1)]
         half_step = (longer[0] - forward[0]) / 40

@@ -230,11 +230,16 @@ void check_scalars(const Given& g) {
   const double omega = x[kOverRelaxation], p = x[kDropoutP];
   check_number("over_relaxation", omega, omega > 0 && omega < 2, "a number between 0 and 2");
   check_number("dropout_p", p, p >= 0 && p < 1, "a number from 0 to below 1");
-  constexpr const char* names[] = {"base iterations", "tail iterations", "implicit", "banded", "budget", "poisoned"};
-  constexpr int64_t largest[] = {kMostIterations, kMostIterations, 1, 1, std::numeric_limits<int64_t>::max() / 2, 1};
+  check_number("contraction", x[kContraction], x[kContraction] >= 0 && x[kContraction] < 1, "a number from 0 to below 1");
+  constexpr const char* names[] = {"base iterations", "tail iterations", "implicit",   "banded",
+                                   "budget",          "poisoned",        "accelerated"};
+  constexpr int64_t many = std::numeric_limits<int64_t>::max() / 2;
+  constexpr int64_t largest[] = {kMostIterations, kMostIterations, 1, 1, many, 1, 1};
   for (size_t k = 0; k < kCountCount; ++k)
     SINKHORN_CHECK(0 <= g.counts[k] && g.counts[k] <= largest[k], names[k], " is ", g.counts[k], "; 0 to ",
                       largest[k], " is needed");
+  SINKHORN_CHECK(omega == 1 || g.counts[kAccelerated] == 0, "over_relaxation is ", omega, "; 1 is needed beside ",
+                    "acceleration");
   const int64_t lines = std::max<int64_t>(1, g.length + g.size + 2 * g.bins);
   SINKHORN_CHECK(g.num == 0 || (g.counts[kKept] + 1) <= kMostElements / lines / g.heads / g.num,
                     "tail iterations is ", g.counts[kKept], ": its potentials are too large for one call");

@@ -33,8 +33,18 @@ enum Tensors : size_t {
   kDropoutSeed,
   kTensorCount,
 };
-enum Numbers : size_t { kScale, kEpsilon, kRhoRow, kRhoCol, kTolerance, kOverRelaxation, kDropoutP, kNumberCount };
-enum Counts : size_t { kStopped, kKept, kImplicit, kBanded, kBudget, kPoisoned, kCountCount };
+enum Numbers : size_t {
+  kScale,
+  kEpsilon,
+  kRhoRow,
+  kRhoCol,
+  kTolerance,
+  kOverRelaxation,
+  kDropoutP,
+  kContraction,
+  kNumberCount,
+};
+enum Counts : size_t { kStopped, kKept, kImplicit, kBanded, kBudget, kPoisoned, kAccelerated, kCountCount };
 
 // What an op is given, alive as long as the pointers into it.
 struct Given {

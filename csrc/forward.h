@@ -15,6 +15,7 @@ class Solver : Scalings<T> {
   Solver(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena)
       : Scalings<T>(problem, job, team, arena, /*keep_tiles=*/problem.stopped + problem.kept > 0) {
     accumulators = arena.take<T>(2 * h.part_columns());
+    if (p.accelerated) v_before = arena.take<T>(h.cols + 1), v_now = arena.take<T>(h.cols + 1);
     failed = arena.take<uint8_t>(kMaxParts);
     if (!wants_output()) return;
     value = arena.take<T>(h.cols * h.value_width);
@@ -43,7 +44,7 @@ class Solver : Scalings<T> {
   using Base::alpha, Base::x, Base::x_new, Base::log_a, Base::a, Base::sums;
   using Base::beta, Base::y, Base::y_new, Base::log_b, Base::b, Base::c;
   using Base::h, Base::bin, Base::p, Base::out, Base::job;
-  using Base::next_potential, Base::row_scaling;
+  using Base::next_potential, Base::row_scaling, Base::momentum, Base::v_before, Base::v_now;
   using Base::row_omega, Base::settled, Base::settle_row, Base::settle_columns, Base::column_half_step;
 
   // What a visit does beside multiplying: K is built; rows take their half-step from K, or in the log domain, which
@@ -55,12 +56,17 @@ class Solver : Scalings<T> {
   void iterate() {
     const bool row_only = p.stopped == 0 && p.kept == 0;
     if (!row_only) visit(Pass::build, false, true);
+    momentum.start(p);
+    if (p.accelerated) std::fill(v_before, v_before + h.cols + 1, T(0));
     for (int64_t t = 0; t < p.stopped; ++t) {
+      momentum.begin(t);
       const bool safe = column_half_step(p.over_relaxation);
       if (!safe) column_lse_in_log_domain();
       if (t > 0 && p.tolerance > 0 && (safe ? this->largest_change : change_in_log_domain()) <= p.tolerance) break;
+      if (momentum.looks(t)) momentum.look(t, norm_of_change(safe));
       row_half_step(safe, p.over_relaxation, false, true);
     }
+    momentum.end();
     if (overwritten) visit(Pass::build, false, true);
     settled = 0;
     if (p.balanced && p.stopped > 0) this->find_gauge();
@@ -98,6 +104,7 @@ class Solver : Scalings<T> {
         std::swap(y, y_new);
       else
         take_columns_in_log_domain(omega);
+      if (momentum.on) std::swap(v_before, v_now);
       if (settled >= 0) settle_columns();
     }
     if (safe && visit(Pass::sweep, last, want_columns)) return;
@@ -249,13 +256,28 @@ class Solver : Scalings<T> {
     }
   }
 
-  // The largest |plain column half-step - v|, from y_new.
+  // Plain column half-step - v, from y_new.
+  double log_domain_change(int64_t j) const {
+    if (b[j] == 0 || y_new[j] == -kInf<T>) return 0;
+    return p.rho_col * (log_b[j] - y_new[j]) - beta[j] - std::log(y[j]);
+  }
+
+  // The largest, in absolute value.
   double change_in_log_domain() const {
     double most = 0;
-    for (int64_t j = 0; j <= h.cols; ++j)
-      if (b[j] > 0 && y_new[j] != -kInf<T>)
-        most = larger(most, std::abs(p.rho_col * (log_b[j] - y_new[j]) - beta[j] - std::log(y[j])));
+    for (int64_t j = 0; j <= h.cols; ++j) most = larger(most, std::abs(log_domain_change(j)));
     return most;
+  }
+
+  // Their norm, by the columns' masses, of a plain iteration.
+  double norm_of_change(bool safe) const {
+    double total = 0;
+    for (int64_t j = 0; j <= h.cols; ++j) {
+      if (b[j] == 0) continue;
+      const double change = safe ? std::log(static_cast<double>(y_new[j]) / y[j]) : log_domain_change(j);
+      total += b[j] * change * change;
+    }
+    return std::sqrt(total);
   }
 
   // y = 1 and beta = the column half-step, from y_new.
@@ -269,7 +291,12 @@ class Solver : Scalings<T> {
       }
       const T plain = static_cast<T>(p.rho_col) * (log_b[j] - y_new[j]);
       const T before = beta[j] + std::log(y[j]);
-      beta[j] = omega == 1 ? plain : static_cast<T>(1 - omega) * before + static_cast<T>(omega) * plain;
+      if (momentum.on) {
+        v_now[j] = before;
+        beta[j] = momentum.next(before, plain, v_before[j]);
+      } else {
+        beta[j] = omega == 1 ? plain : static_cast<T>(1 - omega) * before + static_cast<T>(omega) * plain;
+      }
       y[j] = 1;
     }
   }

@@ -16,7 +16,7 @@
 namespace sinkhorn {
 namespace {
 
-constexpr int64_t kInterface = 3;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
+constexpr int64_t kInterface = 4;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
 
 Kind kind_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -95,6 +95,7 @@ Problem<T> problem_of(const Given& given) {
   p.rho_row = numbers[kRhoRow], p.rho_col = numbers[kRhoCol];
   p.balanced = p.rho_row == 1 && p.rho_col == 1;
   p.tolerance = numbers[kTolerance], p.over_relaxation = numbers[kOverRelaxation];
+  p.accelerated = counts[kAccelerated] != 0, p.contraction = numbers[kContraction];
   p.dropout_p = numbers[kDropoutP];
   p.stopped = counts[kStopped], p.kept = counts[kKept], p.implicit = counts[kImplicit] != 0;
   p.banded = counts[kBanded] != 0;

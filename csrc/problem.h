@@ -44,6 +44,8 @@ struct Problem {
   double score_factor = 1, epsilon = 1, rho_row = 1, rho_col = 1;
   int64_t stopped = 0, kept = 0;  // base and tail iterations
   double tolerance = 0, over_relaxation = 1;
+  bool accelerated = false;
+  double contraction = 0;  // 0: measured
   bool balanced = true, banded = false, implicit = false;
   int64_t budget = 0;     // bytes of plan tiles that one problem may keep
   bool poisoned = false;  // the workspace is filled with NaN first, as torch fills what nobody has written when asked to

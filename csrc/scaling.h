@@ -5,6 +5,7 @@
 
 #include "components.h"
 #include "dustbin.h"
+#include "momentum.h"
 
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
@@ -58,7 +59,8 @@ class Scalings {
     }
   }
 
-  // y_new = the next column scaling, from the column sums of K x; false where it leaves the safe range.
+  // y_new = the next column scaling, from the column sums of K x; false where it leaves the safe range. Accelerated, v
+  // goes to `v_now`.
   bool column_half_step(double omega) {
     const T rho = static_cast<T>(p.rho_col);
     bool safe = true;
@@ -79,6 +81,14 @@ class Scalings {
       for (int64_t j = 0; j <= h.cols; ++j)
         if (b[j] > 0) {
           y_new[j] = relaxed(y[j], y_new[j], omega);
+          safe &= in_range(y_new[j]);
+        }
+    if (momentum.on)
+      for (int64_t j = 0; j <= h.cols; ++j)
+        if (b[j] > 0) {
+          const T scale = std::log(y[j]);  // v - beta
+          v_now[j] = beta[j] + scale;
+          y_new[j] = std::exp(momentum.next(scale, std::log(y_new[j]), v_before[j] - beta[j]));
           safe &= in_range(y_new[j]);
         }
     return safe;
@@ -190,6 +200,8 @@ class Scalings {
   T *alpha, *x, *x_new, *log_a, *a, *sums;  // [rows + 1], the dustbin last; a is 0 on dead lines; sums = K y
   T *beta, *y, *y_new, *log_b, *b, *c;      // [cols + 1]; c = K^T x
   double row_omega = 1;                     // over-relaxation of the row half-step in progress
+  Momentum momentum;
+  T *v_before = nullptr, *v_now = nullptr;  // [cols + 1], accelerated: v an iteration ago, and v
   double largest_change = 0;                // of a column potential in the last column half-step
   int64_t settled = -1;                     // number of the potentials that are being kept, once they are
   bool centred = false;

@@ -104,8 +104,7 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         given = _with_start(given, like)
     engine = "cpu" if op.startswith("cpu_") else r.choice(["cpu", "tiled"])
     flat = ops.flatten(_detached(given.inputs), given.problem, engine)
-    names = [*ops.Inputs._fields, *ops.PROBLEM_FIELDS, "engine"]
-    arguments = dict(zip(names, flat, strict=True))
+    arguments = dict(zip(ops.NAMES, flat, strict=True))
     function = getattr(torch.ops.torch_sinkhorn_attn, op)
     before: dict[str, Any] = {}
     if "backward" in op:
@@ -114,7 +113,8 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         what = _spoil(r, {**before, **arguments}, given.problem, op)
         spoiled = what[1]
         values = [spoiled[k] for k in (*before, *arguments)]
-        return f"{op} {engine} {what[0]}", lambda: function(*values, *([False] if op == "forward" else []))
+        values = ops.with_residuals(values, False) if op == "forward" else values
+        return f"{op} {engine} {what[0]}", lambda: function(*values)
     tensors, numbers, counts = cpu._arguments(given.inputs, given.problem)
     place = (*ops.Inputs._fields, *cpu._TENSORS)
     lists = dict(zip(place, (None if x is None else x.detach() for x in tensors), strict=True))
@@ -153,7 +153,8 @@ def _cotangents(arguments: dict[str, Any], ops: Any, plan: bool) -> dict[str, An
     if plan:
         found, row, col = torch.ops.torch_sinkhorn_attn.plan(*flat)
         return {"grad": torch.ones_like(found), "row_potentials": row, "col_potentials": col, "mask_grad": False}
-    output, row, col, _, _, to_bin, from_bin = torch.ops.torch_sinkhorn_attn.forward(*flat, False)
+    called = torch.ops.torch_sinkhorn_attn.forward(*ops.with_residuals(flat, False))
+    output, row, col, _, _, to_bin, from_bin = called
     pair = [x if x.ndim > 1 else None for x in (to_bin, from_bin)]
     return {
         "grad": torch.ones_like(output), "grad_to_bin": pair[0], "grad_from_bin": pair[1], "mask_grad": False,
@@ -169,6 +170,8 @@ NUMBERS: dict[str, list[Any]] = {
     "tolerance": [-1.0, math.nan],
     "over_relaxation": [0.0, 2.0, math.nan, -math.inf],
     "dropout_p": [-0.1, 1.0, math.nan],
+    "contraction": [-0.1, 1.0, math.nan],
+    "acceleration": ["", "cheb"],
     "base_iters": [-1, 1 << 40, -(1 << 63)],
     "tail_iters": [-1, 1 << 40, (1 << 63) - 1],
     "gradient": ["", "imp"],
@@ -317,12 +320,12 @@ def _spoil_lists(
             before,
         )
     if where < 0.2:
-        places = ["scale", "epsilon", "rho_row", "rho_col", "tolerance", "over_relaxation", "dropout_p"]
+        places = ["scale", "epsilon", "rho_row", "rho_col", "tolerance", "over_relaxation", "dropout_p", "contraction"]
         k = r.randrange(len(places))
         value = r.choice(NUMBERS[places[k]])
         return f"{places[k]}={value}", lists, [*numbers[:k], value, *numbers[k + 1 :]], counts, before
     if where < 0.3:
-        k, value = r.choice([(0, -1), (0, 1 << 40), (1, -5), (1, 1 << 62), (2, 7), (3, -1), (4, -(10**12))])
+        k, value = r.choice([(0, -1), (0, 1 << 40), (1, -5), (1, 1 << 62), (2, 7), (3, -1), (4, -(10**12)), (6, 2)])
         return f"counts[{k}]={value}", lists, numbers, [*counts[:k], value, *counts[k + 1 :]], before
     if where < 0.4:
         vectors = [

@@ -121,6 +121,10 @@ def make(
     if base_options and o["gradient"] != "unrolled":
         o["tolerance"] = _choice(g, [None, None, None, None, 1e-1, 1e-2])
         o["over_relaxation"] = _choice(g, [1.0, 1.0, 1.0, 1.0, 1.3, 0.8])
+        if o["over_relaxation"] == 1:
+            o["acceleration"] = _choice(g, [None, None, "chebyshev"])
+        if o.get("acceleration"):
+            o["contraction"] = _choice(g, [None, None, 0.5, 0.95])
     call.leaves += [x for x in (call.query, call.key, call.value, call.mask) if x is not None and x.requires_grad]
     return call
 

@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softmax": {"base_iters": 0, "tail_iters": 0},
     "one iteration": {"base_iters": 0, "tail_iters": 1},
     "tolerance": {"tolerance": 0.5, "over_relaxation": 1.3},
+    "accelerated": {"acceleration": "chebyshev"},
     "implicit": {"gradient": "implicit"},
     "relaxed": {"relaxation": 1.0},
     "dustbin": {"dustbin": Dustbin(0.2, 0.1)},

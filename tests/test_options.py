@@ -17,8 +17,8 @@ from torch_sinkhorn_attn.problem.argument_checks import options
 
 BAD = {
     "dropout_p": 1.0, "is_causal": 1, "scale": "1", "epsilon": 0.0, "window": (1, 2, 3), "relaxation": -1.0,
-    "base_iters": -1, "tail_iters": 0.5, "tolerance": -1e-3, "over_relaxation": 2.0, "gradient": "tails",
-    "mask_floor": 1.0, "engine": 3,
+    "base_iters": -1, "tail_iters": 0.5, "tolerance": -1e-3, "over_relaxation": 2.0, "acceleration": "anderson",
+    "contraction": 1.0, "gradient": "tails", "mask_floor": 1.0, "engine": 3,
 }  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def statics_of(problem: Problem) -> tpu.Statics:
     s, o = problem.solver, problem.outline
     return tpu.Statics(
         scale=s.scale, epsilon=s.epsilon, rho_row=s.rho_row, rho_col=s.rho_col, stopped=s.stopped, kept=s.kept,
-        tolerance=s.tolerance, over_relaxation=s.over_relaxation, implicit=s.gradient == "implicit",
+        tolerance=s.tolerance, over_relaxation=s.over_relaxation, acceleration=s.acceleration,
+        contraction=s.contraction, implicit=s.gradient == "implicit",
         dropout_p=s.dropout_p, banded=o.banded, window_left=o.window_left, window_right=o.window_right,
         uniform=o.uniform,
     )  # fmt: skip

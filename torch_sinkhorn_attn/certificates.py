@@ -48,8 +48,8 @@ class Certificate:
             approaches it from below.
         dropped: L1 norm of the cotangent the surrogate drops, for the probe's or your cotangent.
         bias_bound: certified bound of ||dS_unrolled - dS_tail||_1, unrolled through the iterations that were taken, at
-            most T; inf = not certified (a zero in the block, kappa = 1, a relaxed side, or an over-relaxed base, whose
-            half-steps kappa does not bound).
+            most T; inf = not certified (a zero in the block, kappa = 1, a relaxed side, or an over-relaxed or
+            accelerated base, whose half-steps kappa does not bound).
         implicit_bias_bound: the same against the implicit gradient, whatever the base; holds at converged duals.
         measured_bias: ||dS_tail - dS_implicit||_1, both evaluated at the returned plan, with your options' gradient in
             place of the tail.
@@ -202,7 +202,8 @@ def _certificate(
 
 def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """||z0||_1 (1 - kappa^h) / (1 - kappa) for the h dropped half-steps (2T, or 2T - 1 for R = 0), and for h -> inf.
-    A base that stopped early dropped fewer, which the bound for T covers; kappa is not that of over-relaxed ones."""
+    A base that stopped early dropped fewer, which the bound for T covers; kappa is not that of half-steps that are not
+    plain."""
     base, tail = problem.solver.stopped, problem.solver.kept
     half_steps = 2 * base - (tail == 0 and base > 0)
     certified = kappa < 1 if problem.solver.balanced else torch.zeros_like(kappa, dtype=torch.bool)
@@ -212,7 +213,7 @@ def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tens
     against_unrolled = dropped * (1 - kappa**half_steps) * geometric
     if half_steps == 0:  # nothing is dropped on the way to u = 0
         against_unrolled = torch.zeros_like(dropped)
-    plain = certified & (problem.solver.over_relaxation == 1)
+    plain = certified & problem.solver.plain_base
     return (
         torch.where(plain | (half_steps == 0), against_unrolled, torch.inf),
         torch.where(certified, dropped * geometric, torch.inf),

@@ -33,6 +33,8 @@ class ModuleOptions(NamedTuple):
     tail_iters: int = Options.tail_iters
     tolerance: float | None = Options.tolerance
     over_relaxation: float = Options.over_relaxation
+    acceleration: str | None = Options.acceleration
+    contraction: float | None = Options.contraction
     dustbin: bool = False
     relaxation: Relaxation = Options.relaxation
     gradient: str = Options.gradient
@@ -75,8 +77,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             `torch.nn.MultiheadAttention`. The keys added by `add_bias_kv` and `add_zero_attn` are keys like any other:
             visible to every query, with a share of the mass, and left to the dustbin at the head's
             `dustbin_col_score` where there is one. Outside softmax mode they cannot be combined with a window.
-        epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, relaxation, gradient, mask_floor, engine:
-            as `sinkhorn_attention`.
+        epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, acceleration, contraction, relaxation,
+            gradient, mask_floor, engine: as `sinkhorn_attention`.
         dustbin: give every head a learnable dustbin: parameters `dustbin_row_score` and `dustbin_col_score`,
             `[num_heads, 1]`, zeros at first. A state_dict without them (of `torch.nn.MultiheadAttention`, say) loads
             strictly and leaves them as they are.
@@ -123,6 +125,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         tail_iters: int = Options.tail_iters,
         tolerance: float | None = Options.tolerance,
         over_relaxation: float = Options.over_relaxation,
+        acceleration: str | None = Options.acceleration,
+        contraction: float | None = Options.contraction,
         dustbin: bool = False,
         relaxation: Relaxation = Options.relaxation,
         gradient: str = Options.gradient,
@@ -136,8 +140,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype,
         )  # fmt: skip
         self._configure(ModuleOptions(
-            epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, dustbin, relaxation, gradient,
-            mask_floor, engine,
+            epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, acceleration, contraction,
+            dustbin, relaxation, gradient, mask_floor, engine,
         ))  # fmt: skip
 
     base_iters: int  # nn.Module says of its attributes that they are tensors or modules

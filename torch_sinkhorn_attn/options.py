@@ -17,6 +17,7 @@ from typing import Any
 WIDEST_WINDOW = 1 << 24  # wider sides mean the same, and the window's integers stay far from overflow
 CONVERGED_WITHIN = 1e-2  # of a token's mean mass
 GRADIENTS = ("tail", "implicit", "unrolled")
+ACCELERATIONS = ("chebyshev",)
 Relaxation = float | tuple[float | None, float | None] | None
 _LARGEST = {"float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
 
@@ -87,6 +88,19 @@ def _omega(name: str, x: Any) -> float:
     value = number(name, x)
     if not 0 < value < 2:
         raise ValueError(f"{name}={value} must lie between 0 and 2, both excluded; 1 is the plain iteration.")
+    return value
+
+
+def _acceleration(name: str, x: Any) -> str | None:
+    if x is not None and not (isinstance(x, str) and x in ACCELERATIONS):
+        raise ValueError(f"{name}={x!r} is unknown; choose {' or '.join(map(repr, ACCELERATIONS))}, or None.")
+    return x
+
+
+def _contraction(name: str, x: Any) -> float | None:
+    value = None if x is None else number(name, x)
+    if value is not None and not 0 < value < 1:
+        raise ValueError(f"{name}={value} must lie between 0 and 1, both excluded; None measures it.")
     return value
 
 
@@ -188,6 +202,17 @@ class Options:
         _omega,
         "omega between 0 and 2: each half-step of the T iterations gives (1 - omega) * old + omega * new potential",
     )
+    acceleration: str | None = _option(
+        None,
+        _acceleration,
+        '"chebyshev" or None: column potentials of the T iterations gather momentum, after the first or the first '
+        "three",
+    )
+    contraction: float | None = _option(
+        None,
+        _contraction,
+        "between 0 and 1: the largest factor by which a plain iteration shrinks the error, for acceleration",
+    )
     gradient: str = _option(
         "tail",
         _gradient,
@@ -215,14 +240,31 @@ class Options:
             TypeError, ValueError: with the name of the option, its value and the way out.
         """
         checked = cls(**{name: CHECKS[name](name, x) for name, x in given.items() if x is not DEFAULTS[name]})
-        if checked.gradient == "unrolled" and (given.get("tolerance") is not None or checked.over_relaxation != 1):
-            omega = given.get("tolerance") is None
-            named = f"over_relaxation={checked.over_relaxation}" if omega else f"tolerance={float(given['tolerance'])}"
-            raise ValueError(
-                f"{named} needs a stopped base, and gradient='unrolled' has none: it differentiates every iteration. "
-                "Use gradient='tail' or 'implicit', or leave tolerance=None and over_relaxation=1."
-            )
+        checked._check_base(given.get("tolerance"))
         return checked
+
+    def _check_base(self, tolerance: Any) -> None:
+        """What the options of the stopped base rule out of each other; `tolerance` as it was given."""
+        omega, kind = self.over_relaxation, self.acceleration
+        if self.contraction is not None and kind is None:
+            raise ValueError(
+                f"contraction={self.contraction} is read by acceleration alone, which is None: pass "
+                "acceleration='chebyshev' too, or leave contraction=None."
+            )
+        if kind is not None and omega != 1:
+            raise ValueError(
+                f"acceleration={kind!r} and over_relaxation={omega} both change the steps of the stopped iterations: "
+                "leave over_relaxation=1, or acceleration=None."
+            )
+        chosen: dict[str, Any] = {"tolerance": None if tolerance is None else float(tolerance)}
+        chosen |= {"over_relaxation": None if omega == 1 else omega, "acceleration": kind}
+        named = [f"{name}={x!r}" for name, x in chosen.items() if x is not None]
+        if self.gradient == "unrolled" and named:
+            raise ValueError(
+                f"{named[0]} needs a stopped base, and gradient='unrolled' has none: it differentiates every "
+                "iteration. Use gradient='tail' or 'implicit', or leave tolerance=None, over_relaxation=1 and "
+                "acceleration=None."
+            )
 
     def solver(self, features: int, compute_dtype: str) -> Solver:
         """The numbers of the iteration for queries of E `features`; `compute_dtype` is "float32" or "float64".
@@ -239,7 +281,7 @@ class Options:
         rho_row, rho_col = (_damping(tau, self.epsilon) for tau in relaxation_pair(self.relaxation))
         return Solver(
             scale, self.epsilon, rho_row, rho_col, self.base_iters, self.tail_iters, self.tolerance or 0.0,
-            self.over_relaxation, self.gradient, self.dropout_p,
+            self.over_relaxation, self.gradient, self.dropout_p, self.acceleration, self.contraction or 0.0,
         )  # fmt: skip
 
 
@@ -260,6 +302,10 @@ class Solver:
     over_relaxation: omega; a half-step of the base gives (1 - omega) * old + omega * plain.
     gradient: "tail", "implicit" or "unrolled".
     dropout_p: probability of dropping a real entry of P/a.
+    acceleration: "chebyshev" or None: how the base is accelerated.
+    contraction: the largest factor by which a plain iteration shrinks the error; 0: measured.
+
+    What has a default here the ops did not have at first: they take it last.
     """
 
     scale: float
@@ -272,6 +318,8 @@ class Solver:
     over_relaxation: float
     gradient: str
     dropout_p: float
+    acceleration: str | None = None
+    contraction: float = 0.0
 
     @property
     def balanced(self) -> bool:
@@ -283,9 +331,20 @@ class Solver:
         return 0 if self.gradient == "unrolled" else self.base_iters
 
     @property
+    def plain_base(self) -> bool:
+        """Whether no half-step of the base is over-relaxed or accelerated."""
+        accelerated = self.acceleration is not None and self.stopped > plain_iterations(self.contraction)
+        return self.stopped == 0 or (self.over_relaxation == 1 and not accelerated)
+
+    @property
     def kept(self) -> int:
         """Iterations that are differentiated: R, or all T + R when unrolled."""
         return self.base_iters + self.tail_iters if self.gradient == "unrolled" else self.tail_iters
+
+
+def plain_iterations(contraction: float) -> int:
+    """Iterations before acceleration sets in: three where it measures the contraction (0), else one."""
+    return 1 if contraction else 3
 
 
 def _damping(tau: float, epsilon: float) -> float:

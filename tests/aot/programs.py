@@ -44,6 +44,22 @@ def loops(topology: str) -> dict[str, Any]:
     return {**asdict(report), "weighted": [weighted(loops, {unknown: trips}) for trips in (0, 1, 10)]}
 
 
+def resident(topology: str) -> dict[str, Any]:
+    """A resident forward of 11 row blocks, four stopped iterations: three in a loop around the sweep."""
+    from functools import partial
+
+    from torch_sinkhorn_attn.aot.attention import Configuration, problem
+    from torch_sinkhorn_attn.aot.bundles import compile_and_read
+    from torch_sinkhorn_attn.engines.tpu.method import run
+    from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+
+    given = {"length": 11 * 128, "window": (20, 20), "base_iters": 4, "tail_iters": 1, "features": 16}
+    inputs, constants, statics = problem(Configuration.of(given))
+    lowering = Lowering("resident", generation="v6e")
+    forward = partial(run.forward, statics=statics, lowering=lowering, residuals=False)
+    return asdict(compile_and_read(forward, [inputs, constants], topology))
+
+
 def too_large(topology: str) -> dict[str, Any]:
     """A kernel whose windows exceed the VMEM of any TPU."""
     import jax

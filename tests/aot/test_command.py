@@ -18,8 +18,8 @@ import pytest
 
 import torch_sinkhorn_attn
 from examples.pfam.aot import main as step_of_pfam
-from torch_sinkhorn_attn.aot import attention, cli, environment
-from torch_sinkhorn_attn.aot.attention import Configuration
+from torch_sinkhorn_attn.aot import attention, cli, environment, loops, report
+from torch_sinkhorn_attn.aot.attention import Configuration, disagreements
 from torch_sinkhorn_attn.aot.child import CompileError, call
 from torch_sinkhorn_attn.aot.chips import GIB, parse_topology
 from torch_sinkhorn_attn.aot.cli import main
@@ -27,6 +27,7 @@ from torch_sinkhorn_attn.aot.failures import explain
 from torch_sinkhorn_attn.aot.loops import Loop, weighted
 from torch_sinkhorn_attn.aot.program import instructions
 from torch_sinkhorn_attn.aot.report import capacity, memory
+from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 
 ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(
@@ -129,8 +130,22 @@ PROGRAM = """HloModule test
   ROOT %lt.2 = pred[] compare(%gte.4, %gte.5), direction=LT
 }
 
+%rare (a: f32[8]) -> f32[8] {
+  %r.1 = f32[8]{0} negate(%a), metadata={op_name="jit(f)/cond/sinkhorn_of_unfit_data/neg"}
+  %r.2 = (s32[], f32[8]) while(%t.4), condition=%few, body=%deeper
+}
+
+%deeper (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %r.3 = f32[8]{0} custom-call(%gte.7), custom_call_target="tpu_custom_call"
+}
+
+%usual (a: f32[8]) -> f32[8] {
+  %s.1 = f32[8]{0} abs(%a)
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t.3), condition=%few, body=%body
+  %d = f32[8]{0} conditional(%p, %x, %x), branch_computations={%rare, %usual}
   ROOT %y = f32[8]{0} copy(%gte.6)
 }
 """
@@ -140,6 +155,9 @@ def test_executions_follow_the_loops_of_a_program() -> None:
     found = instructions(PROGRAM)
     assert {name: found[name].times for name in ("w", "y", "x.1", "k.1")} == {"w": 1, "y": 1, "x.1": 20, "k.1": None}
     assert "tanh.1" not in found
+    assert {name: found[name].unfit for name in ("d", "r.1", "r.3", "s.1", "k.1")} == {
+        "d": False, "r.1": True, "r.3": True, "s.1": False, "k.1": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -186,6 +204,8 @@ def test_a_configuration_is_completed_and_checked() -> None:
         Configuration.of({"heads": 3, "key_heads": 2})
     with pytest.raises(ValueError, match="--batch must be at least 1"):
         Configuration.of({"batch": 0})
+    with pytest.raises(ValueError, match="pass acceleration='chebyshev' too"):
+        Configuration.of({"contraction": 0.9})
     full, band = (Configuration.of({"length": 100, "window": w}).visited for w in (None, (2, 2)))
     assert full == 100 * 100 and band == pytest.approx(5 * 100 - 2 * (2 + 1))
 
@@ -194,6 +214,10 @@ def test_every_option_of_an_attention_is_one_of_the_command() -> None:
     options = cli._parser().parse_args(["attention", "--window", "3", "4", "--dustbin"])
     assert set(attention.Configuration.__dataclass_fields__) <= set(vars(options))
     assert options.window == [3, 4] and options.dustbin and options.topology == "v6e"
+    options = cli._parser().parse_args(["attention", "--acceleration", "chebyshev", "--contraction", "0.9"])
+    assert (options.acceleration, options.contraction) == ("chebyshev", 0.9)
+    statics = attention.problem(Configuration.of({"acceleration": "chebyshev", "contraction": 0.9}))[2]
+    assert (statics.acceleration, statics.contraction) == ("chebyshev", 0.9)
 
 
 def test_plain_errors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +262,53 @@ def test_loops_of_a_kernel(tmp_path: Path) -> None:
     assert one - none == 4 * 20 * kernel["loops"][3]["bundles"] == (ten - none) / 10
     assert 2 * 512 * 128 * 4 * 2 <= kernel["vmem"] < 2**21 and found["memory"]["arguments"] >= 2**20
     assert any(path.name.endswith("original.txt") for path in (tmp_path / "kept").iterdir())
+
+
+def test_a_table_that_the_compiler_contradicts_is_reported() -> None:
+    Choice = pytest.importorskip("torch_sinkhorn_attn.engines.tpu.method.choice", exc_type=ImportError).Choice
+    kernel = loops.Kernel("sinkhorn_resident_forward", "x", True, 1, (), 9 << 20, 1 << 20, None)
+    taken, refused = Choice("resident", "", 8 << 20), Choice("streaming", "", 70 << 20)
+    forward, backward = disagreements([taken, refused], [kernel], {1: {"vmem": 50 << 20}})
+    assert forward.startswith("forward: the table says 8.0 MiB of VMEM, and the kernel takes 9.0 MiB")
+    assert "backward: the table says 70.0 MiB of VMEM and refuses the resident kernel, which compiles" in backward
+    assert disagreements([taken._replace(vmem=9 << 20), refused], [kernel], {1: {"error": "VMEM overflow"}}) == []
+    assert disagreements([refused._replace(vmem=None)] * 2, [], {}) == []
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_the_compiler_takes_no_more_than_the_estimate(adjoint: bool, tmp_path: Path) -> None:
+    """One of the kernels that benchmarks/vmem.py asks about; the answer is kept."""
+    configuration = {"length": 11 * 128, "heads": 4, "window": [128, 128], "features": 16}
+    point = {"configuration": configuration, "generation": "v6e", "adjoint": adjoint}
+    once, again = (
+        call("torch_sinkhorn_attn.aot.vmem:measure", {"points": [point]}, environment={"XDG_CACHE_HOME": str(tmp_path)})
+        for _ in range(2)
+    )
+    (answer,) = once["answers"]
+    assert once == again and len(list(tmp_path.rglob("*.json"))) == 1
+    assert answer["width"] == 3 and 0 < answer["spills"] <= spilled(3, adjoint)
+    assert answer["spills"] < answer["vmem"] <= answer["estimate"] <= answer["limit"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_only_unfit_data_need_stands_apart() -> None:
+    """Every loop of the resident kernel has its trips, also where a loop begins with another; what it falls back to
+    does not count."""
+    found = compiled("resident")
+    kernel = next(k for k in found["kernels"] if "sinkhorn_resident" in k["name"])
+    assert (kernel["executions"], kernel["unfit"]) == (1, 0)
+    trips = [(loop["depth"], loop["trips"]) for loop in kernel["loops"]]
+    assert (1, 3) in trips and (2, 11) in trips and all(count is not None for _, count in trips)
+    others = [k for k in found["kernels"] if k is not kernel]
+    assert others and all(k["executions"] == 0 and k["unfit"] != 0 for k in others)
+    own, complete = report.cost(found["kernels"])
+    assert complete and own == report.cost([kernel])[0] > kernel["bundles"]
+    table = report.kernels(found, parse_topology("v6e"))
+    assert table.index("sinkhorn_resident") < table.index("only if the data do not fit")
+    assert kernel["spills"] % 4096 == 0 and 0 < kernel["spills"] < kernel["vmem"]
 
 
 @pytest.mark.slow

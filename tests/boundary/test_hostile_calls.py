@@ -20,14 +20,13 @@ from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.support import build_support
 
 LIB = torch.ops.torch_sinkhorn_attn
-NAMES = [*ops.Inputs._fields, *ops.PROBLEM_FIELDS, "engine"]
 I64 = torch.int64
 
 
 def flat_of(engine: str = "cpu", value: bool = True, **options: Any) -> dict[str, Any]:
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     given = prepare(q, k, v if value else None, **options)
-    return dict(zip(NAMES, ops.flatten(given.inputs, given.problem, engine), strict=True))
+    return dict(zip(ops.NAMES, ops.flatten(given.inputs, given.problem, engine), strict=True))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -45,6 +44,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "masses of NaN": ({"log_row_mass": torch.full((1, 2, 8), torch.nan)}, "log_row_mass holds (nan|NaN)"),
     "negative iterations": ({"tail_iters": -5}, "tail_iters=-5"),
     "endless iterations": ({"base_iters": 1 << 40}, "base_iters=1099511627776"),
+    "unknown acceleration": ({"acceleration": "anderson"}, "acceleration='anderson'"),
+    "acceleration of over-relaxation": ({"acceleration": "chebyshev", "over_relaxation": 1.5}, "acceleration='cheb"),
+    "contraction of 1": ({"acceleration": "chebyshev", "contraction": 1.0}, "contraction=1.0"),
+    "contraction of a plain base": ({"contraction": 0.5}, "contraction=0.5"),
     "unknown gradient": ({"gradient": "imp"}, "gradient='imp'"),
     "NaN epsilon": ({"epsilon": torch.nan}, "epsilon=nan"),
     "seed without dropout": ({"dropout_seed": torch.zeros(2, dtype=I64)}, "dropout_seed is given beside dropout_p=0"),
@@ -91,13 +94,13 @@ def test_what_does_not_fit_is_named(name: str, engine: str) -> None:
         if not value and name in ("more keys than values", "a band that nobody speaks of"):
             continue
         with pytest.raises((ValueError, TypeError), match=message):
-            op(*arguments.values(), *([False] if value else []))
+            op(*(ops.with_residuals([*arguments.values()], False) if value else arguments.values()))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_cotangents_that_do_not_fit(engine: str) -> None:
     flat = list(flat_of(engine).values())
-    output, row, col = LIB.forward(*flat, False)[:3]
+    output, row, col = LIB.forward(*ops.with_residuals(flat, False))[:3]
     ones = torch.ones_like(output)
     for given, message in (
         ((ones, None, None, False, output, torch.zeros(1), torch.zeros(1)), "row_potentials is float32"),
@@ -143,13 +146,18 @@ def test_the_compiled_ops_look_for_themselves() -> None:
     ):
         with pytest.raises((ValueError, NotImplementedError), match=message):
             LIB.cpu_forward(list((tensors | changed).values()), numbers, counts, False)
-    for k, value in ((0, -3), (1, 1 << 62), (2, 7), (3, -1), (4, -(10**12)), (5, 2)):
+    for k, value in ((0, -3), (1, 1 << 62), (2, 7), (3, -1), (4, -(10**12)), (5, 2), (6, -1)):
         with pytest.raises(ValueError, match=f"is {value}; 0 to"):
             LIB.cpu_forward(list(tensors.values()), numbers, [*counts[:k], value, *counts[k + 1 :]], False)
-    with pytest.raises(ValueError, match="got 18 tensors, 7 numbers and 6 counts; 19, 7 and 6 are needed"):
+    omega, contraction = cpu._NUMBERS.index("over_relaxation"), cpu._NUMBERS.index("contraction")
+    for k, value, message in ((contraction, 1.0, "contraction is 1; a number"), (omega, 1.5, "1 is needed beside")):
+        with pytest.raises(ValueError, match=message):
+            spoiled = [*numbers[:k], value, *numbers[k + 1 :]]
+            LIB.cpu_forward(list(tensors.values()), spoiled, [*counts[:-1], 1], False)
+    with pytest.raises(ValueError, match="got 18 tensors, 8 numbers and 7 counts; 19, 8 and 7 are needed"):
         LIB.cpu_plan(list(tensors.values())[:-1], numbers, counts)
     with pytest.raises(ValueError, match="potentials are too large"):
-        LIB.cpu_forward(list(huge().values()), numbers, [0, 1 << 24, 0, 0, 0, 0], False)
+        LIB.cpu_forward(list(huge().values()), numbers, [0, 1 << 24, 0, 0, 0, 0, 0], False)
     with pytest.raises(ValueError, match="num_bytes is -5"):
         LIB.cpu_retain_workspace(-5)
     with pytest.raises(ValueError, match="capability='sse99' is not usable"):

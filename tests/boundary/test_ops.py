@@ -8,6 +8,7 @@ import problems
 import pytest
 import torch
 from conformance import ENGINES
+from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
@@ -31,8 +32,9 @@ def flat_of(call: problems.Call, value: bool = True, engine: str = "tiled") -> l
 def test_opcheck(seed: int, engine: str) -> None:
     call = problems.make(seed)
     flat = flat_of(call, engine=engine)
-    torch.library.opcheck(lib.forward.default, (*flat, True))
-    results = lib.forward(*flat, True)
+    arguments = ops.with_residuals(flat, True)
+    torch.library.opcheck(lib.forward.default, tuple(arguments))
+    results = lib.forward(*arguments)
     bins = (torch.ones_like(results[5]), torch.ones_like(results[6])) if results[5].ndim > 1 else (None, None)
     torch.library.opcheck(lib.backward.default, (torch.ones_like(results[0]), *bins, True, *results[:3], *flat))
     flat = flat_of(call, value=False, engine=engine)
@@ -44,10 +46,39 @@ def test_opcheck(seed: int, engine: str) -> None:
 def test_opcheck_of_backward_without_the_masks_gradient() -> None:
     flat = flat_of(problems.make(11))
     assert flat[3] is not None and flat[3].is_floating_point()
-    results = lib.forward(*flat, True)
+    results = lib.forward(*ops.with_residuals(flat, True))
     grads = (torch.ones_like(results[0]), None, None, False, *results[:3], *flat)
     torch.library.opcheck(lib.backward.default, grads)
     assert lib.backward(*grads)[3].numel() == 0
+
+
+def test_calls_from_before_acceleration_are_understood() -> None:
+    """Programs exported then: torch.export writes an op's arguments down in order, without those at the end that have
+    their default."""
+    names = (*ops.Inputs._fields, *ops.PROBLEM_FIELDS, "engine")
+    assert (*names, "acceleration", "contraction") == ops.NAMES
+    flat = flat_of(problems.make(0), engine="tiled")
+    before, results = flat[: len(names)], lib.forward(*ops.with_residuals(flat, True))
+    assert flat[len(names) :] == [None, 0.0]
+    assert all(torch.equal(x, y) for x, y in zip(lib.forward(*before, True), results, strict=True))
+    given = (torch.ones_like(results[0]), None, None, False, *results[:3])
+    found = zip(lib.backward(*given, *before), lib.backward(*given, *flat), strict=True)
+    assert all(torch.equal(x, y) for x, y in found)
+    (plan, *_), (again, *_) = (lib.plan(*x) for x in (flat_of(problems.make(0), value=False), before))
+    assert torch.equal(plan, again)
+
+
+@pytest.mark.parametrize("options", slow_after(1, [{}, {"acceleration": "chebyshev"}]))
+def test_exported_programs_name_acceleration_where_it_is(options: dict[str, Any]) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return sinkhorn_attention(x, x, x, base_iters=5, **options)
+
+    x = 3 * torch.randn(1, 2, 8, 4)
+    program = torch.export.export(Attention(), (x,))
+    (node,) = (node for node in program.graph.nodes if node.target is lib.forward.default)
+    assert len(node.args) == len(ops.PROBLEM_FIELDS) + ops.NUM_INPUTS + 2 + len(options)
+    assert torch.equal(program.module()(x), Attention()(x))
 
 
 def test_opcheck_sees_both_kinds() -> None:

@@ -67,6 +67,7 @@ META_IDS = torch.empty(2, 70, dtype=torch.int64, device="meta")
             {"gradient": "implicit"},
             {"relaxation": 1.0, "dropout_p": 0.1, "tail_iters": 0},
             {"tolerance": 1e-2, "over_relaxation": 1.3},
+            {"tolerance": 1e-2, "acceleration": "chebyshev"},
         ],
     ),
     ids=lambda options: "-".join(options),

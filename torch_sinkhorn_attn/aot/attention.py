@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch_sinkhorn_attn.aot import flash
-from torch_sinkhorn_attn.aot.bundles import Report, compile_and_read
+from torch_sinkhorn_attn.aot.bundles import Kernel, Report, compile_and_read
 from torch_sinkhorn_attn.options import Options
 
-SHAPES = ("auto", "resident", "streaming", "blockwise")
+SHAPES = ("auto", "resident", "wavefront", "streaming", "blockwise")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Configuration:
     window: tuple[int, int] | None = Options.window
     base_iters: int = Options.base_iters
     tail_iters: int = Options.tail_iters
+    acceleration: str | None = Options.acceleration
+    contraction: float | None = Options.contraction
     epsilon: float = Options.epsilon
     dustbin: bool = False
     segments: bool = False
@@ -63,6 +65,7 @@ class Configuration:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
         if not 0 < found.epsilon < math.inf:
             raise ValueError(f"--epsilon must be above 0 and finite, got {found.epsilon}")
+        Options.of({name: getattr(found, name) for name in ("acceleration", "contraction", "gradient")})
         if min(found.window or (0,)) < -1:
             raise ValueError(f"--window takes tokens to the left and right, -1 for unlimited, got {found.window}")
         return cls(**{**asdict(found), **complete, "window": found.window})
@@ -125,6 +128,8 @@ def problem(c: Configuration) -> tuple[Any, Any, Any]:
         epsilon=c.epsilon,
         stopped=0 if unrolled else c.base_iters,
         kept=c.tail_iters + (c.base_iters if unrolled else 0),
+        acceleration=c.acceleration,
+        contraction=c.contraction or 0.0,
         implicit=c.gradient == "implicit",
         banded=c.segments or c.window is not None,
         window_left=left,
@@ -134,14 +139,46 @@ def problem(c: Configuration) -> tuple[Any, Any, Any]:
     return inputs, constants, statics
 
 
-def chosen(given: tuple[Any, Any, Any], lowering: Any) -> tuple[str, str]:
-    """The shapes of the forward and the backward kernels, and why they are those."""
+DIRECTIONS = ("forward", "backward")
+
+
+def chosen(given: tuple[Any, Any, Any], lowering: Any) -> list[Any]:
+    """The `choice.Choice` of the forward and of the backward kernels."""
     from torch_sinkhorn_attn.engines.tpu.method.choice import choose
 
-    found = [choose(*given, lowering, adjoint) for adjoint in (False, True)]
-    shapes = " and ".join(dict.fromkeys(choice.shape for choice in found))
-    reasons = [f"{name}: {choice.reason}" for name, choice in zip(("forward", "backward"), found, strict=True)]
-    return shapes, "; ".join(reasons if found[0].reason != found[1].reason else [found[0].reason])
+    return [choose(*given, lowering, adjoint) for adjoint in (False, True)]
+
+
+def in_words(choices: Sequence[Any]) -> tuple[str, str]:
+    """The shapes of the kernels of both directions, and why they are those."""
+    shapes = " and ".join(dict.fromkeys(choice.shape for choice in choices))
+    reasons = [f"{name}: {choice.reason}" for name, choice in zip(DIRECTIONS, choices, strict=True)]
+    return shapes, "; ".join(reasons if choices[0].reason != choices[1].reason else [choices[0].reason])
+
+
+def disagreements(choices: Sequence[Any], kernels: Sequence[Kernel], answers: Mapping[int, Any]) -> list[str]:
+    """Where the table of VMEM that programs choose by and the compiler do not agree, a sentence each.
+
+    Args:
+        choices: what the table says of each direction.
+        kernels: those compiled.
+        answers: the compiler's (`vmem.ask`) on the resident kernels that the table refuses, by the direction's place.
+    """
+    found = []
+    for place, (name, choice) in enumerate(zip(DIRECTIONS, choices, strict=True)):
+        used = max((k.vmem for k in kernels if f"sinkhorn_resident_{name}" in k.name), default=0)
+        if choice.vmem is not None and used > choice.vmem:
+            found.append(f"{name}: the table says {_mib(choice.vmem)} of VMEM, and the kernel takes {_mib(used)}")
+        elif (answer := answers.get(place)) is not None and "error" not in answer:
+            found.append(
+                f"{name}: the table says {_mib(choice.vmem)} of VMEM and refuses the resident kernel, which compiles "
+                f"with {_mib(answer['vmem'])}"
+            )
+    return [f"{text}; benchmarks/vmem.py makes the table" for text in found]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def compile_attention(
@@ -150,6 +187,7 @@ def compile_attention(
     """Compile it, and JAX's flash attention beside it; what came out, ready for JSON."""
     import jax
 
+    from torch_sinkhorn_attn.aot.vmem import ask
     from torch_sinkhorn_attn.engines.tpu.method import run
     from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
     from torch_sinkhorn_attn.engines.tpu.method.problem import Result
@@ -157,7 +195,8 @@ def compile_attention(
     c = Configuration.of(configuration)
     inputs, constants, statics = problem(c)
     lowering = Lowering(shape, base_dtype=base_dtype, generation=generation)
-    shapes, why = chosen((inputs, constants, statics), lowering)
+    choices = chosen((inputs, constants, statics), lowering)
+    shapes, why = in_words(choices)
 
     def step(inputs: Any, constants: Any, grad: jax.Array) -> Any:
         result: Result = run.forward(inputs, constants, statics, lowering, residuals=False)
@@ -171,9 +210,13 @@ def compile_attention(
         return result.output, cotangents
 
     grad = jax.ShapeDtypeStruct((c.batch, c.heads, c.length, c.value_features), "float32")
-    report = compile_and_read(step, [inputs, constants, grad], topology)
     reference = asdict(flash.measure(topology, c.features, "bfloat16" if c.dtype == "float16" else c.dtype))
-    return {"shape": shapes, "why": why, "flash": reference, **plain(report), **devices(topology)}
+    refused = [place for place, c in enumerate(choices) if c.shape != "resident" and c.vmem is not None]
+    answers = {place: ask(configuration, generation, bool(place), base_dtype, topology=topology) for place in refused}
+    report = compile_and_read(step, [inputs, constants, grad], topology)  # last, for its listings are kept
+    doubts = disagreements(choices, report.kernels, answers)
+    found = {"shape": shapes, "why": why, "disagreements": doubts, "flash": reference}
+    return {**found, **plain(report), **devices(topology)}
 
 
 def plain(report: Report) -> dict[str, Any]:

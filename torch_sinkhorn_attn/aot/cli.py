@@ -13,7 +13,7 @@ from torch_sinkhorn_attn.aot.attention import SHAPES, Configuration
 from torch_sinkhorn_attn.aot.child import CompileError, call
 from torch_sinkhorn_attn.aot.chips import CHIPS, Topology, parse_topology
 from torch_sinkhorn_attn.aot.environment import missing
-from torch_sinkhorn_attn.options import GRADIENTS, MEANINGS
+from torch_sinkhorn_attn.options import ACCELERATIONS, GRADIENTS, MEANINGS
 
 DOES_NOT_FIT = 3
 _MASKS = ("none", "bool", "float")
@@ -49,6 +49,7 @@ def _attention(options: argparse.Namespace, topology: Topology) -> int:
         f"window {c.window or 'none'}, T = {c.base_iters}, R = {c.tail_iters}, gradient {c.gradient}"
     )
     flags = [name for name in ("dustbin", "segments", "lengths") if getattr(c, name)]
+    flags += [f"{c.acceleration} acceleration"] if c.acceleration else []
     flags += [f"{c.mask} mask"] if c.mask != "none" else []
     print(head + (f"; with {', '.join(flags)}" if flags else ""))
     arguments = {
@@ -62,7 +63,7 @@ def _attention(options: argparse.Namespace, topology: Topology) -> int:
     found = _compiled(target, arguments, topology, options, python=options.python)
     if found is None:
         return DOES_NOT_FIT
-    print(f"shape: {found['shape']}, {found['why']}\n")
+    print(f"shape: {found['shape']}, {found['why']}", *found["disagreements"], sep="\n", end="\n\n")
     print(report.memory(found, topology), report.kernels(found, topology), sep="\n\n", end="\n\n")
     print(report.comparison(found, c.visited), report.projection(found, topology), sep="\n\n")
     return _status(found, topology)
@@ -140,13 +141,15 @@ def _parser() -> argparse.ArgumentParser:
             attention.add_argument(option, type=int, nargs=2, metavar=("LEFT", "RIGHT"), help=MEANINGS["window"])
         elif isinstance(field.default, bool):
             attention.add_argument(option, action="store_true", help="as in sinkhorn_attention")
+        elif field.name == "acceleration":
+            attention.add_argument(option, choices=ACCELERATIONS, help="as in sinkhorn_attention (default: none)")
         elif isinstance(field.default, str):
             choices = {"dtype": _DTYPES, "mask": _MASKS, "gradient": GRADIENTS}[field.name]
             attention.add_argument(option, choices=choices, default=field.default, help="(default: %(default)s)")
         else:
             default = defaults.get(field.name, str(field.default))
             text = MEANINGS.get(field.name) or f"{numbers.get(field.name, '')} (default: {default})".strip()
-            kind, metavar = (float, "X") if isinstance(field.default, float) else (int, "N")
+            kind, metavar = (float, "X") if field.name in ("epsilon", "contraction") else (int, "N")
             attention.add_argument(option, type=kind, default=field.default, metavar=metavar, help=text)
     base = ("float32", "bfloat16")
     text = "of the products of the stopped iterations, resident only (default: %(default)s)"

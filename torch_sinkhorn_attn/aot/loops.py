@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch_sinkhorn_attn.aot.program import instructions
 
@@ -22,9 +23,10 @@ _LISTING = re.compile(r"(\d+-.+?)-\d\d-([^/]*)\.txt")
 _BUNDLE = re.compile(r"\s*(?:0x)?([0-9a-f]+)\s+(?:([A-Z]{2})\s*)?:[> ]*\{(.*)")
 _BRANCH = re.compile(r"sbr\.rel .*?target (?:bundleno = (\d+)|= \$region(\d+))")
 _START = re.compile(r"(?:Start|Start/End empty) region (\d+)")
+_END = re.compile(r"End region (\d+)")
 _COUNTED = re.compile(r"\s*loop: start=(-?\d+), step=(-?\d+), limit=(-?\d+)")
 _HEADER = re.compile(r"\s*\$region(\d+): .*// loop_header$")
-_VMEM = re.compile(r"#allocation\d+ \[.*space=vmem, size = 0x([0-9a-f]+),")
+_VMEM = re.compile(r"\s*#allocation\d+(_spill)? \[.*space=vmem, size = 0x([0-9a-f]+),")
 _LIMIT = re.compile(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 _OPERATION = re.compile(r'op_name="([^"]*)/pallas_call"')
 _DELAY_SLOTS = 4
@@ -71,9 +73,11 @@ class Kernel:
         bundles: of all of it, each counted once.
         loops: in program order; a loop's children follow it at greater depth.
         vmem: bytes of its windows, scratch and spills.
+        spills: of them, those for what the registers do not hold.
         vmem_limit: what it may have.
         executions: how often the program runs it, or None where that depends on data; a loop of the program that may
-            end early counts in full.
+            end early counts in full. Branches that only unfit data take do not count.
+        unfit: how often it runs in these branches, where they are taken.
     """
 
     name: str
@@ -82,8 +86,10 @@ class Kernel:
     bundles: int
     loops: tuple[Loop, ...]
     vmem: int
+    spills: int
     vmem_limit: int | None
     executions: int | None = 1
+    unfit: int | None = 0
 
 
 def weighted(
@@ -128,16 +134,16 @@ def read_kernels(folder: Path) -> tuple[Kernel, ...]:
         for stem, files in sorted(listings.items())
         if (instruction := stem.split("-", 1)[1]) in program and "schedule-analysis_final_bundles" in files
     }
-    times: dict[str, int | None] = {name: program[name].times for name in listed}
+    times: dict[str, list[int | None]] = {name: [0, 0] for name in listed}
     first = {program[name].content: name for name in reversed(listed)}
     for name, found_there in program.items():
-        if name not in listed and (twin := first.get(found_there.content)):
-            before, more = times[twin], found_there.times
-            times[twin] = None if before is None or more is None else before + more
-    return tuple(_kernel(files, name, times[name]) for name, files in listed.items())
+        if twin := name if name in listed else first.get(found_there.content):
+            before, more = times[twin][found_there.unfit], found_there.times
+            times[twin][found_there.unfit] = None if before is None or more is None else before + more
+    return tuple(_kernel(files, name, *times[name]) for name, files in listed.items())
 
 
-def _kernel(files: Mapping[str, Path], instruction: str, times: int | None) -> Kernel:
+def _kernel(files: Mapping[str, Path], instruction: str, times: int | None, unfit: int | None) -> Kernel:
     def listing(name: str) -> list[str]:
         return files[name].read_text(errors="replace").splitlines()
 
@@ -147,7 +153,8 @@ def _kernel(files: Mapping[str, Path], instruction: str, times: int | None) -> K
     units, used = _slots(listing("pre-delay_hlo-static-per-bundle-utilization"))
     loops = tuple(_loops(lines, _counts(original), units, used))
     limit = _LIMIT.search(analysis)
-    sizes = [int(m[1], 16) for line in original if (m := _VMEM.search(line))]
+    sizes = [(int(m[2], 16), m[1]) for line in listing("post-ra") if (m := _VMEM.match(line))]
+    sizes = [(size, spilled) for size, spilled in sizes if size < _LARGEST_VMEM]
     first = next((line for line in analysis.splitlines() if "scheduled bundles (" in line), "")
     pallas = 'custom_call_target="tpu_custom_call"' in first
     return Kernel(
@@ -156,9 +163,11 @@ def _kernel(files: Mapping[str, Path], instruction: str, times: int | None) -> K
         pallas=pallas,
         bundles=sum(1 for line in lines if _BUNDLE.match(line)),
         loops=loops,
-        vmem=sum(size for size in sizes if size < _LARGEST_VMEM),
+        vmem=sum(size for size, _ in sizes),
+        spills=sum(size for size, spilled in sizes if spilled),
         vmem_limit=int(limit[1]) if limit else None,
         executions=times,
+        unfit=unfit,
     )
 
 
@@ -201,6 +210,7 @@ def _loops(
     lines: list[str], counts: dict[int, tuple[int | None, bool]], units: dict[str, int], used: list[list[int]]
 ) -> list[Loop]:
     starts: dict[int, int] = {}
+    over: dict[int, int] = {}  # the last bundle of a region
     branches: list[tuple[int, int]] = []
     empty: set[int] = set()
     for line in lines:
@@ -211,6 +221,7 @@ def _loops(
             empty.add(address)
         for region in _START.findall(line):
             starts.setdefault(int(region), address)
+        over |= {int(region): address for region in _END.findall(line)}
         for target, region in _BRANCH.findall(line):
             branches.append((address, int(target) if target else -int(region)))
     end = address
@@ -221,10 +232,7 @@ def _loops(
             ends[to] = max(ends.get(to, 0), min(at + _DELAY_SLOTS, end))
     spans = sorted(ends.items())
     owner = _owners(spans, end)
-    headers: dict[int, int] = {}  # the loop that a header's region begins in
-    for region in counts:
-        if region in starts:
-            headers.setdefault(owner[starts[region]], region)
+    headers = _headers(counts, starts, over, spans, owner)
     found = []
     for index, (first, last) in enumerate(spans):
         own = [x for x in range(first, last + 1) if owner[x] == index]
@@ -239,6 +247,19 @@ def _loops(
         rare = [x for x in own if x in behind]
         filled, rare_filled = (sum(x not in empty for x in part) for part in (own, rare))
         found.append(Loop(first, last, depth, len(own), filled, len(rare), rare_filled, trips, grid, share))
+    return found
+
+
+def _headers(
+    counts: Mapping[int, Any], starts: Mapping[int, int], over: Mapping[int, int], spans: Any, owner: list[int]
+) -> dict[int, int]:
+    """The header's region of each loop, by the loop's index: the one that ends where the loop does, since a loop and
+    the one that it begins with may start in the same bundle; else one that starts in it."""
+    last = {end: index for index, (_, end) in enumerate(spans)}
+    found = {last[over[region]]: region for region in counts if over.get(region) in last}
+    for region in counts:
+        if region in starts and region not in found.values():
+            found.setdefault(owner[starts[region]], region)
     return found
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from torch_sinkhorn_attn.engines.tpu.method.lowering import UNFIT
+
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) =(.*?) ([a-z][\w\-]*)\(")
-_CALLED = re.compile(
-    r"(?:body|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
-)
+_CALLED = re.compile(r"(?:body|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
@@ -25,10 +25,12 @@ class Instruction:
     Attributes:
         times: how often it runs; None inside a loop whose bound is not a constant.
         content: what it computes: equal for instructions that the compiler lists only once.
+        unfit: whether it is in a branch that only data take which do not suit the kernels (the scope `UNFIT`).
     """
 
     times: int | None
     content: str
+    unfit: bool = False
 
 
 def instructions(text: str) -> dict[str, Instruction]:
@@ -47,13 +49,13 @@ def instructions(text: str) -> dict[str, Instruction]:
         elif current:
             bodies[current].append(line)
     listed: dict[str, Instruction] = {}
-    stack: list[tuple[str, int | None]] = [(entry, 1)]
+    stack: list[tuple[str, int | None, bool]] = [(entry, 1, False)]
     while stack:
-        name, times = stack.pop()
+        name, times, unfit = stack.pop()
         for line in bodies.get(name, ()):
             if not (found := _INSTRUCTION.match(line)):
                 continue
-            listed[found[1]] = Instruction(times, _content(line, found[2], found[3], bodies))
+            listed[found[1]] = Instruction(times, _content(line, found[2], found[3], bodies), unfit)
             if found[3] not in ("while", "call", "conditional"):
                 continue
             inner = times
@@ -61,7 +63,9 @@ def instructions(text: str) -> dict[str, Instruction]:
                 bounds = [int(x) for text in bodies.get(condition[1], ()) for x in _BOUND.findall(text)]
                 inner = None if times is None or not bounds else times * max(bounds)
             for called in _CALLED.findall(line):
-                stack += [(callee.strip(" %{}"), inner) for callee in called.split(",")]
+                for callee in (x.strip(" %{}") for x in called.split(",")):
+                    branch = found[3] == "conditional" and any(UNFIT in x for x in bodies.get(callee, ()))
+                    stack.append((callee, inner, unfit or branch))
     return listed
 
 

@@ -45,26 +45,35 @@ def memory(found: dict[str, Any], topology: Topology) -> str:
 
 
 def kernels(found: dict[str, Any], topology: Topology) -> str:
-    """The Pallas kernels, loop by loop."""
+    """The Pallas kernels, loop by loop: those that run, and then those that only some data need."""
+    every = merged(found["kernels"])
+    if not every:
+        return "no Pallas kernel: XLA compiles it all"
+    note = (
+        "runs: of a kernel per step, of a loop per run of what is around it, or 'by data' (varying lengths). VMEM:\n"
+        "windows, scratch and spills. bundles: cycles of one trip without the loops inside, both sides of a branch\n"
+        "counted; filled: those of them that hold an instruction, the others wait"
+    )
+    parts = [_kernel_table("kernel", [k for k in every if k["executions"] != 0], "executions", topology), note]
+    rare = [k for k in every if k["unfit"] != 0]
+    if rare:
+        short = [{**k, "loops": []} for k in rare]
+        parts += ["", _kernel_table("only if the data do not fit", short, "unfit", topology)]
+    return "\n".join(parts)
+
+
+def _kernel_table(title: str, kernels: Sequence[dict[str, Any]], runs: str, topology: Topology) -> str:
     rows = []
-    for kernel in merged(found["kernels"]):
+    for kernel in kernels:
         limit = kernel["vmem_limit"] or topology.chip.vmem
         vmem = f"{kernel['vmem'] / MIB:.1f} of {limit / MIB:.0f}"
-        rows.append([_shortened(kernel["name"]), _count(kernel["executions"]), vmem, str(kernel["bundles"]), "", ""])
+        rows.append([_shortened(kernel["name"]), _count(kernel[runs]), vmem, str(kernel["bundles"]), "", ""])
         for loop in kernel["loops"]:
             busiest = sorted(loop["slots"].items(), key=lambda item: -item[1])[:_BUSIEST]
             slots = ", ".join(f"{name} {share:.0%}" for name, share in busiest if share >= 0.005)
             name = f"{'  ' * loop['depth']}{'grid' if loop['grid'] else 'loop'} at {loop['first']:#x}"
             rows.append([name, _count(loop["trips"]), "", str(loop["bundles"]), str(loop["filled"]), slots])
-    if not rows:
-        return "no Pallas kernel: XLA compiles it all"
-    header = ["kernel", "runs", "VMEM MiB", "bundles", "filled", "slots used most"]
-    note = (
-        "runs: of a kernel per step, of a loop per run of what is around it, or 'by data' (varying lengths). bundles:\n"
-        "cycles of one trip without the loops inside, both sides of a branch counted; filled: those of them that hold\n"
-        "an instruction, the others wait"
-    )
-    return f"{table(header, rows)}\n{note}"
+    return table([title, "runs", "VMEM MiB", "bundles", "filled", "slots used most"], rows)
 
 
 def merged(kernels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,35 +81,32 @@ def merged(kernels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for kernel in kernels:
         code = repr((kernel["name"], kernel["bundles"], kernel["loops"]))
-        before = found.setdefault(code, {**kernel, "executions": 0})
-        unknown = before["executions"] is None or kernel["executions"] is None
-        before["executions"] = None if unknown else before["executions"] + kernel["executions"]
+        before = found.setdefault(code, {**kernel, "executions": 0, "unfit": 0})
+        for runs in ("executions", "unfit"):
+            unknown = before[runs] is None or kernel[runs] is None
+            before[runs] = None if unknown else before[runs] + kernel[runs]
     return list(found.values())
 
 
 def cost(kernels: Sequence[dict[str, Any]]) -> tuple[float, bool]:
-    """Bundles issued in a step, and whether that is all: loops whose trips depend on data are counted once."""
+    """Bundles issued in a step, and whether that is all: loops whose trips depend on data are counted once. What only
+    unfit data need is not counted."""
     total, complete = 0.0, True
     for kernel in kernels:
+        if kernel["executions"] == 0:
+            continue
         loops = [Loop(**loop) for loop in kernel["loops"]]
         unknown = {index: 1.0 for index, loop in enumerate(loops) if loop.trips is None}
         outside = kernel["bundles"] - sum(loop.bundles for loop in loops)
-        total += (kernel["executions"] or 1) * (outside + weighted(loops, unknown))
+        total += (1 if kernel["executions"] is None else kernel["executions"]) * (outside + weighted(loops, unknown))
         complete = complete and not unknown and kernel["executions"] is not None
     return total, complete
-
-
-def taken(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The kernels that run: beside the resident ones stand, in a branch, those that stream what leaves their range."""
-    if found["shape"] != "resident":
-        return found["kernels"]
-    return [kernel for kernel in found["kernels"] if "sinkhorn_resident" in kernel["name"]]
 
 
 def comparison(found: dict[str, Any], scores: float) -> str:
     """Bundles per vector of scores beside flash attention's; `scores` are those in the support."""
     flash = found["flash"]
-    own, complete = cost(taken(found))
+    own, complete = cost(found["kernels"])
     per_vector, theirs = own / (scores / VECTOR), flash["forward"] + flash["backward"]
     rows = [
         ["JAX's flash attention, forward", f"{flash['forward']:.2f}", f"{flash['forward_filled']:.2f}", ""],
@@ -112,8 +118,8 @@ def comparison(found: dict[str, Any], scores: float) -> str:
         rows.append(["these kernels, forward and backward", *own_row])
     note = (
         "flash attention: full support, tiles of 512 x 512, over all scores of its tiles; these kernels: over the\n"
-        "scores of the support, so tiles that overlap a band's edge weigh more; streaming kernels that resident\n"
-        "ones fall back to are not counted"
+        "scores of the support, so tiles that overlap a band's edge weigh more; what only unfit data need is not\n"
+        "counted"
     )
     return f"{table(['static cost per 8 x 128 scores', 'bundles', 'filled', 'share'], rows)}\n{note}"
 
@@ -121,7 +127,7 @@ def comparison(found: dict[str, Any], scores: float) -> str:
 def projection(found: dict[str, Any], topology: Topology) -> str:
     """The time of a step as far as static figures go."""
     chip, share = topology.chip, topology.share(found["devices"])
-    (pallas, complete), (fused, fused_complete) = cost(taken(found)), cost(found["fusions"])
+    (pallas, complete), (fused, fused_complete) = cost(found["kernels"]), cost(found["fusions"])
     held = found["memory"]
     touched = held["arguments"] + held["outputs"] + 2 * held["temporaries"]
     rows = [

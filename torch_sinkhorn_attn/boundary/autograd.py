@@ -25,7 +25,8 @@ _MASK = Inputs._fields.index("mask")
 def attention(inputs: Inputs, problem: Problem, engine: str, residuals: bool) -> tuple[Tensor, ...]:
     """The seven results of the forward op, differentiable."""
     function = lib.forward if recording() else _Attention.apply
-    output, *constants, to_bin, from_bin = function(*ops.flatten(inputs, problem, engine), residuals)
+    flat = ops.flatten(inputs, problem, engine)
+    output, *constants, to_bin, from_bin = function(*ops.with_residuals(flat, residuals))
     return output, *(x.detach() for x in constants), to_bin, from_bin
 
 
@@ -73,7 +74,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, *output[:3], *inputs[:-1])
+        _save(ctx, *output[:3], *ops.without_residuals(inputs))
         ctx.has_dustbin = output[5].ndim > 1
 
     @staticmethod

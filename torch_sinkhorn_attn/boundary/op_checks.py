@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines import ENGINES, cpu
-from torch_sinkhorn_attn.options import GRADIENTS
+from torch_sinkhorn_attn.options import ACCELERATIONS, GRADIENTS
 from torch_sinkhorn_attn.problem.fits import FLOATS, check_mask, check_present, described, refuse
 from torch_sinkhorn_attn.problem.problem import LEAF, LEAVES, Inputs, Potentials, Problem, compute_dtype
 from torch_sinkhorn_attn.problem.support import window_ranks
@@ -129,6 +129,8 @@ def _check_numbers(problem: Problem) -> None:
         "tail_iters": 0 <= p.tail_iters <= MOST_ITERATIONS,
         "tolerance": 0 <= p.tolerance < math.inf,
         "over_relaxation": 0 < p.over_relaxation < 2,
+        "acceleration": p.acceleration is None or (p.acceleration in ACCELERATIONS and p.over_relaxation == 1),
+        "contraction": 0 <= p.contraction < 1 and (p.contraction == 0 or p.acceleration is not None),
         "gradient": p.gradient in GRADIENTS,
         "dropout_p": 0 <= p.dropout_p < 1,
         "window_left": outline.window_left >= -1,

@@ -2,13 +2,16 @@
 
 Four ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan` and
 `plan_backward` of the plan itself. Their arguments are the fields of `Inputs` and `Problem`, flat and in order, and the
-name of the engine that computes them. Under vmap the mapped dimension is folded into N.
+name of the engine that computes them. What a problem did not have at first comes last, with a default, so that programs
+exported before go on as they are; torch leaves trailing defaults out of calls and of what it exports. Under vmap the
+mapped dimension is folded into N.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch_sinkhorn_attn._ops import add_op_namespace_prefix, ops as lib
 from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_problem
 from torch_sinkhorn_attn.compat.tracing import refuse_onnx
 from torch_sinkhorn_attn.engines import ENGINES, engine_of
+from torch_sinkhorn_attn.options import Solver
 from torch_sinkhorn_attn.problem.fits import check_present
 from torch_sinkhorn_attn.problem.problem import (
     LEAVES,
@@ -32,27 +36,54 @@ from torch_sinkhorn_attn.problem.problem import (
 )
 
 NUM_INPUTS = len(Inputs._fields)
-PROBLEM_FIELDS = tuple(name for _, name, _ in LEAVES)
+_LATER = {x.name: x.default for x in fields(Solver) if x.default is not MISSING}
+PROBLEM_FIELDS = tuple(name for _, name, _ in LEAVES if name not in _LATER)
+NAMES = (*Inputs._fields, *PROBLEM_FIELDS, "engine", *_LATER)  # of a flat problem
+_ENGINE = NAMES.index("engine")
+_RESIDUALS = _ENGINE + 1  # where forward takes them: before what came later
+_ORDER = [name for _, name, _ in LEAVES]
+_FLAT = [_ORDER.index(name) for name in (*PROBLEM_FIELDS, *_LATER)]  # of the leaves, in the order of a flat problem
+_BACK = [[*PROBLEM_FIELDS, *_LATER].index(name) for name in _ORDER]
 _REQUIRED = {"query", "key"}  # of the inputs; a problem says it by its types
 
 
-def _schema_arguments() -> str:
+def _schema_arguments() -> tuple[str, str]:
+    kinds = {name: f"{kind.replace(' | None', '?')} {name}" for _, name, kind in LEAVES}
     inputs = [f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in Inputs._fields]
-    problem = [f"{kind.replace(' | None', '?')} {name}" for _, name, kind in LEAVES]
-    return ", ".join([*inputs, *problem, "str engine"])
+    first = [*inputs, *(kinds[name] for name in PROBLEM_FIELDS), "str engine"]
+    return ", ".join(first), ", ".join(f"{kinds[name]}={default}" for name, default in _LATER.items())
 
 
 def flatten(inputs: Inputs, problem: Problem, engine: str) -> list[Any]:
-    return [*inputs, *leaves(problem), engine]
+    """A flat problem: one value for each of `NAMES`."""
+    found = leaves(problem)
+    flat = [*inputs, *[found[i] for i in _FLAT]]
+    flat.insert(_ENGINE, engine)
+    return flat
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
-    return Inputs(*flat[:NUM_INPUTS]), from_leaves(flat[NUM_INPUTS:-1]), flat[-1]
+    """Its inverse; what is missing at the end has its default."""
+    missing = len(NAMES) - len(flat)
+    last = [*_LATER.values()][len(_LATER) - missing :]
+    found = [*flat[NUM_INPUTS:_ENGINE], *flat[_ENGINE + 1 :], *last]
+    return Inputs(*flat[:NUM_INPUTS]), from_leaves([found[i] for i in _BACK]), flat[_ENGINE]
 
 
-_ARGUMENTS = _schema_arguments()
+def with_residuals(flat: Sequence[Any], residuals: bool) -> list[Any]:
+    """The arguments of forward, from a flat problem."""
+    return [*flat[:_RESIDUALS], residuals, *flat[_RESIDUALS:]]
+
+
+def without_residuals(arguments: Sequence[Any]) -> list[Any]:
+    """A flat problem, from the arguments of forward."""
+    return [*arguments[:_RESIDUALS], *arguments[_RESIDUALS + 1 :]]
+
+
+_FIRST, _LAST = _schema_arguments()
+_ARGUMENTS = f"{_FIRST}, {_LAST}"
 torch.library.define(
-    add_op_namespace_prefix("forward"), f"({_ARGUMENTS}, bool residuals) -> ({', '.join(['Tensor'] * 7)})"
+    add_op_namespace_prefix("forward"), f"({_FIRST}, bool residuals, {_LAST}) -> ({', '.join(['Tensor'] * 7)})"
 )
 torch.library.define(
     add_op_namespace_prefix("backward"),
@@ -89,17 +120,17 @@ def _fresh(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]
 @torch.library.impl(add_op_namespace_prefix("forward"), "default")
 @_in_full_precision
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    inputs, problem, engine = unflatten(args[:-1])
+    inputs, problem, engine = unflatten(without_residuals(args))
     check_problem(inputs, problem, engine)
     check_present(value=inputs.value)
-    result = ENGINES[engine].forward(inputs, problem, residuals=args[-1])
+    result = ENGINES[engine].forward(inputs, problem, residuals=args[_RESIDUALS])
     return _fresh((result.output, *result.potentials, *result[2:]), result.output)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("forward"))
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     refuse_onnx()
-    inputs, problem, _ = unflatten(args[:-1])
+    inputs, problem, _ = unflatten(without_residuals(args))
     assert inputs.value is not None
     num, heads, length, size = problem.sizes
     like = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
@@ -241,7 +272,8 @@ def _unfold_gradients(info: Any, results: Sequence[Tensor], mask: Tensor | None,
 
 @torch.library.register_vmap(add_op_namespace_prefix("forward"))
 def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    results = lib.forward(*_fold_problem(info, in_dims[:-1], args[:-1]), args[-1])
+    flat = _fold_problem(info, without_residuals(in_dims), without_residuals(args))
+    results = lib.forward(*with_residuals(flat, args[_RESIDUALS]))
     return _unfold(info, results, (0, 1, 1, 0, 0, 0, 0))
 
 

@@ -37,7 +37,7 @@ from torch_sinkhorn_attn.problem.problem import (
 
 NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
-INTERFACE = 3  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+INTERFACE = 4  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 INTERRUPTED = "interrupted by a signal"  # as in csrc/schedule.cpp
 _FOLDER = Path(__file__).parent
 _BUDGET_VARIABLE = "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB"
@@ -48,7 +48,7 @@ _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not
 # intervals, which the kernels do without; and counts.
 _TENSORS = tuple(x for _, x, kind in LEAVES if kind.startswith("Tensor") and x not in ("col_lo", "col_hi"))
 _NUMBERS = tuple(x for part, x, kind in LEAVES if kind == "float")
-_COUNTS = ("stopped", "kept", "implicit", "banded", "budget", "poisoned")
+_COUNTS = ("stopped", "kept", "implicit", "banded", "budget", "poisoned", "accelerated")
 
 
 def _load() -> str | None:
@@ -248,7 +248,8 @@ def _arguments(inputs: Inputs, problem: Problem) -> tuple[list[Tensor | None], l
         tensors.append(_vector(x, dtype) if x is not None and x.is_floating_point() else _integers(x))
     numbers = [LEAF[name](problem) for name in _NUMBERS]
     s, poisoned = problem.solver, releases.poisons_memory()
-    counts = [s.stopped, s.kept, s.gradient == "implicit", problem.outline.banded, _budget, poisoned]
+    accelerated = s.acceleration is not None
+    counts = [s.stopped, s.kept, s.gradient == "implicit", problem.outline.banded, _budget, poisoned, accelerated]
     return tensors, numbers, [int(x) for x in counts]
 
 

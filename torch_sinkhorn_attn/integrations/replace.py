@@ -69,7 +69,7 @@ def replace_attention(
         filter: `filter(name, module) -> bool`, which modules to replace. Default: all. A causal self-attention needs
             `dustbin=True` or `relaxation`, or is left out here.
         options: as `SinkhornMultiheadAttention`: epsilon, window, base_iters, tail_iters, tolerance, over_relaxation,
-            dustbin, relaxation, gradient, mask_floor, engine.
+            acceleration, contraction, dustbin, relaxation, gradient, mask_floor, engine.
 
     Returns:
         A `ReplacementReport`. Modules replaced before with the same options are skipped, so repeating a call does

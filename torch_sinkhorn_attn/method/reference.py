@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.compat.once import differentiable_once
+from torch_sinkhorn_attn.method import acceleration
 from torch_sinkhorn_attn.method.dropout import keep_mask
 from torch_sinkhorn_attn.method.implicit import FIRST_ONLY, DensePlan, implicit_duals
 from torch_sinkhorn_attn.problem.looking import can_look
@@ -157,17 +158,24 @@ HalfStep = Callable[[Tensor, Tensor], Tensor]
 
 def stopped_base(u: Tensor, v: Tensor, column: HalfStep, row: HalfStep, problem: Problem) -> tuple[Tensor, Tensor]:
     """T iterations v = column(u, v), u = row(v, u): half-steps, over-relaxed by omega from the potential they replace.
+    With acceleration v moves on from there, by the momentum of `method.acceleration`.
 
     With a tolerance each problem (batch element, head, segment) ends at the first (u^t, v^t), t >= 1, from which the
-    next column half-step, before over-relaxation, would move no v_j by more: max_j |v_plain_j - v_j| <= tolerance. It
-    stands still from then on; the loop itself ends when all do, where looking costs nothing (eager CPU tensors).
+    next column half-step, before over-relaxation and momentum, would move no v_j by more: max_j |v_plain_j - v_j| <=
+    tolerance. It stands still from then on; the loop itself ends when all do, where looking costs nothing (eager CPU
+    tensors).
     """
-    own, done = segments(problem), None
-    for t in range(problem.solver.stopped):
-        next_v = column(u, v)
-        if t and problem.solver.tolerance:
-            plain = (next_v - v).abs() / problem.solver.over_relaxation
-            small = segment_max(plain, own.col, own.number) <= problem.solver.tolerance
+    own, done, solver = segments(problem), None, problem.solver
+    momentum = None
+    if solver.acceleration is not None:
+        log_b, momentum = problem.marginals.augmented[1].to(v.dtype), acceleration.start(v, own, solver.contraction)
+    for t in range(solver.stopped):
+        next_v = plain = column(u, v)
+        if momentum is not None:
+            next_v, momentum = acceleration.step(t, v, plain, momentum, log_b, own, solver.contraction)
+        if t and solver.tolerance:
+            change = (plain - v).abs() / solver.over_relaxation
+            small = segment_max(change, own.col, own.number) <= solver.tolerance
             done = small if done is None else done | small
             if can_look(done) and done.all():
                 break

@@ -18,7 +18,7 @@ from torch_sinkhorn_attn.problem.problem import compute_dtype
 from torch_sinkhorn_attn.problem.shapes import broadcasts
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind, plain_mask
 
-_NUMBERS = ("scale", "epsilon", "relaxation", "tolerance", "over_relaxation", "mask_floor", "dropout_p")
+_NUMBERS = ("scale", "epsilon", "relaxation", "tolerance", "over_relaxation", "contraction", "mask_floor", "dropout_p")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

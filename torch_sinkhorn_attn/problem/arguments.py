@@ -54,6 +54,8 @@ class Keywords(TypedDict, total=False):
     tail_iters: int
     tolerance: float | None
     over_relaxation: float
+    acceleration: str | None
+    contraction: float | None
     gradient: str
     initial_potentials: tuple[Tensor, Tensor] | None
     dropout_p: float

@@ -65,6 +65,7 @@ LARGE = {
     ),
     "relaxed": call(400, 400, relaxation=(1.0, 2.0)),
     "over-relaxed": call(400, 400, over_relaxation=1.4),
+    "accelerated": call(400, 400, acceleration="chebyshev"),
 }
 
 

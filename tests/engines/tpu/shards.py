@@ -14,7 +14,9 @@ CASES: dict[str, dict[str, Any]] = {
     "band": {"window": (9, 9)},
     "implicit": {"gradient": "implicit", "base_iters": 5},
     "tolerance": {"tolerance": 1e-3},
+    "accelerated": {"acceleration": "chebyshev", "base_iters": 6},
     "packed, dustbin": {"base_iters": 3},
+    "packed, dustbin, accelerated": {"acceleration": "chebyshev", "tolerance": 1e-3, "base_iters": 6},
 }
 
 

@@ -111,7 +111,8 @@ def test_no_gradient_is_taken_of_a_mask_that_wants_none() -> None:
     mask = jnp.zeros((20, 20))
 
     def size(argnums: tuple[int, ...]) -> int:
-        grad = jax.grad(lambda q, mask: tpu.sinkhorn_attention(q, k, v, mask).sum(), argnums=argnums)
+        run = partial(tpu.sinkhorn_attention, lowering=tpu.Lowering("blockwise"))  # whose computation is traced at once
+        grad = jax.grad(lambda q, mask: run(q, k, v, mask).sum(), argnums=argnums)
         return len(str(jax.make_jaxpr(grad)(q, mask)))
 
     assert size((0,)) < size((0, 1)) - 500
@@ -144,6 +145,9 @@ BAD = {
     "gradient='exact' is unknown": {"gradient": "exact"},
     "tolerance=0.1 needs a stopped base": {"tolerance": 0.1, "gradient": "unrolled"},
     r"over_relaxation=2.0 must lie between": {"over_relaxation": 2.0},
+    "acceleration='cheb' is unknown; choose 'chebyshev', or None": {"acceleration": "cheb"},
+    "contraction=0.5 is read by acceleration alone": {"contraction": 0.5},
+    "both change the steps": {"acceleration": "chebyshev", "over_relaxation": 1.5},
     r"attn_mask has shape \(3,\), which does not broadcast": {"attn_mask": jnp.ones(3)},
     "attn_mask has dtype int32": {"attn_mask": jnp.ones(5, jnp.int32)},
     "query_lengths must be an array of integer": {"query_lengths": jnp.ones(())},

@@ -15,7 +15,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from torch_sinkhorn_attn.engines.tpu import Dustbin, Lowering, sinkhorn_attention  # noqa: E402
 
-LOWERINGS = {"blockwise": Lowering(), "streaming": Lowering("streaming", interpret=True)}
+LOWERINGS = {"blockwise": Lowering("blockwise"), "streaming": Lowering("streaming", interpret=True)}
 
 
 def tokens(size: int, heads: int = 2) -> list[jax.Array]:

@@ -178,11 +178,12 @@ def test_what_leaves_the_range_or_the_strip_is_streamed(name: str) -> None:
     with enable_x64():
         inputs = tpu_kernels.inputs_of(prepared.inputs)
         constants = tpu_kernels.constants_of(prepared.problem)
-        problem, is_resident = run._problem(inputs, constants, statics, RESIDENT)
+        problem, used = run._problem(inputs, constants, statics, RESIDENT)
         strip = resident_strip.strip_of(problem.length, problem.size, statics)
         first, fits = resident_strip.first_blocks(constants, strip)
         _, in_range = resident.solve_resident(problem, RESIDENT, strip, first, True)
-    assert is_resident and (bool(fits), bool(in_range) or name == "steep") == (name == "sharp", name == "steep")
+    assert used.shape == "resident"
+    assert (bool(fits), bool(in_range) or name == "steep") == (name == "sharp", name == "steep")
     assert_agrees(call, ENGINE, plan=False, tolerance=1e-9)
 
 
@@ -240,6 +241,8 @@ def test_the_choice_is_explained() -> None:
     padding = torch.ones(1, 1, 1, 200, dtype=torch.bool)
     assert choice_of(1, 1, 200, 200, 8, mask=padding).shape == "resident"
     assert "attn_mask" in choice_of(1, 1, 200, 200, 8, mask=torch.zeros(200, 200)).reason
+    assert "acceleration" in choice_of(1, 1, 200, 200, 8, acceleration="chebyshev").reason
+    assert choice_of(1, 1, 200, 200, 8, acceleration="chebyshev", adjoint=True).shape == "resident"
     assert "tail" in choice_of(1, 1, 200, 200, 8, tail_iters=0).reason
     assert choice_of(1, 1, 200, 200, 8, gradient="implicit").shape == "resident"
     assert "linear system" in choice_of(1, 1, 200, 200, 8, gradient="implicit", adjoint=True).reason

@@ -86,7 +86,7 @@ def options_of(name: str, dtype: torch.dtype) -> dict[str, Any]:
         "plain": {},
         "window": {"window": (5, 5), "gradient": "unrolled", "base_iters": 3},
         "lengths": {"query_lengths": torch.tensor([19, 6]), "key_lengths": torch.tensor([17, 8])},
-        "segments": {"query_segment_ids": ids, "key_segment_ids": ids, "tolerance": 1e-2},
+        "segments": {"query_segment_ids": ids, "key_segment_ids": ids, "tolerance": 1e-2, "acceleration": "chebyshev"},
         "dustbin": {
             "attn_mask": randn(19, 19, dtype=dtype, seed=5).masked_fill(torch.eye(19) > 0, -torch.inf).requires_grad_(),
             "dustbin": Dustbin(
@@ -171,7 +171,8 @@ def test_the_ops_give_the_shapes_and_types_of_their_fakes(device: torch.device) 
     prepared = prepare(q, k, v, dustbin=Dustbin(0.1, 0.2))
     flat = ops.flatten(prepared.inputs, prepared.problem, "xla")
     forward, backward = torch.ops.torch_sinkhorn_attn.forward, torch.ops.torch_sinkhorn_attn.backward
-    found, fakes = forward(*flat, True), ops._forward_fake(*flat, True)
+    given = ops.with_residuals(flat, True)
+    found, fakes = forward(*given), ops._forward_fake(*given)
     arguments = (torch.ones_like(found[0]), None, found[6], False, *found[:3], *flat)
     found, fakes = (*found, *backward(*arguments)), (*fakes, *ops._backward_fake(*arguments))
     assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]

@@ -10,14 +10,8 @@ from torch import Tensor
 from torch_sinkhorn_attn.engines.binding import settings
 from torch_sinkhorn_attn.engines.binding.library import Tensors
 from torch_sinkhorn_attn.engines.tpu.method import problem as tpu
-from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering, generation_of
 from torch_sinkhorn_attn.problem.problem import LEAF, Inputs, Problem, compute_dtype
-
-_GENERATIONS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5litepod": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
-    "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU tpu7x": "tpu7x",
-    "TPU v7x": "tpu7x", "TPU v7": "tpu7x",
-}  # fmt: skip
 
 
 def arrays(inputs: Inputs, problem: Problem) -> tuple[Tensors, Tensors]:
@@ -50,7 +44,7 @@ def statics(problem: Problem) -> tpu.Statics:
 
 def lowering(platform: str, device_kind: Callable[[], str]) -> Lowering:
     """What was asked for, or what suits a device of JAX's `platform`; of a TPU the kind is asked, which tells
-    its generation; one that is not known is taken for the default of `Lowering`.
+    its generation.
 
     Raises:
         ValueError: a kernel was asked for where only its interpreter runs.
@@ -62,5 +56,4 @@ def lowering(platform: str, device_kind: Callable[[], str]) -> Lowering:
             f"shape={shape!r} is a Pallas kernel for TPUs, and this device is {platform}: "
             f"set_lowering({shape!r}, interpret=True) interprets it, and shape=None takes what suits the device."
         )
-    generation = _GENERATIONS.get(device_kind(), Lowering.generation) if on_tpu else Lowering.generation
-    return Lowering(shape, asked.interpret, asked.base_dtype, generation)
+    return Lowering(shape, asked.interpret, asked.base_dtype, generation_of(device_kind() if on_tpu else None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-SHAPES = ("auto", "resident", "streaming", "blockwise")
+SHAPES = ("auto", "resident", "wavefront", "streaming", "blockwise")
 BASE_DTYPES = ("float32", "bfloat16")
 _VARIABLE = "TORCH_SINKHORN_ATTN_XLA_LOWERING"
 
@@ -27,11 +27,13 @@ def set_lowering(shape: str | None = None, *, interpret: bool = False, base_dtyp
 
     Args:
         shape: None (default) takes "auto" on a TPU and "blockwise" elsewhere. "resident": a Pallas kernel that keeps
-            the plan's band in VMEM for the whole solve; "streaming": Pallas kernels of any size; "auto": resident
-            where its kernel can take the problem and it fits the TPU's VMEM, else streaming; "blockwise": plain XLA.
+            the plan's band in VMEM for the whole solve; "wavefront": one that takes all iterations over a window's band
+            at once, for any length; "streaming": Pallas kernels of any size; "auto": the first of these that can take
+            the problem; "blockwise": plain XLA.
         interpret: run the Pallas kernels by their interpreter, on any device: to check them, for it is slow.
         base_dtype: "float32" or "bfloat16": of the products of the iterations that are not differentiated, in the
-            resident kernel.
+            resident kernel. Where float32 is computed all the same (v4, v5e and v5p have no bfloat16 vector unit;
+            relaxation, over-relaxation and a tolerance need float32), a warning says why, once for each reason.
 
     TORCH_SINKHORN_ATTN_XLA_LOWERING sets the same at import, its words separated by commas: "streaming,interpret",
     "resident,bfloat16", "bfloat16".
@@ -52,7 +54,7 @@ def set_lowering(shape: str | None = None, *, interpret: bool = False, base_dtyp
     if interpret and shape in (None, "blockwise"):
         raise ValueError(
             f"interpret={interpret!r} runs a Pallas kernel by its interpreter, and shape={shape!r} names none; "
-            "choose shape='auto', 'streaming' or 'resident'."
+            "choose shape='auto', 'resident', 'wavefront' or 'streaming'."
         )
     _settings = Settings(shape, bool(interpret), base_dtype)
 

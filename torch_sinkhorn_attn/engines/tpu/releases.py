@@ -4,8 +4,8 @@ tried."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import jax as _typed
 
@@ -32,12 +32,62 @@ def interpreter(cores: int = 1, **options: Any) -> Any:
     return parameters(**{name: cores}, **options)
 
 
+def tpu_kind() -> str | None:
+    """What the TPU that a program is traced for calls itself: one that the mesh in use is made of (0.10 tells), or this
+    process's own; None where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kind = str(getattr(getattr(mesh, "abstract_device", None), "device_kind", ""))
+    if kind.startswith("TPU"):
+        return kind
+    return str(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
+
+
+def use_mesh(mesh: Any) -> AbstractContextManager[Any]:
+    """A context in which shardings are read on an abstract mesh; in 0.7 the user's own (`jax.set_mesh`) is all there
+    is."""
+    use = getattr(jax.sharding, "use_abstract_mesh", None)
+    return nullcontext() if use is None else cast("AbstractContextManager[Any]", use(mesh))
+
+
 def varying_axes(x: Any) -> frozenset[str]:
-    """The manual mesh axes that an array varies over, which 0.10 keeps in an attribute of its own."""
-    kind = jax.typeof(x)
+    """The manual mesh axes that an array, or its type, varies over, which 0.10 keeps in an attribute of its own."""
+    kind = x if hasattr(x, "vma") or hasattr(x, "manual_axis_type") else jax.typeof(x)
     if hasattr(kind, "manual_axis_type"):
         return frozenset(kind.manual_axis_type.varying)
     return frozenset(getattr(kind, "vma", frozenset()))
+
+
+def result_type(shape: tuple[int, ...], dtype: Any, operands: Any) -> Any:
+    """What a kernel is told of a result: it varies over the manual mesh axes that any of its operands does. 0.10 keeps
+    them in a type of its own, where 0.7 has a set."""
+    return jax.ShapeDtypeStruct(shape, dtype, **_varying([jax.typeof(x) for x in jax.tree.leaves(operands)]))
+
+
+def abstract_result(shape: tuple[int, ...], dtype: Any, operands: Any) -> Any:
+    """`result_type` of a primitive, from the types of its operands."""
+    return jax.core.ShapedArray(shape, dtype, **_varying(operands))
+
+
+def _varying(kinds: Any) -> dict[str, Any]:
+    varying = frozenset().union(*map(varying_axes, kinds))
+    given = next((kind.manual_axis_type for kind in kinds if hasattr(kind, "manual_axis_type")), None)
+    return {"vma": varying} if given is None else {"manual_axis_type": type(given)(varying=varying)}
+
+
+def kernel_body(body: Callable[..., None]) -> Callable[..., None]:
+    """A kernel's body, whose references vary over no mesh axis: 0.7 leaves them those of the operands, and then refuses
+    the conditionals of the body, of whose branches one may have read a reference and the other not."""
+    if jax.__version_info__ >= (0, 8):
+        return body
+
+    def plain(*refs: Any) -> None:
+        for ref in refs:
+            kind = ref.aval
+            if getattr(kind.inner_aval, "vma", None):
+                ref.aval = kind.update(inner_aval=kind.inner_aval.update(vma=frozenset()))
+        body(*refs)
+
+    return plain
 
 
 def mark_varying(x: Any, axes: tuple[str, ...]) -> Any:
@@ -58,6 +108,5 @@ def lowered_for_tpu(fn: Callable[..., Any], shapes: list[Any], device: Any) -> A
 
         function = jax.jit(export.export(function, platforms=["tpu"])(*shapes).call, keep_unused=True)
         return function.trace(*shapes).lower(lowering_platforms=("tpu",))
-    sharding = jax.sharding
-    with sharding.use_abstract_mesh(sharding.Mesh([device], ("device",)).abstract_mesh):
+    with use_mesh(jax.sharding.Mesh([device], ("device",)).abstract_mesh):
         return function.trace(*shapes).lower(lowering_platforms=("tpu",))

@@ -48,9 +48,9 @@ def register_transformers(
             (default): "softmax" if `causal` is, for a decoder generates token by token, else "sinkhorn".
         layers: `layers(module)`, with the attention module: whether it is Sinkhorn attention. The others are softmax.
             Default: all. `choose_layers(model, pattern)` chooses by name, for one model.
-        options: epsilon, window, relaxation, dustbin, base_iters, tail_iters, tolerance, over_relaxation, gradient,
-            mask_floor, engine, as `sinkhorn_attention`; the same for every layer of every model. A `Dustbin` may hold
-            parameters, `(H, 1)` or scalars: give them to the optimizer.
+        options: epsilon, window, relaxation, dustbin, base_iters, tail_iters, tolerance, over_relaxation,
+            acceleration, contraction, gradient, mask_floor, engine, as `sinkhorn_attention`; the same for every layer
+            of every model. A `Dustbin` may hold parameters, `(H, 1)` or scalars: give them to the optimizer.
 
     Models that do not go through transformers' AttentionInterface (DeBERTa, XLNet, Longformer, MPNet, ...) keep their
     own attention, and compute what they compute without this registration. Building one with this name warns.

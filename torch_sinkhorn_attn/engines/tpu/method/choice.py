@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from torch_sinkhorn_attn.engines.tpu.method.low_base import not_in_bfloat16
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, passes as resident
+from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
 from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
+from torch_sinkhorn_attn.engines.tpu.wavefront import fits as wavefront
 
 WIDEST = 32  # column blocks of a row block: what one loop body may hold
 SMALLEST_FACTOR = 1e-6  # of q.k: what is added to the scores is held divided by it
-SPILLS = 14 << 20  # bytes for what the unrolled loops spill and the compiler adds: the most that was seen is 13 MiB
 
 
 class Choice(NamedTuple):
@@ -29,30 +32,68 @@ class Choice(NamedTuple):
     vmem: int | None
 
 
-def choose(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering, adjoint: bool = False) -> Choice:
+def choose(
+    inputs: Inputs,
+    constants: Constants,
+    statics: Statics,
+    lowering: Lowering,
+    adjoint: bool = False,
+    mask_grad: bool = False,
+) -> Choice:
     """What `run.forward` (or, with `adjoint`, `run.backward`) makes of a problem under `lowering`.
 
     Args:
         inputs, constants: arrays or `jax.ShapeDtypeStruct`s.
+        mask_grad: whether the gradient of a float mask is wanted.
     """
+    not_low = "" if adjoint else _in_float32(inputs, statics, lowering, resident=False)
     if lowering.shape in ("blockwise", "streaming"):
-        return Choice(lowering.shape, "asked for", None)
+        return Choice(lowering.shape, f"asked for{not_low}", None)
     found: list[Choice] = []
 
     def look(inputs: Inputs, constants: Constants) -> None:
-        inputs = without_redundant_mask(inputs)
-        problem = Augmented(inputs, constants, statics, StreamingPasses(inputs, constants, statics, lowering))
-        reason = refusal(problem, lowering, adjoint)
-        size = None if _unsuited(problem, adjoint) else vmem(problem, lowering, adjoint)
-        if reason is None:
-            assert size is not None
-            reason = f"{_mebibytes(size)} of {_mebibytes(lowering.vmem_limit)} of VMEM"
-            found.append(Choice("resident", reason, size))
-        else:
-            found.append(Choice("streaming", reason, size))
+        nonlocal not_low
+        problem, used = posed(inputs, constants, statics, lowering)
+        choice = kernels(problem, used, adjoint, mask_grad)
+        if choice.shape == "resident":
+            not_low = "" if adjoint else _in_float32(inputs, statics, lowering, resident=True)
+        found.append(choice._replace(reason=choice.reason + not_low))
 
     jax.eval_shape(look, inputs, constants)
     return found[0]
+
+
+def kernels(problem: Augmented, lowering: Lowering, adjoint: bool, mask_grad: bool = False) -> Choice:
+    """The Pallas kernels that take a problem: the resident ones where they can, for they are the fastest, then those of
+    the wavefront, then the streaming ones, which take everything."""
+    if lowering.shape == "streaming":
+        return Choice("streaming", "asked for", None)
+    size = None if _unsuited(problem, adjoint) else vmem(problem, lowering, adjoint)
+    reason = "shape='wavefront' was asked for" if lowering.shape == "wavefront" else refusal(problem, lowering, adjoint)
+    if reason is None:
+        assert size is not None
+        return Choice("resident", f"{_mebibytes(size)} of {_mebibytes(lowering.vmem_limit)} of VMEM", size)
+    if lowering.shape == "resident":
+        return Choice("streaming", reason, size)
+    against = wavefront.refusal(problem, lowering, adjoint, mask_grad)
+    if against is None:
+        return Choice("wavefront", reason, size)
+    if lowering.shape == "wavefront":
+        return Choice("streaming", against, size)
+    return Choice("streaming", f"resident: {reason}; wavefront: {against}", size)
+
+
+def _in_float32(inputs: Inputs, statics: Statics, lowering: Lowering, resident: bool) -> str:
+    why = not_in_bfloat16(inputs, statics, lowering, resident)
+    return "" if why is None else f"; base_dtype='bfloat16' is not followed: {why}"
+
+
+def posed(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering) -> tuple[Augmented, Lowering]:
+    """The problem as the Pallas kernels take it, and the lowering with the base's dtype that the resident one uses."""
+    inputs = without_redundant_mask(inputs)
+    if not_in_bfloat16(inputs, statics, lowering, resident=True) is not None:
+        lowering = replace(lowering, base_dtype="float32")
+    return Augmented(inputs, constants, statics, StreamingPasses(inputs, constants, statics, lowering)), lowering
 
 
 def without_redundant_mask(inputs: Inputs) -> Inputs:
@@ -70,9 +111,7 @@ def refusal(problem: Augmented, lowering: Lowering, adjoint: bool) -> str | None
         return reason
     size = vmem(problem, lowering, adjoint)
     if size > lowering.vmem_limit:
-        return (
-            f"a head needs {_mebibytes(size)} of VMEM, and {lowering.generation} has {_mebibytes(lowering.vmem_limit)}"
-        )
+        return f"a head needs {_mebibytes(size)} of VMEM, and {lowering.chip} has {_mebibytes(lowering.vmem_limit)}"
     return None
 
 
@@ -82,6 +121,8 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
         return "it is empty"
     if problem.inputs.mask is not None:
         return "attn_mask is read tile by tile"
+    if statics.acceleration is not None and not adjoint:
+        return "acceleration is not in the resident kernel yet"
     if statics.kept == 0:
         return "without tail iterations there is little to keep for"
     if adjoint and statics.implicit:
@@ -98,7 +139,7 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
 
 def vmem(problem: Augmented, lowering: Lowering, adjoint: bool) -> int:
     """Bytes a head takes at most: operands and results twice, for the next head's are fetched meanwhile, the workspace,
-    and `SPILLS`."""
+    and what the compiler spills."""
     strip = strip_of(problem.length, problem.size, problem.statics)
     if adjoint:
         operands, results, scratch = resident_adjoint.footprint(problem, strip)
@@ -107,7 +148,7 @@ def vmem(problem: Augmented, lowering: Lowering, adjoint: bool) -> int:
         operands, results, scratch = jax.eval_shape(call.operands), call.results(), call.scratch()
     moved = sum(tile_bytes(x.shape[-2:], x.dtype) for x in operands.values())
     moved += sum(tile_bytes(shape, problem.dtype) for shape in results.values())
-    return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + SPILLS
+    return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + spilled(strip.width, adjoint)
 
 
 def tile_bytes(shape: Iterable[int], dtype: Any) -> int:

@@ -70,6 +70,8 @@ class Statics:
     kept: int = 2
     tolerance: float = 0.0
     over_relaxation: float = 1.0
+    acceleration: str | None = None
+    contraction: float = 0.0
     implicit: bool = False
     dropout_p: float = 0.0
     banded: bool = False

@@ -28,6 +28,7 @@ from torch_sinkhorn_attn.engines.tpu.method.problem import (
     Statics,
     compute_dtype,
 )
+from torch_sinkhorn_attn.method import acceleration
 from torch_sinkhorn_attn.problem.segments import (
     by_segment,
     centre_gauge,
@@ -132,39 +133,49 @@ def solve(problem: Augmented) -> tuple[Array, Array]:
 
 
 def stopped_base(problem: Augmented) -> tuple[Array, Array]:
-    """T iterations, each half-step over-relaxed from the potential it replaces.
+    """T iterations, each half-step over-relaxed from the potential it replaces; with acceleration v moves on from
+    there.
 
     With a tolerance each problem (batch element, head, segment) ends at the first (u^t, v^t), t >= 1, from which the
-    next column half-step, before over-relaxation, would move no v_j by more. It stands still from then on; the loop
-    itself ends when all do.
+    next column half-step, before over-relaxation and momentum, would move no v_j by more. It stands still from then
+    on; the loop itself ends when all do.
     """
     statics, own = problem.statics, segments(problem.constants)
     u, v = problem.initial_potentials()
     if statics.stopped == 0:
         return u, v
+    momentum = None if statics.acceleration is None else acceleration.start(v, own, statics.contraction)
+
+    def moved_on(t: Any, v: Array, plain: Array, momentum: Any) -> tuple[Array, Any]:
+        if momentum is None:
+            return plain, None
+        return acceleration.step(t, v, plain, momentum, problem.log_b, own, statics.contraction)
+
     if not statics.tolerance:
 
-        def iterate(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            v = problem.column_half_step(*state)
-            return problem.row_half_step(v, state[0]), v
+        def iterate(t: Any, state: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+            u, v, momentum = state
+            next_v, momentum = moved_on(t, v, problem.column_half_step(u, v), momentum)
+            return problem.row_half_step(next_v, u), next_v, momentum
 
-        return lax.fori_loop(0, statics.stopped, iterate, (u, v))
+        return lax.fori_loop(0, statics.stopped, iterate, (u, v, momentum))[:2]
 
     def more(state: Any) -> Array:
-        t, _, _, done = state
+        t, done = state[0], state[-1]
         return (t < statics.stopped) & ~jnp.all(done)
 
     def guarded(state: Any) -> Any:
-        t, u, v, done = state
-        next_v = problem.column_half_step(u, v)
-        change = segment_max(jnp.abs(next_v - v) / statics.over_relaxation, own.col, own.number)  # of the plain step
+        t, u, v, momentum, done = state
+        plain = problem.column_half_step(u, v)
+        change = segment_max(jnp.abs(plain - v) / statics.over_relaxation, own.col, own.number)  # of the plain step
         done = (t > 0) & (done | (change <= statics.tolerance))
+        next_v, momentum = moved_on(t, v, plain, momentum)
         next_v = jnp.where(by_segment(done, own.col, v.shape[-1]), v, next_v)
         next_u = jnp.where(by_segment(done, own.row, u.shape[-1]), u, problem.row_half_step(next_v, u))
-        return t + 1, next_u, next_v, done
+        return t + 1, next_u, next_v, momentum, done
 
     done = jnp.zeros_like(v, bool, (*v.shape[:2], own.number))
-    return lax.while_loop(more, guarded, (jnp.int32(0), u, v, done))[1:3]
+    return lax.while_loop(more, guarded, (jnp.int32(0), u, v, momentum, done))[1:3]
 
 
 def forward(problem: Augmented, residuals: bool) -> Result:

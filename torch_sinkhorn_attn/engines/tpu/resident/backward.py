@@ -252,36 +252,37 @@ class Adjoint:
 
         def rows(at: Any) -> None:
             x = jnp.concatenate([s.rho_row * r.row_a[0, 0, :, at] * r.z[0, 0, 1:, at], r.row_b[0, 0, :, at]], 0)
-            r.field_rows[:parts, at] = self.in_parts(-x, _LEFT)
+            r.field_rows[:parts, at] = in_parts(-x, LEFT, parts, r.field_rows.dtype)
             r.field_rows[parts:, at] = r.grad[0, 0, : self.o.value_width, at]
 
         def cols(at: Any) -> None:
             y = jnp.concatenate([r.col_a[0, 0, :, at], s.rho_col * r.col_b[0, 0, :, at] * r.w[0, 0, :, at]], 0)
-            r.field_cols[:parts, at] = self.in_parts(y, _RIGHT)
+            r.field_cols[:parts, at] = in_parts(y, RIGHT, parts, r.field_cols.dtype)
             r.field_cols[parts:, at] = r.value[0, 0, :, at]
 
         over_chunks(self.strip.rows, FIELD_CHUNK, rows)
         over_chunks(self.strip.cols, FIELD_CHUNK, cols)
 
-    def in_parts(self, x: Array, order: tuple[int, ...]) -> Array:
-        """`[2R, n]` ready for the matrix unit: in bfloat16 as the terms of `order` of its expansion in three."""
-        dtype = self.r.field_rows.dtype
-        stacked = x
-        if dtype == jnp.bfloat16:
-            high = x.astype(dtype).astype(x.dtype)
-            middle = (x - high).astype(dtype).astype(x.dtype)
-            terms = high, middle, x - high - middle
-            stacked = jnp.concatenate([terms[i] for i in order], 0)
-        missing = self.o.field_parts - stacked.shape[0]
-        if missing:
-            stacked = jnp.concatenate([stacked, jnp.zeros((missing, x.shape[1]), x.dtype)], 0)
-        return stacked.astype(dtype)
+
+def in_parts(x: Array, order: tuple[int, ...], rows: int, dtype: Any) -> Array:
+    """`[2R, n]` ready for the matrix unit, `[rows, n]`: in bfloat16 as the terms of `order` of its expansion in
+    three."""
+    stacked = x
+    if dtype == jnp.bfloat16:
+        high = x.astype(dtype).astype(x.dtype)
+        middle = (x - high).astype(dtype).astype(x.dtype)
+        terms = high, middle, x - high - middle
+        stacked = jnp.concatenate([terms[i] for i in order], 0)
+    missing = rows - stacked.shape[0]
+    if missing:
+        stacked = jnp.concatenate([stacked, jnp.zeros((missing, x.shape[1]), x.dtype)], 0)
+    return stacked.astype(dtype)
 
 
-_LEFT, _RIGHT = (0, 0, 1, 1, 0, 2), (0, 1, 0, 1, 2, 0)  # the products of terms that matter in float32
+LEFT, RIGHT = (0, 0, 1, 1, 0, 2), (0, 1, 0, 1, 2, 0)  # the products of terms that matter in float32
 
 
 def field_parts(kept: int, dtype: jnp.dtype) -> int:
     """Rows the factors take beside those of V, in whole tiles."""
-    rows = 2 * kept * (len(_LEFT) if dtype == jnp.bfloat16 else 1)
+    rows = 2 * kept * (len(LEFT) if dtype == jnp.bfloat16 else 1)
     return -(-rows // 16) * 16

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
+from torch_sinkhorn_attn.engines.tpu.method.unfit import of_unfit_data
+from torch_sinkhorn_attn.engines.tpu.releases import kernel_body, result_type
 
 OWN_DTYPE = {
     "query",
@@ -64,8 +68,9 @@ def launch(
             return pl.BlockSpec((1, *shape), lambda n, h, *_: (n, 0, 0))
         return pl.BlockSpec((1, 1, *shape), lambda n, h, *_: (n, h, 0, 0))
 
+    given = vary_together([*prefetched.values(), *operands.values()])
     run = pl.pallas_call(
-        functools.partial(body, (*prefetched, *operands, *results, *scratch)),
+        kernel_body(functools.partial(body, (*prefetched, *operands, *results, *scratch))),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(num, heads),
@@ -73,7 +78,7 @@ def launch(
             out_specs=[block_of(key, shape) for key, shape in results.items()],
             scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()],
         ),
-        out_shape=[jax.ShapeDtypeStruct((num, heads, *shape), problem.dtype) for shape in results.values()],
+        out_shape=[result_type((num, heads, *shape), problem.dtype, given) for shape in results.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=lowering.vmem_limit
         ),
@@ -81,10 +86,26 @@ def launch(
         name=name,
     )
     with jax.named_scope(name):  # by which the compiler's listings call it
-        found = run(*prefetched.values(), *operands.values())
+        found = run(*given)
     return dict(zip(results, found, strict=True))
+
+
+_streams = True  # what does not suit the resident kernel
 
 
 def resident_or_streamed(suited: Array, resident: Callable[[], Any], streamed: Callable[[], Any]) -> Any:
     """The branch the data want: `suited` says whether they fit the strip and stay in range."""
-    return lax.cond(suited, resident, streamed)
+    if not _streams:
+        return resident()
+    return lax.cond(suited, lambda: vary_together(resident()), lambda: vary_together(of_unfit_data(streamed)()))
+
+
+@contextlib.contextmanager
+def without_streaming() -> Iterator[None]:
+    """Trace the resident kernels alone, to look at what is compiled. Results are wrong for data that do not suit."""
+    global _streams
+    before, _streams = _streams, False
+    try:
+        yield
+    finally:
+        _streams = before

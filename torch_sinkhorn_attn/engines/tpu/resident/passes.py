@@ -63,7 +63,7 @@ def solve_resident(
     rows = jnp.where(call.dead(problem.log_a, call.log_a), 0, rows)
     cols = jnp.where(call.dead(problem.log_b, call.log_b), 0, cols)
     if statics.balanced and statics.stopped:
-        rows, cols = _centred(problem, rows, cols)
+        rows, cols = centred(problem, rows, cols)
     scale = out["scale"][:, :, 0, :length]
     mass = out["mass"][:, :, :length] * scale[..., None] if options.values else None
     row_sums = out["row_total"][:, :, 0, :length] * scale
@@ -86,7 +86,7 @@ def call_of(problem: sinkhorn.Augmented, lowering: Lowering, strip: Strip, resid
     return Call(problem, options)
 
 
-def _centred(problem: sinkhorn.Augmented, rows: Array, cols: Array) -> tuple[Array, Array]:
+def centred(problem: sinkhorn.Augmented, rows: Array, cols: Array) -> tuple[Array, Array]:
     """The gauge of u^0 and v^0, taken on by all that follow: half-steps of balanced problems pass it on."""
     parts = components(problem.constants, problem.statics)
     u, v = centre_gauge(rows[0], cols[0], problem.log_a, problem.log_b, parts)

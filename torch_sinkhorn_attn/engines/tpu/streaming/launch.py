@@ -15,6 +15,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
+from torch_sinkhorn_attn.engines.tpu.releases import kernel_body, result_type
 from torch_sinkhorn_attn.engines.tpu.streaming.cell import Cell
 from torch_sinkhorn_attn.engines.tpu.streaming.reading import LANES, Reading
 from torch_sinkhorn_attn.engines.tpu.streaming.walk import Place, TilesOfLines, Walk
@@ -59,8 +61,9 @@ def launch(
     """Run a pass over the tiles that the intervals touch."""
     walk = walk or TilesOfLines(reading.num, reading.heads, reading.blocks, reading.most)
     arrays, specs = _operands(reading, operands, walk)
+    scalars, values = vary_together((_scalars(reading), list(arrays.values())))
+    arrays = dict(zip(arrays, values, strict=True))
     result = _results(reading, outputs, walk)
-    scalars = _scalars(reading)
     stacks = {name: (1 if vector.ndim == 3 else vector.shape[0]) for name, vector in operands.line_vectors.items()}
     if reading.intervals is not None:
         stacks |= {"lo": 1, "hi": 1}
@@ -88,9 +91,9 @@ def launch(
     )
     parameters = pltpu.CompilerParams(dimension_semantics=walk.order, vmem_limit_bytes=reading.vmem_limit)
     found = pl.pallas_call(
-        body,
+        kernel_body(body),
         grid_spec=grid,
-        out_shape=[shape for shape, _ in result.values()],
+        out_shape=[result_type(shape.shape, shape.dtype, (scalars, arrays)) for shape, _ in result.values()],
         compiler_params=parameters,
         interpret=reading.interpret,
     )(*scalars, *arrays.values())

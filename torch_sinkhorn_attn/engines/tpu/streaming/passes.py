@@ -14,6 +14,7 @@ from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import kept, lowest_kept
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Field, Inputs, Statics, compute_dtype
+from torch_sinkhorn_attn.engines.tpu.method.unfit import of_unfit_data
 from torch_sinkhorn_attn.engines.tpu.streaming.kernels import (
     UNROLLED_TERMS,
     LogSumExp,
@@ -222,7 +223,7 @@ class StreamingPasses:
             operands = self._score_operands(u, v, grad, field, transposed)
             return launch(reading, ScoreCotangent(terms, scaled=False), operands, outputs)
 
-        found = lax.cond(near, scaled, apart)
+        found = lax.cond(near, scaled, of_unfit_data(apart))
         return found["out"], found.get("sums")
 
     def _score_operands(self, u: Array, v: Array, grad: Array, field: Field, transposed: bool) -> Operands:

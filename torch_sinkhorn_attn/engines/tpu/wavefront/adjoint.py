@@ -1,0 +1,183 @@
+"""The adjoint of the wavefront shape: what its kernel is given, and what is made of its results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs
+from torch_sinkhorn_attn.engines.tpu.resident.adjoint import (
+    LARGEST_EXPONENT,
+    Bins,
+    footprint,
+    kernel_operands,
+    staircase_exponents,
+)
+from torch_sinkhorn_attn.engines.tpu.resident.backward import field_parts
+from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
+from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, SUBLANES, Strip, matmul_dtype
+from torch_sinkhorn_attn.engines.tpu.wavefront.backward import AdjointStatics, kernel
+from torch_sinkhorn_attn.engines.tpu.wavefront.launch import COLS, ROWS, Operand, Result, Scratch, launch
+from torch_sinkhorn_attn.engines.tpu.wavefront.passes import (
+    bytes_of,
+    intervals,
+    lines_for,
+    mask_floor,
+    mask_operands,
+    pad_cols,
+    shapes_of,
+    without_padding,
+)
+from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries, entries_of, path_of
+
+
+def backward(
+    problem: sinkhorn.Augmented,
+    lowering: Lowering,
+    output: Array,
+    potentials: tuple[Array, Array],
+    grad_output: Array,
+    grad_bins: Bins,
+) -> tuple[Inputs, Array]:
+    """`sinkhorn.backward` by the wavefront kernel, and by `problem`'s own passes where the data want that."""
+    exponents = staircase_exponents(problem, potentials)
+    small = jnp.all(jnp.stack([jnp.max(x, initial=-jnp.inf) for x in exponents]) <= LARGEST_EXPONENT)
+    o = options_of(problem)
+    entries = entries_of(problem.constants, o.path, problem.statics, o.way.before, o.way.steps)
+    given = output, potentials, grad_output, grad_bins
+    return resident_or_streamed(
+        entries.fits & small,
+        lambda: adjoint(problem, lowering, o, entries, exponents, *given),
+        lambda: sinkhorn.backward(problem, *given, False),
+    )
+
+
+def options_of(problem: sinkhorn.Augmented) -> AdjointStatics:
+    """What the kernel compiles in."""
+    value, statics = problem.inputs.value, problem.statics
+    assert value is not None
+    return AdjointStatics(
+        path_of(problem.length, problem.size, statics),
+        statics,
+        problem.dtype,
+        value.shape[-1],
+        field_parts(statics.kept, matmul_dtype(value)),
+        mask_floor(problem),
+    )
+
+
+def vmem(problem: sinkhorn.Augmented) -> int:
+    """Bytes of a core's memory that the kernel takes at most."""
+    o, path = options_of(problem), path_of(problem.length, problem.size, problem.statics)
+    arrays = footprint(problem, Strip(path.rows, path.cols, path.width))[0]
+
+    def look() -> list[Operand]:
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in arrays.items()}
+        return operands_of(problem, o, zeros)
+
+    return bytes_of(shapes_of(look), results_of(o, arrays), scratch_of(o, arrays), problem.dtype)
+
+
+def adjoint(
+    problem: sinkhorn.Augmented,
+    lowering: Lowering,
+    o: AdjointStatics,
+    entries: Entries,
+    exponents: tuple[Array, ...],
+    output: Array,
+    potentials: tuple[Array, Array],
+    grad_output: Array,
+    grad_bins: Bins,
+) -> tuple[Inputs, Array]:
+    """The cotangents by the kernel, whatever the data."""
+    length, size, path = problem.length, problem.size, o.path
+    u, v = (x[-1] for x in potentials)
+    d = sinkhorn.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
+    arrays = kernel_operands(problem, Strip(path.rows, path.cols, path.width), d, u, v, exponents)
+    results = results_of(o, arrays)
+    found = launch(
+        "sinkhorn_wavefront_backward", functools.partial(kernel, o), problem, lowering, entries, path, o.way.before,
+        operands_of(problem, o, arrays), results, scratch_of(o, arrays),
+    )  # fmt: skip
+    out = {
+        result.name: without_padding(x, path, size) if result.side == COLS else x
+        for result, x in zip(results, found, strict=True)
+    }
+    rows_in, cols_in = supported(problem)
+    z = jnp.where(rows_in, jnp.moveaxis(out["z"], 2, 0)[..., :length], 0)
+    z = jnp.concatenate([z, d.row_sums[None]])
+    w = jnp.where(cols_in, jnp.moveaxis(out["w"], 2, 0), 0)
+    features = problem.inputs.query.shape[-1]
+    query = jnp.where(rows_in[..., None], out["grad_query"][:, :, :length, :features], 0)
+    key, value = (
+        jnp.where(cols_in[..., None], jnp.swapaxes(out[name], -1, -2), 0) for name in ("grad_key", "grad_value")
+    )
+    field = sinkhorn.staircase_field(problem, potentials, z[1:], w)
+    cotangents = sinkhorn.Cotangents(query, key[..., :features], value[..., : o.value_width])
+    return sinkhorn.gather(problem, u, v, d, field, cotangents), z[0]
+
+
+def supported(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
+    """Lines with a support, `[N, 1, L]` and `[N, 1, S]`: those that no way leads through are not written."""
+    constants = problem.constants
+    return (constants.row_lo < constants.row_hi)[:, None], (constants.col_lo < constants.col_hi)[:, None]
+
+
+def operands_of(problem: sinkhorn.Augmented, o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Operand]:
+    """What the kernel reads, from the arrays of the resident one."""
+    path = o.path
+    row_lines = jnp.concatenate([arrays[name] for name in ("row_a", "row_b", "row_sums")], 2)
+    col_lines = jnp.concatenate([arrays[name] for name in ("col_a", "col_b", "col_sums")], 2)
+    return [
+        Operand("query", arrays["query"], ROWS),
+        Operand("head_key", pad_cols(arrays["head_key"], path), COLS),
+        Operand("value", pad_cols(arrays["value"], path), COLS),
+        Operand("grad", arrays["grad"], ROWS),
+        Operand("bounds", pad_cols(intervals(problem), path), COLS),
+        *mask_operands(problem, path),
+        Operand("row_lines", row_lines.astype(o.dtype), ROWS),
+        Operand("col_lines", pad_cols(col_lines.astype(o.dtype), path), COLS),
+    ]
+
+
+def results_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Result]:
+    """What it writes."""
+    lp, sp, kept, lag = o.path.padded_length, o.path.padded_cols * BLOCK, o.statics.kept, o.path.lag
+    features = arrays["query"].shape[2]
+    return [
+        Result("grad_query", (lp, features), ROWS, kept * lag, tokens_first=True),
+        Result("grad_key", (features, sp), COLS, (kept + 1) * lag),
+        Result("grad_value", (arrays["grad"].shape[2], sp), COLS, lag),
+        Result("z", (kept, lp), ROWS, kept * lag),
+        Result("w", (kept, sp), COLS, kept * lag),
+    ]
+
+
+def scratch_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> Scratch:
+    """Its workspace."""
+    way, path, kept, dtype, line = o.way, o.path, o.statics.kept, o.dtype, (SUBLANES, BLOCK)
+    features = arrays["query"].shape[2]
+    key, value, grad = (arrays[name].dtype for name in ("head_key", "value", "grad"))
+    return {
+        "plan": ((way.ring, BLOCK, path.columns), dtype),
+        "zs": ((way.ring, lines_for(kept), BLOCK), dtype),
+        "ws": ((way.held, lines_for(kept), BLOCK), dtype),
+        "sums": ((kept + 1, way.touched, *line), dtype),
+        "y": ((kept + 1, way.touched, *line), dtype),
+        "intervals": ((way.window, 2, BLOCK), jnp.int32),
+        "queries": ((way.ring, features, BLOCK), arrays["query"].dtype),
+        "grads": ((way.ring, arrays["grad"].shape[2], BLOCK), grad),
+        "keys": ((way.held, features, BLOCK), key),
+        "values": ((way.held, o.value_width, BLOCK), value),
+        "row_kept": ((way.ring, lines_for(2 * kept + 1), BLOCK), dtype),
+        "col_kept": ((way.held, lines_for(2 * kept + 1), BLOCK), dtype),
+        "field_cols": ((way.window, o.field_parts + o.value_width, BLOCK), value),
+        "value_sums": ((way.touched, arrays["grad"].shape[2], BLOCK), dtype),
+        "key_sums": ((way.touched, features, BLOCK), dtype),
+    }

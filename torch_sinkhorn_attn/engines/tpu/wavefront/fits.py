@@ -1,0 +1,44 @@
+"""Which problems the wavefront kernels take."""
+
+from __future__ import annotations
+
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
+from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint, passes
+from torch_sinkhorn_attn.engines.tpu.wavefront.path import path_of
+
+WIDEST = 16  # column blocks of a row block: what one loop body may hold
+MOST_KEPT = 8  # tail iterations: each has results of its own
+SMALLEST_FACTOR = 1e-6  # of q.k: what is added to the scores is held divided by it
+
+
+def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mask_grad: bool = False) -> str | None:
+    """Why the wavefront kernels cannot take a problem; None if they can."""
+    statics, constants = problem.statics, problem.constants
+    if 0 in (*constants.log_row_mass.shape, problem.size):
+        return "it is empty"
+    if not statics.banded or min(statics.window_left, statics.window_right) < 0:
+        return "a wavefront needs a window on both sides"
+    if problem.dustbin is not None:
+        return "a dustbin couples all rows in every iteration"
+    if statics.tolerance:
+        return "a tolerance couples all rows in every iteration"
+    if not backward and statics.acceleration and not statics.contraction and constants.row_segment is not None:
+        return "the contraction of packed problems is measured segment by segment"
+    if not 0 < statics.kept <= MOST_KEPT:
+        return f"a wavefront keeps between 1 and {MOST_KEPT} iterations, not {statics.kept}"
+    if backward and statics.implicit:
+        return "the implicit gradient solves a linear system pass by pass"
+    if backward and mask_grad:
+        return "the gradient of attn_mask is written tile by tile"
+    if not statics.scale / statics.epsilon > SMALLEST_FACTOR:
+        return f"scale/epsilon={statics.scale / statics.epsilon:.3g} is not above {SMALLEST_FACTOR}"
+    path = path_of(problem.length, problem.size, statics)
+    if path.width > WIDEST:
+        return f"a block of 128 rows may reach {path.columns} columns, and {WIDEST * 128} are the most"
+    if backward:
+        size = adjoint.vmem(problem)
+        fits = size <= lowering.vmem_limit
+    else:
+        fits = passes.passes_of(problem, lowering, residuals=True) is not None
+    return None if fits else f"{lowering.chip} has not the memory for an iteration of its row blocks in flight"
