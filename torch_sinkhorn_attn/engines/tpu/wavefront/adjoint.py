@@ -60,12 +60,14 @@ def backward(
 
 def options_of(problem: sinkhorn.Augmented) -> AdjointStatics:
     """What the kernel compiles in."""
-    value, statics = problem.inputs.value, problem.statics
+    query, value, statics = problem.inputs.query, problem.inputs.value, problem.statics
     assert value is not None
+    biases = 2 * (3 if matmul_dtype(query) == jnp.bfloat16 else 1)  # u^R and v^R, as `strip.split` holds them
     return AdjointStatics(
         path_of(problem.length, problem.size, statics),
         statics,
         problem.dtype,
+        whole_tiles(query.shape[-1] + biases),
         value.shape[-1],
         field_parts(statics.kept, matmul_dtype(value)),
         mask_floor(problem),
@@ -110,16 +112,17 @@ def adjoint(
         for result, x in zip(results, found, strict=True)
     }
     rows_in, cols_in = supported(problem)
-    z = jnp.where(rows_in, jnp.moveaxis(out["z"], 2, 0)[..., :length], 0)
-    z = jnp.concatenate([z, d.row_sums[None]])
-    w = jnp.where(cols_in, jnp.moveaxis(out["w"], 2, 0), 0)
+    rows = jnp.where(rows_in[..., None, :], out["rows"][..., :length], 0)
+    cols, value = (jnp.where(cols_in[..., None, :], out[name], 0) for name in ("cols", "grad_value"))
+    z = jnp.concatenate([jnp.moveaxis(rows[:, :, o.features :], 2, 0), d.row_sums[None]])
+    w = jnp.moveaxis(cols[:, :, o.features :], 2, 0)
     features = problem.inputs.query.shape[-1]
-    query = jnp.where(rows_in[..., None], out["grad_query"][:, :, :length, :features], 0)
-    key, value = (
-        jnp.where(cols_in[..., None], jnp.swapaxes(out[name], -1, -2), 0) for name in ("grad_key", "grad_value")
+    query, key, value = (
+        jnp.swapaxes(x[:, :, :count], -1, -2)
+        for x, count in ((rows, features), (cols, features), (value, o.value_width))
     )
     field = sinkhorn.staircase_field(problem, potentials, z[1:], w)
-    cotangents = sinkhorn.Cotangents(query, key[..., :features], value[..., : o.value_width])
+    cotangents = sinkhorn.Cotangents(query, key, value)
     return sinkhorn.gather(problem, u, v, d, field, cotangents), z[0]
 
 
@@ -132,52 +135,66 @@ def supported(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
 def operands_of(problem: sinkhorn.Augmented, o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Operand]:
     """What the kernel reads, from the arrays of the resident one."""
     path = o.path
-    row_lines = jnp.concatenate([arrays[name] for name in ("row_a", "row_b", "row_sums")], 2)
-    col_lines = jnp.concatenate([arrays[name] for name in ("col_a", "col_b", "col_sums")], 2)
+    row_lines = jnp.concatenate([arrays[name] for name in ("row_a", "row_b", "row_sums")], 2).astype(o.dtype)
+    col_lines = jnp.concatenate([arrays[name] for name in ("col_a", "col_b", "col_sums")], 2).astype(o.dtype)
+    bounds = jnp.stack(intervals(problem, path), 2)
+    row_features = [in_tiles(arrays["query"]), in_tiles(arrays["grad"])]
+    col_features = [in_tiles(arrays["head_key"]), in_tiles(arrays["value"])]
+    low = jnp.result_type(*row_features, *col_features)
     return [
-        Operand("query", arrays["query"], ROWS),
-        Operand("head_key", pad_cols(arrays["head_key"], path), COLS),
-        Operand("value", pad_cols(arrays["value"], path), COLS),
-        Operand("grad", arrays["grad"], ROWS),
-        Operand("bounds", pad_cols(intervals(problem), path), COLS),
+        Operand("row_features", jnp.concatenate([x.astype(low) for x in row_features], 2), ROWS),
+        Operand("col_features", pad_cols(of_heads(col_features, low), path), COLS),
         *mask_operands(problem, path),
-        Operand("row_lines", row_lines.astype(o.dtype), ROWS),
-        Operand("col_lines", pad_cols(col_lines.astype(o.dtype), path), COLS),
+        Operand("row_lines", row_lines, ROWS),
+        Operand("col_lines", jnp.concatenate([bounds, pad_cols(col_lines, path)], 2), COLS),
     ]
+
+
+TILE = 16  # lines of bfloat16 in a register
+
+
+def whole_tiles(count: int) -> int:
+    """Lines, rounded up."""
+    return -(-count // TILE) * TILE
+
+
+def in_tiles(x: Array) -> Array:
+    """`[N, H, F, n]` with features of 0, so that what is stacked on it begins in a register of its own."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, whole_tiles(x.shape[2]) - x.shape[2]), (0, 0)))
+
+
+def of_heads(parts: list[Array], dtype: Any) -> Array:
+    """Arrays of keys, with the heads they are for, stacked: `[N, H, ...]` and `[N, Hk, ...]`."""
+    heads = max(x.shape[1] for x in parts)
+    return jnp.concatenate([jnp.repeat(x, heads // x.shape[1], 1).astype(dtype) for x in parts], 2)
 
 
 def results_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> list[Result]:
     """What it writes."""
     lp, sp, kept, lag = o.path.padded_length, o.path.padded_cols * BLOCK, o.statics.kept, o.path.lag
-    features = arrays["query"].shape[2]
     return [
-        Result("grad_query", (lp, features), ROWS, kept * lag, tokens_first=True),
-        Result("grad_key", (features, sp), COLS, (kept + 1) * lag),
-        Result("grad_value", (arrays["grad"].shape[2], sp), COLS, lag),
-        Result("z", (kept, lp), ROWS, kept * lag),
-        Result("w", (kept, sp), COLS, kept * lag),
+        Result("rows", (o.features + kept, lp), ROWS, kept * lag),
+        Result("cols", (o.features + kept, sp), COLS, (kept + 1) * lag),
+        Result("grad_value", (whole_tiles(arrays["grad"].shape[2]), sp), COLS, lag),
     ]
 
 
 def scratch_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> Scratch:
     """Its workspace."""
     way, path, kept, dtype, line = o.way, o.path, o.statics.kept, o.dtype, (SUBLANES, BLOCK)
-    features = arrays["query"].shape[2]
-    key, value, grad = (arrays[name].dtype for name in ("head_key", "value", "grad"))
+    low = jnp.result_type(*(arrays[name].dtype for name in ("query", "grad", "head_key", "value")))
+    grads, values = (whole_tiles(arrays[name].shape[2]) for name in ("grad", "value"))
     return {
         "plan": ((way.ring, BLOCK, path.columns), dtype),
         "zs": ((way.ring, lines_for(kept), BLOCK), dtype),
         "ws": ((way.held, lines_for(kept), BLOCK), dtype),
         "sums": ((kept + 1, way.touched, *line), dtype),
         "y": ((kept + 1, way.touched, *line), dtype),
-        "intervals": ((way.window, 2, BLOCK), jnp.int32),
-        "queries": ((way.ring, features, BLOCK), arrays["query"].dtype),
-        "grads": ((way.ring, arrays["grad"].shape[2], BLOCK), grad),
-        "keys": ((way.held, features, BLOCK), key),
-        "values": ((way.held, o.value_width, BLOCK), value),
-        "row_kept": ((way.ring, lines_for(2 * kept + 1), BLOCK), dtype),
-        "col_kept": ((way.held, lines_for(2 * kept + 1), BLOCK), dtype),
-        "field_cols": ((way.window, o.field_parts + o.value_width, BLOCK), value),
-        "value_sums": ((way.touched, arrays["grad"].shape[2], BLOCK), dtype),
-        "key_sums": ((way.touched, features, BLOCK), dtype),
+        "row_kept": ((way.ring, o.features + grads, BLOCK), low),
+        "col_kept": ((way.held, o.features + values, BLOCK), low),
+        "row_factors": ((way.ring, lines_for(2 * kept + 1), BLOCK), dtype),
+        "lines": ((way.held, lines_for(2 * kept + 3), BLOCK), dtype),
+        "field_cols": ((way.window, o.field_parts + o.value_width, BLOCK), low),
+        "value_sums": ((way.touched, grads, BLOCK), dtype),
+        "key_sums": ((way.touched, o.features, BLOCK), dtype),
     }

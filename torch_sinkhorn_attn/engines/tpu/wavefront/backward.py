@@ -48,7 +48,8 @@ class AdjointStatics(NamedTuple):
     path: Path
     statics: Statics
     dtype: Any  # of sums
-    value_width: int
+    features: int  # F, of Q and K in whole tiles
+    value_width: int  # Ev
     field_parts: int
     mask_floor: float = 0.0  # a float mask drops what is at or below
 
@@ -64,35 +65,27 @@ class Refs(NamedTuple):
     row: Any  # [n * steps] SMEM: `path.Entries`
     front: Any
     stream: Any  # [N, H] SMEM: dropout's
-    query: Any  # [1, 1, E+b, 128], with u^R among its features
-    head_key: Any  # [1, 1, E+b, 128], with v^R
-    value: Any  # [1, 1, Ev, 128]
-    grad: Any  # [1, 1, Ev+b, 128] dO / a, and ra^R z^R
-    bounds: Any  # [1, 1, 2, 128] first row and end of the columns' intervals, int32
+    row_features: Any  # [1, 1, F+G, 128] Q, with u^R among its features; dO / a, and ra^R z^R
+    col_features: Any  # [1, 1, F+Ev', 128] K, with v^R; V
     mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
     alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
     row_lines: Any  # [1, 1, 2R + 1, 128] ra^1..ra^R, rb^1..rb^R, row sums of P*D
-    col_lines: Any  # [1, 1, 2R + 1, 128] ca, cb and column sums likewise
-    grad_query: Any  # [1, 1, 128, E+b] dS K
-    grad_key: Any  # [1, 1, E+b, 128] (dS^T Q)^T
-    grad_value: Any  # [1, 1, Ev+b, 128] (P^T dO)^T, and P^T ra^R z^R
-    z: Any  # [1, 1, R, 128] z^0..z^(R-1)
-    w: Any  # [1, 1, R, 128] w^1..w^R
+    col_lines: Any  # [1, 1, 2R + 3, 128] first row and end of the columns' intervals; ca, cb and column sums likewise
+    rows: Any  # [1, 1, F+R, 128] (dS K)^T, z^0..z^(R-1)
+    cols: Any  # [1, 1, F+R, 128] (dS^T Q)^T, w^1..w^R
+    grad_value: Any  # [1, 1, G, 128] (P^T dO)^T, and P^T ra^R z^R
     plan: Any  # [ring, 128, C]
     zs: Any  # [ring, R', 128] z^0..z^(R-1) of a row block
     ws: Any  # [held, R', 128] w^1..w^R of a column block
     sums: Any  # [R + 1, touched, 8, 128] column sums of a reading, to be added over sublanes
     y: Any  # [R + 1, touched] line: cb^r w^r
-    intervals: Any  # [window, 2, 128] int32
-    queries: Any  # [ring, E+b, 128] the operands of row and column blocks in flight
-    grads: Any  # [ring, Ev+b, 128]
-    keys: Any  # [held, E+b, 128]
-    values: Any  # [held, Ev, 128]
-    row_kept: Any  # [ring, lines, 128]
-    col_kept: Any  # [held, lines, 128]
+    row_kept: Any  # [ring, F+G, 128] the operands of row and column blocks in flight
+    col_kept: Any  # [held, F+Ev', 128]
+    row_factors: Any  # [ring, lines, 128]
+    lines: Any  # [held, lines, 128]
     field_cols: Any  # [window, f+Ev, 128] the parts of Y, and V
-    value_sums: Any  # [touched, Ev+b, 128]
-    key_sums: Any  # [touched, E+b, 128]
+    value_sums: Any  # [touched, G, 128]
+    key_sums: Any  # [touched, F, 128]
 
 
 SEVERAL = ("mask",)
@@ -111,7 +104,7 @@ class LastBlock(NamedTuple):
 
     row: Array
     front: Array
-    w: Array  # [R, 128] of the column block that comes in
+    z: list[Array]  # z^0..z^(R-1) [R, 128], once known
     field_cols: Array  # [f+Ev, 128] likewise
     inner: list[Array]  # D - X^T Y by column block, then dS
 
@@ -139,8 +132,7 @@ class Adjoint(Stages):
         for q in range(1, self.kept):
             self.read(q, columns[q])
         self.last_totals(last, columns[self.kept])
-        _, complete = self.entry((self.kept + 1) * self.path.lag)
-        self.r.grad_key[0, 0] = self.r.key_sums[self.touched(complete - 1)]
+        self.completed_columns()
         self.value_products(plans)
         self.score_products(last)
         self.keep(plans, last, columns)
@@ -149,8 +141,8 @@ class Adjoint(Stages):
         """What is read before it is written must be numbers."""
         r = self.r
         for ref in (
-            r.plan, r.zs, r.ws, r.sums, r.y, r.intervals, r.queries, r.grads, r.keys, r.values, r.row_kept, r.col_kept,
-            r.field_cols, r.value_sums, r.key_sums,
+            r.plan, r.zs, r.ws, r.sums, r.y, r.row_kept, r.col_kept, r.row_factors, r.lines, r.field_cols, r.value_sums,
+            r.key_sums,
         ):  # fmt: skip
             fill(ref, 0)
 
@@ -161,14 +153,16 @@ class Adjoint(Stages):
         r, o, s = self.r, self.o, self.s
         row, front = self.entry(0)
         factor = s.scale / s.epsilon * LOG2E
-        keys = [r.keys[self.held(column)] for column in self.window(front)[:-1]] + [r.head_key[0, 0]]
-        scores = [dot(r.query[0, 0], key, (0, 0), o.dtype) * factor for key in keys]
+        keys = [r.col_kept[self.held(column), : o.features, :] for column in self.window(front)[:-1]]
+        keys.append(r.col_features[0, 0, : o.features, :])
+        query = r.row_features[0, 0, : o.features, :]
+        scores = [dot(query, key, (0, 0), o.dtype) * factor for key in keys]
         return row, front, [jnp.exp2(tile) for tile in self.masked_scores(row, front, scores)]
 
     def value_products(self, plans: tuple[Array, Array, list[Array]]) -> None:
         """What P gives to dV."""
         r, o, s, (row, front, tiles) = self.r, self.o, self.s, plans
-        grad, width, parts = r.grad[0, 0], o.value_width, []
+        grad, width, parts = r.row_features[0, 0, o.features :, :], o.value_width, []
         for tile, column in zip(tiles, self.window(front)):
             low = tile.astype(grad.dtype)
             if s.dropout_p:
@@ -187,15 +181,19 @@ class Adjoint(Stages):
 
     # The readings
 
+    def value(self, place: Array) -> Array:
+        """V of a column block in flight."""
+        return self.r.col_kept[place, self.o.features : self.o.features + self.o.value_width, :]  # type: ignore[no-any-return]
+
     def row_factors(self, place: Array) -> tuple[Array, Array, Array]:
         """ra and rb, `[R, 128]`, and the row sums of P*D, `[1, 128]`, of a row block in flight."""
-        lines, kept = self.r.row_kept[place], self.kept
+        lines, kept = self.r.row_factors[place], self.kept
         return lines[:kept], lines[kept : 2 * kept], lines[2 * kept : 2 * kept + 1]
 
     def col_factors(self, place: Array) -> tuple[Array, Array, Array]:
         """ca, cb and column sums likewise."""
-        lines, kept = self.r.col_kept[place], self.kept
-        return lines[:kept], lines[kept : 2 * kept], lines[2 * kept : 2 * kept + 1]
+        lines, kept = self.r.lines[place], self.kept
+        return lines[2 : 2 + kept], lines[2 + kept : 2 + 2 * kept], lines[2 + 2 * kept : 3 + 2 * kept]
 
     def column_cotangent(self, q: int) -> Columns:
         """w of the column block that comes in = own - rho_r ca (P^T ra z), and y = cb w for the row blocks."""
@@ -207,7 +205,7 @@ class Adjoint(Stages):
         if q == 1:
             sums, width = r.value_sums[self.touched(new)], o.value_width
             image = jnp.sum(sums[width:], 0, keepdims=True)
-            value = r.values[self.held(new)].astype(o.dtype)
+            value = self.value(self.held(new)).astype(o.dtype)
             own = jnp.sum(sums[:width] * value, 0, keepdims=True) + col_sums
             r.grad_value[0, 0] = sums
         else:
@@ -240,43 +238,48 @@ class Adjoint(Stages):
         place, new = self.slot(q * self.path.lag), front - 1
         row_a, row_b, row_sums = self.row_factors(place)
         z = jnp.concatenate([r.zs[place, 1:q, :], row_sums], 0) if q > 1 else row_sums
-        low, held = r.values.dtype, self.held(new)
+        low, held = r.col_kept.dtype, self.held(new)
         field_rows = in_parts(-jnp.concatenate([s.rho_row * row_a * z, row_b], 0), LEFT, o.field_parts, low)
         w = columns[q].w if q == 1 else jnp.concatenate([columns[q].w, r.ws[held, 1:q, :]], 0)
         col_a, col_b, _ = self.col_factors(held)
         y = jnp.concatenate([col_a, s.rho_col * col_b * w], 0)
-        field_cols = jnp.concatenate([in_parts(y, RIGHT, o.field_parts, low), r.values[held]], 0)
-        grad, found = r.grads[place, : o.value_width, :], []
+        field_cols = jnp.concatenate([in_parts(y, RIGHT, o.field_parts, low), self.value(held)], 0)
+        grad, found = r.row_kept[place, o.features : o.features + o.value_width, :], []
         for cols, column in zip(self.with_new(r.field_cols, front, field_cols), self.window(front)):
             if s.dropout_p:
                 d = self.dropped_out(dot(grad, cols[o.field_parts :], (0, 0), o.dtype), row, column)
                 found.append(d + dot(field_rows, cols[: o.field_parts], (0, 0), o.dtype))
             else:
                 found.append(dot(jnp.concatenate([field_rows, grad], 0), cols, (0, 0), o.dtype))
-        return LastBlock(row, front, w, field_cols, found)
+        return LastBlock(row, front, [], field_cols, found)
 
     def last_totals(self, b: LastBlock, columns: Columns) -> None:
         """z^0, and dS from D - X^T Y."""
         r, s, q = self.r, self.s, self.kept
         tiles, total = self.products(q, columns)
-        b.inner[:] = [(tile * inner).astype(r.values.dtype) for tile, inner in zip(tiles, b.inner)]
+        b.inner[:] = [(tile * inner).astype(r.col_kept.dtype) for tile, inner in zip(tiles, b.inner)]
         place = self.slot(q * self.path.lag)
         first = -s.rho_col * self.row_factors(place)[1][:1] * along_lanes(total)
-        z = first if q == 1 else jnp.concatenate([first, r.zs[place, 1:q, :]], 0)
-        keep_unless(b.row >= 0, r.z, z)
-        r.w[0, 0] = b.w
+        b.z.append(first if q == 1 else jnp.concatenate([first, r.zs[place, 1:q, :]], 0))
 
     def score_products(self, b: LastBlock) -> None:
         """What dS gives to dQ and dK."""
         r, o = self.r, self.o
-        query = r.queries[self.slot(self.kept * self.path.lag)]
+        query = r.row_kept[self.slot(self.kept * self.path.lag), : o.features, :]
         found: Any = 0
         for tile, column in zip(b.inner, self.window(b.front)):
-            found = found + dot(tile, r.keys[self.held(column)], (1, 1), o.dtype)
+            found = found + dot(r.col_kept[self.held(column), : o.features, :], tile, (1, 1), o.dtype)
         parts = [dot(query, tile, (1, 0), o.dtype) for tile in b.inner]
-        keep_unless(b.row >= 0, r.grad_query, found)
+        keep_unless(b.row >= 0, r.rows, jnp.concatenate([found, *b.z], 0))
         stalled = self.stalled(self.kept * self.path.lag)
         self.put(r.key_sums, b.front, self.added(r.key_sums, b.front, parts, stalled))
+
+    def completed_columns(self) -> None:
+        """dK and w of a column block that no row block adds to any more."""
+        r = self.r
+        _, front = self.entry((self.kept + 1) * self.path.lag)
+        w = r.ws[self.held(front - 1), : self.kept, :]
+        r.cols[0, 0] = jnp.concatenate([r.key_sums[self.touched(front - 1)], w], 0)
 
     def keep(self, plans: tuple[Array, Array, list[Array]], last: LastBlock, columns: dict[int, Columns]) -> None:
         """What the steps to come will read."""
@@ -284,12 +287,11 @@ class Adjoint(Stages):
         slot = self.slot(0)
         for j, tile in enumerate(tiles):
             r.plan[slot, :, columns_of(j)] = tile
-        r.queries[slot], r.grads[slot] = r.query[0, 0], r.grad[0, 0]
-        r.row_kept[slot, : 2 * self.kept + 1, :] = r.row_lines[0, 0]
+        r.row_kept[slot] = r.row_features[0, 0]
+        r.row_factors[slot, : 2 * self.kept + 1, :] = r.row_lines[0, 0]
         held = self.held(front - 1)
-        r.keys[held], r.values[held] = r.head_key[0, 0], r.value[0, 0]
-        r.col_kept[held, : 2 * self.kept + 1, :] = r.col_lines[0, 0]
-        self.take_in(front)
+        r.col_kept[held] = r.col_features[0, 0]
+        r.lines[held, : 2 * self.kept + 3, :] = r.col_lines[0, 0]
         r.field_cols[self.in_window(last.front - 1)] = last.field_cols
         for q, found in columns.items():
             new, line = found.front - 1, self.kept - q

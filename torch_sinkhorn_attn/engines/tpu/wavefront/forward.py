@@ -101,15 +101,15 @@ class Refs(NamedTuple):
     onwards: Any  # and on from the potential before
     query: Any  # [1, 1, E+b, 128]
     key: Any  # [1, 1, E+b, 128]
-    bounds: Any  # [1, 1, 2, 128] first row and end of the columns' intervals, int32
     row_lines: Any  # [1, 1, 2, 128] u^start, and log a; DEAD on lines without support
-    col_lines: Any  # [1, 1, 1..3, 128] log b, and where the base is not plain v^start and the v before it
+    col_lines: Any  # [1, 1, 3..5, 128] first row and end of the columns' intervals, log b, and where the base is not
+    # plain v^start and the v before it
     mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
     alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
     value: Any  # [1, 1, Ev, 128]
-    rows: Any  # [1, 1, saved + 2, 128] u of the saved iterations, the last x, which scales mass and sums, and row sums
+    rows: Any  # [1, 1, saved + 2 + Ev, 128] u of the saved iterations, the last x, and what it still has to scale: row
+    # sums and P V
     cols: Any  # [1, 1, saved, 128] v of the saved iterations
-    mass: Any  # [1, 1, 128, Ev] P V, rows not yet scaled
     col_total: Any  # [1, 1, 1, 128] column sums of the last plan; only with residuals
     range: Any  # [1, 1, 1, 128]: 1 while every scaling stayed in range
     strip: Any  # [ring, 128, C]
@@ -118,7 +118,7 @@ class Refs(NamedTuple):
     col_kept: Any  # [held, lines, 128]: v of the saved iterations
     log_x: Any  # [ring] rep: kept for over-relaxation
     keys: Any  # [window, E+b, 128]
-    intervals: Any  # [window, 2, 128] int32
+    lines: Any  # [held, lines, 128] `col_lines`
     values: Any  # [window, Ev, 128]
     tops: Any  # [touched, 8, 128] column maxima of the scores, to be taken over sublanes
     col_abs: Any  # [held] line: v^abs, DEAD on dead columns
@@ -188,7 +188,7 @@ class Wave(Stages):
         r = self.r
         dead, dead_col = (0 if plain else DEAD for plain in (self.o.plain, self.o.plain_columns))
         for ref, value in (
-            (r.strip, TINY), (r.row_rep, dead), (r.row_kept, DEAD), (r.log_x, 0), (r.intervals, 0), (r.col_kept, 0),
+            (r.strip, TINY), (r.row_rep, dead), (r.row_kept, DEAD), (r.log_x, 0), (r.lines, DEAD), (r.col_kept, 0),
             (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, dead_col), (r.sums, 0), (r.y, 1), (r.log_y, 0),
             (r.values, 0), (r.worst, 0),
         ):  # fmt: skip
@@ -212,7 +212,7 @@ class Wave(Stages):
         for j, tile in enumerate(tiles):
             r.strip[slot, :, columns_of(j)] = tile
         r.keys[new] = r.key[0, 0]
-        self.take_in(front)
+        r.lines[self.held(front - 1), : r.col_lines.shape[2], :] = r.col_lines[0, 0]
 
     def exponentials(self) -> None:
         """K of a row block whose columns' maxima are known, and its column sums for x = 1."""
@@ -221,14 +221,15 @@ class Wave(Stages):
         real, slot = row >= 0, self.slot(lag)
         new = front - 1
         top = jnp.max(r.tops[self.touched(new)], 0, keepdims=True) / LOG2E
-        log_b = r.col_lines[0, 0, :1, :]
+        lines = r.lines[self.held(new)]
+        log_b = lines[2:3]
         alive = (top > DEAD / 2) & (log_b > DEAD / 2)
         col_abs = jnp.where(alive, -top, DEAD)
         held = self.held(new)
         r.col_mass[held] = line_of(jnp.exp(log_b) if o.plain_columns else log_b)
         if r.log_y is not None:
-            for place, line in ((1, 1), (0, 2)):
-                log_y = jnp.where(alive, r.col_lines[0, 0, line : line + 1, :] - col_abs, 0)
+            for place, line in ((1, 3), (0, 4)):
+                log_y = jnp.where(alive, lines[line : line + 1] - col_abs, 0)
                 r.log_y[place, self.touched(new)] = line_of(log_y)
         shifts = [r.col_abs[self.held(column)] for column in self.window(front)[:-1]] + [line_of(col_abs)]
         tiles = [
@@ -307,11 +308,10 @@ class Wave(Stages):
         if last:
             lines = r.row_kept[b.slot, 2 : 2 + len(o.saved), :]
             if o.tail:
-                lines = jnp.concatenate([lines, x, along_lanes(b.total)], 0)
+                values = [self.values(b)] if o.values else []
+                lines = jnp.concatenate([lines, x, along_lanes(b.total), *values], 0)
             keep_unless(b.row >= 0, r.rows, lines)
             r.cols[0, 0] = r.col_kept[self.held(b.front - 1), : len(o.saved), :]
-        if last and o.values:
-            self.add_values(b.row, b.front, b.weighted, b.row >= 0)
 
     def row_scaling(self, slot: Array, total: Array, base: bool) -> Array:
         """x for row sums `total`, rep."""
@@ -336,18 +336,19 @@ class Wave(Stages):
         fine = (x >= math.exp(-END_LIMIT)) & (x <= math.exp(END_LIMIT))
         self.note(jnp.where((log_a > DEAD / 2) & ~fine, 1.0, 0.0))
 
-    def add_values(self, row: Array, front: Array, weighted: list[Array], real: Array) -> None:
-        r, o = self.r, self.o
+    def values(self, b: RowBlock) -> Array:
+        """P V of a row block, `[Ev, 128]`, not yet scaled."""
+        r, o, p = self.r, self.o, self.s.dropout_p
         total: Any = 0
-        values = self.with_new(r.values, front, r.value[0, 0])
-        for tile, value, column in zip(weighted, values, self.window(front)):
-            if self.s.dropout_p:
+        values = self.with_new(r.values, b.front, r.value[0, 0])
+        for tile, value, column in zip(b.weighted, values, self.window(b.front)):
+            if p:
                 block = column - self.path.width  # without the padding
-                keep = dropout_keep(r.stream[self.n, self.h], jnp.maximum(row, 0), block, tile.shape, self.s.dropout_p)
-                tile = jnp.where(keep, tile / (1 - self.s.dropout_p), 0)
-            total = total + dot(tile.astype(value.dtype), value, (1, 1), o.dtype)
-        r.values[self.in_window(front - 1)] = r.value[0, 0]
-        keep_unless(real, r.mass, total)
+                keep = dropout_keep(r.stream[self.n, self.h], jnp.maximum(b.row, 0), block, tile.shape, p)
+                tile = jnp.where(keep, tile / (1 - p), 0)
+            total = total + dot(value, tile.astype(value.dtype), (1, 1), o.dtype)
+        r.values[self.in_window(b.front - 1)] = r.value[0, 0]
+        return total  # type: ignore[no-any-return]
 
     def column_totals(self) -> None:
         """The column sums of the last plan."""

@@ -114,7 +114,7 @@ def passes_of(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) 
 
 def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> tuple[Found, Array]:
     """The result, and whether the data kept to the path and every scaling stayed in range."""
-    statics, length, size = problem.statics, problem.length, problem.size
+    statics, size = problem.statics, problem.size
     lines, own = lines_of(problem), segments(problem.constants)
     passes = passes_of(problem, lowering, residuals)
     assert passes is not None
@@ -134,13 +134,12 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
             changes = (log_norm(x - y, problem.log_b, own) for x, y in (kept[-1:-3:-1], kept[-2:-4:-1]))
             factors = momentum_of(problem, estimate(*changes))
     rows, cols = jnp.stack(named["rows"][: len(o.saved)]), jnp.stack(named["cols"])
-    scale, total = named["rows"][len(o.saved) :]
+    scale, total, *features = named["rows"][len(o.saved) :]
     if not statics.stopped:
         rows, cols = jnp.concatenate([u[None], rows]), jnp.concatenate([v[None], cols])
     if statics.balanced and statics.stopped:
         rows, cols = centred(problem, rows, cols)
-    alive = lines.log_a > -jnp.inf
-    mass = jnp.where(alive[..., None], named["mass"][0][:, :, :length] * scale[..., None], 0) if o.values else None
+    mass = jnp.stack(features, -1) * scale[..., None] if o.values else None
     row_sums = scale * total
     col_sums = None
     if residuals:
@@ -255,15 +254,14 @@ def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: Start) -> li
     pad = functools.partial(pad_lanes, size=path.padded_length)
     last = o.lag_of(o.iterations)
     row_lines = jnp.stack([pad(u), pad(jnp.maximum(lines.log_a, DEAD), value=DEAD)], 2)
-    col_lines = [pad_cols(jnp.maximum(lines.log_b, DEAD), path, DEAD)]
+    col_lines = [*intervals(problem, path), pad_cols(jnp.maximum(lines.log_b, DEAD), path, DEAD)]
     if problem.statics.over_relaxation != 1 or o.accelerated:
         col_lines += [pad_cols(v, path), pad_cols(before, path)]
     given = [
         Operand("query", found["query"], ROWS),
         Operand("key", pad_cols(found["key"], path), COLS),
-        Operand("bounds", pad_cols(intervals(problem), path), COLS),
         Operand("row_lines", row_lines, ROWS, lag),
-        Operand("col_lines", jnp.stack(col_lines, 2), COLS, lag),
+        Operand("col_lines", jnp.stack(col_lines, 2), COLS),
     ]
     given += mask_operands(problem, path)
     if o.values:
@@ -272,12 +270,14 @@ def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: Start) -> li
     return given
 
 
-def intervals(problem: sinkhorn.Augmented) -> Array:
-    """Of the columns, `[N, 1 or H, 2, S]`; empty beside a mask for inactive ones, whose entries may hold anything."""
+def intervals(problem: sinkhorn.Augmented, path: Path) -> list[Array]:
+    """Where those of the columns begin and end, each `[N, H, padded columns]`, as numbers of the compute dtype, which
+    hold them exactly; empty beside a mask for inactive ones, whose entries may hold anything."""
     lo, hi = (x[:, None] for x in (problem.constants.col_lo, problem.constants.col_hi))
     if problem.inputs.mask is not None:
         hi = jnp.where(problem.constants.log_col_mass == -jnp.inf, lo, hi)
-    return jnp.stack([jnp.broadcast_to(lo, hi.shape), hi], 2)
+    shape = problem.constants.log_col_mass.shape
+    return [pad_cols(jnp.broadcast_to(x, shape).astype(problem.dtype), path) for x in (lo, hi)]
 
 
 def mask_operands(problem: sinkhorn.Augmented, path: Path) -> list[Operand]:
@@ -304,13 +304,11 @@ def results_of(problem: sinkhorn.Augmented, o: PassStatics) -> list[Result]:
     """What it writes."""
     lp, sp, last = o.path.padded_length, o.path.padded_cols * BLOCK, o.lag_of(o.iterations)
     saved = len(o.saved)
-    found = [
-        Result("rows", (saved + (2 if o.tail else 0), lp), ROWS, last),
-        Result("cols", (saved, sp), COLS, last),
-    ]
+    beside = 2 if o.tail else 0
     if o.values:
         assert problem.inputs.value is not None
-        found.append(Result("mass", (lp, problem.inputs.value.shape[-1]), ROWS, last, tokens_first=True))
+        beside += problem.inputs.value.shape[-1]
+    found = [Result("rows", (saved + beside, lp), ROWS, last), Result("cols", (saved, sp), COLS, last)]
     if o.residuals:
         found.append(Result("col_total", (1, sp), COLS, last + o.path.lag))
     return [*found, Result("range", (1, BLOCK), None)]
@@ -326,7 +324,7 @@ def scratch_of(problem: sinkhorn.Augmented, o: PassStatics, key: Array) -> Scrat
         "row_kept": ((way.ring, lines_for(2 + len(o.saved)), BLOCK), dtype),
         "col_kept": ((way.held, lines_for(len(o.saved)), BLOCK), dtype),
         "keys": ((way.window, key.shape[2], BLOCK), key.dtype),
-        "intervals": ((way.window, 2, BLOCK), jnp.int32),
+        "lines": ((way.held, lines_for(5), BLOCK), dtype),
         "tops": ((way.touched, *line), dtype),
         "col_abs": ((way.held, *line), dtype),
         "col_mass": ((way.held, *line), dtype),

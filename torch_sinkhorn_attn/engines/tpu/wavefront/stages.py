@@ -78,8 +78,10 @@ class Stages:
         r = self.r
         block = jnp.where(row >= 0, row, self.path.rows)  # behind the last: in no interval
         found = []
-        for j, (tile, bounds) in enumerate(zip(scores, self.with_new(r.intervals, front, r.bounds[0, 0]))):
-            keep = inside(block, bounds[:1], bounds[1:2])
+        bounds = [r.lines[self.held(column), :2, :] for column in self.window(front)[:-1]] + [r.col_lines[0, 0, :2, :]]
+        for j, (tile, ends) in enumerate(zip(scores, bounds)):
+            lo, hi = (x.astype(jnp.int32) for x in (ends[:1], ends[1:]))
+            keep = inside(block, lo, hi)
             if r.mask is not None:
                 mask = r.mask[j][0, 0]
                 if mask.dtype == jnp.int8:
@@ -93,10 +95,6 @@ class Stages:
                     tile = tile + mask * LOG2E
             found.append(jnp.where(keep, tile, DEAD))
         return found
-
-    def take_in(self, front: Array) -> None:
-        """The intervals of the column block that comes in."""
-        self.r.intervals[self.in_window(front - 1)] = self.r.bounds[0, 0]
 
     def with_new(self, ring: Any, front: Array, new: Array) -> list[Array]:
         """What a ring of the window holds of the strip's columns, and `new` for the one that comes in: so that reading
