@@ -185,14 +185,14 @@ def scratch_of(o: AdjointStatics, arrays: Mapping[str, Any]) -> Scratch:
     low = jnp.result_type(*(arrays[name].dtype for name in ("query", "grad", "head_key", "value")))
     grads, values = (whole_tiles(arrays[name].shape[2]) for name in ("grad", "value"))
     return {
-        "plan": ((way.ring, BLOCK, path.columns), dtype),
-        "zs": ((way.ring, lines_for(kept), BLOCK), dtype),
+        "plan": ((way.ring + 1, BLOCK, path.columns), dtype),
+        "zs": ((way.ring + 1, lines_for(kept), BLOCK), dtype),
         "ws": ((way.held, lines_for(kept), BLOCK), dtype),
         "sums": ((kept + 1, way.touched, *line), dtype),
         "y": ((kept + 1, way.touched, *line), dtype),
-        "row_kept": ((way.ring, o.features + grads, BLOCK), low),
+        "row_kept": ((way.ring + 1, o.features + grads, BLOCK), low),
         "col_kept": ((way.held, o.features + values, BLOCK), low),
-        "row_factors": ((way.ring, lines_for(2 * kept + 1), BLOCK), dtype),
+        "row_factors": ((way.ring + 1, lines_for(2 * kept + 1), BLOCK), dtype),
         "lines": ((way.held, lines_for(2 * kept + 3), BLOCK), dtype),
         "field_cols": ((way.window, o.field_parts + o.value_width, BLOCK), low),
         "value_sums": ((way.touched, grads, BLOCK), dtype),

@@ -32,7 +32,6 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.stages import (
     Stages,
     Way,
     columns_of,
-    fill,
     keep_unless,
     line_of,
     named,
@@ -125,7 +124,7 @@ class Adjoint(Stages):
     def step(self) -> None:
         """Products that wait for nothing stand before those that wait for them, for the matrix unit takes them in
         order; and what rings hold is read before anything is written to them."""
-        pl.when(self.at == 0)(self.clear)
+        pl.when(self.at == 0)(self.begin)
         columns = {q: self.column_cotangent(q) for q in range(1, self.kept + 1)}
         plans = self.plans()
         last = self.last_block(columns)
@@ -137,14 +136,11 @@ class Adjoint(Stages):
         self.score_products(last)
         self.keep(plans, last, columns)
 
-    def clear(self) -> None:
-        """What is read before it is written must be numbers."""
-        r = self.r
-        for ref in (
-            r.plan, r.zs, r.ws, r.sums, r.y, r.row_kept, r.col_kept, r.row_factors, r.lines, r.field_cols, r.value_sums,
-            r.key_sums,
-        ):  # fmt: skip
-            fill(ref, 0)
+    def begin(self) -> None:
+        """Nothing before the first rows and columns."""
+        rows = "plan", "zs", "row_kept", "row_factors"
+        columns = "ws", "sums", "y", "col_kept", "lines", "field_cols", "value_sums", "key_sums"
+        self.clear(dict.fromkeys(rows, 0), dict.fromkeys(columns, 0))
 
     # P
 

@@ -40,7 +40,6 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.stages import (
     Stages,
     Way,
     columns_of,
-    fill,
     keep_unless,
     line_of,
     named,
@@ -158,7 +157,7 @@ class Wave(Stages):
         """The stages in an order in which everything that a ring holds is read before anything is written to it, so
         that the scheduler may overlap them: they work on different row blocks, `lag` steps apart."""
         o = self.o
-        pl.when(self.at == 0)(self.clear)
+        pl.when(self.at == 0)(self.begin)
         alike = max(0, min(o.base, o.saved[0] - 1))  # those before the first that is saved
         unroll = max(1, min(alike, o.unrolled))
         looped = alike // unroll * unroll
@@ -183,18 +182,18 @@ class Wave(Stages):
             for (i, _), x in zip(iterations, found):
                 self.results(i, x)
 
-    def clear(self) -> None:
-        """What is read before it is written must be numbers: of a row block and columns that are in no interval."""
-        r = self.r
+    def begin(self) -> None:
+        """Dead rows and columns before the first."""
         dead, dead_col = (0 if plain else DEAD for plain in (self.o.plain, self.o.plain_columns))
-        for ref, value in (
-            (r.strip, TINY), (r.row_rep, dead), (r.row_kept, DEAD), (r.log_x, 0), (r.lines, DEAD), (r.col_kept, 0),
-            (r.tops, DEAD), (r.col_abs, DEAD), (r.col_mass, dead_col), (r.sums, 0), (r.y, 1), (r.log_y, 0),
-            (r.values, 0), (r.worst, 0),
-        ):  # fmt: skip
-            if ref is not None:
-                fill(ref, value)
-        r.range[...] = jnp.ones_like(r.range)
+        self.clear(
+            {"strip": TINY, "row_rep": dead, "row_kept": DEAD, "log_x": 0},
+            {
+                "keys": 0, "values": 0, "lines": DEAD, "tops": DEAD, "col_abs": DEAD, "col_mass": dead_col,
+                "col_kept": 0, "sums": 0, "y": 1, "log_y": 0,
+            },
+        )  # fmt: skip
+        self.r.worst[...] = jnp.zeros_like(self.r.worst)
+        self.r.range[...] = jnp.ones_like(self.r.range)
 
     # The strip
 

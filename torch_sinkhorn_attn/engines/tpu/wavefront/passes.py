@@ -319,9 +319,9 @@ def scratch_of(problem: sinkhorn.Augmented, o: PassStatics, key: Array) -> Scrat
     dtype, path, line = problem.dtype, o.path, (SUBLANES, BLOCK)
     way, stages = o.way, o.iterations + 1
     found: Scratch = {
-        "strip": ((way.ring, BLOCK, path.columns), dtype),
-        "row_rep": ((way.ring, BLOCK, BLOCK), dtype),
-        "row_kept": ((way.ring, lines_for(2 + len(o.saved)), BLOCK), dtype),
+        "strip": ((way.ring + 1, BLOCK, path.columns), dtype),
+        "row_rep": ((way.ring + 1, BLOCK, BLOCK), dtype),
+        "row_kept": ((way.ring + 1, lines_for(2 + len(o.saved)), BLOCK), dtype),
         "col_kept": ((way.held, lines_for(len(o.saved)), BLOCK), dtype),
         "keys": ((way.window, key.shape[2], BLOCK), key.dtype),
         "lines": ((way.held, lines_for(5), BLOCK), dtype),
@@ -333,7 +333,7 @@ def scratch_of(problem: sinkhorn.Augmented, o: PassStatics, key: Array) -> Scrat
         "worst": ((2, *line), dtype),
     }
     if problem.statics.over_relaxation != 1:
-        found["log_x"] = ((way.ring, BLOCK, BLOCK), dtype)
+        found["log_x"] = ((way.ring + 1, BLOCK, BLOCK), dtype)
     if problem.statics.over_relaxation != 1 or o.accelerated:
         found["log_y"] = ((stages + 1, way.touched, *line), dtype)
     if o.values:

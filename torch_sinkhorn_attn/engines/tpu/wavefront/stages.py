@@ -55,9 +55,11 @@ class Stages:
         return self.r.front[at] == self.r.front[jnp.maximum(at - 1, 0)]
 
     def slot(self, lag: Any) -> Array:
-        """The place of its row block in the ring."""
+        """The place of its row block in the ring; before the first one comes there, that behind the ring's last, which
+        `clear` filled."""
         at = lax.rem(self.at, np.int32(self.way.ring)) - lag
-        return jnp.where(at < 0, at + self.way.ring, at)
+        at = jnp.where(at < 0, at + self.way.ring, at)
+        return jnp.where(self.at < lag, self.way.ring, at)
 
     def window(self, front: Array) -> list[Array]:
         """The column blocks of its strip."""
@@ -96,6 +98,24 @@ class Stages:
             found.append(jnp.where(keep, tile, DEAD))
         return found
 
+    def clear(self, rows: dict[str, float], columns: dict[str, float]) -> None:
+        """What is read before anything is written there must be numbers: of the row block before the first, and of the
+        padding's columns, the only ones that a front has when it begins. By the names of `r`'s rings."""
+        for name, value in rows.items():
+            ref = getattr(self.r, name)
+            if ref is not None:
+                ref[self.way.ring] = jnp.full(ref.shape[1:], value, ref.dtype)
+        for name, value in columns.items():
+            ref = getattr(self.r, name)
+            if ref is None:
+                continue
+            for column in range(self.path.width):
+                if len(ref.shape) == 3:
+                    ref[column] = jnp.full(ref.shape[1:], value, ref.dtype)
+                else:  # one for each iteration
+                    for i in range(ref.shape[0]):
+                        ref[i, column] = jnp.full(ref.shape[2:], value, ref.dtype)
+
     def with_new(self, ring: Any, front: Array, new: Array) -> list[Array]:
         """What a ring of the window holds of the strip's columns, and `new` for the one that comes in: so that reading
         need not wait for its being written."""
@@ -116,16 +136,6 @@ class Stages:
 def columns_of(j: int) -> slice:
     """The j-th column block of a row block in the ring."""
     return slice(j * BLOCK, (j + 1) * BLOCK)
-
-
-def fill(ref: Any, value: float) -> None:
-    """A loop over the first dimension, for the whole of a ring would be unrolled."""
-    part = jnp.full(ref.shape[1:], value, ref.dtype)
-
-    def one(i: Array, carry: None) -> None:
-        ref[i] = part
-
-    lax.fori_loop(0, ref.shape[0], one, None)
 
 
 def keep_unless(wanted: Array, ref: Any, x: Array) -> None:
