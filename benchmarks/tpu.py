@@ -1,11 +1,15 @@
 """What the TPU compiler makes of the kernels, on a machine without a TPU: cycles and memory, no times.
 
-    python benchmarks/tpu.py [--only cycles memory generations] [--python OTHER]
+    python benchmarks/tpu.py [--only cycles lengths memory generations] [--python OTHER] [--lengths 8192 131072 ...]
 
 cycles: one head of 8192 tokens in bfloat16, window (128, 128), T = 20, R = 2, on v6e: bundles (a bundle is a cycle of
 the core) that the forward and the backward kernel issue, for each 8 x 128 vector of scores in the tiles visited, beside
 JAX's flash attention (512 x 512 tiles) compiled in the same run. "filled" leaves out the bundles that hold no
 instruction and wait for a latency. A half-step is a sweep's share: the difference of T = 40 and T = 20.
+lengths: over the length (`--lengths`), the window (`--windows`, of so many tokens on each side), the features
+(`--features`) and the generation (`--generations`), which kernels are chosen and the bundles that the program issues
+for each 8 x 128 scores of the support, forward and backward, beside flash attention over all pairs. A compilation takes
+some minutes, so the defaults are few.
 memory: HBM of forward and backward over the length, window (128, 128).
 generations: forward and backward compiled for every generation, by the resident and by the streaming kernels.
 
@@ -15,6 +19,7 @@ generations: forward and backward compiled for every generation, by the resident
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from typing import Any
 
@@ -27,6 +32,8 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, Strip
 
 WINDOW, LENGTH = (128, 128), 8192
 LENGTHS = (8192, 32768, 131072)
+VECTOR = 8 * 128
+OPTIONS = argparse.Namespace()
 STRIP = Strip(LENGTH // BLOCK, LENGTH // BLOCK, 3)
 VECTORS = LENGTH * STRIP.columns / (8 * 128)  # of scores in the tiles visited
 
@@ -68,6 +75,43 @@ def cycles(python: str | None) -> None:
     table(rows)
 
 
+def lengths(python: str | None) -> None:
+    columns = "generation,window,features,length,kernels,bundles,flash over all pairs,HBM MiB"
+    rows = [columns.split(",")]
+    o = OPTIONS
+    for name, window, features, length in itertools.product(o.generations, o.windows, o.features, o.lengths):
+        row = [name, str(window), str(features), str(length)]
+        try:
+            report = compiled(python, CHIPS[name], "auto", length=length, window=(window, window), features=features)
+        except child.CompileError as error:
+            rows.append([*row, str(error), "", "", ""])
+            continue
+        support = length * (2 * window + 1) - window * (window + 1)
+        flash = report["flash"]["forward"] + report["flash"]["backward"]
+        rows.append(
+            [
+                *row,
+                report["shape"],
+                f"{issued(report) / (support / VECTOR):.1f}",
+                f"{flash * length**2 / support:.0f}",
+                f"{report['memory']['temporaries'] / 2**20:.0f}",
+            ]
+        )
+    print(f"\nbundles per 8 x 128 scores of the support ({report['versions']})")
+    table(rows)
+
+
+def issued(report: Any) -> float:
+    """Bundles of all kernels that the program runs; not of those that only unfit data need."""
+    total = 0.0
+    for kernel in report["kernels"]:
+        loops = [Loop(**loop) for loop in kernel["loops"]]
+        own = kernel["bundles"] - sum(loop.last - loop.first + 1 for loop in loops if loop.depth == 1)
+        once = {i: 1.0 - 1.0 / loop.trips for i, loop in enumerate(loops) if loop.grid and loop.trips}
+        total += (kernel["executions"] or 0) * (weighted(loops, skipped=once) + own)
+    return total
+
+
 def table(rows: list[list[str]]) -> None:
     print_rows(rows, [max(map(len, column)) * (-1 if i == 0 else 1) for i, column in enumerate(zip(*rows))])
 
@@ -101,7 +145,7 @@ def generations(python: str | None) -> None:
     table(rows)
 
 
-SECTIONS = {"cycles": cycles, "memory": memory, "generations": generations}
+SECTIONS = {"cycles": cycles, "lengths": lengths, "memory": memory, "generations": generations}
 
 
 def main() -> None:
@@ -109,7 +153,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--python", action="append", help="an interpreter with jax and libtpu (default: this one)")
     parser.add_argument("--threads", type=int, help="taken for the sake of `make bench`; a compiler chooses for itself")
-    options = parser.parse_args()
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 131072], help="of section lengths")
+    parser.add_argument("--windows", type=int, nargs="+", default=[128])
+    parser.add_argument("--features", type=int, nargs="+", default=[64])
+    parser.add_argument("--generations", nargs="+", choices=CHIPS, default=["v6e"])
+    options = parser.parse_args(namespace=OPTIONS)
     for python in options.python or [sys.executable]:
         for section in options.only:
             SECTIONS[section](python)
