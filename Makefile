@@ -8,11 +8,12 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-fast bench lint matrix sanitize sanitize-calls races wheel clean
+.PHONY: help demo test test-all test-fast bench lint matrix sanitize sanitize-calls races wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
-	@echo "make test    lint, then every test and documentation example (PYTEST_ARGS=... are passed on)"
+	@echo "make test    lint, then the tests and documentation examples (PYTEST_ARGS=... are passed on)"
+	@echo "make test-all  likewise, and further combinations of options on interpreted kernels"
 	@echo "make test-fast  the tests that are not marked slow, a few minutes on two cores (PYTEST_ARGS=... likewise)"
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
 	@echo "make lint    ruff and mypy"
@@ -31,6 +32,9 @@ bench: $(PACKAGE)
 	for b in benchmarks/*.py; do $(RUN) $$b $(ARGS) || exit 1; done
 
 test: lint
+	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not exhaustive" $(PYTEST_ARGS)
+
+test-all: lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 test-fast: $(PACKAGE)

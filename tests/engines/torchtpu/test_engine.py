@@ -91,6 +91,7 @@ def test_it_agrees_with_the_reference(name: str, standing_in: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_random_problems_agree_with_the_reference(standing_in: None) -> None:
     for seed in range(7000, 7012):
         assert_agrees(problems.make(seed), "torchtpu", plan=False)
