@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ from torch_sinkhorn_attn.engines.tpu.method.low_base import not_in_bfloat16
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
+from torch_sinkhorn_attn.engines.tpu.method.tiles import tile_bytes
 from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, passes as resident
 from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
@@ -149,18 +148,6 @@ def vmem(problem: Augmented, lowering: Lowering, adjoint: bool) -> int:
     moved = sum(tile_bytes(x.shape[-2:], x.dtype) for x in operands.values())
     moved += sum(tile_bytes(shape, problem.dtype) for shape in results.values())
     return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + spilled(strip.width, adjoint)
-
-
-def tile_bytes(shape: Iterable[int], dtype: Any) -> int:
-    """Bytes of an array in VMEM, its last two dimensions in whole tiles of 8 x 128 words.
-
-    >>> tile_bytes((8192, 64), jnp.bfloat16), tile_bytes((1, 8192), jnp.float32)
-    (2097152, 262144)
-    """
-    size = jnp.dtype(dtype).itemsize
-    *outer, lines, lanes = shape
-    rows = 8 * max(1, 4 // size)
-    return math.prod(outer) * (-(-lines // rows) * rows) * (-(-lanes // 128) * 128) * size
 
 
 def _mebibytes(size: int) -> str:

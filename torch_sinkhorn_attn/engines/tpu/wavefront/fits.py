@@ -7,7 +7,7 @@ from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint, passes
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import path_of
 
-WIDEST = 16  # column blocks of a row block: what one loop body may hold
+WIDEST = 20  # column blocks of a row block: what one loop body may hold
 MOST_KEPT = 8  # tail iterations: each has results of its own
 SMALLEST_FACTOR = 1e-6  # of q.k: what is added to the scores is held divided by it
 

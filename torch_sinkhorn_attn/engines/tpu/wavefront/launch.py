@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -143,11 +142,3 @@ def launch(
     )
     with jax.named_scope(name):  # by which the compiler's listings call it
         return list(run(*given))
-
-
-def tile_bytes(shape: Iterable[int], dtype: Any) -> int:
-    """Bytes of an array in VMEM, its last two dimensions in whole tiles of 8 x 128 words."""
-    size = jnp.dtype(dtype).itemsize
-    *outer, lines, lanes = shape
-    rows = 8 * max(1, 4 // size)
-    return math.prod(outer) * (-(-lines // rows) * rows) * (-(-lanes // 128) * 128) * size

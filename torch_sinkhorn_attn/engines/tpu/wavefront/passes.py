@@ -17,6 +17,7 @@ from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import lowest_kept
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Result as Found
+from torch_sinkhorn_attn.engines.tpu.method.tiles import tile_bytes
 from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
 from torch_sinkhorn_attn.engines.tpu.resident.passes import centred
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
@@ -38,7 +39,6 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.launch import (
     Result,
     Scratch,
     launch,
-    tile_bytes,
 )
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import Path, entries_of, path_of
 from torch_sinkhorn_attn.method.acceleration import estimate, log_norm
