@@ -18,6 +18,7 @@ from test_conformance import call_of  # noqa: E402
 from tpu_interpreter import RACING, watch_races  # noqa: E402
 
 from torch_sinkhorn_attn import Dustbin  # noqa: E402
+from torch_sinkhorn_attn.aot import attention  # noqa: E402
 from torch_sinkhorn_attn.engines import ENGINES  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.method import choice, run  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E402
@@ -245,6 +246,15 @@ def test_long_bands_are_the_wavefronts(adjoint: bool) -> None:
     for options, why in (({"window": None}, "window"), ({"tail_iters": 0}, "keeps"), ({"tail_iters": 9}, "keeps")):
         found = choice_of(50_000, adjoint, **options)
         assert found.shape == "streaming" and why in found.reason
+
+
+def test_a_way_longer_than_scalar_memory_is_refused() -> None:
+    configuration = {"batch": 256, "length": 50_000, "window": (128, 128), "lengths": True}
+    given = attention.problem(attention.Configuration.of(configuration))
+    found = choice.choose(*given, Lowering("auto", generation="v6e"))
+    assert found.shape == "streaming" and "KiB of scalar memory" in found.reason
+    given = attention.problem(attention.Configuration.of(configuration | {"lengths": False}))
+    assert choice.choose(*given, Lowering("auto", generation="v6e")).shape == "wavefront"
 
 
 def test_wavefront_refuses_with_the_reason() -> None:

@@ -9,6 +9,7 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.path import path_of
 
 WIDEST = 20  # column blocks of a row block: what one loop body may hold
 MOST_KEPT = 8  # tail iterations: each has results of its own
+SCALARS = 512 << 10  # bytes of scalar memory, of the 1 MiB a core has, that the way of all batch elements may take
 SMALLEST_FACTOR = 1e-6  # of q.k: what is added to the scores is held divided by it
 
 
@@ -36,9 +37,14 @@ def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mas
     path = path_of(problem.length, problem.size, statics)
     if path.width > WIDEST:
         return f"a block of 128 rows may reach {path.columns} columns, and {WIDEST * 128} are the most"
+    found = None if backward else passes.passes_of(problem, lowering, residuals=True)
+    ways = [adjoint.options_of(problem).way] if backward else [o.way for o in found or []]
+    batch = 1 if statics.uniform else constants.log_row_mass.shape[0]
+    if (size := max((8 * batch * (way.before + way.steps) for way in ways), default=0)) > SCALARS:
+        return f"the way of {batch} batch elements takes {size >> 10} KiB of scalar memory, of {SCALARS >> 10} KiB"
     if backward:
         size = adjoint.vmem(problem)
         fits = size <= lowering.vmem_limit
     else:
-        fits = passes.passes_of(problem, lowering, residuals=True) is not None
+        fits = found is not None
     return None if fits else f"{lowering.chip} has not the memory for an iteration of its row blocks in flight"
