@@ -179,7 +179,7 @@ class Adjoint(Stages):
 
     def value(self, place: Array) -> Array:
         """V of a column block in flight."""
-        return self.r.col_kept[place, self.o.features : self.o.features + self.o.value_width, :]  # type: ignore[no-any-return]
+        return self.r.col_kept[place, self.o.features : self.o.features + self.o.value_width, :]
 
     def row_factors(self, place: Array) -> tuple[Array, Array, Array]:
         """ra and rb, `[R, 128]`, and the row sums of P*D, `[1, 128]`, of a row block in flight."""

@@ -347,7 +347,7 @@ class Wave(Stages):
                 tile = jnp.where(keep, tile / (1 - p), 0)
             total = total + dot(value, tile.astype(value.dtype), (1, 1), o.dtype)
         r.values[self.in_window(b.front - 1)] = r.value[0, 0]
-        return total  # type: ignore[no-any-return]
+        return total
 
     def column_totals(self) -> None:
         """The column sums of the last plan."""
