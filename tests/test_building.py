@@ -39,6 +39,7 @@ def bare(tmp_path_factory):
     return folder / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_an_isolated_build_finds_the_torch_that_the_package_will_run_with(tmp_path):
     """pip hides the environment's packages from the build that it runs by the environment's Python."""
     (tmp_path / "sitecustomize.py").write_text(HIDE)

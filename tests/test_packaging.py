@@ -58,6 +58,7 @@ def installed(distributions, tmp_path_factory):
     return target
 
 
+@pytest.mark.slow
 def test_sdist_holds_every_source(distributions):
     with tarfile.open(distributions[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -93,6 +94,7 @@ def build(target, **environment):
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -141,6 +143,7 @@ def test_wheel_requires_the_torch_it_was_tested_with(distributions):
     assert {'torch_tpu>=0.2; extra == "torchtpu"', 'jax>=0.10; extra == "torchtpu"'} <= required
 
 
+@pytest.mark.slow
 def test_installed_wheel_runs_elsewhere(installed, tmp_path):
     program = """
 import importlib.metadata, torch, torch_sinkhorn_attn as package
@@ -157,6 +160,7 @@ print(package.__file__, package.__version__, importlib.metadata.version("torch_s
     assert versions == [torch_sinkhorn_attn.__version__] * 2
 
 
+@pytest.mark.slow
 def test_readme_code_runs_with_the_installed_wheel(installed, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     assert blocks

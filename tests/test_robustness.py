@@ -115,6 +115,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_fully_with_every_option(name: str) -> None:
     torch._dynamo.reset()

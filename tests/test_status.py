@@ -79,6 +79,7 @@ def test_relaxed_and_with_a_dustbin() -> None:
     assert int(aux.status()[1, 0]) == Status.NO_PLAN and (aux.status() == Status.NO_PLAN).sum() == 1
 
 
+@pytest.mark.slow
 def test_compiled_and_mapped_calls_are_told_the_question_again() -> None:
     mask = crowded()
     compiled = torch.compile(lambda x: sinkhorn_attention(x, x, x, mask, return_aux=True), backend="eager")

@@ -222,6 +222,7 @@ def test_ensembles_of_modules() -> None:
         assert torch.allclose(found[i], module(x, x, x)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_forward_mode_keeps_its_tangents() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 5, 4, generator=g, dtype=torch.float64) for _ in range(3))

@@ -26,6 +26,7 @@ def test_releases_that_a_library_is_for(text: str, holds: bool) -> None:
     assert releases.among(text) == holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("serves", "said"), [(f"{A}.{B - 1}", f"{A}.{B - 1} alone"), (f"{A}.{B + 1}+", f"{A}.{B + 1} and later")]
 )

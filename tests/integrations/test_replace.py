@@ -347,6 +347,7 @@ def test_options_are_those_of_the_constructor() -> None:
     assert keyword == ModuleOptions()._asdict()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_notices() -> None:
     model = encoder()
     compiled = torch.compile(model, backend="aot_eager")

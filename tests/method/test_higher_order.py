@@ -77,6 +77,7 @@ def close(found: Any, truth: Any) -> bool:
     return all(close(*p) if isinstance(p[0], tuple) else torch.allclose(*p, atol=1e-12) for p in pairs)
 
 
+@pytest.mark.slow
 @options
 @pytest.mark.parametrize("make", [loss, plan_loss])
 def test_second_derivatives_are_the_references(make: Callable[..., Any], name: str) -> None:

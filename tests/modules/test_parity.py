@@ -198,6 +198,7 @@ def test_empty_batches() -> None:
 # Dropout
 
 
+@pytest.mark.slow
 def test_dropout_matches_in_distribution() -> None:
     """Weights are dropped with probability p and scaled by 1 / (1 - p), in training only, as torch's are."""
     p = 0.25

@@ -162,6 +162,7 @@ def test_the_softmax_original_does_take_the_fast_path(monkeypatch: pytest.Monkey
     assert not calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COUNTS)
 def test_compiled_models_hold_our_op(kind: str) -> None:
     for (training, context), form in itertools.product((MODES["train"], MODES["eval, no_grad"]), ("none", "bool")):

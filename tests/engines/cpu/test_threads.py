@@ -100,6 +100,7 @@ def test_counts_that_differ_in_every_direction() -> None:
     assert len(out.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_one_to_sixty_four_threads_give_the_same_bits() -> None:
     fresh(
         """

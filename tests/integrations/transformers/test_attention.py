@@ -411,6 +411,7 @@ def test_models_that_keep_their_own_attention_can_be_told() -> None:
     assert own == ["DebertaModel", "XLNetModel", "LongformerModel"]
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     model = encoder("bert", "sinkhorn")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -167,6 +167,7 @@ def test_softmax_decoders_in_half_precision(dtype: torch.dtype) -> None:
     assert torch.equal(found, truth)
 
 
+@pytest.mark.slow
 def test_softmax_decoders_compile_without_graph_breaks() -> None:
     model = build(hf.LlamaForCausalLM, LLAMA, "sinkhorn_mixed")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -65,7 +65,7 @@ def path_of(length: int, size: int, statics: Statics) -> Path:
     """The path for `length` queries and `size` keys in a window.
 
     >>> path_of(8192, 8192, Statics(scale=1.0, banded=True, window_left=128, window_right=128))
-    Path(rows=64, cols=64, width=3, lag=3, entries=64)
+    Path(rows=64, cols=64, width=3, lag=3, entries=65)
     """
     rows, cols = -(-length // BLOCK), -(-size // BLOCK)
     if not statics.uniform:
