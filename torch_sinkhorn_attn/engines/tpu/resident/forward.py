@@ -66,7 +66,7 @@ class HeadSolve(ColumnHalfStep):
         self.r.range[...] = jnp.ones_like(self.r.range)
         self.fill()
         if s.stopped:
-            self.update_columns(base=True, first=True)
+            self.update_columns(0)
             if s.tolerance:
                 self.until_tolerance()
             else:
@@ -74,21 +74,21 @@ class HeadSolve(ColumnHalfStep):
             self.save(0)
         if s.kept > 1:
             lax.fori_loop(1, s.kept, self.tail_step, None)
-        self.update_columns(base=False)
+        self.update_columns()
         self.sweep(saved=True, base=False, last=True)
         self.save(s.kept)
 
     def fixed_base(self) -> None:
         if self.s.stopped > 1:
-            lax.fori_loop(0, self.s.stopped - 1, self.base_step, None)
+            lax.fori_loop(1, self.s.stopped, self.base_step, None)
         self.sweep(saved=True, base=True, limit=END_LIMIT)
 
-    def base_step(self, _: Any, carry: None) -> None:
+    def base_step(self, t: Array, carry: None) -> None:
         self.sweep(saved=False, base=True)
-        self.update_columns(base=True)
+        self.update_columns(t)
 
     def tail_step(self, k: Array, carry: None) -> None:
-        self.update_columns(base=False)
+        self.update_columns()
         self.sweep(saved=True, base=False)
         self.save(k)
 
@@ -99,7 +99,7 @@ class HeadSolve(ColumnHalfStep):
             t, _ = carry
             self.sweep(saved=True, base=True, limit=END_LIMIT)
             more = (t + 1 < self.s.stopped) & (self.change() > self.s.tolerance)
-            pl.when(more)(lambda: self.update_columns(base=True))
+            pl.when(more)(lambda: self.update_columns(t + 1))
             return t + 1, more
 
         lax.while_loop(lambda carry: carry[1], body, (jnp.int32(0), jnp.bool_(True)))
@@ -135,11 +135,7 @@ class HeadSolve(ColumnHalfStep):
         r.col_abs[...] = jnp.where(alive, -top, DEAD)
         if o.dustbin:
             r.bin_row[...] = jnp.exp(r.col_score[0, 0] + r.col_abs[...] + start_row[:, :1])
-        if o.plain:
-            mass = jnp.exp(r.log_b[0, 0])
-            r.col_mass[...] = jnp.broadcast_to(mass, r.col_mass.shape)
-            r.col_share[...] = jnp.broadcast_to(jnp.where(mass > 0, 1 / mass, 0), r.col_share.shape)
-            r.col_dead[...] = jnp.broadcast_to(jnp.where(mass > 0, 0, 1).astype(o.dtype), r.col_dead.shape)
+        self.start_columns(alive)
         r.sums[...] = jnp.zeros_like(r.sums)
         over_blocks(self.strip, self._fill_exponentials)
 
@@ -161,7 +157,7 @@ class HeadSolve(ColumnHalfStep):
             r.low[half, :] = pltpu.bitcast(tile.astype(jnp.bfloat16), jnp.uint32)
         r.sums[:, cols] = r.sums[:, cols] + fold(tile)
         log_a, start = r.log_a[0, 0, :, at], r.start_row[0, 0, :, at]
-        lanes = jnp.exp(log_a) if o.plain else s.rho_row * (log_a + start) - start
+        lanes = jnp.exp(log_a) if o.plain_rows else s.rho_row * (log_a + start) - start
         r.row_rep[at, :] = along_rows(lanes)
         if r.log_x is not None:
             r.log_x[at, :] = jnp.zeros((BLOCK, BLOCK), o.dtype)
@@ -175,7 +171,7 @@ class HeadSolve(ColumnHalfStep):
     def sweep(self, saved: bool, base: bool, last: bool = False, limit: float = ROW_LIMIT) -> None:
         """x from y, row block by row block, and the column sums for it (in the last only for the residuals)."""
         r, o = self.r, self.o
-        saved = saved or not o.plain
+        saved = saved or not o.plain_rows
         columns = not last or o.residuals
         if columns:
             r.sums[...] = jnp.zeros_like(r.sums)
@@ -229,7 +225,7 @@ class HeadSolve(ColumnHalfStep):
     def row_scaling(self, at: Any, total: Array, base: bool) -> Array:
         """x for row sums `total`, rep."""
         r, s = self.r, self.s
-        if self.o.plain:
+        if self.o.plain_rows:
             return r.row_rep[at, :] / total
         log_x = r.row_rep[at, :] - s.rho_row * jnp.log(total)
         if r.log_x is not None:

@@ -171,9 +171,12 @@ class Call:
         if self.o.dustbin:
             found |= {"bin_col": (rep, dtype), "bin_row": ((1, sp), dtype)}
         found["y"] = ((SUBLANES, sp), dtype)
-        if self.o.plain:
-            found |= {name: ((SUBLANES, sp), dtype) for name in ("col_mass", "col_share", "col_dead")}
-        found |= {"sums": ((SUBLANES, sp), dtype), "col_abs": ((1, sp), dtype)}
+        names = ["col_mass", "col_share", "col_dead"] if self.o.plain_columns else []
+        names += ["sums"] + ["log_y"] * self.o.remembers + ["log_before"] * self.o.accelerated
+        found |= {name: ((SUBLANES, sp), dtype) for name in names}
+        if self.o.accelerated:
+            found["momentum"] = ((4, SUBLANES, BLOCK), dtype)
+        found["col_abs"] = ((1, sp), dtype)
         found["x"] = ((1, lp), dtype)
         if self.problem.statics.over_relaxation != 1:
             found["log_x"] = (rep, dtype)

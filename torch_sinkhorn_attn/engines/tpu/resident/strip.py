@@ -211,6 +211,11 @@ def side_by_side(x: Array, strip: Strip) -> Array:
     return jnp.concatenate([x] * strip.width, 1)
 
 
+def side_by_side_of(x: Any, columns: int) -> Any:
+    """A number as it is; one in every lane of `[n, 128]` in as many `columns`."""
+    return jnp.concatenate([x] * (columns // BLOCK), 1) if isinstance(x, Array) else x
+
+
 def fold(x: Array, combine: Callable[[Array, Array], Array] = jnp.add) -> Array:
     """`[128, C]` to `[8, C]`, whole registers at a time: slices, for reshapes are not free in every version of JAX."""
     return functools.reduce(combine, (x[i : i + SUBLANES] for i in range(0, BLOCK, SUBLANES)))
