@@ -26,6 +26,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     Strip,
     chunk,
     chunk_blocks,
+    in_pairs,
     side_by_side_of,
 )
 from torch_sinkhorn_attn.method.acceleration import estimate
@@ -102,6 +103,8 @@ class Refs(NamedTuple):
     range: Any  # [1, 1, 1, 128]: 1 while every scaling stayed in range
     strip: Any  # [Lp, C]
     low: Any  # [Lp/2, C] uint32: the strip in bfloat16, two rows a word
+    low_mass: Any  # [Lp/2, 128] uint32: `row_rep` likewise
+    low_y: Any  # [8, Sp] uint32: y likewise
     row_rep: Any  # [Lp, 128] rep: a, or beside relaxation rho (log a + u^start) - u^start
     bin_col: Any  # [Lp, 128] rep: the dustbin column's entries of the strip
     bin_row: Any  # [1, Sp]: the dustbin row's
@@ -112,7 +115,7 @@ class Refs(NamedTuple):
     sums: Any  # [8, Sp] column sums, to be added over sublanes
     log_y: Any  # [8, Sp] log y of the base where it steps on from there, 0 on dead columns, replicated
     log_before: Any  # [8, Sp] log y before that
-    momentum: Any  # [4, 8, 128]: see `Momentum`
+    momentum: Any  # [5, 8, 128]: see `Momentum`
     col_abs: Any  # [1, Sp] v^abs, DEAD on dead columns
     x: Any  # [1, Lp] row scaling of the last saved sweep
     log_x: Any  # [Lp, 128] rep: its logarithm, kept for over-relaxation
@@ -127,10 +130,10 @@ class Bin:
 
 
 class Momentum:
-    """Entries of `Refs.momentum`, one number in each: that of `method.acceleration`. WEIGHT is that of mu^2 / 4 in the
-    next omega: 2, and then omega."""
+    """Entries of `Refs.momentum`, one number in each: g, mu^2 / 4 and omega of `method.acceleration`. WEIGHT is that of
+    mu^2 / 4 in the next omega: 2, and then omega."""
 
-    LOG_CHANGE, CONTRACTION, OMEGA, WEIGHT = range(4)
+    LOG_CHANGE, G, QUARTER, OMEGA, WEIGHT = range(5)
 
 
 class Step(NamedTuple):
@@ -169,15 +172,14 @@ class ColumnHalfStep:
             r.log_before[...] = r.log_y[...]
             if o.dustbin:
                 self._set_bin(Bin.LOG_BEFORE, self.bin(Bin.LOG_Y))
-            for entry, value in (
-                (Momentum.LOG_CHANGE, 0.0), (Momentum.CONTRACTION, s.contraction), (Momentum.OMEGA, 1.0),
-                (Momentum.WEIGHT, 2.0),
-            ):  # fmt: skip
-                r.momentum[entry] = jnp.full((SUBLANES, BLOCK), value, o.dtype)
+            one = jnp.ones((SUBLANES, BLOCK), o.dtype)
+            r.momentum[Momentum.LOG_CHANGE] = 0 * one
+            r.momentum[Momentum.OMEGA], r.momentum[Momentum.WEIGHT] = one, 2 * one
+            self._set_contraction(s.contraction * one)
 
     def update_columns(self, t: Any = None) -> None:
-        """y from the column sums, and whether it is in range. `t` counts the iterations of the base from 0; None in the
-        tail."""
+        """y from the column sums, which are taken, and whether it is in range. `t` counts the iterations of the base
+        from 0; None in the tail."""
         step = self._step(t)
         if self.o.plain_columns:
             self._divide_columns()
@@ -195,10 +197,10 @@ class ColumnHalfStep:
         first = plain_iterations(s.contraction)
         if not s.contraction:
             pl.when(t < first)(lambda: self._measure(t == first - 1))
-        lam, omega, weight = (r.momentum[k] for k in (Momentum.CONTRACTION, Momentum.OMEGA, Momentum.WEIGHT))
-        g, mu = 2 / (2 - lam), lam / (2 - lam)
+        names = Momentum.G, Momentum.QUARTER, Momentum.OMEGA, Momentum.WEIGHT
+        g, quarter, omega, weight = (r.momentum[name] for name in names)
         moves = t >= first
-        following = jnp.where(moves, 1 / (1 - weight * mu * mu / 4), omega)
+        following = jnp.where(moves, 1 / (1 - weight * quarter), omega)
         r.momentum[Momentum.OMEGA] = following
         r.momentum[Momentum.WEIGHT] = jnp.where(moves, following, weight)
         return Step(jnp.where(moves, omega * g, 1), jnp.where(moves, omega - 1, 0))
@@ -207,32 +209,36 @@ class ColumnHalfStep:
         """Note the norm of the change to come, and after the last of them lambda."""
         r, change = self.r, self._log_change()
         lam = estimate(change, r.momentum[Momentum.LOG_CHANGE])
-        r.momentum[Momentum.CONTRACTION] = jnp.where(last, lam, 0)
         r.momentum[Momentum.LOG_CHANGE] = change
+        self._set_contraction(jnp.where(last, lam, 0))
+
+    def _set_contraction(self, lam: Array) -> None:
+        mu = lam / (2 - lam)
+        self.r.momentum[Momentum.G], self.r.momentum[Momentum.QUARTER] = 2 / (2 - lam), mu * mu / 4
 
     def _log_change(self) -> Array:
-        """log ||F(v) - v||_b, `[8, 128]`; -inf for 0."""
-        count, bins = chunk_blocks(self.strip.cols, CHUNK), self.r.bins
+        """log ||F(v) - v||_b, `[8, 128]`; -inf for 0. By running logarithms of sums, lane by lane."""
+        r, count = self.r, chunk_blocks(self.strip.cols, CHUNK)
 
-        def terms(at: Any) -> Array:
-            return _log_square(self.moves(at)) + self.r.log_b[0, 0, :, at]
+        def part(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            top, total = carry
+            at = chunk(j, count)
+            terms = _log_square(self.moves(at)) + r.log_b[0, 0, :, at]
+            new = jnp.maximum(top, _over_blocks(jnp.maximum, terms))
+            added = jnp.exp(terms - side_by_side_of(new, terms.shape[1]))
+            return new, total * jnp.exp(top - new) + _over_blocks(jnp.add, added)
 
-        def largest(j: Array, worst: Array) -> Array:
-            return jnp.maximum(worst, _over_blocks(jnp.maximum, terms(chunk(j, count))))
-
-        def add(j: Array, total: Array) -> Array:
-            return total + _over_blocks(jnp.add, jnp.exp(terms(chunk(j, count)) - top))
-
-        start = jnp.full((SUBLANES, BLOCK), 2 * DEAD, self.o.dtype)
-        top = jnp.max(lax.fori_loop(0, self.strip.cols // count, largest, start), 1, keepdims=True)
+        zero = jnp.zeros((SUBLANES, BLOCK), self.o.dtype)
+        lanes, total = lax.fori_loop(0, self.strip.cols // count, part, (zero + 2 * DEAD, zero))
+        top = jnp.max(lanes, 1, keepdims=True)
         if self.o.dustbin:
-            own = (_log_square(self.bin_move()) + bins[0, 0, 2:3, :])[:, :1]
+            own = (_log_square(self.bin_move()) + r.bins[0, 0, 2:3, :])[:, :1]
             top = jnp.maximum(top, own)
-        total = lax.fori_loop(0, self.strip.cols // count, add, jnp.zeros_like(start)).sum(1, keepdims=True)
+        total = jnp.sum(total * jnp.exp(lanes - top), 1, keepdims=True)
         if self.o.dustbin:
             total = total + jnp.exp(own - top)
         found = jnp.where(top > DEAD / 2, (top + jnp.log(total)) / 2, -math.inf)
-        return jnp.broadcast_to(found, start.shape)
+        return jnp.broadcast_to(found, zero.shape)
 
     def _divide_columns(self) -> None:
         """y = b / c, in every sublane at once, and its range by running maxima of y and 1 / y."""
@@ -240,9 +246,9 @@ class ColumnHalfStep:
 
         def part(j: Array, worst: tuple[Array, Array]) -> tuple[Array, Array]:
             at = chunk(j, count)
-            total = self.column_sums(at)
+            total = self._take_sums(at)
             y = r.col_mass[:, at] / total + r.col_dead[:, at]
-            r.y[:, at] = y
+            self._put_y(at, y)
             top, inverse = (_over_blocks(jnp.maximum, x) for x in (y, total * r.col_share[:, at]))
             return jnp.maximum(worst[0], top), jnp.maximum(worst[1], inverse)
 
@@ -256,7 +262,7 @@ class ColumnHalfStep:
 
         def part(j: Array, worst: Array) -> Array:
             at = chunk(j, count)
-            plain = self.plain_log(self.column_sums(at), r.log_b[0, 0, :, at], r.col_abs[:, at])
+            plain = self.plain_log(self._take_sums(at), r.log_b[0, 0, :, at], r.col_abs[:, at])
             log_y = plain
             if step.to_plain is not None:
                 old, before = r.log_y[:, at], None if step.onwards is None else r.log_before[:, at]
@@ -266,12 +272,17 @@ class ColumnHalfStep:
             log_y = jnp.where(r.log_b[0, 0, :, at] > DEAD / 2, log_y, 0)
             if o.remembers:
                 r.log_y[:, at] = log_y
-            r.y[:, at] = jnp.exp(log_y)
+            self._put_y(at, jnp.exp(log_y))
             return jnp.maximum(worst, _over_blocks(jnp.maximum, jnp.abs(log_y)))
 
         zero = jnp.zeros((SUBLANES, BLOCK), o.dtype)
         worst = lax.fori_loop(0, self.strip.cols // count, part, zero)
         self.check(jnp.exp(worst)[:1], jnp.ones((1, BLOCK)) > 0, COL_LIMIT)
+
+    def _put_y(self, at: Any, y: Array) -> None:
+        self.r.y[:, at] = y
+        if self.o.low_base:
+            self.r.low_y[:, at] = in_pairs(jnp.concatenate([y, y], 0))
 
     def _move_bin(self, step: Step) -> None:
         """The dustbin column's y."""
@@ -307,6 +318,12 @@ class ColumnHalfStep:
         if self.o.dustbin:
             total = total + self.r.bin_row[:, at] * self.bin(Bin.X)[:, :1]
         return jnp.maximum(total, TINY)
+
+    def _take_sums(self, at: Any) -> Array:
+        """`column_sums`, and zeros in their place, for the sweep to come."""
+        total = self.column_sums(at)
+        self.r.sums[:, at] = jnp.zeros_like(total)
+        return total
 
     def plain_log(self, total: Array, log_b: Array, col_abs: Array) -> Array:
         """log y of the plain half-step; anything on dead columns."""
@@ -344,8 +361,7 @@ class ColumnHalfStep:
         """Note a scaling beyond exp(+-limit), or exp(lowest), or NaN."""
         fine = (scaling >= math.exp(-limit if lowest is None else lowest)) & (scaling <= math.exp(limit))
         bad = jnp.where(live & ~fine, 1.0, 0.0).astype(self.o.dtype)
-        seen = jnp.max(bad, 1, keepdims=True)
-        self.r.range[0, 0] = jnp.minimum(self.r.range[0, 0], 1 - jnp.broadcast_to(seen, (1, BLOCK)))
+        self.r.range[0, 0] = jnp.minimum(self.r.range[0, 0], 1 - _over_blocks(jnp.maximum, bad))
 
 
 def _log_square(x: Array) -> Array:

@@ -40,6 +40,8 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     dot,
     dropout_keep,
     fold,
+    half_rows_of,
+    in_pairs,
     masked_scores,
     over_blocks,
     replicated,
@@ -153,12 +155,13 @@ class HeadSolve(ColumnHalfStep):
         tile = jnp.maximum(jnp.exp2(r.strip[at, :] + r.col_abs[:, cols] * LOG2E), TINY)
         r.strip[at, :] = tile
         if o.low_base:
-            half = pl.ds(pl.multiple_of(block * (BLOCK // 2), BLOCK // 2), BLOCK // 2)
-            r.low[half, :] = pltpu.bitcast(tile.astype(jnp.bfloat16), jnp.uint32)
+            r.low[half_rows_of(block), :] = in_pairs(tile)
         r.sums[:, cols] = r.sums[:, cols] + fold(tile)
         log_a, start = r.log_a[0, 0, :, at], r.start_row[0, 0, :, at]
         lanes = jnp.exp(log_a) if o.plain_rows else s.rho_row * (log_a + start) - start
         r.row_rep[at, :] = along_rows(lanes)
+        if o.low_base:
+            r.low_mass[half_rows_of(block), :] = in_pairs(along_rows(lanes))
         if r.log_x is not None:
             r.log_x[at, :] = jnp.zeros((BLOCK, BLOCK), o.dtype)
         if o.dustbin:
@@ -173,8 +176,6 @@ class HeadSolve(ColumnHalfStep):
         r, o = self.r, self.o
         saved = saved or not o.plain_rows
         columns = not last or o.residuals
-        if columns:
-            r.sums[...] = jnp.zeros_like(r.sums)
         if o.dustbin:
             r.bin[Bin.SUM : Bin.SUM + 1, :] = jnp.zeros((1, BLOCK), o.dtype)
 
@@ -184,7 +185,7 @@ class HeadSolve(ColumnHalfStep):
             else:
                 self.block(block, g, saved, base, last, columns)
 
-        over_blocks(self.strip, block, *([self.add_values] if last and o.values else []), deep=o.low_base and not saved)
+        over_blocks(self.strip, block, *([self.add_values] if last and o.values else []), deep=base and not saved)
         if o.dustbin:
             self._dustbin_row(base)
         if saved:
@@ -247,32 +248,30 @@ class HeadSolve(ColumnHalfStep):
         self.check(x, capacity > DEAD / 2, END_LIMIT)
 
     def low_block(self, block: Array) -> None:
-        """`block` with products in bfloat16, where the vector unit takes two rows at once: x and y are rounded, row
+        """`block` with products in bfloat16, where the vector unit takes two rows at once: x, y and a are rounded, row
         sums are summed by the matrix unit and column sums in pairs."""
         r, strip = self.r, self.strip
         at, cols = rows_of(block), columns_of(r.first[self.n, block], strip)
-        half = pl.ds(pl.multiple_of(block * (BLOCK // 2), BLOCK // 2), BLOCK // 2)
-        tile = pltpu.bitcast(r.low[half, :], jnp.bfloat16)
-        y = packed(jnp.concatenate([r.y[:, cols]] * 2, 0))
+        half = half_rows_of(block)
+        tile, y = pltpu.bitcast(r.low[half, :], jnp.bfloat16), pltpu.bitcast(r.low_y[:, cols], jnp.bfloat16)
         pairs = range(0, BLOCK, 2 * SUBLANES)
         slabs = [tile[i : i + 2 * SUBLANES] for i in pairs]
         weighted = jnp.concatenate([sum_tiles(slab * y, strip) for slab in slabs], 0)
         total = dot(weighted, jnp.ones((BLOCK, BLOCK), jnp.bfloat16), (1, 0), jnp.dtype(jnp.float32))
         if self.o.dustbin:
             total = total + r.bin_col[at, :] * self.bin(Bin.Y)
-        x = self.row_scaling(at, total, base=True)
+        x = pltpu.bitcast(r.low_mass[half, :], jnp.bfloat16) / total.astype(jnp.bfloat16)
         if self.o.dustbin:
-            r.bin[Bin.SUM : Bin.SUM + 1, :] = self.bin(Bin.SUM) + jnp.sum(x * r.bin_col[at, :], 0, keepdims=True)
-        x = packed(x)
-        parts = [
-            slab * side_by_side(x[i : i + 2 * SUBLANES], strip) for i, slab in zip(pairs, slabs, strict=True)
-        ]
+            column = x.astype(jnp.float32) * r.bin_col[at, :]
+            r.bin[Bin.SUM : Bin.SUM + 1, :] = self.bin(Bin.SUM) + jnp.sum(column, 0, keepdims=True)
+        x = opaque(x)
+        parts = [slab * side_by_side(x[i : i + 2 * SUBLANES], strip) for i, slab in zip(pairs, slabs, strict=True)]
         while len(parts) > 1:
             parts = [p + q for p, q in zip(parts[::2], parts[1::2], strict=True)]
         part = parts[0].astype(jnp.float32)
         r.sums[:, cols] = r.sums[:, cols] + part[:SUBLANES] + part[SUBLANES:]
 
 
-def packed(x: Array) -> Array:
-    """Rounded to bfloat16, two rows in one register."""
-    return pltpu.bitcast(pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32), jnp.bfloat16)
+def opaque(x: Array) -> Array:
+    """bfloat16 as it is: two rows in one register, which the compiler would else take apart and widen."""
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32), jnp.bfloat16)

@@ -166,7 +166,8 @@ class Call:
         lp, sp, rep = strip.padded_length, strip.padded_size, (strip.padded_length, BLOCK)
         found: Scratch = {"strip": ((lp, strip.columns), dtype)}
         if self.o.low_base:
-            found["low"] = ((lp // 2, strip.columns), jnp.uint32)
+            low_shapes = {"low": (lp // 2, strip.columns), "low_mass": (lp // 2, BLOCK), "low_y": (SUBLANES, sp)}
+            found |= {name: (shape, jnp.uint32) for name, shape in low_shapes.items()}
         found["row_rep"] = (rep, dtype)
         if self.o.dustbin:
             found |= {"bin_col": (rep, dtype), "bin_row": ((1, sp), dtype)}
@@ -175,7 +176,7 @@ class Call:
         names += ["sums"] + ["log_y"] * self.o.remembers + ["log_before"] * self.o.accelerated
         found |= {name: ((SUBLANES, sp), dtype) for name in names}
         if self.o.accelerated:
-            found["momentum"] = ((4, SUBLANES, BLOCK), dtype)
+            found["momentum"] = ((5, SUBLANES, BLOCK), dtype)
         found["col_abs"] = ((1, sp), dtype)
         found["x"] = ((1, lp), dtype)
         if self.problem.statics.over_relaxation != 1:
