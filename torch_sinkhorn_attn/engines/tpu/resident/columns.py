@@ -36,7 +36,8 @@ CHUNK = 32  # blocks of columns taken at once
 TINY = 1e-37  # stands for 0 in the strip, so that no sum is 0
 # Logarithms of the scalings in range. Entries of K below exp(-85) are lost. y is looked at in every half-step, x at the
 # end of the base: half-steps do not expand, so until then x has been within that and twice y's limit; and what is lost
-# stays below exp(-15) of a mass.
+# stays below exp(-15) of a mass. Over-relaxed half-steps do expand: the largest log x of all sweeps is looked at too; a
+# small x loses nothing, for it is its logarithm that is kept.
 COL_LIMIT, END_LIMIT = 16.0, 22.0
 ROW_LIMIT = END_LIMIT + 2 * COL_LIMIT
 
@@ -105,7 +106,7 @@ class Refs(NamedTuple):
     low: Any  # [Lp/2, C] uint32: the strip in bfloat16, two rows a word
     low_mass: Any  # [Lp/2, 128] uint32: `row_rep` likewise
     low_y: Any  # [8, Sp] uint32: y likewise
-    row_rep: Any  # [Lp, 128] rep: a, or beside relaxation rho (log a + u^start) - u^start
+    row_rep: Any  # [Lp, 128] rep: a, or where rows take logarithms rho (log a + u^start) - u^start, of base 2
     bin_col: Any  # [Lp, 128] rep: the dustbin column's entries of the strip
     bin_row: Any  # [1, Sp]: the dustbin row's
     y: Any  # [8, Sp] column scaling, replicated; 1 on dead columns, so that no row sum is 0
@@ -118,7 +119,8 @@ class Refs(NamedTuple):
     momentum: Any  # [5, 8, 128]: see `Momentum`
     col_abs: Any  # [1, Sp] v^abs, DEAD on dead columns
     x: Any  # [1, Lp] row scaling of the last saved sweep
-    log_x: Any  # [Lp, 128] rep: its logarithm, kept for over-relaxation
+    log_x: Any  # [Lp, 128] rep: its logarithm of base 2, kept for over-relaxation
+    top_x: Any  # [8, 128]: the largest of them in any sweep, or 0
     plan: Any  # [G, 128, C] K y of a group of row blocks, for the matrix unit
     bin: Any  # [8, 128], the dustbin's scalars: see `Bin`
 

@@ -79,6 +79,9 @@ class HeadSolve(ColumnHalfStep):
         self.update_columns()
         self.sweep(saved=True, base=False, last=True)
         self.save(s.kept)
+        if self.r.top_x is not None:
+            top = jnp.exp2(jnp.max(self.r.top_x[...], 0, keepdims=True))
+            self.check(top, jnp.ones((1, BLOCK)) > 0, ROW_LIMIT)
 
     def fixed_base(self) -> None:
         if self.s.stopped > 1:
@@ -158,12 +161,13 @@ class HeadSolve(ColumnHalfStep):
             r.low[half_rows_of(block), :] = in_pairs(tile)
         r.sums[:, cols] = r.sums[:, cols] + fold(tile)
         log_a, start = r.log_a[0, 0, :, at], r.start_row[0, 0, :, at]
-        lanes = jnp.exp(log_a) if o.plain_rows else s.rho_row * (log_a + start) - start
+        lanes = jnp.exp(log_a) if o.plain_rows else (s.rho_row * (log_a + start) - start) * LOG2E
         r.row_rep[at, :] = along_rows(lanes)
         if o.low_base:
             r.low_mass[half_rows_of(block), :] = in_pairs(along_rows(lanes))
         if r.log_x is not None:
             r.log_x[at, :] = jnp.zeros((BLOCK, BLOCK), o.dtype)
+            r.top_x[...] = jnp.zeros_like(r.top_x)
         if o.dustbin:
             column = jnp.exp(r.row_score[0, 0, :, at] + start + self.bin(Bin.COL_ABS))
             r.bin_col[at, :] = along_rows(column)
@@ -174,7 +178,6 @@ class HeadSolve(ColumnHalfStep):
     def sweep(self, saved: bool, base: bool, last: bool = False, limit: float = ROW_LIMIT) -> None:
         """x from y, row block by row block, and the column sums for it (in the last only for the residuals)."""
         r, o = self.r, self.o
-        saved = saved or not o.plain_rows
         columns = not last or o.residuals
         if o.dustbin:
             r.bin[Bin.SUM : Bin.SUM + 1, :] = jnp.zeros((1, BLOCK), o.dtype)
@@ -228,12 +231,13 @@ class HeadSolve(ColumnHalfStep):
         r, s = self.r, self.s
         if self.o.plain_rows:
             return r.row_rep[at, :] / total
-        log_x = r.row_rep[at, :] - s.rho_row * jnp.log(total)
+        log_x = r.row_rep[at, :] - s.rho_row * LOG2E * jnp.log(total)
         if r.log_x is not None:
             if base:
                 log_x = (1 - s.over_relaxation) * r.log_x[at, :] + s.over_relaxation * log_x
             r.log_x[at, :] = log_x
-        return jnp.exp(log_x)
+            r.top_x[...] = jnp.maximum(r.top_x[...], fold(log_x, jnp.maximum))
+        return jnp.exp2(log_x)
 
     def _dustbin_row(self, base: bool) -> None:
         """The dustbin row's x."""

@@ -180,7 +180,7 @@ class Call:
         found["col_abs"] = ((1, sp), dtype)
         found["x"] = ((1, lp), dtype)
         if self.problem.statics.over_relaxation != 1:
-            found["log_x"] = (rep, dtype)
+            found |= {"log_x": (rep, dtype), "top_x": ((SUBLANES, BLOCK), dtype)}
         if self.o.values:
             low = matmul_dtype(self.problem.inputs.query)
             found["plan"] = ((strip.unroll, BLOCK, strip.columns), low)
