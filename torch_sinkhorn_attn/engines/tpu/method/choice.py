@@ -120,8 +120,8 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
         return "it is empty"
     if problem.inputs.mask is not None:
         return "attn_mask is read tile by tile"
-    if statics.acceleration is not None and not adjoint:
-        return "acceleration is not in the resident kernel yet"
+    if not adjoint and statics.acceleration and not statics.contraction and constants.row_segment is not None:
+        return "the contraction of packed problems is measured segment by segment"
     if statics.kept == 0:
         return "without tail iterations there is little to keep for"
     if adjoint and statics.implicit:

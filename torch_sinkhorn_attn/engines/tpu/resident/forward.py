@@ -40,6 +40,8 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     dot,
     dropout_keep,
     fold,
+    half_rows_of,
+    in_pairs,
     masked_scores,
     over_blocks,
     replicated,
@@ -66,7 +68,7 @@ class HeadSolve(ColumnHalfStep):
         self.r.range[...] = jnp.ones_like(self.r.range)
         self.fill()
         if s.stopped:
-            self.update_columns(base=True, first=True)
+            self.update_columns(0)
             if s.tolerance:
                 self.until_tolerance()
             else:
@@ -74,21 +76,24 @@ class HeadSolve(ColumnHalfStep):
             self.save(0)
         if s.kept > 1:
             lax.fori_loop(1, s.kept, self.tail_step, None)
-        self.update_columns(base=False)
+        self.update_columns()
         self.sweep(saved=True, base=False, last=True)
         self.save(s.kept)
+        if self.r.top_x is not None:
+            top = jnp.exp2(jnp.max(self.r.top_x[...], 0, keepdims=True))
+            self.check(top, jnp.ones((1, BLOCK)) > 0, ROW_LIMIT)
 
     def fixed_base(self) -> None:
         if self.s.stopped > 1:
-            lax.fori_loop(0, self.s.stopped - 1, self.base_step, None)
+            lax.fori_loop(1, self.s.stopped, self.base_step, None)
         self.sweep(saved=True, base=True, limit=END_LIMIT)
 
-    def base_step(self, _: Any, carry: None) -> None:
+    def base_step(self, t: Array, carry: None) -> None:
         self.sweep(saved=False, base=True)
-        self.update_columns(base=True)
+        self.update_columns(t)
 
     def tail_step(self, k: Array, carry: None) -> None:
-        self.update_columns(base=False)
+        self.update_columns()
         self.sweep(saved=True, base=False)
         self.save(k)
 
@@ -99,7 +104,7 @@ class HeadSolve(ColumnHalfStep):
             t, _ = carry
             self.sweep(saved=True, base=True, limit=END_LIMIT)
             more = (t + 1 < self.s.stopped) & (self.change() > self.s.tolerance)
-            pl.when(more)(lambda: self.update_columns(base=True))
+            pl.when(more)(lambda: self.update_columns(t + 1))
             return t + 1, more
 
         lax.while_loop(lambda carry: carry[1], body, (jnp.int32(0), jnp.bool_(True)))
@@ -135,11 +140,7 @@ class HeadSolve(ColumnHalfStep):
         r.col_abs[...] = jnp.where(alive, -top, DEAD)
         if o.dustbin:
             r.bin_row[...] = jnp.exp(r.col_score[0, 0] + r.col_abs[...] + start_row[:, :1])
-        if o.plain:
-            mass = jnp.exp(r.log_b[0, 0])
-            r.col_mass[...] = jnp.broadcast_to(mass, r.col_mass.shape)
-            r.col_share[...] = jnp.broadcast_to(jnp.where(mass > 0, 1 / mass, 0), r.col_share.shape)
-            r.col_dead[...] = jnp.broadcast_to(jnp.where(mass > 0, 0, 1).astype(o.dtype), r.col_dead.shape)
+        self.start_columns(alive)
         r.sums[...] = jnp.zeros_like(r.sums)
         over_blocks(self.strip, self._fill_exponentials)
 
@@ -157,14 +158,16 @@ class HeadSolve(ColumnHalfStep):
         tile = jnp.maximum(jnp.exp2(r.strip[at, :] + r.col_abs[:, cols] * LOG2E), TINY)
         r.strip[at, :] = tile
         if o.low_base:
-            half = pl.ds(pl.multiple_of(block * (BLOCK // 2), BLOCK // 2), BLOCK // 2)
-            r.low[half, :] = pltpu.bitcast(tile.astype(jnp.bfloat16), jnp.uint32)
+            r.low[half_rows_of(block), :] = in_pairs(tile)
         r.sums[:, cols] = r.sums[:, cols] + fold(tile)
         log_a, start = r.log_a[0, 0, :, at], r.start_row[0, 0, :, at]
-        lanes = jnp.exp(log_a) if o.plain else s.rho_row * (log_a + start) - start
+        lanes = jnp.exp(log_a) if o.plain_rows else (s.rho_row * (log_a + start) - start) * LOG2E
         r.row_rep[at, :] = along_rows(lanes)
+        if o.low_base:
+            r.low_mass[half_rows_of(block), :] = in_pairs(along_rows(lanes))
         if r.log_x is not None:
             r.log_x[at, :] = jnp.zeros((BLOCK, BLOCK), o.dtype)
+            r.top_x[...] = jnp.zeros_like(r.top_x)
         if o.dustbin:
             column = jnp.exp(r.row_score[0, 0, :, at] + start + self.bin(Bin.COL_ABS))
             r.bin_col[at, :] = along_rows(column)
@@ -175,10 +178,7 @@ class HeadSolve(ColumnHalfStep):
     def sweep(self, saved: bool, base: bool, last: bool = False, limit: float = ROW_LIMIT) -> None:
         """x from y, row block by row block, and the column sums for it (in the last only for the residuals)."""
         r, o = self.r, self.o
-        saved = saved or not o.plain
         columns = not last or o.residuals
-        if columns:
-            r.sums[...] = jnp.zeros_like(r.sums)
         if o.dustbin:
             r.bin[Bin.SUM : Bin.SUM + 1, :] = jnp.zeros((1, BLOCK), o.dtype)
 
@@ -188,7 +188,7 @@ class HeadSolve(ColumnHalfStep):
             else:
                 self.block(block, g, saved, base, last, columns)
 
-        over_blocks(self.strip, block, *([self.add_values] if last and o.values else []), deep=o.low_base and not saved)
+        over_blocks(self.strip, block, *([self.add_values] if last and o.values else []), deep=base and not saved)
         if o.dustbin:
             self._dustbin_row(base)
         if saved:
@@ -229,14 +229,15 @@ class HeadSolve(ColumnHalfStep):
     def row_scaling(self, at: Any, total: Array, base: bool) -> Array:
         """x for row sums `total`, rep."""
         r, s = self.r, self.s
-        if self.o.plain:
+        if self.o.plain_rows:
             return r.row_rep[at, :] / total
-        log_x = r.row_rep[at, :] - s.rho_row * jnp.log(total)
+        log_x = r.row_rep[at, :] - s.rho_row * LOG2E * jnp.log(total)
         if r.log_x is not None:
             if base:
                 log_x = (1 - s.over_relaxation) * r.log_x[at, :] + s.over_relaxation * log_x
             r.log_x[at, :] = log_x
-        return jnp.exp(log_x)
+            r.top_x[...] = jnp.maximum(r.top_x[...], fold(log_x, jnp.maximum))
+        return jnp.exp2(log_x)
 
     def _dustbin_row(self, base: bool) -> None:
         """The dustbin row's x."""
@@ -251,32 +252,30 @@ class HeadSolve(ColumnHalfStep):
         self.check(x, capacity > DEAD / 2, END_LIMIT)
 
     def low_block(self, block: Array) -> None:
-        """`block` with products in bfloat16, where the vector unit takes two rows at once: x and y are rounded, row
+        """`block` with products in bfloat16, where the vector unit takes two rows at once: x, y and a are rounded, row
         sums are summed by the matrix unit and column sums in pairs."""
         r, strip = self.r, self.strip
         at, cols = rows_of(block), columns_of(r.first[self.n, block], strip)
-        half = pl.ds(pl.multiple_of(block * (BLOCK // 2), BLOCK // 2), BLOCK // 2)
-        tile = pltpu.bitcast(r.low[half, :], jnp.bfloat16)
-        y = packed(jnp.concatenate([r.y[:, cols]] * 2, 0))
+        half = half_rows_of(block)
+        tile, y = pltpu.bitcast(r.low[half, :], jnp.bfloat16), pltpu.bitcast(r.low_y[:, cols], jnp.bfloat16)
         pairs = range(0, BLOCK, 2 * SUBLANES)
         slabs = [tile[i : i + 2 * SUBLANES] for i in pairs]
         weighted = jnp.concatenate([sum_tiles(slab * y, strip) for slab in slabs], 0)
         total = dot(weighted, jnp.ones((BLOCK, BLOCK), jnp.bfloat16), (1, 0), jnp.dtype(jnp.float32))
         if self.o.dustbin:
             total = total + r.bin_col[at, :] * self.bin(Bin.Y)
-        x = self.row_scaling(at, total, base=True)
+        x = pltpu.bitcast(r.low_mass[half, :], jnp.bfloat16) / total.astype(jnp.bfloat16)
         if self.o.dustbin:
-            r.bin[Bin.SUM : Bin.SUM + 1, :] = self.bin(Bin.SUM) + jnp.sum(x * r.bin_col[at, :], 0, keepdims=True)
-        x = packed(x)
-        parts = [
-            slab * side_by_side(x[i : i + 2 * SUBLANES], strip) for i, slab in zip(pairs, slabs, strict=True)
-        ]
+            column = x.astype(jnp.float32) * r.bin_col[at, :]
+            r.bin[Bin.SUM : Bin.SUM + 1, :] = self.bin(Bin.SUM) + jnp.sum(column, 0, keepdims=True)
+        x = opaque(x)
+        parts = [slab * side_by_side(x[i : i + 2 * SUBLANES], strip) for i, slab in zip(pairs, slabs, strict=True)]
         while len(parts) > 1:
             parts = [p + q for p, q in zip(parts[::2], parts[1::2], strict=True)]
         part = parts[0].astype(jnp.float32)
         r.sums[:, cols] = r.sums[:, cols] + part[:SUBLANES] + part[SUBLANES:]
 
 
-def packed(x: Array) -> Array:
-    """Rounded to bfloat16, two rows in one register."""
-    return pltpu.bitcast(pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32), jnp.bfloat16)
+def opaque(x: Array) -> Array:
+    """bfloat16 as it is: two rows in one register, which the compiler would else take apart and widen."""
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32), jnp.bfloat16)

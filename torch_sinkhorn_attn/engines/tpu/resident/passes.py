@@ -166,17 +166,21 @@ class Call:
         lp, sp, rep = strip.padded_length, strip.padded_size, (strip.padded_length, BLOCK)
         found: Scratch = {"strip": ((lp, strip.columns), dtype)}
         if self.o.low_base:
-            found["low"] = ((lp // 2, strip.columns), jnp.uint32)
+            low_shapes = {"low": (lp // 2, strip.columns), "low_mass": (lp // 2, BLOCK), "low_y": (SUBLANES, sp)}
+            found |= {name: (shape, jnp.uint32) for name, shape in low_shapes.items()}
         found["row_rep"] = (rep, dtype)
         if self.o.dustbin:
             found |= {"bin_col": (rep, dtype), "bin_row": ((1, sp), dtype)}
         found["y"] = ((SUBLANES, sp), dtype)
-        if self.o.plain:
-            found |= {name: ((SUBLANES, sp), dtype) for name in ("col_mass", "col_share", "col_dead")}
-        found |= {"sums": ((SUBLANES, sp), dtype), "col_abs": ((1, sp), dtype)}
+        names = ["col_mass", "col_share", "col_dead"] if self.o.plain_columns else []
+        names += ["sums"] + ["log_y"] * self.o.remembers + ["log_before"] * self.o.accelerated
+        found |= {name: ((SUBLANES, sp), dtype) for name in names}
+        if self.o.accelerated:
+            found["momentum"] = ((5, SUBLANES, BLOCK), dtype)
+        found["col_abs"] = ((1, sp), dtype)
         found["x"] = ((1, lp), dtype)
         if self.problem.statics.over_relaxation != 1:
-            found["log_x"] = (rep, dtype)
+            found |= {"log_x": (rep, dtype), "top_x": ((SUBLANES, BLOCK), dtype)}
         if self.o.values:
             low = matmul_dtype(self.problem.inputs.query)
             found["plan"] = ((strip.unroll, BLOCK, strip.columns), low)

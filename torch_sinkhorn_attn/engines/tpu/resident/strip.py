@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
@@ -31,6 +32,7 @@ LOG2E = math.log2(math.e)
 DEAD = -1e30  # stands for -inf in sums that must stay finite
 SLOPE = 1.5  # largest n/m a strip is laid out for where lengths are data; steeper problems stream
 UNROLLED = 24  # blocks of 128 x 128 in one loop body, for the scheduler to overlap
+DEEPER = 4  # times as many in the sweep that all iterations of the base but the last take
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Strip:
         return self.unrolled(deep=False)
 
     def unrolled(self, deep: bool) -> int:
-        """Twice as many where products are in bfloat16 and a row block takes half the registers."""
-        largest = max(1, (2 if deep else 1) * UNROLLED // self.width)
+        """`DEEPER` times as many where the compiler's time pays off."""
+        largest = max(1, (DEEPER if deep else 1) * UNROLLED // self.width)
         return chunk_blocks(self.rows, largest)
 
 
@@ -184,6 +186,16 @@ def rows_of(block: Array) -> Any:
     return pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
 
 
+def half_rows_of(block: Array) -> Any:
+    """Those of a row block where two rows share a word."""
+    return pl.ds(pl.multiple_of(block * (BLOCK // 2), BLOCK // 2), BLOCK // 2)
+
+
+def in_pairs(x: Array) -> Array:
+    """`[2n, C]` rounded to bfloat16, two rows a word: `[n, C]` uint32."""
+    return pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32)
+
+
 def columns_of(first: Array, strip: Strip) -> Any:
     """The columns of a row block."""
     return pl.ds(pl.multiple_of(first * BLOCK, BLOCK), strip.columns)
@@ -211,14 +223,19 @@ def side_by_side(x: Array, strip: Strip) -> Array:
     return jnp.concatenate([x] * strip.width, 1)
 
 
+def side_by_side_of(x: Any, columns: int) -> Any:
+    """A number as it is; one in every lane of `[n, 128]` in as many `columns`."""
+    return jnp.concatenate([x] * (columns // BLOCK), 1) if isinstance(x, Array) else x
+
+
 def fold(x: Array, combine: Callable[[Array, Array], Array] = jnp.add) -> Array:
     """`[128, C]` to `[8, C]`, whole registers at a time: slices, for reshapes are not free in every version of JAX."""
     return functools.reduce(combine, (x[i : i + SUBLANES] for i in range(0, BLOCK, SUBLANES)))
 
 
 def sum_tiles(x: Array, strip: Strip) -> Array:
-    """`[..., C]` summed over column blocks, `[..., 128]`."""
-    return sum(x[..., k * BLOCK : (k + 1) * BLOCK] for k in range(strip.width))  # type: ignore[return-value]
+    """`[..., C]` summed over column blocks, `[..., 128]`. (`sum` would add 0 first, which a compiler keeps: of -0.)"""
+    return functools.reduce(jnp.add, (x[..., k * BLOCK : (k + 1) * BLOCK] for k in range(strip.width)))
 
 
 def row_sums(x: Array, strip: Strip) -> Array:
