@@ -153,7 +153,7 @@ def test_what_compiles_is_not_refused() -> None:
         for adjoint in (False, True):
             found = choice_of(8192, Lowering("auto", generation=generation), adjoint)
             assert found.shape == "resident" and found.vmem is not None and found.vmem <= VMEM[generation] * 15 / 16
-        assert choice_of(16384, Lowering("auto", generation=generation), True).shape == "streaming"
+        assert choice_of(16384, Lowering("auto", generation=generation), True).shape == "wavefront"
 
 
 def test_the_table_of_spills_rises() -> None:
