@@ -358,7 +358,7 @@ def test_an_interpreted_kernel_agrees_with_the_reference(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shape": "dense"}, "shape='dense' is unknown; choose one of 'auto', 'resident', 'streaming', 'blockwise'"),
+        ({"shape": "dense"}, "shape='dense' is unknown; choose one of 'auto', 'resident', 'wavefront', 'streaming'"),
         ({"base_dtype": "int8"}, "base_dtype='int8' is unknown; choose one of 'float32', 'bfloat16'"),
         ({"interpret": True}, "interpret=True runs a Pallas kernel by its interpreter, and shape=None names none"),
     ],
