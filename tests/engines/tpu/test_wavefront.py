@@ -111,8 +111,8 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 ELSEWHERE = {
-    "wide", "narrow", "longer lengths, steeper", "masses", "relaxed, rows with few keys", "unrolled", "three kept",
-    "warm start", "nothing in the second",
+    "more rows", "packed", "wide", "narrow", "longer lengths, steeper", "masses", "relaxed, rows with few keys",
+    "unrolled", "three kept", "warm start", "nothing in the second",
 }  # fmt: skip
 
 
