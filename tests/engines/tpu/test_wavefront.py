@@ -65,7 +65,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "more columns": ((1, 1, 300, 700, 4), {"window": (100, 100)} | SHORT),
     "more rows": ((1, 1, 700, 300, 4), {"window": (30, 60)} | SHORT),
     "wide": ((1, 1, 520, 520, 4), {"window": (200, 140)} | SHORT),
-    "narrow": ((1, 1, 257, 257, 4), {"window": (0, 1)} | SHORT),
+    "narrow": ((1, 1, 257, 257, 4), {"window": (1, 1)} | SHORT),
     "lengths": (
         (2, 1, 260, 150, 3),
         {"window": (60, 60), "query_lengths": torch.tensor([260, 133]), "key_lengths": torch.tensor([140, 71])} | SHORT,
