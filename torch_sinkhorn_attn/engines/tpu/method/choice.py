@@ -20,7 +20,6 @@ from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
 from torch_sinkhorn_attn.engines.tpu.wavefront import fits as wavefront
 
 WIDEST = 32  # column blocks of a row block: what one loop body may hold
-SMALLEST_FACTOR = 1e-6  # of q.k: what is added to the scores is held divided by it
 
 
 class Choice(NamedTuple):
@@ -128,8 +127,8 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
         return "the implicit gradient solves a linear system pass by pass"
     if constants.row_segment is not None and (problem.dustbin is not None or statics.tolerance):
         return "packed problems with a dustbin or a tolerance are worked on segment by segment"
-    if not statics.scale / statics.epsilon > SMALLEST_FACTOR:
-        return f"scale/epsilon={statics.scale / statics.epsilon:.3g} is not above {SMALLEST_FACTOR}"
+    if not statics.scale / statics.epsilon > wavefront.SMALLEST_FACTOR:
+        return f"scale/epsilon={statics.scale / statics.epsilon:.3g} is not above {wavefront.SMALLEST_FACTOR}"
     strip = strip_of(problem.length, problem.size, statics)
     if strip.width > WIDEST:
         return f"a block of {BLOCK} rows may reach {strip.columns} columns, and {WIDEST * BLOCK} are the most"

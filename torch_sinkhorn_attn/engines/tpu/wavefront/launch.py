@@ -40,13 +40,12 @@ class Operand(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Likewise one that it writes, `shape` without `[N, H]`: `[F, tokens]`, or `[tokens, F]` where `tokens_first`."""
+    """Likewise one that it writes, `shape` without `[N, H]`: `[F, tokens]`."""
 
     name: str
     shape: tuple[int, int]
     side: str | None  # None: one block for the head
     lag: int = 0
-    tokens_first: bool = False
 
 
 Scratch = dict[str, tuple[tuple[int, ...], Any]]
@@ -116,10 +115,6 @@ def launch(
 
     def result(x: Result) -> pl.BlockSpec:
         at = block_at(x.side, x.lag)
-        if x.tokens_first:
-            return pl.BlockSpec(
-                (1, 1, BLOCK, x.shape[1]), lambda n, h, s, row, front, *_: (n, h, at(n, s, row, front), 0)
-            )
         return pl.BlockSpec((1, 1, x.shape[0], BLOCK), lambda n, h, s, row, front, *_: (n, h, 0, at(n, s, row, front)))
 
     names = (*prefetched, *(x.name for x in operands), *(x.name for x in results), *scratch)

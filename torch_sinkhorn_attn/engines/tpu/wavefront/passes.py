@@ -229,7 +229,7 @@ def bytes_of(given: list[Operand], results: list[Result], scratch: Scratch, dtyp
     moved = sum(
         tile_bytes((BLOCK, BLOCK) if x.side == PAIRS else (x.array.shape[2], BLOCK), x.array.dtype) for x in given
     )
-    moved += sum(tile_bytes((BLOCK, x.shape[1]) if x.tokens_first else (x.shape[0], BLOCK), dtype) for x in results)
+    moved += sum(tile_bytes((x.shape[0], BLOCK), dtype) for x in results)
     return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + SPILLS
 
 
