@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
+from torch_sinkhorn_attn.compat.callers import users_level
 from torch_sinkhorn_attn.compat.releases import constant_in_programs
 from torch_sinkhorn_attn.engines import cpu
 
-_ELSEWHERE = (__name__.partition(".")[0], "torch")
 _said = False
 
 
@@ -29,13 +28,5 @@ def warn_once(taken: str) -> None:
         f"which are missing: {reason}. With engine={taken!r} given, or "
         f"warnings.filterwarnings('ignore', message='engine=.* computes CPU tensors'), this is not said again.",
         MissingKernelsWarning,
-        stacklevel=_users_level(),
+        stacklevel=users_level("torch"),
     )
-
-
-def _users_level() -> int:
-    """The stacklevel, for `warn_once`, of the nearest code that is neither torch's nor this package's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _ELSEWHERE:
-        level, frame = level + 1, frame.f_back
-    return level

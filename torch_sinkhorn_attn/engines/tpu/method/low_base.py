@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 import jax.numpy as jnp
 
+from torch_sinkhorn_attn.compat.callers import users_level
 from torch_sinkhorn_attn.engines.tpu.method.lowering import BFLOAT16_VECTORS, Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs, Statics
 
-_ELSEWHERE = (__name__.partition(".")[0], "torch", "torch_xla", "torch_tpu", "jax", "functools", "contextlib")
+_LIBRARIES = "torch", "torch_xla", "torch_tpu", "jax", "functools", "contextlib"
 _said: set[str] = set()
 
 
@@ -54,13 +54,5 @@ def warn_of_float32(inputs: Inputs, statics: Statics, lowering: Lowering, reside
     warnings.warn(
         f"base_dtype='bfloat16' is not followed, the base is computed in float32: {reason}. This is said once.",
         Float32BaseWarning,
-        stacklevel=_users_level(),
+        stacklevel=users_level(*_LIBRARIES),
     )
-
-
-def _users_level() -> int:
-    """The stacklevel of the nearest code that is neither a library's nor this package's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _ELSEWHERE:
-        level, frame = level + 1, frame.f_back
-    return level
