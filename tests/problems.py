@@ -125,6 +125,13 @@ def make(
             o["acceleration"] = _choice(g, [None, None, "chebyshev"])
         if o.get("acceleration"):
             o["contraction"] = _choice(g, [None, None, 0.5, 0.95])
+    # Centres anywhere, where rows and columns may lack a partner, or where the window reaches everything from anywhere;
+    # beside a dustbin some pair must be left.
+    some_pair = kind == "window" and call.mask is None
+    if "window" in o and draw(0, 2) == 0 and (both_relaxed or (use_dustbin and some_pair) or min(o["window"]) > size):
+        places = (size + 2) * torch.rand(*batch, length, generator=g, dtype=DTYPE).sort(-1).values - 1.5
+        whole = places.round().long().clamp(0, size - 1)
+        o["window_centers"] = whole if use_dustbin or draw(0, 1) else places
     call.leaves += [x for x in (call.query, call.key, call.value, call.mask) if x is not None and x.requires_grad]
     return call
 

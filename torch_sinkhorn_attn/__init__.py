@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
     from torch_sinkhorn_attn.problem.looking import set_checks
     from torch_sinkhorn_attn.problem.status import SinkhornAux, Status
+    from torch_sinkhorn_attn.scout import scout_centers
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Certificate", "Dustbin", "ReplacementReport", "SinkhornAux", "SinkhornMultiheadAttention", "Status",
     "TransformersReport", "certify", "choose_layers", "register_transformers", "replace_attention", "restore_attention",
-    "set_checks", "sinkhorn_attention", "sinkhorn_plan", "transformers_report",
+    "scout_centers", "set_checks", "sinkhorn_attention", "sinkhorn_plan", "transformers_report",
 ]  # fmt: skip
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     ),
     "modules": ("SinkhornMultiheadAttention",),
     "problem.status": ("SinkhornAux", "Status"),
+    "scout": ("scout_centers",),
 }  # fmt: skip
 __getattr__, __dir__ = lazy.names(__name__, {name: home for home, names in _HOMES.items() for name in names})
 registration.register_beside_torch()

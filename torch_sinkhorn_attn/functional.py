@@ -36,6 +36,7 @@ def sinkhorn_attention(
     scale: float | None = Options.scale,
     epsilon: float = Options.epsilon,
     window: tuple[int, int] | None = Options.window,
+    window_centers: Tensor | None = None,
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
     query_segment_ids: Tensor | None = None,
@@ -90,6 +91,11 @@ def sinkhorn_attention(
         epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
         window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
             first and the last with the last *active* tokens.
+        window_centers: float32, float64 or integer, broadcasting to `(..., L)`: where on the axis of the keys (padding
+            and other segments counted) the window of each query lies: query i may attend to the keys
+            -left <= j - c_i <= right among those of its lengths or segment. From one active query to the next they do
+            not fall. Constants; data, so that other centres compile nothing again. Default: the diagonal of `window`.
+            `scout_centers` finds them from a coarse transport plan.
         query_lengths, key_lengths: integer tensors `(...)`: only so many leading tokens are active.
         query_segment_ids, key_segment_ids: integer tensors `(..., L)`, `(..., S)`: packed sequences, contiguous runs in
             the same order; negative is inactive. Packed equals separate, exactly.
@@ -165,7 +171,8 @@ def sinkhorn_attention(
     """
     prepared = prepare(
         query, key, value, attn_mask,
-        scale=scale, epsilon=epsilon, window=window, query_lengths=query_lengths, key_lengths=key_lengths,
+        scale=scale, epsilon=epsilon, window=window, window_centers=window_centers,
+        query_lengths=query_lengths, key_lengths=key_lengths,
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
         relaxation=relaxation, dustbin=dustbin, base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance,
         over_relaxation=over_relaxation, acceleration=acceleration, contraction=contraction, gradient=gradient,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.nn import logsumexp  # noqa: F401
@@ -11,6 +13,7 @@ from jax.numpy import (  # noqa: F401
     clip,
     concatenate as concat,
     exp,
+    inf,
     log,
     log2,
     logaddexp,
@@ -57,6 +60,20 @@ def last_marked(x: Array, marked: Array, before: bool = False) -> Array:
     """For an x that is not negative and never falls from one marked entry to the next, as ends of intervals."""
     highest = lax.cummax(jnp.where(marked, x, 0), x.ndim - 1)
     return jnp.concatenate([jnp.zeros_like(x[..., :1]), highest[..., :-1]], -1) if before else highest
+
+
+def whole(x: Array, up: bool, limit: int) -> Array:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = jnp.clip(jnp.nan_to_num(x), -limit, limit)
+        x = jnp.ceil(x) if up else jnp.floor(x)
+    else:
+        known = jnp.iinfo(x.dtype)
+        x = jnp.clip(x, builtins.max(int(known.min), -limit), builtins.min(int(known.max), limit))
+    return x.astype(jnp.int32)
+
+
+def running_max(x: Array) -> Array:
+    return lax.cummax(x, x.ndim - 1)
 
 
 def times_exp2(x: Array, power: Array) -> Array:

@@ -15,6 +15,7 @@ from torch import (  # noqa: F401
     concat,
     cumsum,
     exp,
+    inf,
     log,
     log2,
     logaddexp,
@@ -23,6 +24,10 @@ from torch import (  # noqa: F401
     where,
     zeros_like,
 )
+
+from torch_sinkhorn_attn.compat.tracing import recording
+
+_DOUBLINGS = 24  # for any length, which a recorded program may not know
 
 
 def astype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,6 +72,26 @@ def last_marked(x: Tensor, marked: Tensor, before: bool = False) -> Tensor:
     rank = mark.cumsum(-1)
     kept = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     return kept.scatter_add(-1, rank, x * mark).gather(-1, rank - mark if before else rank)
+
+
+def whole(x: Tensor, up: bool, limit: int) -> Tensor:
+    """Numbers of any dtype rounded to int64, up or down, and brought within -limit and limit; NaN to 0."""
+    if x.is_floating_point():
+        x = x.nan_to_num(0.0).clamp(-limit, limit)
+        x = x.ceil() if up else x.floor()
+    return x.to(torch.int64).clamp(-limit, limit)
+
+
+def running_max(x: Tensor) -> Tensor:
+    """The highest of each entry of the last dimension and those before it.
+
+    >>> running_max(torch.tensor([3, 1, 4, 2]))
+    tensor([3, 3, 4, 4])
+    """
+    place = torch.arange(x.shape[-1], device=x.device)
+    for doubling in range(_DOUBLINGS if recording() else (x.shape[-1] - 1).bit_length()):
+        x = torch.maximum(x, x[..., (place - 2**doubling).clamp(min=0)])
+    return x
 
 
 def times_exp2(x: Tensor, power: Tensor) -> Tensor:

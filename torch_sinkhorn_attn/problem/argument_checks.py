@@ -96,6 +96,15 @@ def integers(name: str, x: Any, shape: tuple[int, ...] | torch.Size, device: tor
     return x.expand(shape)
 
 
+def positions(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
+    """Places on an axis of tokens, or between them, expanded to `shape`."""
+    if isinstance(x, Tensor) and not x.is_floating_point():
+        return integers(name, x, shape, query.device)
+    if x is not None and (not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64)):
+        raise TypeError(shapes.not_positions(name, shape, x.dtype if isinstance(x, Tensor) else type(x).__name__))
+    return constant(name, x, shape, query)
+
+
 def constant(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
     """A floating-point constant expanded to `shape`."""
     if x is None:

@@ -22,6 +22,7 @@ from torch_sinkhorn_attn.problem.argument_checks import (
     given_capacities,
     integers,
     options,
+    positions,
     potentials,
     score_mask,
     tokens,
@@ -42,6 +43,7 @@ class Keywords(TypedDict, total=False):
     scale: float | None
     epsilon: float
     window: tuple[int, int] | None
+    window_centers: Tensor | None
     query_lengths: Tensor | None
     key_lengths: Tensor | None
     query_segment_ids: Tensor | None
@@ -101,7 +103,8 @@ def prepare(
     dustbin, whole = keywords.get("dustbin"), not given.packed and _absent(given.lengths)
     uniform = solver.balanced and dustbin is None and _absent(given.masses)
     softmax_mode = uniform and o.base_iters == o.tail_iters == 0
-    window, causal = causal_window(o, attn_mask, length, size, whole, uniform)
+    centered = given.centers is not None
+    window, causal = causal_window(o, attn_mask, length, size, whole, uniform, centered)
     look = check_data and data_checks_enabled(query, key, value, *given.tensors())
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
@@ -115,7 +118,9 @@ def prepare(
     ]
     if look and given.packed:
         data_checks.check_segments(ids[0], ids[1])
-    support = build_support(ids[0], ids[1], window, given.packed, causal)
+    if look and given.centers is not None:
+        data_checks.check_centers(given.centers, ids[0] >= 0)
+    support = build_support(ids[0], ids[1], window, given.packed, causal, given.centers)
     scan = None
     if given.mask is not None:
         floor = None if softmax_mode else o.mask_floor
@@ -139,7 +144,7 @@ def prepare(
     if not softmax_mode:
         existence = Existence(
             rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, rho,
-            given.packed or o.window is not None or o.is_causal, o.window, o.is_causal, dtype, o.mask_floor,
+            given.packed or o.window is not None or o.is_causal, o.window, centered, o.is_causal, dtype, o.mask_floor,
         )  # fmt: skip
         if look:
             existence.check((a, b), capacities)
@@ -162,7 +167,8 @@ def prepare(
             )
             initial = unit.shifted(row, col, back=True)
 
-    outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), whole and not causal)
+    aligned = whole and not causal and not centered
+    outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), aligned)
     intervals = Intervals(support.row_lo, support.row_hi, support.col_lo, support.col_hi, row_segment, col_segment)
     marginals = Marginals(*(None if x is None else log_mass(x, dtype) for x in masses))  # type: ignore[arg-type]
     problem = Problem(intervals, marginals, *initial, _dropout_seed(o.dropout_p, query.device), solver, outline)
@@ -187,6 +193,7 @@ class _Given(NamedTuple):
     """The user's tensors beside query, key and value: types, shapes and devices checked, batch flattened to N."""
 
     mask: Tensor | None
+    centers: Tensor | None  # [N, L]
     lengths: Pair  # [N]
     segments: Pair  # [N, L], [N, S]
     masses: Pair  # [N, H, L], [N, H, S]
@@ -197,7 +204,16 @@ class _Given(NamedTuple):
     bins: int  # dustbins per head, G, or 0
 
     def tensors(self) -> list[Tensor | None]:
-        return [self.mask, *self.lengths, *self.segments, *self.masses, *self.dustbin, *self.capacities, *self.initial]
+        return [
+            self.mask,
+            self.centers,
+            *self.lengths,
+            *self.segments,
+            *self.masses,
+            *self.dustbin,
+            *self.capacities,
+            *self.initial,
+        ]
 
 
 def _given(query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor | None, keywords: Keywords) -> _Given:
@@ -220,6 +236,7 @@ def _given(query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor |
     bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
     return _Given(
         mask=score_mask(attn_mask, (*batch, heads, length, size), query),
+        centers=flat(positions("window_centers", keywords.get("window_centers"), (*batch, length), query)),
         lengths=(
             flat(integers("query_lengths", keywords.get("query_lengths"), batch, device)),
             flat(integers("key_lengths", keywords.get("key_lengths"), batch, device)),

@@ -9,16 +9,21 @@ from torch_sinkhorn_attn.options import Options
 
 
 def causal_window(
-    options: Options, mask: object, length: int, size: int, whole: bool, uniform: bool
+    options: Options, mask: object, length: int, size: int, whole: bool, uniform: bool, centered: bool
 ) -> tuple[tuple[int, int] | None, bool]:
     """(window, causal): the window of L queries and S keys, and whether the support is causal beside it. Where there
     are no lengths or segments (`whole`) and L = S, causality is a window, which engines know ahead of the data.
 
-    `uniform`: balanced, with no masses given and no dustbin.
+    `uniform`: balanced, with no masses given and no dustbin. `centered`: the window lies around centres given.
 
     Raises:
-        ValueError: causal beside a mask, or where the only plan is the identity.
+        ValueError: causal beside a mask, or where the only plan is the identity; centres without a window.
     """
+    if centered and options.window is None:
+        raise ValueError(
+            "window_centers is given without a window: pass window=(left, right), the tokens on either side of the "
+            "centres, or leave window_centers out."
+        )
     if not options.is_causal:
         return options.window, False
     if mask is not None:
@@ -28,7 +33,7 @@ def causal_window(
         )
     if whole and uniform:
         _refuse_balanced(length, size, options.window, options.base_iters == options.tail_iters == 0)
-    if not (whole and length == size):
+    if centered or not (whole and length == size):
         return options.window, True
     return (-1 if options.window is None else options.window[0], 0), False
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.dustbin import Dustbin
+from torch_sinkhorn_attn.problem.centers import fallen
 from torch_sinkhorn_attn.problem.feasibility import intervals as feasibility, masks as mask_feasibility
 from torch_sinkhorn_attn.problem.masks.lines import MaskScan
 from torch_sinkhorn_attn.problem.masks.scan import Extremes
@@ -40,6 +41,28 @@ def check_segments(row_ids: Tensor, col_ids: Tensor) -> None:
                 f"query_segment_ids and key_segment_ids of batch {n} hold the same ids in different order "
                 f"({order[0][:6]} and {order[1][:6]}); sort both by segment."
             )
+
+
+def check_centers(centers: Tensor, active: Tensor) -> None:
+    """The centres of active queries `[N, L]` are finite and do not fall."""
+    if centers.numel() == 0:
+        return
+    places = centers.double()
+    wrong = active & ~torch.isfinite(places)
+    if wrong.any():
+        n, i = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"window_centers is {places[n, i].item()} at batch {n}, query {i}; the centre of an active query is a "
+            "finite place on the axis of the keys."
+        )
+    wrong = fallen(places, active)
+    if wrong.any():
+        n, i = wrong.nonzero()[0].tolist()
+        before = places[n, :i][active[n, :i]].max().item()
+        raise ValueError(
+            f"window_centers falls from {before:.6g} to {places[n, i].item():.6g} at batch {n}, query {i}; centres "
+            "must not fall from one active query to the next: torch.cummax(window_centers, -1).values does not."
+        )
 
 
 def check_mask(found: Extremes, dtype: torch.dtype, softmax_mode: bool) -> None:
@@ -121,6 +144,7 @@ def check_feasibility(
     rho: tuple[float, float],
     banded: bool,
     window: tuple[int, int] | None,
+    centered: bool,
     is_causal: bool,
     dtype: torch.dtype,
     first: tuple[int, int] = (0, 0),
@@ -147,7 +171,7 @@ def check_feasibility(
         lo, hi, covered = scan.row_lo, scan.row_hi, scan.col_covered
     m = feasibility.IntervalProblem(
         a, b, lo.cpu().expand(a.shape), hi.cpu().expand(a.shape), covered.cpu().expand(b.shape),
-        feasibility.Request(window, mask is not None, given[0] is not None or given[1] is not None, is_causal),
+        feasibility.Request(window, mask is not None, given[:2] != (None, None), is_causal, centered),
         rows, cols, groups, feasibility.rounding_of(*given[:2]), first,
     )  # fmt: skip
     masked = None

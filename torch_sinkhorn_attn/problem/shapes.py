@@ -57,6 +57,14 @@ def score_mask(mask: Array, shape: Shape, dtypes: tuple[Any, ...]) -> Array:
     return namespace(mask).broadcast_to(mask, (*batch, *own)).reshape(math.prod(batch), *own)
 
 
+def not_positions(name: str, shape: Shape, found: Any) -> str:
+    """What a TypeError says of places on an axis of tokens."""
+    return (
+        f"{name} must hold float32, float64 or integers, broadcasting to {tuple(shape)}, got {found}. (Shorter floats "
+        "cannot tell the tokens of a long sequence apart.)"
+    )
+
+
 def potential_pair(given: Any) -> list[tuple[str, Any]]:
     """The two of `initial_potentials`, with their names."""
     if not isinstance(given, (tuple, list)) or len(given) != 2:

@@ -8,7 +8,8 @@ A support lets row i attend to columns `[lo_i, hi_i)` with lo and hi non-decreas
     1 1 1 1      . . 1 1      . . 1 1
 
 A window follows the aligned centres of the n active queries and m active keys, c_i = (i + 1/2) m/n - 1/2: key j is in
-row i's window (left, right) iff -left <= j - c_i <= right, decided in integers. Everything is tensor code without a
+row i's window (left, right) iff -left <= j - c_i <= right, decided in integers; `centers.py` has those given as data.
+Everything is tensor code without a
 host synchronisation (lengths and ids are data), of operations that XLA does right: no cummax, cummin, searchsorted, nor
 cumsum of bool.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.arrays.of_torch import last_marked
 from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
+from torch_sinkhorn_attn.problem.centers import around
 
 
 class Support(NamedTuple):
@@ -158,16 +160,21 @@ def _number_up_to(x: Tensor, count: int) -> Tensor:
 
 
 def build_support(
-    row_ids: Tensor, col_ids: Tensor, window: tuple[int, int] | None, packed: bool, causal: bool = False
+    row_ids: Tensor,
+    col_ids: Tensor,
+    window: tuple[int, int] | None,
+    packed: bool,
+    causal: bool = False,
+    centers: Tensor | None = None,
 ) -> Support:
     """The support of problems given by `row_ids [N, L]` and `col_ids [N, S]` (-1 = inactive).
 
     `packed` says that ids may differ or leave holes; without it the active tokens are prefixes of one problem, and no
     sort is needed. `causal` leaves to each query the keys of its problem whose rank is no higher than its own, and keys
-    beyond the last query without a pair, inactive.
+    beyond the last query without a pair, inactive. `centers [N, L]`: of the window, in place of the aligned ones.
     """
     num_cols = col_ids.shape[-1]
-    left, right = (-1, -1) if window is None else window
+    left, right = (-1, -1) if window is None or centers is not None else window
     if packed and row_ids.shape[-1] and num_cols:
         rows, cols = _match(row_ids, col_ids)
         row_active, col_active = (row_ids >= 0) & (rows.matches > 0), (col_ids >= 0) & (cols.matches > 0)
@@ -179,7 +186,6 @@ def build_support(
         at = cols.order.gather(-1, (rows.first + lo).clamp(max=num_cols - 1))
         end = cols.order.gather(-1, (rows.first + hi - 1).clamp(0, num_cols - 1)) + 1
         row_lo, row_hi = torch.where(nonempty, at, 0), torch.where(nonempty, end, 0)
-        col_lo, col_hi = transpose_intervals(row_lo, row_hi, num_cols)
         row_segment, col_segment = _segment_index(row_ids, row_active), _segment_index(col_ids, col_active)
     else:
         row_active, col_active = row_ids >= 0, col_ids >= 0
@@ -193,6 +199,14 @@ def build_support(
             end, col_active = torch.maximum(end, first), col_active & (col < n)
         nonempty = row_active & (lo < hi)
         row_lo, row_hi = torch.where(nonempty, lo, 0), torch.where(nonempty, hi, 0)
-        col_lo, col_hi = (torch.where(col_active, x, row.shape[-1]) for x in (first, end))
         row_segment, col_segment = torch.zeros_like(row_ids), torch.zeros_like(col_ids)
+    if centers is not None and window is not None:
+        low, high = around(centers, row_active, window, num_cols)
+        row_lo, row_hi = torch.maximum(row_lo, low), torch.minimum(row_hi, high)
+        some = row_lo < row_hi
+        row_lo, row_hi = torch.where(some, row_lo, 0), torch.where(some, row_hi, 0)
+    if packed or centers is not None:
+        col_lo, col_hi = transpose_intervals(row_lo, row_hi, num_cols)
+    else:
+        col_lo, col_hi = (torch.where(col_active, x, row_ids.shape[-1]) for x in (first, end))
     return Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E4
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.streaming import passes as streaming  # noqa: E402
 from torch_sinkhorn_attn.problem.masks.scan import scan_mask  # noqa: E402
-from torch_sinkhorn_attn.problem.support import build_support  # noqa: E402
+from torch_sinkhorn_attn.problem.support import build_support, token_ids  # noqa: E402
 
 
 def as_jax(x: Any, leaves: dict[int, jax.Array]) -> Any:
@@ -106,6 +107,40 @@ def test_a_packed_dustbin_with_dropout_is_torchs() -> None:
         "dustbin": Dustbin(leaves[3], leaves[4], 0.5), "dropout_p": 0.3, "window": (1, 2), "base_iters": 4,
     }  # fmt: skip
     assert_same(problems.Call(0, *leaves[:3], options=options, leaves=leaves))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int32", "int8"])
+def test_windows_around_centres_are_torchs(kind: str) -> None:
+    """NaN, falling and far centres too, which nobody looks at here; lengths, packing and causality beside them."""
+    g = torch.Generator().manual_seed(0)
+    centers = torch.randn(4, 12, generator=g, dtype=torch.float64) * 3 + torch.arange(12)
+    if kind.startswith("float"):
+        centers[0, 4], centers[1, 2], centers[1, 5], centers[2, 9] = torch.nan, torch.inf, -torch.inf, 1e30
+    centers = centers.to(getattr(torch, kind))
+    ids = [torch.randint(-1, 3, (4, n), generator=g).sort(-1).values for n in (12, 10)]
+    lengths = [token_ids(4, n, torch.tensor([n, 7, 3, 0]), None, torch.device("cpu")) for n in (12, 10)]
+    for packed, (rows, cols), causal in itertools.product((True, False), (ids, lengths), (False, True)):
+        if packed or cols is lengths[1]:
+            for window in ((2, 1), (-1, 3), (0, 0), (1 << 24, 1 << 24)):
+                expected = build_support(rows, cols, window, packed, causal, centers)
+                with enable_x64(kind == "float64"):
+                    arrays = (jnp.asarray(x.numpy()) for x in (rows.int(), cols.int()))
+                    found = support.build_support(*arrays, window, packed, causal, jnp.asarray(centers.numpy()))
+                for x, y in zip(found[:4], expected[:4], strict=True):
+                    assert (torch.from_numpy(np.array(x)) == y).all()
+
+
+def test_centres_are_torchs() -> None:
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 2, n, 4, generator=g, dtype=torch.float64).requires_grad_() for n in (12, 9, 9)]
+    centers = torch.rand(2, 12, generator=g).sort(-1).values * 8
+    options = {"window": (3, 2), "window_centers": centers, "relaxation": 1.0, "base_iters": 3, "tail_iters": 1}
+    assert_same(problems.Call(0, *leaves, options=options, leaves=leaves))
+    with pytest.raises(ValueError, match="window_centers is given without a window"):
+        tpu.sinkhorn_attention(*(jnp.ones((1, 4, 2)),) * 3, window_centers=jnp.arange(4))
+    for wrong in (jnp.ones(4, jnp.bfloat16), jnp.ones(4, bool), [0, 1, 2, 3]):
+        with pytest.raises(TypeError, match="window_centers must hold float32, float64 or integers"):
+            tpu.sinkhorn_attention(*(jnp.ones((1, 4, 2)),) * 3, window=(1, 1), window_centers=wrong)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 7), (2, 3, 6, 7), (1, 1, 6, 1)], ids=str)

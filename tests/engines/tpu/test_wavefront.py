@@ -59,6 +59,7 @@ def some_pairs(length: int, size: int, seed: int = 0) -> torch.Tensor:
 
 
 IDS = torch.tensor([[0] * 60 + [-1] * 10 + [3] * 90, [1] * 50 + [2] * 110])
+BENT = torch.stack([torch.linspace(20, 270, 300).round(), 240 * torch.linspace(0.2, 1, 300) ** 1.3])
 SHORT = {"base_iters": 2, "tail_iters": 1}
 PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "band": ((1, 1, 300, 300, 4), {"window": (50, 50), "base_iters": 3}),
@@ -79,6 +80,11 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "masses": (
         (1, 2, 260, 260, 3),
         {"row_mass": 0.5 + torch.rand(260, dtype=D), "window": (40, 40), "base_iters": 1, "tail_iters": 1},
+    ),
+    "centres": (
+        (2, 1, 300, 280, 3),
+        {"window": (40, 60), "window_centers": BENT, "relaxation": (1.5, 2.0), "key_lengths": torch.tensor([280, 240])}
+        | SHORT,
     ),
     "relaxed, rows with few keys": ((1, 1, 300, 150, 3), {"relaxation": (1.5, 2.0), "window": (1, 0)} | SHORT),
     "over-relaxed": ((1, 1, 260, 260, 3), {"over_relaxation": 1.4, "window": (50, 50), "base_iters": 4}),
@@ -112,7 +118,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 ELSEWHERE = {
     "more rows", "packed", "wide", "narrow", "longer lengths, steeper", "masses", "relaxed, rows with few keys",
-    "unrolled", "three kept", "warm start", "nothing in the second",
+    "unrolled", "three kept", "warm start", "nothing in the second", "centres",
 }  # fmt: skip
 
 

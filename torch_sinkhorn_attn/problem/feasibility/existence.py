@@ -31,6 +31,7 @@ class Existence(NamedTuple):
     rho: tuple[float, float]
     banded: bool
     window: tuple[int, int] | None
+    centered: bool  # whether the window lies around centres given
     is_causal: bool
     dtype: torch.dtype  # in which the mask is added
     mask_floor: float | None
@@ -51,7 +52,8 @@ class Existence(NamedTuple):
             *masses, *capacities, self.support, self.mask, self.scan,
             (self.rows.given, self.cols.given, *self.capacities),
             row_segment=self.rows.segment, col_segment=self.cols.segment, groups=self.groups, rho=self.rho,
-            banded=self.banded, window=self.window, is_causal=self.is_causal, dtype=self.dtype, first=first,
+            banded=self.banded, window=self.window, centered=self.centered, is_causal=self.is_causal, dtype=self.dtype,
+            first=first,
         )  # fmt: skip
 
     def fetched(self) -> Existence:

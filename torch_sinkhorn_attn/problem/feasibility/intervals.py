@@ -33,13 +33,15 @@ class Request(NamedTuple):
     mask: bool
     masses: bool  # some were given
     is_causal: bool = False
+    centered: bool = False  # the window lies around centres given
 
     def __str__(self) -> str:
-        parts = [] if self.window is None else [f"window={self.window}"]
+        parts = [] if self.window is None else [f"window={self.window}{' around window_centers' * self.centered}"]
         return " with ".join(parts + ["is_causal=True"] * self.is_causal + ["attn_mask"] * self.mask) or "the support"
 
     def ways_out(self) -> str:
         own = [] if self.window is None else ["widen the window on both sides"]
+        own += ["move window_centers"] * self.centered
         own += ["leave is_causal=False"] * self.is_causal
         own += ["let attn_mask keep more pairs"] * self.mask + ["change row_mass or col_mass"] * self.masses
         dustbin = "pass dustbin=Dustbin(...) to take what cannot be matched"

@@ -70,6 +70,7 @@ def sinkhorn_attention(
     scale: float | None = Options.scale,
     epsilon: float = Options.epsilon,
     window: tuple[int, int] | None = Options.window,
+    window_centers: Array | None = None,
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
     query_segment_ids: Array | None = None,
@@ -130,6 +131,10 @@ def sinkhorn_attention(
         epsilon: entropic regularisation, positive, in score units; small is sharp and slow to converge. Default 1.
         window: `(left, right)` tokens around the diagonal, -1 for unlimited; the diagonal joins the first with the
             first and the last with the last *active* tokens.
+        window_centers: float32, float64 or integer, broadcasting to `(..., L)`: where on the axis of the keys (padding
+            and other segments counted) the window of each query lies: query i may attend to the keys
+            -left <= j - c_i <= right among those of its lengths or segment. From one active query to the next they must
+            not fall. Constants. Default: the diagonal of `window`.
         query_lengths, key_lengths: integers `(...)`: only so many leading tokens are active.
         query_segment_ids, key_segment_ids: integers `(..., L)`, `(..., S)`: packed sequences, contiguous runs in the
             same order; negative is inactive. Packed equals separate.
@@ -189,8 +194,9 @@ def sinkhorn_attention(
     inputs, constants, statics, batch, unit = prepare(
         query, key, value, attn_mask, enable_gqa=enable_gqa,
         dropout_p=dropout_p, is_causal=is_causal, scale=scale, epsilon=epsilon, window=window,
-        query_lengths=query_lengths, key_lengths=key_lengths, query_segment_ids=query_segment_ids,
-        key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass, relaxation=relaxation, dustbin=dustbin,
+        window_centers=window_centers, query_lengths=query_lengths, key_lengths=key_lengths,
+        query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass,
+        col_mass=col_mass, relaxation=relaxation, dustbin=dustbin,
         base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance, over_relaxation=over_relaxation,
         acceleration=acceleration, contraction=contraction, gradient=gradient,
         initial_potentials=initial_potentials, mask_floor=mask_floor, dropout_seed=dropout_seed,

@@ -64,6 +64,17 @@ def flattened(name: str, x: Any, kind: str, batch: tuple[int, ...], rest: tuple[
     return jnp.broadcast_to(jnp.asarray(x), (*batch, *rest)).reshape(math.prod(batch), *rest)
 
 
+def positions(name: str, x: Any, batch: tuple[int, ...], length: int) -> Array | None:
+    """Places on an axis of tokens, or between them, as `flattened` has them."""
+    if x is None:
+        return None
+    integer = is_array(x) and jnp.issubdtype(x.dtype, jnp.integer)
+    if not (integer or (is_array(x) and x.dtype in ("float32", "float64"))):
+        found = x.dtype if is_array(x) else type(x).__name__
+        raise TypeError(shapes.not_positions(name, (*batch, length), found))
+    return flattened(name, x, "integer" if integer else "floating-point", batch, (length,))
+
+
 def score_mask(mask: Any, batch: tuple[int, ...], rest: tuple[int, int, int]) -> Array | None:
     """The caller's mask, 4-D, broadcasting to [N, H, L, S]; nothing is expanded beyond the batch."""
     if mask is None:

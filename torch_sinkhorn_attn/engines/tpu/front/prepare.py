@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from torch_sinkhorn_attn.engines.tpu.front.checks import flattened, is_array, not_traced, score_mask, tokens
+from torch_sinkhorn_attn.engines.tpu.front.checks import (
+    flattened,
+    is_array,
+    not_traced,
+    positions,
+    score_mask,
+    tokens,
+)
 from torch_sinkhorn_attn.engines.tpu.front.mask_scan import active_tokens
 from torch_sinkhorn_attn.engines.tpu.front.support import build_support, token_ids
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics, compute_dtype
@@ -68,6 +75,7 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
         raise ValueError(
             "query_segment_ids and key_segment_ids belong together: pass both (the same array in self-attention)."
         )
+    centers = positions("window_centers", options["window_centers"], batch, length)
     lengths = integers("query_lengths"), integers("key_lengths")
     packed = segments[0] is not None
     bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
@@ -85,8 +93,8 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
     whole = not packed and lengths == (None, None)
     uniform = solver.balanced and dustbin is None and masses == (None, None)
     softmax_mode = uniform and o.base_iters == o.tail_iters == 0
-    window, causal = causal_window(o, attn_mask, length, size, whole, uniform)
-    support = build_support(ids[0], ids[1], window, packed, causal)
+    window, causal = causal_window(o, attn_mask, length, size, whole, uniform, centers is not None)
+    support = build_support(ids[0], ids[1], window, packed, causal, centers)
     row_active, col_active = support.row_active[:, None], support.col_active[:, None]
     if mask is not None:
         low = None if softmax_mode else o.mask_floor
@@ -112,8 +120,8 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
 
     left, right = window or (-1, -1)
     banded = packed or window is not None or causal
-    outline = {"banded": banded, "window_left": left, "window_right": right, "uniform": whole and not causal}
-    statics = Statics.of(solver, **outline)
+    aligned = whole and not causal and centers is None
+    statics = Statics.of(solver, banded=banded, window_left=left, window_right=right, uniform=aligned)
     log_capacities = [None if x is None else jnp.log(x) for x in capacities]
     constants = Constants(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from torch_sinkhorn_attn.problem.centers import around
+
 
 class Support(NamedTuple):
     """Intervals, their transpose, and who is active before any mask: `[N, L]` and `[N, S]`; active is bool."""
@@ -82,16 +84,21 @@ def transpose_intervals(row_lo: Array, row_hi: Array, num_cols: int) -> tuple[Ar
 
 
 def build_support(
-    row_ids: Array, col_ids: Array, window: tuple[int, int] | None, packed: bool, causal: bool = False
+    row_ids: Array,
+    col_ids: Array,
+    window: tuple[int, int] | None,
+    packed: bool,
+    causal: bool = False,
+    centers: Array | None = None,
 ) -> Support:
     """The support of problems given by `row_ids [N, L]` and `col_ids [N, S]` (-1 = inactive).
 
     `packed` says that ids may differ or leave holes; without it the active tokens are prefixes of one problem, and no
     sort is needed. `causal` leaves to each query the keys of its problem whose rank is no higher than its own, and keys
-    beyond the last query without a pair, inactive.
+    beyond the last query without a pair, inactive. `centers [N, L]`: of the window, in place of the aligned ones.
     """
     num_rows, num_cols = row_ids.shape[-1], col_ids.shape[-1]
-    left, right = (-1, -1) if window is None else window
+    left, right = (-1, -1) if window is None or centers is not None else window
     if packed and num_rows and num_cols:
         rows, cols = _match(row_ids, col_ids), _match(col_ids, row_ids)
         row_active, col_active = (row_ids >= 0) & (rows.matches > 0), (col_ids >= 0) & (cols.matches > 0)
@@ -114,6 +121,10 @@ def build_support(
             hi, col_active = jnp.minimum(hi, rank + 1), col_active & (jnp.arange(num_cols, dtype=jnp.int32) < n)
         nonempty = row_active & (lo < hi)
         row_segment, col_segment = jnp.zeros_like(row_ids), jnp.zeros_like(col_ids)
+    if centers is not None and window is not None:
+        low, high = around(centers, row_active, window, num_cols)
+        lo, hi = jnp.maximum(lo, low), jnp.minimum(hi, high)
+        nonempty &= lo < hi
     row_lo, row_hi = jnp.where(nonempty, lo, 0), jnp.where(nonempty, hi, 0)
     col_lo, col_hi = transpose_intervals(row_lo, row_hi, num_cols)
     return Support(row_lo, row_hi, col_lo, col_hi, row_segment, col_segment, row_active, col_active)
