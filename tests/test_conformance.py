@@ -16,7 +16,7 @@ CHUNK = 40
 
 
 @engines
-@pytest.mark.parametrize("start", slow_after(2, range(0, 400, CHUNK)))
+@pytest.mark.parametrize("start", slow_after(1, range(0, 400, CHUNK)))
 def test_random_problems(engine: str, start: int) -> None:
     refused = 0
     for seed in range(start, start + CHUNK):

@@ -66,6 +66,7 @@ def test_sdist_holds_every_source(distributions):
     assert expected <= names, expected - names
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_alone(distributions):
     with zipfile.ZipFile(distributions[1]) as wheel:
         names = set(wheel.namelist())
@@ -78,6 +79,7 @@ def test_wheel_holds_the_package_alone(distributions):
     assert package <= names, package - names
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_kernels_and_fits_every_python(distributions):
     wheel = distributions[1]
     python, abi, platform = wheel.stem.split("-")[2:]
@@ -134,6 +136,7 @@ def test_the_kernels_can_be_demanded(tmp_path):
     assert done.returncode != 0 and "was not built: the C++ compiler '/nowhere/c++' was not found" in done.stderr
 
 
+@pytest.mark.slow
 def test_wheel_requires_the_torch_it_was_tested_with(distributions):
     with zipfile.ZipFile(distributions[1]) as wheel:
         (metadata,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA"))

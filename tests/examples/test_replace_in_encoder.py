@@ -119,6 +119,7 @@ def test_a_restored_model_is_a_plain_one(split: Split, model: FamilyClassifier) 
     assert model.state_dict().keys() == untouched.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_a_whole_run(
     split: Split, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @needs_xla
 def test_it_trains_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"

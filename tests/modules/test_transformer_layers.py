@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import ENGINES
+from marks import slow_after
 from torch import Tensor, nn
 
 from torch_sinkhorn_attn import SinkhornMultiheadAttention, replace_attention, restore_attention
@@ -218,7 +219,7 @@ def test_a_causal_decoder_without_dustbin_says_why() -> None:
     assert len(report.replaced) == LAYERS and run(model, "decoder", "bool").isfinite().all()
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, REFERENCE])
+@pytest.mark.parametrize("engine", slow_after(1, [*ENGINES, REFERENCE]))
 def test_thirty_two_training_steps_are_the_same_on_every_engine(engine: str) -> None:
     """Mini encoder, float32, against float64 of the definition."""
     losses = {}

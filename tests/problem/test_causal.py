@@ -121,6 +121,7 @@ def test_packed_causal_problems_equal_separate_ones(engine: str) -> None:
         assert (found[n, :, length:] == 0).all()
 
 
+@pytest.mark.slow
 def test_causal_compiles() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sinkhorn_attention(q, k, v, is_causal=True, dustbin=Dustbin(0.1, 0.2))

@@ -77,7 +77,7 @@ def test_a_line_of_finite_minus_infinity_is_one_of_minus_infinity(where: Tensor,
         assert (found[gone] == 0).all() and torch.isfinite(found).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", slow_after(1, [torch.float32, torch.float64, torch.float16, torch.bfloat16]))
 @pytest.mark.parametrize("dense", [False, True])
 def test_in_every_dtype(dtype: torch.dtype, dense: bool) -> None:
     q, k, v = qkv(2, 2, 7, dtype=dtype)
@@ -224,6 +224,7 @@ def defined(mask: Tensor, s: Support, packed: bool, dtype: torch.dtype, floor: f
     return [rows, cols, inside & rows[..., None] & cols[..., None, :]]
 
 
+@pytest.mark.slow
 def test_the_scan_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(240):
         g = torch.Generator().manual_seed(seed)

@@ -144,6 +144,7 @@ def test_sums_of_the_largest_masses_do_not_overflow(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_programs_take_the_unit_too() -> None:
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     mass = torch.full((8,), 1e-39, dtype=D)

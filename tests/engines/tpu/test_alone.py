@@ -167,6 +167,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_no_torch_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,7 @@ def qkv(*batch: int, length: int = 20, dtype: Any = jnp.float32) -> list[jax.Arr
     return [jax.random.normal(jax.random.key(i), (*batch, length, 8), dtype) for i in range(3)]
 
 
-@pytest.mark.parametrize("tail_iters", slow_after(2, [0, 1, 3]))
+@pytest.mark.parametrize("tail_iters", slow_after(1, [0, 1, 3]))
 def test_the_tail_without_a_base_is_differentiated_exactly(tail_iters: int) -> None:
     with enable_x64(True):
         run = partial(tpu.sinkhorn_attention, base_iters=0, tail_iters=tail_iters, window=(6, 6))
@@ -93,6 +93,7 @@ def test_shard_map_over_batch_and_heads() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_finite_minus_infinity_over_a_key_is_infinite() -> None:
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 5, 2)) for i in range(3))
     padding = jnp.array([0.0, 0.0, -1e4, 0.0, 0.0])
@@ -175,6 +176,7 @@ def test_a_traced_number_is_refused_with_the_way_out() -> None:
         jax.jit(lambda e: tpu.sinkhorn_attention(X, X, X, epsilon=e))(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", slow_after(1, [{}, {"base_iters": 0, "tail_iters": 0}, {"over_relaxation": 1.3, "base_iters": 2}])
 )

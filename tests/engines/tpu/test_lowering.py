@@ -44,6 +44,7 @@ def test_the_platform_decides_unless_a_shape_is_given(lowering: Lowering | None)
     assert kernels(lowering, "tpu") == kernels(Lowering("auto"), "tpu") > 5
 
 
+@pytest.mark.slow
 def test_off_a_tpu_no_kernel_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are plain XLA's, bit for bit, outside of jit too; under vmap a problem is one of a batch."""
     monkeypatch.setitem(sys.modules, "torch_sinkhorn_attn.engines.tpu.method.choice", None)

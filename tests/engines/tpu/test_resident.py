@@ -133,11 +133,12 @@ def problem_of(name: str) -> problems.Call:
     return call_of(7, *shape, **options)
 
 
-@pytest.mark.parametrize("name", slow_after(2, PROBLEMS, ELSEWHERE))
+@pytest.mark.parametrize("name", slow_after(1, PROBLEMS, ELSEWHERE))
 def test_conformance(name: str, never_streamed: None) -> None:
     assert_agrees(problem_of(name), ENGINE, plan=False)
 
 
+@pytest.mark.slow
 def test_grouped_queries(never_streamed: None) -> None:
     call = call_of(3, 1, 4, 20, 140, 3, enable_gqa=True, base_iters=2)
     call.key, call.value = (x.detach()[:, :2].requires_grad_() for x in (call.key, call.value))
@@ -190,7 +191,7 @@ def test_bfloat16(
             assert relative_error(found[name].double(), y) < 2e-2, name
 
 
-@pytest.mark.parametrize("name", slow_after(1, [name for name in PROBLEMS if "nothing" in name]))
+@pytest.mark.parametrize("name", slow_after(0, [name for name in PROBLEMS if "nothing" in name]))
 def test_empty_problems_keep_the_batch_in_range(name: str) -> None:
     call = problem_of(name)
     prepared = prepare(call.query, call.key, call.value, **call.options)

@@ -170,6 +170,7 @@ def test_supports_of_long_sequences_do_not_overflow(window: tuple[int, int] | No
         assert torch.equal(to_torch(getattr(found, name)).to(expected.dtype), expected), name
 
 
+@pytest.mark.slow
 def test_the_order_of_the_potentials_shows_that_there_is_no_plan() -> None:
     """Against all cuts, on random masks: what it calls without a plan has none, and after some iterations it misses
     few."""

@@ -178,6 +178,7 @@ def test_the_ops_give_the_shapes_and_types_of_their_fakes(device: torch.device) 
     assert [(x.shape, x.dtype, x.stride()) for x in found] == [(x.shape, x.dtype, x.stride()) for x in fakes]
 
 
+@pytest.mark.slow
 def test_plan_and_certificate(device: torch.device, fallbacks: Any) -> None:
     q, k = (randn(1, 2, 9, 4, seed=s).requires_grad_() for s in range(2))
     there = on(device, (q, k))

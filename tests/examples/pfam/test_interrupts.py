@@ -39,6 +39,7 @@ def start_training(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
     process = start_training(tmp_path)
     process.send_signal(signal.SIGINT)
@@ -53,6 +54,7 @@ def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
     assert f"stopped at step {resumed.step};" in out
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_still_says_how_to_go_on(tmp_path: Path) -> None:
     # Steps so long that the second signal cannot come too late.
     process = start_training(tmp_path, "--base-iters=3000")

@@ -117,6 +117,7 @@ def test_fasta_headers_become_plain_names(tmp_path: Path) -> None:
     assert (second.name, second.description) == ("\u00c5_x", "y")
 
 
+@pytest.mark.slow
 def test_escapes_reach_neither_terminal_nor_files(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     sequence = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
     path, out = tmp_path / "a\x1b[31m.fa", tmp_path / "out"

@@ -35,6 +35,7 @@ class WithoutTpu(TpuDevice):
         self.device = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_cpu_and_is_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = Trainer(CONFIG, tmp_path / "cpu")
     straight.run(progress=False)

@@ -216,6 +216,7 @@ def test_a_share_of_the_data_is_held_out_by_family() -> None:
     assert all(len(family.sequences) <= 3 for family in few.train)
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     threads = torch.get_num_threads()
@@ -307,6 +308,7 @@ def test_resume_refuses_settings(settings: list[str], tmp_path: Path, capsys: py
     assert f"error: {settings[0]}: --resume goes on with" in last and "leave out --resume" in last
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_threads_and_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(dataclasses.replace(SMALL, steps=1), tmp_path).save()
     threads = torch.get_num_threads()

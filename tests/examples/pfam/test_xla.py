@@ -144,6 +144,7 @@ print("posterior", float((found.cpu() - expected).abs().max()))
 """
 
 
+@pytest.mark.slow
 @needs_xla
 def test_a_run_is_that_of_the_cpu_and_compiles_once() -> None:
     environment = {
