@@ -34,7 +34,7 @@ from torch_sinkhorn_attn.problem.masks.scan import extremes, scan_mask
 from torch_sinkhorn_attn.problem.mass_scale import MassScale, find_scale, in_units
 from torch_sinkhorn_attn.problem.masses import Side, dustbin_capacities, log_mass, marginal_masses
 from torch_sinkhorn_attn.problem.problem import Inputs, Intervals, Marginals, Outline, Problem, compute_dtype
-from torch_sinkhorn_attn.problem.support import build_support, token_ids
+from torch_sinkhorn_attn.problem.support import Support, build_support, token_ids, whole_support
 
 
 class Keywords(TypedDict, total=False):
@@ -112,15 +112,10 @@ def prepare(
         data_checks.check_dustbin_scores(dustbin)
         data_checks.check_potentials(given.initial)
 
-    ids = [
-        token_ids(num, n, lengths, segments, query.device)
-        for n, lengths, segments in zip((length, size), given.lengths, given.segments, strict=True)
-    ]
-    if look and given.packed:
-        data_checks.check_segments(ids[0], ids[1])
-    if look and given.centers is not None:
-        data_checks.check_centers(given.centers, ids[0] >= 0)
-    support = build_support(ids[0], ids[1], window, given.packed, causal, given.centers)
+    if whole and not causal and not centered:
+        support = whole_support(num, length, size, window, query.device)
+    else:
+        support = _support(given, (num, length, size), query.device, window, causal, look)
     scan = None
     if given.mask is not None:
         floor = None if softmax_mode else o.mask_floor
@@ -138,7 +133,13 @@ def prepare(
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
     rows = Side(given.masses[0], row_active, row_segment)
     cols = Side(given.masses[1], col_active, col_segment)
-    a, b = marginal_masses(rows, cols, groups, dustbin is not None, mass_dtype)
+    free = uniform and whole and window is None and not causal and given.mask is None  # any such problem has a plan
+    if free:
+        each = (1.0, length / size) if length and size else (0.0, 0.0)
+        a = torch.full((num, heads, length), each[0], dtype=mass_dtype, device=query.device)
+        b = torch.full((num, heads, size), each[1], dtype=mass_dtype, device=query.device)
+    else:
+        a, b = marginal_masses(rows, cols, groups, dustbin is not None, mass_dtype)
     capacities = dustbin_capacities(given.capacities, a, b, rows, cols, given.bins)
     existence, rho = None, (solver.rho_row, solver.rho_col)
     if not softmax_mode:
@@ -146,7 +147,7 @@ def prepare(
             rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, rho,
             given.packed or o.window is not None or o.is_causal, o.window, centered, o.is_causal, dtype, o.mask_floor,
         )  # fmt: skip
-        if look:
+        if look and not free:
             existence.check((a, b), capacities)
 
     masses: list[Tensor | None] = [a, b, *capacities]
@@ -180,6 +181,27 @@ def prepare(
     if has_data(query):
         inputs = inputs._replace(query=engine_of(query.device).placed(inputs.query, query))
     return Prepared(inputs, problem, batch, query.dtype, o.engine, existence, unit)
+
+
+def _support(
+    given: _Given,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    window: tuple[int, int] | None,
+    causal: bool,
+    look: bool,
+) -> Support:
+    """Of N batch elements, L queries and S keys, some inactive, packed, or in windows that are data."""
+    num, *lengths_of = sizes
+    row_ids, col_ids = (
+        token_ids(num, n, lengths, segments, device)
+        for n, lengths, segments in zip(lengths_of, given.lengths, given.segments, strict=True)
+    )
+    if look and given.packed:
+        data_checks.check_segments(row_ids, col_ids)
+    if look and given.centers is not None:
+        data_checks.check_centers(given.centers, row_ids >= 0)
+    return build_support(row_ids, col_ids, window, given.packed, causal, given.centers)
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side

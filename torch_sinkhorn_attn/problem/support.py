@@ -100,6 +100,24 @@ def _order(first: Tensor, rank: Tensor, tokens: slice) -> Tensor:
     return torch.zeros_like(place).scatter(-1, place, index)
 
 
+def whole_support(num: int, length: int, size: int, window: tuple[int, int] | None, device: torch.device) -> Support:
+    """What `build_support` finds where all tokens are active in one problem, in few steps: each call pays for them."""
+    row, col = (torch.arange(n, device=device) for n in (length, size))
+    if window is None:
+        lo, hi = torch.zeros_like(row), torch.full_like(row, size)
+        first, end = torch.zeros_like(col), torch.full_like(col, length)
+    else:
+        n, m = (torch.full((), x, device=device) for x in (length, size))
+        lo, hi = window_ranks(row, n, m, *window)
+        first, end = window_rows(col, n, m, *window)
+        some = lo < hi
+        lo, hi = torch.where(some, lo, 0), torch.where(some, hi, 0)
+    row_ids, col_ids = (torch.zeros_like(x) for x in (row, col))
+    active = torch.full((), length > 0 and size > 0, device=device)
+    parts = (lo, hi, first, end, row_ids, col_ids, active.expand(length), active.expand(size))
+    return Support(*(x.expand(num, -1) for x in parts))
+
+
 def window_ranks(rank: Tensor, n: Tensor, m: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     """Ranks `[lo, hi)` of the keys in the window of the query of rank `rank`; n, m active queries and keys.
 
