@@ -98,9 +98,10 @@ def forward(
 
         return resident.forward(problem, used, residuals)
     if used.shape == "wavefront":
-        from torch_sinkhorn_attn.engines.tpu.wavefront import passes as wavefront
+        from torch_sinkhorn_attn.engines.tpu.wavefront import passes as wavefront, stepwise
 
-        return wavefront.forward(problem, used, residuals)
+        shape = wavefront if stepwise.coupled(problem) is None else stepwise
+        return shape.forward(problem, used, residuals)
     return sinkhorn.forward(problem, residuals)
 
 

@@ -180,7 +180,11 @@ def stopped_base(problem: Augmented) -> tuple[Array, Array]:
 
 def forward(problem: Augmented, residuals: bool) -> Result:
     """Output (None without a value), duals and (unless `residuals` is False: NaN) the largest marginal errors."""
-    potentials = solve(problem)
+    return evaluate(problem, solve(problem), residuals)
+
+
+def evaluate(problem: Augmented, potentials: tuple[Array, Array], residuals: bool) -> Result:
+    """What `forward` returns, for the stacked duals."""
     u, v = problem.real(*(x[-1] for x in potentials))
     mass = row_sums = col_sums = None
     if problem.inputs.value is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
-from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint, passes
+from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint, passes, stepwise
+from torch_sinkhorn_attn.engines.tpu.wavefront.forward import PassStatics
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import path_of
 
 WIDEST = 20  # column blocks of a row block: what one loop body may hold
@@ -20,16 +21,19 @@ def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mas
         return "it is empty"
     if not statics.banded or min(statics.window_left, statics.window_right) < 0:
         return "a wavefront needs a window on both sides"
-    if problem.dustbin is not None:
-        return "a dustbin couples all rows in every iteration"
-    if statics.tolerance:
-        return "a tolerance couples all rows in every iteration"
-    if not backward and statics.acceleration and not statics.contraction and constants.row_segment is not None:
-        return "the contraction of packed problems is measured segment by segment"
-    if not 0 < statics.kept <= MOST_KEPT:
-        return f"a wavefront keeps between 1 and {MOST_KEPT} iterations, not {statics.kept}"
+    alone = stepwise.coupled(problem)
+    if backward and problem.dustbin is not None:
+        return "the adjoint of a dustbin couples all rows in every iteration"
     if backward and statics.implicit:
         return "the implicit gradient solves a linear system pass by pass"
+    if not backward and alone is not None and (statics.over_relaxation != 1 or statics.acceleration):
+        return f"beside {alone} its passes make plain iterations only"
+    if not backward and statics.acceleration and not statics.contraction and constants.row_segment is not None:
+        return "the contraction of packed problems is measured segment by segment"
+    if statics.kept == 0 and (backward or statics.stopped == 0 or statics.over_relaxation != 1):
+        return "without tail iterations the last row half-step of the base must be there, and be plain"
+    if statics.kept > MOST_KEPT and (backward or alone is None):
+        return f"a wavefront keeps at most {MOST_KEPT} iterations, not {statics.kept}"
     if backward and mask_grad:
         return "the gradient of attn_mask is written tile by tile"
     if not statics.scale / statics.epsilon > SMALLEST_FACTOR:
@@ -37,7 +41,9 @@ def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mas
     path = path_of(problem.length, problem.size, statics)
     if path.width > WIDEST:
         return f"a block of 128 rows may reach {path.columns} columns, and {WIDEST * 128} are the most"
-    found = None if backward else passes.passes_of(problem, lowering, residuals=True)
+    found = None
+    if not backward:
+        found = passes.passes_of(problem, lowering, residuals=True) if alone is None else _alone(problem, lowering)
     ways = [adjoint.options_of(problem).way] if backward else [o.way for o in found or []]
     batch = 1 if statics.uniform else constants.log_row_mass.shape[0]
     if (size := max((8 * batch * (way.before + way.steps) for way in ways), default=0)) > SCALARS:
@@ -48,3 +54,9 @@ def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mas
     else:
         fits = found is not None
     return None if fits else f"{lowering.chip} has not the memory for an iteration of its row blocks in flight"
+
+
+def _alone(problem: sinkhorn.Augmented, lowering: Lowering) -> list[PassStatics] | None:
+    """The pass of one iteration, where it fits."""
+    one = stepwise.pass_of(problem)
+    return [one] if passes.vmem(problem, one) <= lowering.vmem_limit else None

@@ -50,7 +50,8 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.stages import (
 
 
 class PassStatics(NamedTuple):
-    """What the kernel compiles in. A pass makes iterations 1..base, over-relaxed, and base + 1..base + tail, plain."""
+    """What the kernel compiles in. A pass makes iterations 1..base, over-relaxed, and base + 1..base + tail, plain. The
+    last pass also has what the output is made of."""
 
     path: Path
     statics: Statics
@@ -58,11 +59,13 @@ class PassStatics(NamedTuple):
     base: int
     tail: int
     saved: tuple[int, ...]  # iterations whose potentials are results
+    last: bool
     values: bool
     residuals: bool
     mask_floor: float = 0.0  # a float mask drops what is at or below
     unrolled: int = 1  # iterations in one loop body
     accelerated: bool = False  # columns of the base move on from their last two potentials
+    dustbin: bool = False  # its part of all sums stands in the lines; of one iteration
 
     @property
     def iterations(self) -> int:
@@ -100,9 +103,10 @@ class Refs(NamedTuple):
     onwards: Any  # and on from the potential before
     query: Any  # [1, 1, E+b, 128]
     key: Any  # [1, 1, E+b, 128]
-    row_lines: Any  # [1, 1, 2, 128] u^start, and log a; DEAD on lines without support
+    row_lines: Any  # [1, 1, 2 or 3, 128] u^start, and log a; DEAD on lines without support; the dustbin's score + v,
+    # + u^start
     col_lines: Any  # [1, 1, 3..5, 128] first row and end of the columns' intervals, log b, and where the base is not
-    # plain v^start and the v before it
+    # plain v^start and the v before it; or the dustbin's score + u
     mask: Any  # [1, 1, 128 or 1, 128 or 1] of each column block
     alive: Any  # [1, 1, 1, 128] beside a float mask: 1 where the row is active
     value: Any  # [1, 1, Ev, 128]
@@ -116,12 +120,14 @@ class Refs(NamedTuple):
     row_kept: Any  # [ring, lines, 128]: u^start, log a and u of the saved iterations
     col_kept: Any  # [held, lines, 128]: v of the saved iterations
     log_x: Any  # [ring] rep: kept for over-relaxation
+    row_bin: Any  # [ring] rep: what the dustbin adds to row sums
     keys: Any  # [window, E+b, 128]
     lines: Any  # [held, lines, 128] `col_lines`
     values: Any  # [window, Ev, 128]
     tops: Any  # [touched, 8, 128] column maxima of the scores, to be taken over sublanes
     col_abs: Any  # [held] line: v^abs, DEAD on dead columns
     col_mass: Any  # [held] line: b, or log b
+    col_bin: Any  # [held] line: what the dustbin adds to column sums
     sums: Any  # [iterations + 1, touched, 8, 128] column sums, to be added over sublanes
     y: Any  # [iterations + 1, touched] line: column scaling, 1 on dead columns
     log_y: Any  # [iterations + 2, touched] line: its logarithm, from the start's predecessor on
@@ -186,10 +192,10 @@ class Wave(Stages):
         """Dead rows and columns before the first."""
         dead, dead_col = (0 if plain else DEAD for plain in (self.o.plain, self.o.plain_columns))
         self.clear(
-            {"strip": TINY, "row_rep": dead, "row_kept": DEAD, "log_x": 0},
+            {"strip": TINY, "row_rep": dead, "row_kept": DEAD, "log_x": 0, "row_bin": 0},
             {
                 "keys": 0, "values": 0, "lines": DEAD, "tops": DEAD, "col_abs": DEAD, "col_mass": dead_col,
-                "col_kept": 0, "sums": 0, "y": 1, "log_y": 0,
+                "col_bin": 0, "col_kept": 0, "sums": 0, "y": 1, "log_y": 0,
             },
         )  # fmt: skip
         self.r.worst[...] = jnp.zeros_like(self.r.worst)
@@ -222,10 +228,14 @@ class Wave(Stages):
         top = jnp.max(r.tops[self.touched(new)], 0, keepdims=True) / LOG2E
         lines = r.lines[self.held(new)]
         log_b = lines[2:3]
+        if o.dustbin:
+            top = jnp.maximum(top, lines[3:4])
         alive = (top > DEAD / 2) & (log_b > DEAD / 2)
         col_abs = jnp.where(alive, -top, DEAD)
         held = self.held(new)
         r.col_mass[held] = line_of(jnp.exp(log_b) if o.plain_columns else log_b)
+        if o.dustbin:
+            r.col_bin[held] = line_of(jnp.where(alive, jnp.exp(lines[3:4] + col_abs), 0))
         if r.log_y is not None:
             for place, line in ((1, 3), (0, 4)):
                 log_y = jnp.where(alive, lines[line : line + 1] - col_abs, 0)
@@ -240,7 +250,9 @@ class Wave(Stages):
             r.strip[slot, :, columns_of(j)] = tile
         r.col_abs[held] = line_of(col_abs)
         start = r.row_lines[0, 0, :1, :]
-        log_a = jnp.where(real, r.row_lines[0, 0, 1:, :], DEAD)
+        log_a = jnp.where(real, r.row_lines[0, 0, 1:2, :], DEAD)
+        if o.dustbin:
+            r.row_bin[slot] = along_rows(jnp.where(real, jnp.exp(r.row_lines[0, 0, 2:3, :]), 0))
         r.row_rep[slot] = along_rows(jnp.exp(log_a) if o.plain else s.rho_row * (log_a + start) - start)
         r.row_kept[slot, :2, :] = jnp.concatenate([start, log_a], 0)
         if r.log_x is not None:
@@ -254,7 +266,8 @@ class Wave(Stages):
         _, front = self.entry(self.path.lag * (i + 1))
         new = front - 1
         held, place = self.held(new), self.touched(new)
-        total = jnp.maximum(over_sublanes(r.sums[i - 1, place]), TINY)
+        total = over_sublanes(r.sums[i - 1, place])
+        total = jnp.maximum(total + r.col_bin[held] if o.dustbin else total, TINY)
         mass = r.col_mass[held]
         if o.plain_columns:
             live = mass > 0
@@ -287,6 +300,8 @@ class Wave(Stages):
         tiles = [r.strip[slot, :, columns_of(j)] for j in range(self.path.width)]
         weighted = [tile * rep_of_line(r.y[i, self.touched(c)]) for tile, c in zip(tiles, columns)]
         total = row_sums(weighted)
+        if self.o.dustbin:
+            total += r.row_bin[slot]
         return RowBlock(row, front, slot, tiles, weighted, total, self.row_scaling(slot, total, base))
 
     def column_sums(self, i: Any, b: RowBlock) -> None:
@@ -306,7 +321,7 @@ class Wave(Stages):
             self.save(o.saved.index(i), i, b, x)
         if last:
             lines = r.row_kept[b.slot, 2 : 2 + len(o.saved), :]
-            if o.tail:
+            if o.last:
                 values = [self.values(b)] if o.values else []
                 lines = jnp.concatenate([lines, x, along_lanes(b.total), *values], 0)
             keep_unless(b.row >= 0, r.rows, lines)

@@ -56,7 +56,7 @@ def forward(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) ->
 
 
 class Lines(NamedTuple):
-    """Masses of the lines with a support, dead ones -inf; `[N, H, L]` and `[N, H, S]`."""
+    """Masses of the lines with a support (the dustbin is one), dead ones -inf; `[N, H, L]` and `[N, H, S]`."""
 
     log_a: Array
     log_b: Array
@@ -65,6 +65,8 @@ class Lines(NamedTuple):
 def lines_of(problem: sinkhorn.Augmented) -> Lines:
     constants = problem.constants
     log_a, log_b = (x.astype(problem.dtype) for x in (constants.log_row_mass, constants.log_col_mass))
+    if problem.dustbin is not None:
+        return Lines(log_a, log_b)
     return Lines(
         jnp.where((constants.row_lo >= constants.row_hi)[:, None], -jnp.inf, log_a),
         jnp.where((constants.col_lo >= constants.col_hi)[:, None], -jnp.inf, log_b),
@@ -83,14 +85,14 @@ def passes_of(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) 
     def last(base: int) -> PassStatics:
         saved = tuple(range(base if statics.stopped else 1, base + statics.kept + 1))
         return PassStatics(
-            path, statics, problem.dtype, base, statics.kept, saved, values, residuals, floor, unrolled,
+            path, statics, problem.dtype, base, statics.kept, saved, True, values, residuals, floor, unrolled,
             momentum and base > 0,
         )  # fmt: skip
 
     def earlier(base: int, plain: bool = False) -> PassStatics:
         saved = tuple(range(1 if plain else max(1, base - momentum), base + 1))
         return PassStatics(
-            path, statics, problem.dtype, base, 0, saved, False, False, floor, unrolled, momentum and not plain
+            path, statics, problem.dtype, base, 0, saved, False, False, False, floor, unrolled, momentum and not plain
         )
 
     def held(o: PassStatics) -> bool:
@@ -130,12 +132,12 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
         done += o.base
         before, *kept = state.col, *named["cols"]
         state = Start(named["rows"][len(o.saved) - 1], kept[-1], kept[-2] if len(kept) > 1 else before)
-        if o.base and not o.tail and not o.accelerated and statics.acceleration:
+        if o.base and not o.last and not o.accelerated and statics.acceleration:
             changes = (log_norm(x - y, problem.log_b, own) for x, y in (kept[-1:-3:-1], kept[-2:-4:-1]))
             factors = momentum_of(problem, estimate(*changes))
     rows, cols = jnp.stack(named["rows"][: len(o.saved)]), jnp.stack(named["cols"])
     scale, total, *features = named["rows"][len(o.saved) :]
-    if not statics.stopped:
+    if not statics.stopped:  # and so R > 0
         rows, cols = jnp.concatenate([u[None], rows]), jnp.concatenate([v[None], cols])
     if statics.balanced and statics.stopped:
         rows, cols = centred(problem, rows, cols)
@@ -148,11 +150,14 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
 
 
 class Start(NamedTuple):
-    """What a pass goes on from: u, v, and the v before it."""
+    """What a pass goes on from: u, v, and the v before it; scores of the dustbin + its potentials, for rows and for
+    columns."""
 
     row: Array
     col: Array
     before: Array
+    row_bin: Array | None = None
+    col_bin: Array | None = None
 
 
 def momentum_of(problem: sinkhorn.Augmented, contraction: Array) -> dict[str, Array]:
@@ -205,8 +210,8 @@ def vmem(problem: sinkhorn.Augmented, o: PassStatics) -> int:
     """Bytes of a core's memory that a pass takes at most."""
 
     def look() -> list[Operand]:
-        u, v = problem.initial_potentials()
-        return operands_of(problem, o, Start(u, v, v))
+        u, v = problem.real(*problem.initial_potentials())
+        return operands_of(problem, o, Start(u, v, v, u, v))
 
     given, results = shapes_of(look), results_of(problem, o)
     return bytes_of(given, results, scratch_of(problem, o, given[1].array), problem.dtype)
@@ -248,19 +253,23 @@ def pad_cols(x: Array, path: Path, value: float = 0.0) -> Array:
 def operands_of(problem: sinkhorn.Augmented, o: PassStatics, start: Start) -> list[Operand]:
     """What the forward kernel reads, for potentials to start from."""
     path, inputs, lag = o.path, problem.inputs, o.path.lag
-    u, v, before = start
+    u, v, before, row_bin, col_bin = start
     lines = lines_of(problem)
     found = operands(inputs, problem.constants, problem.statics, Strip(path.rows, path.cols, path.width), u)
     pad = functools.partial(pad_lanes, size=path.padded_length)
     last = o.lag_of(o.iterations)
-    row_lines = jnp.stack([pad(u), pad(jnp.maximum(lines.log_a, DEAD), value=DEAD)], 2)
+    row_lines = [pad(u), pad(jnp.maximum(lines.log_a, DEAD), value=DEAD)]
     col_lines = [*intervals(problem, path), pad_cols(jnp.maximum(lines.log_b, DEAD), path, DEAD)]
     if problem.statics.over_relaxation != 1 or o.accelerated:
         col_lines += [pad_cols(v, path), pad_cols(before, path)]
+    if o.dustbin:
+        assert row_bin is not None and col_bin is not None
+        row_lines.append(pad(jnp.maximum(row_bin + u, DEAD), value=DEAD))
+        col_lines.append(pad_cols(jnp.maximum(col_bin, DEAD), path, DEAD))
     given = [
         Operand("query", found["query"], ROWS),
         Operand("key", pad_cols(found["key"], path), COLS),
-        Operand("row_lines", row_lines, ROWS, lag),
+        Operand("row_lines", jnp.stack(row_lines, 2), ROWS, lag),
         Operand("col_lines", jnp.stack(col_lines, 2), COLS),
     ]
     given += mask_operands(problem, path)
@@ -304,7 +313,7 @@ def results_of(problem: sinkhorn.Augmented, o: PassStatics) -> list[Result]:
     """What it writes."""
     lp, sp, last = o.path.padded_length, o.path.padded_cols * BLOCK, o.lag_of(o.iterations)
     saved = len(o.saved)
-    beside = 2 if o.tail else 0
+    beside = 2 if o.last else 0
     if o.values:
         assert problem.inputs.value is not None
         beside += problem.inputs.value.shape[-1]
@@ -332,6 +341,9 @@ def scratch_of(problem: sinkhorn.Augmented, o: PassStatics, key: Array) -> Scrat
         "y": ((stages, way.touched, *line), dtype),
         "worst": ((2, *line), dtype),
     }
+    if o.dustbin:
+        found["row_bin"] = ((way.ring + 1, BLOCK, BLOCK), dtype)
+        found["col_bin"] = ((way.held, *line), dtype)
     if problem.statics.over_relaxation != 1:
         found["log_x"] = ((way.ring + 1, BLOCK, BLOCK), dtype)
     if problem.statics.over_relaxation != 1 or o.accelerated:
