@@ -8,8 +8,8 @@ JAX's flash attention (512 x 512 tiles) compiled in the same run. "filled" leave
 instruction and wait for a latency. A half-step is a sweep's share: the difference of T = 40 and T = 20.
 lengths: over the length (`--lengths`), the window (`--windows`, of so many tokens on each side), the features
 (`--features`) and the generation (`--generations`), which kernels are chosen and the bundles that the program issues
-for each 8 x 128 scores of the support, forward and backward, beside flash attention over all pairs. A compilation takes
-some minutes, so the defaults are few.
+for each 8 x 128 scores of the support, forward and backward, beside softmax attention: splash attention over the same
+band and flash attention over all pairs. A compilation takes some minutes, so the defaults are few.
 memory: HBM of forward and backward over the length, window (128, 128).
 generations: forward and backward compiled for every generation, by the resident and by the streaming kernels.
 
@@ -32,6 +32,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, Strip
 
 WINDOW, LENGTH = (128, 128), 8192
 LENGTHS = (8192, 32768, 131072)
+MOST_SPLASH = 16384
 VECTOR = 8 * 128
 OPTIONS = argparse.Namespace()
 STRIP = Strip(LENGTH // BLOCK, LENGTH // BLOCK, 3)
@@ -76,7 +77,7 @@ def cycles(python: str | None) -> None:
 
 
 def lengths(python: str | None) -> None:
-    columns = "generation,window,features,length,kernels,bundles,flash over all pairs,HBM MiB"
+    columns = "generation,window,features,length,kernels,bundles,splash over the band,flash over all pairs,HBM MiB"
     rows = [columns.split(",")]
     o = OPTIONS
     for name, window, features, length in itertools.product(o.generations, o.windows, o.features, o.lengths):
@@ -84,7 +85,7 @@ def lengths(python: str | None) -> None:
         try:
             report = compiled(python, CHIPS[name], "auto", length=length, window=(window, window), features=features)
         except child.CompileError as error:
-            rows.append([*row, str(error), "", "", ""])
+            rows.append([*row, str(error), "", "", "", ""])
             continue
         support = length * (2 * window + 1) - window * (window + 1)
         flash = report["flash"]["forward"] + report["flash"]["backward"]
@@ -93,12 +94,24 @@ def lengths(python: str | None) -> None:
                 *row,
                 report["shape"],
                 f"{issued(report) / (support / VECTOR):.1f}",
+                splash(python, CHIPS[name].topology, length, window, features),
                 f"{flash * length**2 / support:.0f}",
                 f"{report['memory']['temporaries'] / 2**20:.0f}",
             ]
         )
     print(f"\nbundles per 8 x 128 scores of the support ({report['versions']})")
     table(rows)
+
+
+def splash(python: str | None, topology: str, length: int, window: int, features: int) -> str:
+    """Bundles of splash attention; its mask's blocks are counted by the host, which takes long beyond `MOST_SPLASH`
+    tokens, and cost the same there."""
+    given = {"topology": topology, "length": min(length, MOST_SPLASH), "window": (window, window), "features": features}
+    try:
+        found = child.call("torch_sinkhorn_attn.aot.flash:measure_band", given, python=python)
+    except child.CompileError as error:
+        return str(error)
+    return f"{found['forward'] + found['backward']:.0f}"
 
 
 def issued(report: Any) -> float:

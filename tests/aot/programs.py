@@ -44,6 +44,24 @@ def loops(topology: str) -> dict[str, Any]:
     return {**asdict(report), "weighted": [weighted(loops, {unknown: trips}) for trips in (0, 1, 10)]}
 
 
+def long_name(topology: str, name: str) -> dict[str, Any]:
+    """A kernel whose name is longer than that of a file may be."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+
+    from torch_sinkhorn_attn.aot.bundles import compile_and_read
+
+    def kernel(x: Any, y: Any) -> None:
+        y[...] = x[...] * 2
+
+    def program(x: Any) -> Any:
+        with jax.named_scope(name):
+            return pl.pallas_call(kernel, out_shape=x, name=name)(x)
+
+    return asdict(compile_and_read(program, [jax.ShapeDtypeStruct((8, 128), jnp.float32)], topology))
+
+
 def resident(topology: str) -> dict[str, Any]:
     """A resident forward of 101 row blocks, too many to unroll, and four stopped iterations: three in a loop around
     the sweep."""

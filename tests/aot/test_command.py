@@ -264,6 +264,14 @@ def test_loops_of_a_kernel(tmp_path: Path) -> None:
     assert any(path.name.endswith("original.txt") for path in (tmp_path / "kept").iterdir())
 
 
+@needs_libtpu
+def test_a_kernel_of_a_long_name_is_read() -> None:
+    """Names of the listings' files are cut, each at another place."""
+    name = "_".join(f"block_of_number_{n}" for n in range(14))
+    (kernel,) = compiled("long_name", name=name)["kernels"]
+    assert len(name) > 200 and name in kernel["name"] and kernel["bundles"] > 0
+
+
 def test_a_table_that_the_compiler_contradicts_is_reported() -> None:
     Choice = pytest.importorskip("torch_sinkhorn_attn.engines.tpu.method.choice", exc_type=ImportError).Choice
     kernel = loops.Kernel("sinkhorn_resident_forward", "x", True, 1, (), 9 << 20, 1 << 20, None)

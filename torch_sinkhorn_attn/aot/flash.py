@@ -1,4 +1,4 @@
-"""JAX's own flash attention for TPUs, compiled in the same run: what a kernel of exact softmax attention costs."""
+"""JAX's own kernels of exact softmax attention for TPUs, compiled in the same run: what they cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch_sinkhorn_attn.aot.bundles import compile_and_read, weighted
 
-_TILE = 512
+_TILE, _BAND_TILES = 512, (256, 512)
 _LENGTH = 8192
 VECTOR = 8 * 128
 """Scores in a vector register."""
@@ -55,3 +55,43 @@ def measure(topology: str, features: int = 64, dtype: str = "bfloat16") -> Flash
         for backward in (False, True)
     ]
     return Flash(*(sum(part) for part in cost))
+
+
+def measure_band(
+    topology: str, length: int, window: tuple[int, int], features: int = 64, dtype: str = "bfloat16"
+) -> dict[str, float]:
+    """Forward and backward of JAX's splash attention over a band of one head (its local mask), by the better of two
+    sizes of tiles.
+
+    Returns:
+        Bundles per 8 x 128 scores of the band, and the tile: `{"forward": .., "backward": .., "tile": ..}`.
+    """
+    return min(
+        (_measure_band(topology, length, window, features, dtype, tile) for tile in _BAND_TILES),
+        key=lambda found: found["forward"] + found["backward"],
+    )
+
+
+def _measure_band(
+    topology: str, length: int, window: tuple[int, int], features: int, dtype: str, tile: int
+) -> dict[str, float]:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    left, right = window
+    names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq block_kv_dq"
+    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names.split(), tile))
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.LocalMask((length, length), (left, right), 0)])
+    attend = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    shape = jax.ShapeDtypeStruct((1, length, features), dtype)
+    kernels = compile_and_read(gradients, [shape] * 3, topology).kernels
+    vectors = (length * (left + right + 1) - (left * (left + 1) + right * (right + 1)) // 2) / VECTOR
+    forward = [k for k in kernels if "fwd" in k.name.split("=")[0]]
+    backward = [k for k in kernels if k not in forward]
+    costs = (sum(weighted(k.loops) for k in part) / vectors for part in (forward, backward))
+    return {**dict(zip(("forward", "backward"), costs, strict=True)), "tile": tile}

@@ -29,6 +29,7 @@ _HEADER = re.compile(r"\s*\$region(\d+): .*// loop_header$")
 _VMEM = re.compile(r"\s*#allocation\d+(_spill)? \[.*space=vmem, size = 0x([0-9a-f]+),")
 _LIMIT = re.compile(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 _OPERATION = re.compile(r'op_name="([^"]*)/pallas_call"')
+_CUT = re.compile(r"(.{64,})-\d{10,}")
 _DELAY_SLOTS = 4
 _PIPELINE_STAGES = 2  # a grid of n steps runs n + 2 times: a copy in goes ahead, a copy out follows
 _LARGEST_VMEM = 2**40  # memory-space assignment writes an allocation that is not made as 2**64 - 1
@@ -125,14 +126,17 @@ def weighted(
 def read_kernels(folder: Path) -> tuple[Kernel, ...]:
     """Every Pallas kernel and fusion whose listings are in the folder, in the order of compilation."""
     listings: dict[str, dict[str, Path]] = {}
+    names: dict[str, str] = {}
     for path in folder.iterdir():
         if found := _LISTING.fullmatch(path.name):
-            listings.setdefault(found[1], {})[found[2]] = path
+            number, _, name = found[1].partition("-")
+            listings.setdefault(number, {})[found[2]] = path
+            names[number] = min(name, names.get(number, name), key=len)
     program = instructions("".join(path.read_text(errors="replace") for path in folder.glob("*-TLP-hlo.txt")))
     listed = {
         instruction: files
-        for stem, files in sorted(listings.items())
-        if (instruction := stem.split("-", 1)[1]) in program and "schedule-analysis_final_bundles" in files
+        for number, files in sorted(listings.items())
+        if (instruction := _instruction(names[number], program)) and "schedule-analysis_final_bundles" in files
     }
     times: dict[str, list[int | None]] = {name: [0, 0] for name in listed}
     first = {program[name].content: name for name in reversed(listed)}
@@ -141,6 +145,16 @@ def read_kernels(folder: Path) -> tuple[Kernel, ...]:
             before, more = times[twin][found_there.unfit], found_there.times
             times[twin][found_there.unfit] = None if before is None or more is None else before + more
     return tuple(_kernel(files, name, *times[name]) for name, files in listed.items())
+
+
+def _instruction(name: str, program: Mapping[str, Any]) -> str | None:
+    """That of a listing. Of a long name the name of a file has the beginning, as much as there is room for, and a
+    number."""
+    if name in program:
+        return name
+    cut = _CUT.fullmatch(name)
+    begun = [x for x in program if x.startswith(cut[1])] if cut else []
+    return begun[0] if len(begun) == 1 else None
 
 
 def _kernel(files: Mapping[str, Path], instruction: str, times: int | None, unfit: int | None) -> Kernel:
