@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+# For XLA in a process of its own: compiles fast rather than well.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 def slow_after(count: int, values: Iterable[Any], exhaustive: Collection[Any] = ()) -> list[Any]:
     """Values of one argument of a test, for `parametrize`: all but the first `count` are slow. Those in `exhaustive`

@@ -102,7 +102,7 @@ GRADCHECK: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRADCHECK)
-@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
+@pytest.mark.parametrize("engine", slow_after(0, [*ENGINES, "reference"], {"reference"}))
 def test_gradcheck(name: str, engine: str) -> None:
     """Numerical derivatives; where the base is stopped they do not see it, so it is 0, unrolled or converged here."""
     options = dict(GRADCHECK[name]) | {"engine": engine}

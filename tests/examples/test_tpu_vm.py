@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import FAST
 
 torch = pytest.importorskip("torch")
 
@@ -28,7 +29,7 @@ def run(folder: Path, *arguments: str) -> str:
     environment = {
         **os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": FAST,
     }  # fmt: skip
     command = [sys.executable, "-m", "examples.tpu_vm", *SMALL.split(), "--out", str(folder), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from marks import slow_after
+from marks import FAST, slow_after
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+import tpu_shards  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 from torch_sinkhorn_attn.engines import tpu  # noqa: E402
@@ -82,13 +83,15 @@ def test_vmap_is_a_loop(mask: str, dropout_p: float) -> None:
         assert worst(found, jax.tree.map(lambda *x: jnp.stack(x), *each)) < 1e-12
 
 
-@pytest.mark.slow
-def test_shard_map_over_batch_and_heads() -> None:
+@pytest.mark.parametrize(
+    "name", slow_after(0, tpu_shards.CASES, set(tpu_shards.CASES) - {"band", "packed, dustbin, accelerated"})
+)
+def test_shard_map_over_batch_and_heads(name: str) -> None:
     """In a process with four devices: values, gradients (of shared arrays too) and the output's sharding."""
-    script = Path(__file__).with_name("shards.py")
-    flags = "--xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[3])}
-    command = [sys.executable, str(script)]
+    script = Path(tpu_shards.__file__)
+    flags = f"--xla_force_host_platform_device_count=4 {FAST}"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(script), name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import FAST, slow_after
 
 jax = pytest.importorskip("jax")
 
@@ -38,7 +39,7 @@ def kernels(lowering: Lowering | None, platform: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", [None, Lowering()])
+@pytest.mark.parametrize("lowering", slow_after(0, [None, Lowering()], {Lowering()}))
 def test_the_platform_decides_unless_a_shape_is_given(lowering: Lowering | None) -> None:
     assert kernels(lowering, "cpu") == kernels(Lowering("blockwise"), "tpu") == 0
     assert kernels(lowering, "tpu") == kernels(Lowering("auto"), "tpu") > 5
@@ -79,7 +80,7 @@ def test_an_interpreter_needs_a_kernel() -> None:
 @pytest.mark.slow
 def test_inside_shard_map_and_on_explicit_axes() -> None:
     script = Path(__file__).with_name("kernels_in_shards.py")
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"--xla_force_host_platform_device_count=2 {FAST}"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[3]), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
