@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch_sinkhorn_attn.aot.bundles import compile_and_read, weighted
 
@@ -81,7 +82,8 @@ def _measure_band(
 
     left, right = window
     names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq block_kv_dq"
-    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names.split(), tile))
+    sides: dict[str, Any] = dict.fromkeys(names.split(), tile)
+    sizes = splash_attention_kernel.BlockSizes(**sides)
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.LocalMask((length, length), (left, right), 0)])
     attend = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
 
