@@ -22,15 +22,16 @@ from lib.measure import print_rows
 from torch_sinkhorn_attn.aot import child
 from torch_sinkhorn_attn.aot.chips import CHIPS
 from torch_sinkhorn_attn.engines.tpu.resident.spills import MARGIN, spilled
+from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, DEEPER, UNROLLED
 
-BLOCK, DEEPEST = 128, 24  # tokens of a block; blocks of 128 x 128 in one loop body
+DEEPEST = {False: DEEPER * UNROLLED, True: UNROLLED}  # blocks of 128 x 128 in one loop body, by `adjoint`
 EVERYTHING = {"rho_row": 0.5, "rho_col": 0.5, "over_relaxation": 1.5, "tolerance": 1e-3, "dropout_p": 0.1}
 MIB = 2**20
 
 
 def point(generation: str, adjoint: bool, width: int, dtype: str, everything: bool) -> dict[str, Any]:
     """The deepest loops over a strip of that width, twice around, four heads."""
-    length, keys = 2 * BLOCK * max(1, DEEPEST // width), BLOCK * width
+    length, keys = 2 * BLOCK * max(1, DEEPEST[adjoint] // width), BLOCK * width
     configuration = {
         "length": length, "keys": keys, "heads": 4, "window": [length + keys] * 2, "dtype": dtype,
         "dustbin": everything,
