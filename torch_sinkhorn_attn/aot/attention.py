@@ -189,7 +189,7 @@ def compile_attention(
 
     from torch_sinkhorn_attn.aot.vmem import ask
     from torch_sinkhorn_attn.engines.tpu.method import run
-    from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+    from torch_sinkhorn_attn.engines.tpu.method.lowering import VMEM, Lowering
     from torch_sinkhorn_attn.engines.tpu.method.problem import Result
 
     c = Configuration.of(configuration)
@@ -211,7 +211,8 @@ def compile_attention(
 
     grad = jax.ShapeDtypeStruct((c.batch, c.heads, c.length, c.value_features), "float32")
     reference = asdict(flash.measure(topology, c.features, "bfloat16" if c.dtype == "float16" else c.dtype))
-    refused = [place for place, c in enumerate(choices) if c.shape != "resident" and c.vmem is not None]
+    most = 2 * VMEM[generation]  # beyond it nobody need ask
+    refused = [place for place, c in enumerate(choices) if c.shape != "resident" and (c.vmem or most) < most]
     answers = {place: ask(configuration, generation, bool(place), base_dtype, topology=topology) for place in refused}
     report = compile_and_read(step, [inputs, constants, grad], topology)  # last, for its listings are kept
     doubts = disagreements(choices, report.kernels, answers)

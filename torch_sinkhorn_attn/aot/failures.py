@@ -9,6 +9,9 @@ _SCOPED = re.compile(
     r"Scoped allocation with size ([\d.]+\w) and limit ([\d.]+\w)",
     re.DOTALL,
 )
+_ALLOCATION = re.compile(
+    r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\).*?space=(vmem|smem).*?:: ([\w.]+)", re.DOTALL
+)
 _CAPACITY = re.compile(r"memory space (vmem|hbm|smem)\. Used ([\d.]+\w?) of ([\d.]+\w?)")
 _HBM = re.compile(r"Ran out of memory on HBM.*?\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", re.DOTALL)
 _MOSAIC = re.compile(r"Mosaic failed to compile TPU kernel[^:]*: (.*)")
@@ -20,9 +23,15 @@ def explain(text: str) -> str:
 
     >>> explain("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 83.8G of 31.2G hbm. Exceeded ...")
     'HBM overflow: the program needs 83.8G, the chip offers 31.2G'
+    >>> allocation = "Allocation (size=201326592) would exceed memory (size=134217728) :: #allocation3 [shape = 'f32"
+    >>> explain(allocation + "[131072,384]{1,0:T(8,128)}', space=vmem, size = 0xc000000, scoped] :: some_kernel.1")
+    'VMEM overflow: kernel some_kernel.1 needs 192.0M for one array, the chip offers 128.0M'
     """
     if found := _SCOPED.search(text):
         return f"VMEM overflow: kernel {found[1]} needs {found[2]}, its limit is {found[3]}"
+    if found := _ALLOCATION.search(text):
+        size, limit = (f"{int(x) / 2**20:.1f}M" for x in found.group(1, 2))
+        return f"{_NAMES[found[3]]} overflow: kernel {found[4]} needs {size} for one array, the chip offers {limit}"
     if found := _CAPACITY.search(text):
         return f"{_NAMES[found[1]]} overflow: the program needs {found[2]}, the chip offers {found[3]}"
     if found := _HBM.search(text):
