@@ -93,3 +93,17 @@ class Kernels(Engine):
         arguments = (output, potentials.row, potentials.col, grads.output, grads.to_bin, grads.from_bin)
         found, dropped = self._call(run.backward, inputs, problem, *arguments, mask_grad=grads.mask)
         return Gradients(Inputs(*(to_torch(x) for x in found)), to_torch(dropped))
+
+
+def without_streaming(monkeypatch: Any, *modules: Any) -> list[Any]:
+    """The kernels' own results from now on, whatever the data, in modules that choose by `resident_or_streamed`: else
+    the streaming ones would cover for them. The list fills with whether the data suited them."""
+    suited: list[Any] = []
+
+    def own(fits: Any, kernels: Any, streamed: Any) -> Any:
+        jax.debug.callback(lambda x: suited.append(bool(x)), fits)
+        return kernels()
+
+    for module in modules:
+        monkeypatch.setattr(module, "resident_or_streamed", own)
+    return suited

@@ -226,16 +226,8 @@ class _Given(NamedTuple):
     bins: int  # dustbins per head, G, or 0
 
     def tensors(self) -> list[Tensor | None]:
-        return [
-            self.mask,
-            self.centers,
-            *self.lengths,
-            *self.segments,
-            *self.masses,
-            *self.dustbin,
-            *self.capacities,
-            *self.initial,
-        ]
+        pairs = (self.lengths, self.segments, self.masses, self.capacities, self.initial)
+        return [self.mask, self.centers, *self.dustbin, *(x for pair in pairs for x in pair)]
 
 
 def _given(query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor | None, keywords: Keywords) -> _Given:

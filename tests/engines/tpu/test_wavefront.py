@@ -39,17 +39,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def never_streamed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels' own results, whatever the data: else the streaming ones would cover for them. Whether the data suit
-    them is noted."""
-    suited: list[Any] = []
-
-    def own(fits: Any, kernels: Any, streamed: Any) -> Any:
-        jax.debug.callback(lambda x: suited.append(bool(x)), fits)
-        return kernels()
-
-    for module in (passes, adjoint):
-        monkeypatch.setattr(module, "resident_or_streamed", own)
-    return suited
+    return tpu_kernels.without_streaming(monkeypatch, passes, adjoint)
 
 
 def some_pairs(length: int, size: int, seed: int = 0) -> torch.Tensor:

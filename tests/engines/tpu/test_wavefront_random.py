@@ -84,14 +84,7 @@ def batch_of(seed: int) -> problems.Call:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", slow_after(0, DRAWS))
 def test_random_problems(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    suited: list[bool] = []
-
-    def own(fits: Any, kernels: Any, streamed: Any) -> Any:
-        jax.debug.callback(lambda x: suited.append(bool(x)), fits)
-        return kernels()
-
-    for module in (passes, adjoint):
-        monkeypatch.setattr(module, "resident_or_streamed", own)
+    suited = tpu_kernels.without_streaming(monkeypatch, passes, adjoint)
     lowering = Lowering("wavefront", interpret=True)
     kernels = tpu_kernels.Kernels(lowering, ENGINE, xla_backend_optimization_level=0)
     monkeypatch.setitem(ENGINES, ENGINE, kernels)

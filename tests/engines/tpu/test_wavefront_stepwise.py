@@ -31,18 +31,9 @@ class Forward(tpu_kernels.Kernels):
 
 @pytest.fixture(autouse=True)
 def suited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels' own results, whatever the data, and whether the data suit them."""
-    found: list[Any] = []
-
-    def own(fits: Any, kernels: Any, streamed: Any) -> Any:
-        jax.debug.callback(lambda x: found.append(bool(x)), fits)
-        return kernels()
-
-    for module in (passes, adjoint, stepwise):
-        monkeypatch.setattr(module, "resident_or_streamed", own)
     kernels = Forward(Lowering("wavefront", interpret=True), ENGINE, xla_backend_optimization_level=0)
     monkeypatch.setitem(ENGINES, ENGINE, kernels)
-    return found
+    return tpu_kernels.without_streaming(monkeypatch, passes, adjoint, stepwise)
 
 
 IDS = torch.tensor([[0] * 60 + [-1] * 10 + [3] * 90, [1] * 50 + [2] * 110])
