@@ -1,4 +1,5 @@
-"""The wavefront kernels an iteration at a time: what couples all rows, against the definition."""
+"""The wavefront kernels where something couples all rows, a dustbin or a tolerance, and without a tail, against the
+definition."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from marks import slow_after
 
 torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
 
+import problems  # noqa: E402
 import tpu_kernels  # noqa: E402
 from conformance import assert_agrees, results  # noqa: E402
 from test_conformance import call_of  # noqa: E402
@@ -89,6 +91,27 @@ def test_conformance(name: str, suited: list[Any]) -> None:
     shape, options = PROBLEMS[name]
     assert_agrees(call_of(7, *shape, **options), ENGINE, plan=False)
     assert suited and all(suited)
+
+
+def test_problems_end_early() -> None:
+    """Those with a tolerance above: some head before its last iteration, and none of the examples all of them."""
+    for name, (shape, options) in PROBLEMS.items():
+        if "tolerance" in options:
+            call = call_of(7, *shape, **options)
+            with_it, without = (
+                results(problems.Call(7, call.query, call.key, call.value, None, o, call.leaves), "tiled", plan=False)[
+                    "output"
+                ]
+                for o in (options, options | {"tolerance": None})
+            )
+            assert not torch.equal(with_it, without), name
+
+
+def test_where_a_base_ends() -> None:
+    changes = torch.tensor([[9.0, 0.1, 3.0, 0.4, 0.5, 0.1], [9.0, 0.1, 0.1, 5.0, 5.0, 5.0], [9.0] * 5 + [torch.nan]])
+    given = jax.numpy.asarray(changes.repeat_interleave(8, 1)[None, :, :, None].expand(-1, -1, -1, 128).numpy())
+    found = passes.ended(given, 0.5)
+    assert found[0].tolist() == [[False, False, True, True, True], [False, True, True, True, True], [False] * 5]
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def forward(
     if used.shape == "wavefront":
         from torch_sinkhorn_attn.engines.tpu.wavefront import passes as wavefront, stepwise
 
-        shape = wavefront if stepwise.coupled(problem) is None else stepwise
+        shape = wavefront if stepwise.coupled(problem, used) is None else stepwise
         return shape.forward(problem, used, residuals)
     return sinkhorn.forward(problem, residuals)
 

@@ -21,13 +21,14 @@ def refusal(problem: sinkhorn.Augmented, lowering: Lowering, backward: bool, mas
         return "it is empty"
     if not statics.banded or min(statics.window_left, statics.window_right) < 0:
         return "a wavefront needs a window on both sides"
-    alone = stepwise.coupled(problem)
+    alone = None if backward else stepwise.coupled(problem, lowering)
     if backward and problem.dustbin is not None:
         return "the adjoint of a dustbin couples all rows in every iteration"
     if backward and statics.implicit:
         return "the implicit gradient solves a linear system pass by pass"
-    if not backward and alone is not None and (statics.over_relaxation != 1 or statics.acceleration):
-        return f"beside {alone} its passes make plain iterations only"
+    beside = alone or ("a tolerance" if statics.tolerance and statics.stopped else None)
+    if not backward and beside is not None and (statics.over_relaxation != 1 or statics.acceleration):
+        return f"beside {beside} its passes make plain iterations only"
     if not backward and statics.acceleration and not statics.contraction and constants.row_segment is not None:
         return "the contraction of packed problems is measured segment by segment"
     if statics.kept == 0 and (backward or statics.stopped == 0 or statics.over_relaxation != 1):

@@ -29,6 +29,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
     DEAD,
     LOG2E,
+    SUBLANES,
     along_lanes,
     along_rows,
     dot,
@@ -66,6 +67,7 @@ class PassStatics(NamedTuple):
     unrolled: int = 1  # iterations in one loop body
     accelerated: bool = False  # columns of the base move on from their last two potentials
     dustbin: bool = False  # its part of all sums stands in the lines; of one iteration
+    watched: bool = False  # how far the plain half-steps of the columns would go is a result; accelerated too
 
     @property
     def iterations(self) -> int:
@@ -114,6 +116,7 @@ class Refs(NamedTuple):
     # sums and P V
     cols: Any  # [1, 1, saved, 128] v of the saved iterations
     col_total: Any  # [1, 1, 1, 128] column sums of the last plan; only with residuals
+    changes: Any  # [1, 1, 8 (iterations + 1), 128] the largest changes of v by plain half-steps, 8 lines an iteration
     range: Any  # [1, 1, 1, 128]: 1 while every scaling stayed in range
     strip: Any  # [ring, 128, C]
     row_rep: Any  # [ring] rep: a, or beside relaxation rho (log a + u^start) - u^start
@@ -200,6 +203,8 @@ class Wave(Stages):
         )  # fmt: skip
         self.r.worst[...] = jnp.zeros_like(self.r.worst)
         self.r.range[...] = jnp.ones_like(self.r.range)
+        if self.o.watched:
+            self.r.changes[...] = jnp.zeros_like(self.r.changes)
 
     # The strip
 
@@ -279,6 +284,10 @@ class Wave(Stages):
             log_y = s.rho_col * (mass + col_abs - jnp.log(total)) - col_abs
             if base and o.accelerated:
                 old, older = r.log_y[i, place], r.log_y[i - 1, place]
+                if o.watched:
+                    lines = pl.ds(i * SUBLANES, SUBLANES)
+                    change = jnp.where(live, jnp.abs(log_y - old), 0)
+                    r.changes[0, 0, lines, :] = jnp.maximum(r.changes[0, 0, lines, :], change)
                 at = (self.n * pl.num_programs(1) + self.h) * o.base + i - 1
                 log_y = old + r.to_plain[at] * (log_y - old) + r.onwards[at] * (old - older)
             elif base and s.over_relaxation != 1:

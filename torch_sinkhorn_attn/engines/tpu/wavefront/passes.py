@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import lowest_kept
@@ -75,10 +75,13 @@ def lines_of(problem: sinkhorn.Augmented) -> Lines:
 
 def passes_of(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> list[PassStatics] | None:
     """The passes over the sequence: one, or more where a core's memory does not hold all iterations in flight, or where
-    lambda of an accelerated base is measured first; None where it does not hold a pass of one iteration."""
+    lambda of an accelerated base is measured first; None where it does not hold a pass of one iteration.
+
+    With a tolerance there are two of the whole base: one to see where each head ends it, and one that does."""
     statics, values = problem.statics, problem.inputs.value is not None
     path = path_of(problem.length, problem.size, statics)
-    momentum = statics.acceleration is not None
+    watched = statics.tolerance > 0 and statics.stopped > 0
+    momentum = statics.acceleration is not None or watched
     # Interpreted, a loop body takes long to compile and gains nothing.
     floor, unrolled = mask_floor(problem), 1 if lowering.interpret else UNROLLED // path.width
 
@@ -98,6 +101,9 @@ def passes_of(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) 
     def held(o: PassStatics) -> bool:
         return vmem(problem, o) <= lowering.vmem_limit
 
+    if watched:
+        both = [earlier(statics.stopped)._replace(watched=True), last(statics.stopped)]
+        return both if all(held(o) for o in both) else None
     measured = momentum and not statics.contraction and statics.stopped > plain_iterations(0)
     first = [earlier(plain_iterations(0), plain=True)] if measured else []
     stopped = statics.stopped - sum(o.base for o in first)
@@ -123,6 +129,12 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
     u, v = problem.initial_potentials()
     state, suited, done = Start(u, v, v), jnp.bool_(True), 0
     factors = momentum_of(problem, jnp.full((*u.shape[:2], 1), statics.contraction, problem.dtype))
+    if passes[0].watched:
+        on = jnp.ones((*u.shape[:2], statics.stopped), problem.dtype)
+        factors = {"to_plain": on, "onwards": jnp.zeros_like(on)}
+        scalars = {name: x.reshape(-1) for name, x in factors.items()}
+        named, suited = run_pass(problem, lowering, passes.pop(0), state, lines, scalars)
+        factors["to_plain"] = jnp.where(ended(named["changes"][0], statics.tolerance), 0, on)
     for o in passes:
         scalars = (
             {name: x[..., done : done + o.base].reshape(-1) for name, x in factors.items()} if o.accelerated else {}
@@ -147,6 +159,19 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> t
     if residuals:
         col_sums = jnp.where(lines.log_b > -jnp.inf, named["col_total"][0][:, :, 0, :size], 0)
     return sinkhorn.finish(problem, (rows, cols), mass, row_sums, col_sums), suited
+
+
+def ended(changes: Array, tolerance: float) -> Array:
+    """Whether each stopped iteration finds its head's base at its end, `[N, H, T]`: never the first, and from one on
+    whose plain half-step would move no v_j by more than the tolerance. v then stands still, and so does u, which
+    follows from it.
+
+    Args:
+        changes: the kernel's, `[N, H, 8 (T + 1), 128]`.
+    """
+    largest = changes.reshape(*changes.shape[:2], -1, SUBLANES * BLOCK).max(-1)[..., 1:]
+    small = (largest <= tolerance) & (jnp.arange(largest.shape[-1]) > 0)
+    return lax.cummax(small.astype(jnp.int32), 2) > 0
 
 
 class Start(NamedTuple):
@@ -320,6 +345,8 @@ def results_of(problem: sinkhorn.Augmented, o: PassStatics) -> list[Result]:
     found = [Result("rows", (saved + beside, lp), ROWS, last), Result("cols", (saved, sp), COLS, last)]
     if o.residuals:
         found.append(Result("col_total", (1, sp), COLS, last + o.path.lag))
+    if o.watched:
+        found.append(Result("changes", (SUBLANES * (o.iterations + 1), BLOCK), None))
     return [*found, Result("range", (1, BLOCK), None)]
 
 

@@ -1,4 +1,5 @@
-"""The wavefront an iteration at a time, where something couples all rows in every iteration: a dustbin, a tolerance.
+"""The wavefront an iteration at a time, where something couples all rows in every iteration: a dustbin, or a tolerance
+of packed problems.
 
 A pass of one iteration takes the column and the row half-step of every token, with its scores formed once; between
 passes come what the dustbins do and who has converged. The output is one more reading of the scores, by `problem`'s own
@@ -18,16 +19,20 @@ from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Result as Found
 from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
 from torch_sinkhorn_attn.engines.tpu.wavefront.forward import PassStatics
-from torch_sinkhorn_attn.engines.tpu.wavefront.passes import Start, lines_of, mask_floor, run_pass
+from torch_sinkhorn_attn.engines.tpu.wavefront.passes import Start, lines_of, mask_floor, passes_of, run_pass
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import path_of
 from torch_sinkhorn_attn.problem.segments import by_segment, centre_gauge, components, segment_max, segments
 
 
-def coupled(problem: sinkhorn.Augmented) -> str | None:
-    """What couples all rows in every iteration, if anything does."""
+def coupled(problem: sinkhorn.Augmented, lowering: Lowering) -> str | None:
+    """What couples all rows in every iteration, if anything does. A tolerance need not: where the base of each head
+    ends is seen in one pass of all iterations, and a second one ends there. Of packed problems each ends elsewhere."""
     if problem.dustbin is not None:
         return "a dustbin"
-    return "a tolerance" if problem.statics.tolerance and problem.statics.stopped else None
+    if not problem.statics.tolerance or not problem.statics.stopped:
+        return None
+    packed = problem.constants.row_segment is not None
+    return "a tolerance" if packed or passes_of(problem, lowering, residuals=True) is None else None
 
 
 def pass_of(problem: sinkhorn.Augmented) -> PassStatics:
