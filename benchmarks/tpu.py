@@ -118,10 +118,12 @@ def issued(report: Any) -> float:
     """Bundles of all kernels that the program runs; not of those that only unfit data need."""
     total = 0.0
     for kernel in report["kernels"]:
+        if not kernel["executions"]:
+            continue
         loops = [Loop(**loop) for loop in kernel["loops"]]
         own = kernel["bundles"] - sum(loop.last - loop.first + 1 for loop in loops if loop.depth == 1)
         once = {i: 1.0 - 1.0 / loop.trips for i, loop in enumerate(loops) if loop.grid and loop.trips}
-        total += (kernel["executions"] or 0) * (weighted(loops, skipped=once) + own)
+        total += kernel["executions"] * (weighted(loops, skipped=once) + own)
     return total
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from torch_sinkhorn_attn.engines.tpu.method.low_base import not_in_bfloat16
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
@@ -17,6 +18,7 @@ from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint
 from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
 from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
+from torch_sinkhorn_attn.engines.tpu.streaming.spans import window_intervals
 from torch_sinkhorn_attn.engines.tpu.wavefront import fits as wavefront
 
 WIDEST = 32  # column blocks of a row block: what one loop body may hold
@@ -88,10 +90,22 @@ def _in_float32(inputs: Inputs, statics: Statics, lowering: Lowering, resident: 
 
 def posed(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering) -> tuple[Augmented, Lowering]:
     """The problem as the Pallas kernels take it, and the lowering with the base's dtype that the resident one uses."""
+    connected = statics.uniform and inputs.mask is None and window_joins(constants, statics)
     inputs = without_redundant_mask(inputs)
     if not_in_bfloat16(inputs, statics, lowering, resident=True) is not None:
         lowering = replace(lowering, base_dtype="float32")
-    return Augmented(inputs, constants, statics, StreamingPasses(inputs, constants, statics, lowering)), lowering
+    passes = StreamingPasses(inputs, constants, statics, lowering)
+    return Augmented(inputs, constants, statics, passes, connected), lowering
+
+
+def window_joins(constants: Constants, statics: Statics) -> bool:
+    """Whether the window of all tokens makes one component of them."""
+    if not statics.banded:
+        return True
+    length, size = constants.log_row_mass.shape[-1], constants.log_col_mass.shape[-1]
+    lo, hi = window_intervals(length, size, statics.window_left, statics.window_right, False)
+    some = lo < hi
+    return bool((lo[some][1:] < np.maximum.accumulate(hi[some])[:-1]).all())
 
 
 def without_redundant_mask(inputs: Inputs) -> Inputs:

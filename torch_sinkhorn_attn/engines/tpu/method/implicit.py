@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Statics
-from torch_sinkhorn_attn.problem.segments import by_segment, components, segment_sum, segments
+from torch_sinkhorn_attn.problem.segments import Components, by_segment, segment_sum, segments
 
 MAX_ITERS = 500  # each iteration takes two passes
 TOLERANCE = {"float32": 1e-7, "float64": 1e-14}  # relative residual, both near the dtype's rounding
@@ -27,12 +27,18 @@ Pass = Callable[[Array], Array]
 
 
 def implicit_duals(
-    row_pass: Pass, column_pass: Pass, row_sums: Array, col_sums: Array, constants: Constants, statics: Statics
+    row_pass: Pass,
+    column_pass: Pass,
+    row_sums: Array,
+    col_sums: Array,
+    constants: Constants,
+    statics: Statics,
+    parts: Components,
 ) -> tuple[Array, Array]:
     """(x, y) of the adjoint system for the sums of P*D, `row_sums [N, H, L(+G)]` and `col_sums [N, H, S(+G)]`, and the
-    passes P y and P^T x. Lines without mass get 0."""
+    passes P y and P^T x, in a problem of these components. Lines without mass get 0."""
     rho_r, rho_c = statics.rho_row, statics.rho_col
-    parts, own = components(constants, statics), segments(constants)
+    own = segments(constants)
     r, c = row_pass(jnp.ones_like(col_sums)), column_pass(jnp.ones_like(row_sums))
     r_inv = _inverse(r)
     root = jnp.sqrt(jnp.maximum(c, 0))

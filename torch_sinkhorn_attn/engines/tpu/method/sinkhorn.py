@@ -30,6 +30,7 @@ from torch_sinkhorn_attn.engines.tpu.method.problem import (
 )
 from torch_sinkhorn_attn.method import acceleration
 from torch_sinkhorn_attn.problem.segments import (
+    Components,
     by_segment,
     centre_gauge,
     components,
@@ -42,10 +43,12 @@ from torch_sinkhorn_attn.problem.segments import (
 
 
 class Augmented:
-    """Half-steps and products of a problem, the dustbin's part added to that of the passes."""
+    """Half-steps and products of a problem, the dustbin's part added to that of the passes. `connected`: every head is
+    known to be one component."""
 
-    def __init__(self, inputs: Inputs, constants: Constants, statics: Statics, passes: Passes):
+    def __init__(self, inputs: Inputs, constants: Constants, statics: Statics, passes: Passes, connected: bool = False):
         self.inputs, self.constants, self.statics, self.passes = inputs, constants, statics, passes
+        self.connected = connected
         self.dtype = compute_dtype(inputs.query)
         self.log_a = with_dustbin(constants.log_row_mass, constants.log_row_capacity).astype(self.dtype)
         self.log_b = with_dustbin(constants.log_col_mass, constants.log_col_capacity).astype(self.dtype)
@@ -55,6 +58,10 @@ class Augmented:
     def real(self, u: Array, v: Array) -> tuple[Array, Array]:
         """The tokens' part of potentials."""
         return u[..., : self.length], v[..., : self.size]
+
+    def components(self) -> Components:
+        """Those with a gauge of their own. To find them takes scatters over all tokens, which a TPU does one by one."""
+        return Components(None, None, 1) if self.connected else components(self.constants, self.statics)
 
     def live(self, p: Array, q: Array) -> tuple[Array, Array]:
         """-inf on inactive lines, as the dustbin reads potentials."""
@@ -116,10 +123,10 @@ def potential(lse: Array, log_mass: Array, rho: float, old: Array | None, omega:
 def solve(problem: Augmented) -> tuple[Array, Array]:
     """Stopped and kept iterations: the stacked duals u^0..u^R `[R+1, N, H, L(+G)]` and v^0..v^R. For R = 0 they are
     the row half-step taken from the stopped v^0, and v^0."""
-    statics, constants = problem.statics, problem.constants
+    statics = problem.statics
     u, v = stopped_base(problem)
     if statics.balanced and statics.stopped:
-        u, v = centre_gauge(u, v, problem.log_a, problem.log_b, components(constants, statics))
+        u, v = centre_gauge(u, v, problem.log_a, problem.log_b, problem.components())
     if statics.kept == 0:
         return problem.row_half_step(v)[None], v[None]
 
@@ -256,7 +263,7 @@ def backward(
     if statics.implicit:
         x, y = implicit_duals(
             lambda y: problem.rows(u, v, y), lambda x: problem.columns(u, v, x),
-            d.row_sums, d.col_sums, problem.constants, statics,
+            d.row_sums, d.col_sums, problem.constants, statics, problem.components(),
         )  # fmt: skip
         field = Field(*(jnp.stack(z) for z in ((u, u), (v, v), (x, jnp.ones_like(x)), (jnp.ones_like(y), y))))
         dropped = jnp.zeros_like(u)

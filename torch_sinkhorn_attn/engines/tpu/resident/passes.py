@@ -29,7 +29,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     strip_of,
     tokens_last,
 )
-from torch_sinkhorn_attn.problem.segments import centre_gauge, components
+from torch_sinkhorn_attn.problem.segments import centre_gauge
 
 
 def forward(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) -> Result:
@@ -88,8 +88,7 @@ def call_of(problem: sinkhorn.Augmented, lowering: Lowering, strip: Strip, resid
 
 def centred(problem: sinkhorn.Augmented, rows: Array, cols: Array) -> tuple[Array, Array]:
     """The gauge of u^0 and v^0, taken on by all that follow: half-steps of balanced problems pass it on."""
-    parts = components(problem.constants, problem.statics)
-    u, v = centre_gauge(rows[0], cols[0], problem.log_a, problem.log_b, parts)
+    u, v = centre_gauge(rows[0], cols[0], problem.log_a, problem.log_b, problem.components())
     return rows + (u - rows[0]), cols + (v - cols[0])
 
 

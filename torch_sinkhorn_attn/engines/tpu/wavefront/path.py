@@ -13,9 +13,10 @@ Column blocks are counted with `width` blocks of padding before them, so that no
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,20 @@ def path_of(length: int, size: int, statics: Statics) -> Path:
         width = min(cols, -(-(span - 1) // BLOCK) + 1)
         lag = math.ceil(SLOPE * max(1.0, length / size) * width) + 1
         return Path(rows, cols, width, lag, rows + max(0, cols - rows) + cols // 3 + width)
-    low, high = window_intervals(length, size, statics.window_left, statics.window_right, False)
+    width, front, position = _of_window(length, size, statics.window_left, statics.window_right)
+    steps = np.arange(position[-1] + 1)
+    after = np.searchsorted(position, steps)
+    fronts = front[after] - (position[after] - steps)
+    last = np.minimum(np.searchsorted(fronts, fronts - 1 + width, side="right") - 1, position[-1])
+    return Path(rows, cols, width, int((last - steps).max()) + 1, len(steps))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_window(length: int, size: int, left: int, right: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The strip's width in column blocks, and of each row block its front, without the padding, and its step, where all
+    tokens are active."""
+    rows, cols = -(-length // BLOCK), -(-size // BLOCK)
+    low, high = window_intervals(length, size, left, right, False)
     start = np.arange(0, length, BLOCK)
     some = low < high
     lo = np.minimum.reduceat(np.where(some, low, size), start) // BLOCK
@@ -85,11 +99,7 @@ def path_of(length: int, size: int, statics: Statics) -> Path:
     for row in range(rows):
         front[row] = reach = min(most[row], max(least[row], reach + 1))
     position = np.arange(rows) + np.cumsum(np.maximum(np.diff(front, prepend=0) - 1, 0))
-    steps = np.arange(position[-1] + 1)
-    after = np.searchsorted(position, steps)
-    fronts = front[after] - (position[after] - steps)
-    last = np.minimum(np.searchsorted(fronts, fronts - 1 + width, side="right") - 1, position[-1])
-    return Path(rows, cols, width, int((last - steps).max()) + 1, len(steps))
+    return width, front, position
 
 
 def _bounds(hi: np.ndarray, lo: np.ndarray, cols: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,10 +109,14 @@ def _bounds(hi: np.ndarray, lo: np.ndarray, cols: int, width: int) -> tuple[np.n
 
 
 def entries_of(constants: Constants, path: Path, statics: Statics, before: int, steps: int) -> Entries:
-    """The way of the intervals given, from step `-before` to step `steps`."""
+    """The way of the intervals given, from step `-before` to step `steps`; a constant where all tokens are active."""
     lo, hi = constants.row_lo, constants.row_hi
     if statics.uniform:
-        lo, hi = lo[:1], hi[:1]
+        window = lo.shape[-1], constants.col_lo.shape[-1], statics.window_left, statics.window_right
+        _, fronts_of, places = _of_window(*window)
+        known = _steps(np, places[None], fronts_of[None] + path.width, path, np.arange(-before, steps))
+        row, fronts = (jnp.asarray(x.astype(np.int32)) for x in known)
+        return Entries(row, fronts, jnp.bool_(True))
     pad = path.padded_length - lo.shape[-1]
     some = lo < hi
     low, high = (
@@ -121,20 +135,25 @@ def entries_of(constants: Constants, path: Path, statics: Statics, before: int, 
     jump = jnp.diff(front, axis=1, prepend=jnp.full_like(front[:, :1], path.width))
     position = block + jnp.cumsum(jnp.maximum(jump - 1, 0), 1, dtype=jnp.int32)
     step = jnp.arange(-before, steps, dtype=jnp.int32)
-    after = _search(position, step)
-    inner = jnp.minimum(after, path.rows - 1)
-    at, reach = (jnp.take_along_axis(x, inner, 1) for x in (position, front))
-    beyond = after >= path.rows
-    real = ~beyond & (at == step)
-    fronts = jnp.where(beyond, jnp.minimum(reach + step - at, path.padded_cols), reach - (at - step))
-    fronts = jnp.maximum(fronts, path.width)
-    row = jnp.where(real, inner, ~jnp.clip(after - 1, 0))
+    row, fronts = _steps(jnp, position, front, path, step)
     # The last step that still adds to the columns a step starts to read.
     end_step = jnp.max(jnp.where(held, position, 0), 1, keepdims=True)
     last = jnp.minimum(_search(fronts, fronts - 1 + path.width, "right") - 1 - before, end_step)
     late = jnp.where((step >= 0) & (step <= end_step), last - step, 0)
     fits &= (jnp.max(late) < path.lag) & (jnp.max(position) < path.entries)
     return Entries(row.astype(jnp.int32), fronts.astype(jnp.int32), fits)
+
+
+def _steps(xp: Any, position: Any, front: Any, path: Path, step: Any) -> tuple[Any, Any]:
+    """Row blocks and fronts of the steps, from the steps and the fronts of the row blocks `[N, rows]`; in NumPy or
+    JAX."""
+    after = _search(position, step) if xp is jnp else np.searchsorted(position[0], step)[None]
+    inner = xp.minimum(after, path.rows - 1)
+    at, reach = (xp.take_along_axis(x, inner, 1) for x in (position, front))
+    beyond = after >= path.rows
+    fronts = xp.where(beyond, xp.minimum(reach + step - at, path.padded_cols), reach - (at - step))
+    row = xp.where(~beyond & (at == step), inner, ~xp.maximum(after - 1, 0))
+    return row, xp.maximum(fronts, path.width)
 
 
 def _then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -21,7 +21,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
 from torch_sinkhorn_attn.engines.tpu.wavefront.forward import PassStatics
 from torch_sinkhorn_attn.engines.tpu.wavefront.passes import Start, lines_of, mask_floor, passes_of, run_pass
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import path_of
-from torch_sinkhorn_attn.problem.segments import by_segment, centre_gauge, components, segment_max, segments
+from torch_sinkhorn_attn.problem.segments import by_segment, centre_gauge, segment_max, segments
 
 
 def coupled(problem: sinkhorn.Augmented, lowering: Lowering) -> str | None:
@@ -87,7 +87,7 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering) -> tuple[tuple[Array,
         done = jnp.zeros_like(state.v, bool, (*state.v.shape[:2], own.number))
         state = lax.while_loop(more, guarded, (jnp.int32(0), state, done))[1]
     if statics.balanced and statics.stopped:
-        u, v = centre_gauge(state.u, state.v, problem.log_a, problem.log_b, components(problem.constants, statics))
+        u, v = centre_gauge(state.u, state.v, problem.log_a, problem.log_b, problem.components())
         state = state._replace(u=u, v=v)
     if statics.kept == 0:  # the row half-step from the stopped v: that of the last pass
         return (state.u[None], state.v[None]), state.fine
