@@ -66,4 +66,5 @@ def explicit_axes() -> None:
 if __name__ == "__main__":
     explicit_axes()
     kernels_lower("streaming", AxisType.Auto)
+    kernels_lower("wavefront", AxisType.Auto)
     kernels_lower("resident", AxisType.Explicit)

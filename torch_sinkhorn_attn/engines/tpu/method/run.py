@@ -63,11 +63,10 @@ def _problem(
     problem, used = choice.posed(inputs, constants, statics, lowering)
     found = choice.kernels(problem, used, adjoint, mask_grad)
     asked = lowering.shape
-    if (
-        asked in ("resident", "wavefront")
-        and found.shape != asked
-        and not (adjoint and (statics.implicit or mask_grad))
-    ):
+    streamed = statics.implicit or mask_grad  # adjoints that no other kernel than the streaming ones has
+    if asked == "wavefront":
+        streamed = streamed or statics.kept == 0 or problem.dustbin is not None
+    if asked in ("resident", "wavefront") and found.shape != asked and not (adjoint and streamed):
         raise ValueError(f"shape={asked!r} cannot take this problem: {found.reason}. Use shape='auto' or 'streaming'.")
     return problem, replace(used, shape=found.shape)
 

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.problem import Result as Found
 from torch_sinkhorn_attn.engines.tpu.resident.launch import resident_or_streamed
 from torch_sinkhorn_attn.engines.tpu.wavefront.forward import PassStatics
@@ -66,7 +67,7 @@ def solve(problem: sinkhorn.Augmented, lowering: Lowering) -> tuple[tuple[Array,
     """`sinkhorn.solve`, and whether it was suited."""
     statics, own = problem.statics, segments(problem.constants)
     step = functools.partial(iteration, problem, lowering, pass_of(problem))
-    state = State(*problem.initial_potentials(), jnp.bool_(True))
+    state = State(*vary_together((*problem.initial_potentials(), jnp.bool_(True))))
     if not statics.tolerance:
         state = lax.fori_loop(0, statics.stopped, lambda _, state: step(state), state)
     elif statics.stopped:
