@@ -26,6 +26,7 @@ from torch_sinkhorn_attn.engines.tpu.releases import enable_x64  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint, passes  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import entries_of, path_of  # noqa: E402
 from torch_sinkhorn_attn.problem.arguments import prepare  # noqa: E402
+from torch_sinkhorn_attn.problem.segments import components  # noqa: E402
 
 ENGINE, WAVEFRONT = "jax wavefront", Lowering("wavefront", interpret=True)
 D = torch.float64
@@ -263,3 +264,16 @@ def test_wavefront_refuses_with_the_reason() -> None:
     call = call_of(0, 1, 1, 20, 20, 3)
     with pytest.raises(ValueError, match=r"shape='wavefront' cannot take this problem: .*window.*shape='auto'"):
         results(call, ENGINE, plan=False)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 5), (9, 4), (4, 9), (30, 7), (7, 30), (0, 3), (3, 0)])
+def test_a_window_that_joins_all_tokens_is_known_to(sizes: tuple[int, int]) -> None:
+    """As the components found from the intervals say, which are data."""
+    length, size = sizes
+    x = torch.zeros(1, 1, max(sizes), 1)
+    for window in ((0, 0), (1, 0), (0, 1), (2, 2), (5, 0), (0, 3), (-1, 0), None):
+        problem = prepare(x[:, :, :length], x[:, :, :size], None, window=window, relaxation=1.0).problem
+        parts, live = components(problem), problem.support.row_lo < problem.support.row_hi
+        one = parts.row is None or not bool(live.any()) or int(parts.row[:, 0][live].max()) == 0
+        found = choice.window_joins(tpu_kernels.constants_of(problem), tpu_kernels.statics_of(problem))
+        assert found == one, window
