@@ -24,16 +24,9 @@ ENGINE = "jax wavefront"
 D = torch.float64
 
 
-class Forward(tpu_kernels.Kernels):
-    """The forward by wavefront kernels, whose gradients streaming ones compute where there is a dustbin."""
-
-    def backward(self, *arguments: Any, **options: Any) -> Any:
-        return tpu_kernels.Kernels(Lowering("blockwise"), **self.compiler_options).backward(*arguments, **options)
-
-
 @pytest.fixture(autouse=True)
 def suited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    kernels = Forward(Lowering("wavefront", interpret=True), ENGINE, xla_backend_optimization_level=0)
+    kernels = tpu_kernels.Kernels(Lowering("wavefront", interpret=True), ENGINE, xla_backend_optimization_level=0)
     monkeypatch.setitem(ENGINES, ENGINE, kernels)
     return tpu_kernels.without_streaming(monkeypatch, passes, adjoint, stepwise)
 
@@ -73,6 +66,16 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
             "initial_potentials": (torch.randn(1, 1, 141, dtype=D), torch.randn(1, 1, 151, dtype=D)),
             "row_mass": 0.5 + torch.rand(140, dtype=D, generator=torch.Generator().manual_seed(1)),
         } | SHORT,
+    ),
+    "implicit": (
+        (2, 1, 200, 160, 3),
+        {
+            "window": (40, 40), "gradient": "implicit", "base_iters": 60, "relaxation": (2.0, 1.5),
+            "query_lengths": torch.tensor([200, 150]), "key_lengths": torch.tensor([160, 131]),
+        },
+    ),
+    "implicit, dustbin": (
+        (1, 2, 140, 140, 3), {"window": (30, 40), "dustbin": bins(140, 140), "gradient": "implicit", "base_iters": 60},
     ),
     "no tail": ((2, 1, 200, 150, 3), {"window": (50, 50), "base_iters": 3, "tail_iters": 0}),
     "no tail, accelerated": (

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.method import dropout
-from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Field, Inputs, Statics, compute_dtype
+from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Field, Inputs, Passes, Statics, compute_dtype
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads
 SMALLEST_BLOCK, BAND_BLOCK, LARGEST_BLOCK = 32, 128, 512
@@ -68,7 +68,7 @@ class Axis:
         return lax.dynamic_update_slice_in_dim(x, part, self.start(i), axis % x.ndim)
 
 
-class BlockwisePasses:
+class BlockwisePasses(Passes):
     """`Passes` over tiles of `block` rows and columns."""
 
     def __init__(self, inputs: Inputs, constants: Constants, statics: Statics, block: int | None = None):

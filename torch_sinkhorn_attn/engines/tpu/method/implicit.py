@@ -29,6 +29,7 @@ Pass = Callable[[Array], Array]
 def implicit_duals(
     row_pass: Pass,
     column_pass: Pass,
+    normal: Callable[[Array, Array], Array],
     row_sums: Array,
     col_sums: Array,
     constants: Constants,
@@ -36,7 +37,7 @@ def implicit_duals(
     parts: Components,
 ) -> tuple[Array, Array]:
     """(x, y) of the adjoint system for the sums of P*D, `row_sums [N, H, L(+G)]` and `col_sums [N, H, S(+G)]`, and the
-    passes P y and P^T x, in a problem of these components. Lines without mass get 0."""
+    passes P y, P^T x and, of y and d, P^T (d * P y), in a problem of these components. Lines without mass get 0."""
     rho_r, rho_c = statics.rho_row, statics.rho_col
     own = segments(constants)
     r, c = row_pass(jnp.ones_like(col_sums)), column_pass(jnp.ones_like(row_sums))
@@ -45,7 +46,7 @@ def implicit_duals(
     root_inv, mass_inv = _inverse(root), _inverse(segment_sum(c, parts.col, parts.number))
 
     def matrix(s: Array) -> Array:
-        return s / rho_c - rho_r * (root_inv * column_pass(r_inv * row_pass(root_inv * s)))
+        return s / rho_c - rho_r * (root_inv * normal(root_inv * s, r_inv))
 
     def project(s: Array) -> Array:
         """s off the singular vectors of 1, where the problem is balanced."""

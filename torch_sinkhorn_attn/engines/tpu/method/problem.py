@@ -132,6 +132,11 @@ class Passes(Protocol):
     def columns(self, p: Array, q: Array, x: Array) -> Array:
         """M(p, q)^T x."""
 
+    def both(self, p: Array, q: Array, y: Array, weight: Array, more: Array) -> tuple[Array, Array]:
+        """M(p, q) y, and M(p, q)^T x for x = weight * (M(p, q) y + more)."""
+        rows = self.rows(p, q, y)
+        return rows, self.columns(p, q, weight * (rows + more))
+
     def values(self, u: Array, v: Array) -> tuple[Array, Array]:
         """M(u, v) V with dropout `[N, H, L, Ev]`, and the row sums of M(u, v) without it `[N, H, L]`."""
 

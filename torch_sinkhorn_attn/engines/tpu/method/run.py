@@ -63,10 +63,8 @@ def _problem(
     problem, used = choice.posed(inputs, constants, statics, lowering)
     found = choice.kernels(problem, used, adjoint, mask_grad)
     asked = lowering.shape
-    streamed = statics.implicit or mask_grad  # adjoints that no other kernel than the streaming ones has
-    if asked == "wavefront":
-        streamed = streamed or statics.kept == 0 or problem.dustbin is not None
-    if asked in ("resident", "wavefront") and found.shape != asked and not (adjoint and streamed):
+    apart = adjoint and asked == "resident" and (statics.implicit or mask_grad)  # which it has not
+    if asked in ("resident", "wavefront") and found.shape != asked and not apart:
         raise ValueError(f"shape={asked!r} cannot take this problem: {found.reason}. Use shape='auto' or 'streaming'.")
     return problem, replace(used, shape=found.shape)
 
@@ -138,5 +136,5 @@ def backward(
     if used.shape == "wavefront":
         from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint as wavefront
 
-        return wavefront.backward(problem, used, output, duals, grad_output, bins)
+        return wavefront.backward(problem, used, output, duals, grad_output, bins, mask_grad)
     return sinkhorn.backward(problem, output, duals, grad_output, bins, mask_grad)

@@ -12,6 +12,7 @@ augmented by the dustbins, `[N, H, L(+G)]` and `[N, H, S(+G)]`; what a pass is g
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -103,6 +104,14 @@ class Augmented:
     def columns(self, p: Array, q: Array, x: Array) -> Array:
         """M(p, q)^T x."""
         return self.complete_cols(self.passes.columns(*self.real(p, q), x[..., : self.length]), p, q, x)
+
+    def normal(self, p: Array, q: Array, y: Array, weight: Array) -> Array:
+        """M(p, q)^T (weight * M(p, q) y)."""
+        more = jnp.zeros_like(p[..., : self.length])
+        if self.dustbin is not None:
+            more = self.dustbin.matrix(*self.live(p, q)).column * self.dustbin.at_rows(y[..., self.size :])
+        rows, cols = self.passes.both(*self.real(p, q), y[..., : self.size], weight[..., : self.length], more)
+        return self.complete_cols(cols, p, q, weight * self.complete_rows(rows, p, q, y))
 
     def complete_cols(self, real: Array, p: Array, q: Array, x: Array) -> Array:
         """M(p, q)^T x from its real part."""
@@ -262,7 +271,7 @@ def backward(
     d = d._replace(col_sums=d.col_sums + value_sums(problem, grad_value))
     if statics.implicit:
         x, y = implicit_duals(
-            lambda y: problem.rows(u, v, y), lambda x: problem.columns(u, v, x),
+            lambda y: problem.rows(u, v, y), lambda x: problem.columns(u, v, x), partial(problem.normal, u, v),
             d.row_sums, d.col_sums, problem.constants, statics, problem.components(),
         )  # fmt: skip
         field = Field(*(jnp.stack(z) for z in ((u, u), (v, v), (x, jnp.ones_like(x)), (jnp.ones_like(y), y))))

@@ -13,7 +13,7 @@ from jax import Array, lax
 from torch_sinkhorn_attn.engines.tpu.method import dropout
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import kept, lowest_kept
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
-from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Field, Inputs, Statics, compute_dtype
+from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Field, Inputs, Passes, Statics, compute_dtype
 from torch_sinkhorn_attn.engines.tpu.method.unfit import of_unfit_data
 from torch_sinkhorn_attn.engines.tpu.streaming.kernels import (
     UNROLLED_TERMS,
@@ -36,7 +36,7 @@ WIDEST_FOR_WIDE = 128  # features
 LARGEST_EXPONENT = {jnp.dtype("float32"): 30.0, jnp.dtype("float64"): 300.0}  # that may be applied outside of P
 
 
-class StreamingPasses:
+class StreamingPasses(Passes):
     """The passes of one problem: every method is a kernel call, two where a mask's cotangent is wanted."""
 
     def __init__(self, inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering):

@@ -35,6 +35,9 @@ from torch_sinkhorn_attn.engines.tpu.wavefront.passes import (
     without_padding,
 )
 from torch_sinkhorn_attn.engines.tpu.wavefront.path import Entries, entries_of, path_of
+from torch_sinkhorn_attn.engines.tpu.wavefront.products import BandPasses, options_of as products_of
+
+MOST_KEPT = 8  # tail iterations: each has results of its own
 
 
 def backward(
@@ -44,8 +47,12 @@ def backward(
     potentials: tuple[Array, Array],
     grad_output: Array,
     grad_bins: Bins,
+    mask_grad: bool,
 ) -> tuple[Inputs, Array]:
-    """`sinkhorn.backward` by the wavefront kernel, and by `problem`'s own passes where the data want that."""
+    """`sinkhorn.backward` by the wavefront kernel, or by products along its path, and by `problem`'s own passes where
+    the data want that."""
+    if by_products(problem, mask_grad):
+        return _by_products(problem, lowering, output, potentials, grad_output, grad_bins, mask_grad)
     exponents = staircase_exponents(problem, potentials)
     small = jnp.all(jnp.stack([jnp.max(x, initial=-jnp.inf) for x in exponents]) <= LARGEST_EXPONENT)
     o = options_of(problem)
@@ -55,6 +62,31 @@ def backward(
         entries.fits & small,
         lambda: adjoint(problem, lowering, o, entries, exponents, *given),
         lambda: sinkhorn.backward(problem, *given, False),
+    )
+
+
+def by_products(problem: sinkhorn.Augmented, mask_grad: bool) -> bool:
+    """Whether the adjoint couples all rows, or writes a tile for each pair: then its kernel is not one."""
+    statics = problem.statics
+    return problem.dustbin is not None or statics.implicit or mask_grad or not 0 < statics.kept <= MOST_KEPT
+
+
+def _by_products(
+    problem: sinkhorn.Augmented,
+    lowering: Lowering,
+    output: Array,
+    potentials: tuple[Array, Array],
+    grad_output: Array,
+    grad_bins: Bins,
+    mask_grad: bool,
+) -> tuple[Inputs, Array]:
+    inputs, constants, statics = problem.inputs, problem.constants, problem.statics
+    band = sinkhorn.Augmented(inputs, constants, statics, BandPasses(problem, lowering), problem.connected)
+    way = products_of(problem, True, True).way
+    fits = entries_of(constants, way.path, statics, way.before, way.steps).fits
+    given = output, potentials, grad_output, grad_bins, mask_grad
+    return resident_or_streamed(
+        fits, lambda: sinkhorn.backward(band, *given), lambda: sinkhorn.backward(problem, *given)
     )
 
 

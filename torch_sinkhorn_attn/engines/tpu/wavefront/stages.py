@@ -19,7 +19,7 @@ class Way:
     columns of an iteration read by the `memory` next."""
 
     def __init__(self, path: Path, before: int, kept: int, memory: int = 1):
-        self.before, self.steps = before, path.entries + before
+        self.path, self.before, self.steps = path, before, path.entries + before
         self.ring = kept + 1  # row blocks in flight
         self.window = power_of_two(path.width)  # rings of the column blocks of one strip,
         self.touched = power_of_two(path.width + memory * path.lag + 1)  # of those being summed up,
