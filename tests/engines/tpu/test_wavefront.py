@@ -241,14 +241,21 @@ def test_long_bands_are_the_wavefronts(adjoint: bool) -> None:
     assert choice_of(4096, adjoint).shape == "resident"
     assert choice_of(300, adjoint, mask=some_pairs(300, 300)).shape == "wavefront"
     assert choice_of(50_000, adjoint, tolerance=0.1).shape == "wavefront"
-    for options, shape, of_adjoint in (
-        ({"window": None}, "streaming", "streaming"), ({"tail_iters": 9}, "streaming", "streaming"),
-        ({"tail_iters": 0}, "wavefront", "streaming"), ({"dustbin": Dustbin(0.1, 0.2)}, "wavefront", "streaming"),
-        ({"gradient": "implicit"}, "wavefront", "streaming"),
-    ):  # fmt: skip
-        assert choice_of(50_000, adjoint, **options).shape == (of_adjoint if adjoint else shape), options
-    assert "keeps at most 8" in choice_of(50_000, adjoint, tail_iters=9).reason
-    assert "a window on both sides" in choice_of(50_000, adjoint, window=None).reason
+    for options in ({"tail_iters": 0}, {"dustbin": Dustbin(0.1, 0.2)}, {"gradient": "implicit"}):
+        assert choice_of(50_000, adjoint, **options).shape == "wavefront", options
+    assert (
+        choice_of(
+            300,
+            adjoint,
+            dustbin=Dustbin(0.1, 0.2),
+            query_segment_ids=IDS[:1, :1].expand(1, 300),
+            key_segment_ids=IDS[:1, :1].expand(1, 300),
+        ).shape
+        == "wavefront"
+    )
+    many, whole = choice_of(50_000, adjoint, tail_iters=9), choice_of(50_000, adjoint, window=None)
+    assert many.shape == ("wavefront" if adjoint else "streaming") and (adjoint or "keeps at most 8" in many.reason)
+    assert whole.shape == "streaming" and "a window on both sides" in whole.reason
 
 
 def test_a_way_longer_than_scalar_memory_is_refused() -> None:
