@@ -12,6 +12,7 @@ torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tpu_kernels  # noqa: E402
+from tpu_interpreter import RACING, watch_races  # noqa: E402
 
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import BlockwisePasses  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering  # noqa: E402
@@ -61,3 +62,20 @@ def test_products_are_those_of_the_matrix(name: str) -> None:
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
         assert name == "one token" or np.abs(b).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_no_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX's interpreter of TPU kernels, on two cores."""
+    race_states = watch_races(monkeypatch)
+    x = torch.randn(2, 1, 140, 3, generator=torch.Generator().manual_seed(1))
+    prepared = prepare(x, x, x, window=(8, 8))
+    inputs = tpu_kernels.inputs_of(prepared.inputs)
+    constants, statics = tpu_kernels.constants_of(prepared.problem), tpu_kernels.statics_of(prepared.problem)
+    plain = BlockwisePasses(inputs, constants, statics)
+    band = BandPasses(Augmented(inputs, constants, statics, plain), Lowering("wavefront", RACING))
+    vectors = jnp.asarray(torch.randn(5, 2, 1, 140).numpy())
+    found, expected = (jax.jit(passes.both)(*vectors) for passes in (band, plain))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert race_states and not any(state.races_found for state in race_states)
