@@ -6,7 +6,10 @@ With JAX and no torch: `python -m pytest tests/engines/tpu`, where modules that 
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +32,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # workers have that of the process that started them
+    _folder = tempfile.mkdtemp(prefix="inductor-")  # a run that was killed leaves half a library in the usual one
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _folder
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 _HERE = Path(__file__).parent
 collect_ignore = [str(path) for path in _HERE.rglob("*.py") if not path.name.startswith("test_")]  # what tests import
