@@ -267,10 +267,14 @@ def _loops(
 def _headers(
     counts: Mapping[int, Any], starts: Mapping[int, int], over: Mapping[int, int], spans: Any, owner: list[int]
 ) -> dict[int, int]:
-    """The header's region of each loop, by the loop's index: the one that ends where the loop does, since a loop and
-    the one that it begins with may start in the same bundle; else one that starts in it."""
-    last = {end: index for index, (_, end) in enumerate(spans)}
-    found = {last[over[region]]: region for region in counts if over.get(region) in last}
+    """The header's region of each loop, by the loop's index: the one that ends where the loop does, or a few bundles
+    later, since a loop and the one that it begins with may start in the same bundle; else one that starts in it."""
+    found: dict[int, int] = {}
+    for region in counts:
+        after = {over.get(region, -1) - end: index for index, (_, end) in enumerate(spans)}
+        near = [distance for distance in after if 0 <= distance <= _DELAY_SLOTS]
+        if near:
+            found.setdefault(after[min(near)], region)
     for region in counts:
         if region in starts and region not in found.values():
             found.setdefault(owner[starts[region]], region)
