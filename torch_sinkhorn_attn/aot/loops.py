@@ -269,12 +269,14 @@ def _headers(
 ) -> dict[int, int]:
     """The header's region of each loop, by the loop's index: the one that ends where the loop does, or a few bundles
     later, since a loop and the one that it begins with may start in the same bundle; else one that starts in it."""
-    found: dict[int, int] = {}
-    for region in counts:
-        after = {over.get(region, -1) - end: index for index, (_, end) in enumerate(spans)}
-        near = [distance for distance in after if 0 <= distance <= _DELAY_SLOTS]
-        if near:
-            found.setdefault(after[min(near)], region)
+    last = {end: index for index, (_, end) in enumerate(spans)}
+    found = max(  # by how many bundles later, a release of libtpu does alike for all loops
+        (
+            {last[over[region] - later]: region for region in counts if over.get(region, -1) - later in last}
+            for later in range(_DELAY_SLOTS + 1)
+        ),
+        key=len,
+    )
     for region in counts:
         if region in starts and region not in found.values():
             found.setdefault(owner[starts[region]], region)
