@@ -126,10 +126,11 @@ def test_refused() -> None:
     for error, words, options in (
         (ValueError, "pool=0 must be 1 or more", {"pool": 0}),
         (TypeError, "pool must be an integer", {"pool": 2.5}),
+        (TypeError, "query must be a tensor, got list", {"query": [1.0]}),
         (ValueError, "query_lengths holds 9", {"query_lengths": torch.tensor([9, 1])}),
         (ValueError, "epsilon=-1.0 must be positive", {"epsilon": -1.0}),
     ):
         with pytest.raises(error, match=words):
-            scout_centers(q, q, **options)
+            scout_centers(**{"query": q, "key": q} | options)
     with pytest.raises(ValueError, match="scout_centers looks at data"):
         scout_centers(q.to("meta"), q.to("meta"))

@@ -77,7 +77,7 @@ def scout_centers(
     >>> centers[..., [5, 25]].round()  # their partners: keys 5 and 55
     tensor([ 5., 55.])
     """
-    query, key, _ = tokens(query.detach(), key.detach(), None, enable_gqa)
+    query, key, _ = tokens(query, key, None, enable_gqa)
     batch, length, size = query.shape[:-3], query.shape[-2], key.shape[-2]
     if not has_data(query, key):
         raise ValueError(
@@ -107,9 +107,9 @@ def scout_centers(
         query_lengths=-(-lengths[0] // pool), key_lengths=-(-lengths[1] // pool),
     )  # fmt: skip
     mass = plan[..., : rows.shape[-1], : cols.shape[-1]].sum(-3).reshape(-1, rows.shape[-1], cols.shape[-1])
-    ends = [x.flatten().cpu() for x in lengths]
-    first, last = monotone_way(mass.double().cpu(), *(-(-x // pool) for x in ends))
-    found = _centers(mass.double().cpu(), first, last, ends[0], ends[1], length, pool)
+    mass, ends = mass.double().cpu(), [x.flatten().cpu() for x in lengths]
+    first, last = monotone_way(mass, *(-(-x // pool) for x in ends))
+    found = _centers(mass, first, last, ends[0], ends[1], length, pool)
     return found.reshape(*batch, length).to(query.device, torch.float32)
 
 

@@ -51,13 +51,13 @@ def backward(
 ) -> tuple[Inputs, Array]:
     """`sinkhorn.backward` by the wavefront kernel, or by products along its path, and by `problem`'s own passes where
     the data want that."""
+    given = output, potentials, grad_output, grad_bins
     if by_products(problem, mask_grad):
-        return _by_products(problem, lowering, output, potentials, grad_output, grad_bins, mask_grad)
+        return _by_products(problem, lowering, (*given, mask_grad))
     exponents = staircase_exponents(problem, potentials)
     small = jnp.all(jnp.stack([jnp.max(x, initial=-jnp.inf) for x in exponents]) <= LARGEST_EXPONENT)
     o = options_of(problem)
     entries = entries_of(problem.constants, o.path, problem.statics, o.way.before, o.way.steps)
-    given = output, potentials, grad_output, grad_bins
     return resident_or_streamed(
         entries.fits & small,
         lambda: adjoint(problem, lowering, o, entries, exponents, *given),
@@ -71,20 +71,12 @@ def by_products(problem: sinkhorn.Augmented, mask_grad: bool) -> bool:
     return problem.dustbin is not None or statics.implicit or mask_grad or not 0 < statics.kept <= MOST_KEPT
 
 
-def _by_products(
-    problem: sinkhorn.Augmented,
-    lowering: Lowering,
-    output: Array,
-    potentials: tuple[Array, Array],
-    grad_output: Array,
-    grad_bins: Bins,
-    mask_grad: bool,
-) -> tuple[Inputs, Array]:
+def _by_products(problem: sinkhorn.Augmented, lowering: Lowering, given: Any) -> tuple[Inputs, Array]:
+    """`sinkhorn.backward(problem, *given)`."""
     inputs, constants, statics = problem.inputs, problem.constants, problem.statics
     band = sinkhorn.Augmented(inputs, constants, statics, BandPasses(problem, lowering), problem.connected)
     way = products_of(problem, True, True).way
     fits = entries_of(constants, way.path, statics, way.before, way.steps).fits
-    given = output, potentials, grad_output, grad_bins, mask_grad
     return resident_or_streamed(
         fits, lambda: sinkhorn.backward(band, *given), lambda: sinkhorn.backward(problem, *given)
     )

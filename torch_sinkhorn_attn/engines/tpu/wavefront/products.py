@@ -144,18 +144,20 @@ class BandPasses(StreamingPasses):
         self.problem = problem
 
     def rows(self, p: Array, q: Array, y: Array) -> Array:
-        return self._run(p, q, y, None, None, columns=False)[0]
+        return self._run(p, q, y, None, None, columns=False)["rows"]
 
     def columns(self, p: Array, q: Array, x: Array) -> Array:
-        return self._run(p, q, None, x, None, columns=True)[1]
+        return self._run(p, q, None, x, None, columns=True)["cols"]
 
     def both(self, p: Array, q: Array, y: Array, weight: Array, more: Array) -> tuple[Array, Array]:
         """M(p, q) y, and M(p, q)^T x for x = weight * (M y + more)."""
-        return self._run(p, q, y, weight, more, columns=True)
+        found = self._run(p, q, y, weight, more, columns=True)
+        return found["rows"], found["cols"]
 
     def _run(
         self, p: Array, q: Array, y: Array | None, weight: Array | None, more: Array | None, columns: bool
-    ) -> tuple[Array, Array]:
+    ) -> dict[str, Array]:
+        """The products that `results_of` names."""
         o = options_of(self.problem, y is not None, columns)
         path = o.path
         entries = entries_of(self.constants, path, self.statics, o.way.before, o.way.steps)
@@ -170,13 +172,12 @@ class BandPasses(StreamingPasses):
         out = dict(zip((x.name for x in results_of(o)), found, strict=True))
         has_row = (self.constants.row_lo < self.constants.row_hi)[:, None]
         has_col = (self.constants.col_lo < self.constants.col_hi)[:, None]
-        rows, cols = p, q
         if "rows" in out:
-            rows = jnp.where(has_row & self.row_active, out["rows"][:, :, 0, : self.length], 0)
+            out["rows"] = jnp.where(has_row & self.row_active, out["rows"][:, :, 0, : self.length], 0)
         if "cols" in out:
             sums = without_padding(out["cols"], path, self.size)[:, :, 0]
-            cols = jnp.where(has_col & self.col_active, sums, 0)
-        return rows, cols
+            out["cols"] = jnp.where(has_col & self.col_active, sums, 0)
+        return out
 
 
 def options_of(problem: Augmented, rows: bool, columns: bool) -> ProductStatics:
