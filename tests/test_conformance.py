@@ -28,8 +28,9 @@ def test_random_problems(engine: str, start: int) -> None:
     assert refused <= 2
 
 
+@pytest.mark.slow
 @engines
-@pytest.mark.parametrize("start", slow_after(1, range(1000, 1400, CHUNK)))
+@pytest.mark.parametrize("start", range(1000, 1400, CHUNK))
 def test_random_problems_over_many_tiles(engine: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "block_size", lambda heads, reach=None: 4)
     test_random_problems(engine, start)

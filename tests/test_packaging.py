@@ -171,6 +171,7 @@ def test_readme_code_runs_with_the_installed_wheel(installed, tmp_path):
     run("-c", program, cwd=tmp_path, path=[installed])
 
 
+@pytest.mark.slow
 def test_import_is_light(tmp_path):
     """Stand-ins for what may not be installed here, so that an attempt to import it shows."""
     for name in ("jax", "jaxlib", "torch_tpu", "torch_xla", "transformers"):

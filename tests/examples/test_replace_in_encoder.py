@@ -215,6 +215,7 @@ def test_what_cannot_work_is_refused_in_a_line(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_pretraining_writes_what_the_command_reads(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

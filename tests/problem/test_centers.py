@@ -114,6 +114,7 @@ def test_what_lies_off_the_line_is_left_to_the_dustbin() -> None:
         assert aux.row_residual.max() < 1e-10 and bool((aux.row_dustbin < 0.9).any())
 
 
+@pytest.mark.slow
 def test_centres_are_data() -> None:
     """One compiled program for other centres, and the same numbers."""
     q, k, v = tokens(33, 33, 1)

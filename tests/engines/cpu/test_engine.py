@@ -83,7 +83,8 @@ def test_bitwise_equal_for_any_number_of_threads(name: str) -> None:
         assert all(torch.equal(x, other[key]) for key, x in found[0].items())
 
 
-@pytest.mark.parametrize("name", slow_after(3, LARGE))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
 def test_large_problems_agree_with_the_definition(name: str) -> None:
     """Several blocks and parts, which the random problems of the suite are too small for."""
     single = LARGE[name]
@@ -103,7 +104,7 @@ def test_the_budget_does_not_change_a_bit(name: str) -> None:
         assert all(torch.equal(x, whole[key]) for key, x in all_results(LARGE[name]).items())
 
 
-@pytest.mark.parametrize("capability", cpu.capabilities())
+@pytest.mark.parametrize("capability", slow_after(1, cpu.capabilities()))
 def test_every_instruction_set(capability: str) -> None:
     cpu.set_capability(capability)
     assert cpu.capability() == capability

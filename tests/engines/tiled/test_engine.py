@@ -86,6 +86,7 @@ def saved_bytes() -> Iterator[list[int]]:
         yield total
 
 
+@pytest.mark.slow
 def test_saved_tensors_are_linear() -> None:
     totals = []
     for n in (16384, 32768):

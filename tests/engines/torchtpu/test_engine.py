@@ -85,7 +85,7 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", slow_after(2, CASES))
+@pytest.mark.parametrize("name", slow_after(1, CASES))
 def test_it_agrees_with_the_reference(name: str, standing_in: None) -> None:
     assert_agrees(case(name), "torchtpu")
 
@@ -97,7 +97,8 @@ def test_random_problems_agree_with_the_reference(standing_in: None) -> None:
         assert_agrees(problems.make(seed), "torchtpu", plan=False)
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["window, unrolled", "mask, dustbin, dropout"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["window, unrolled", "mask, dustbin, dropout"])
 def test_float32_is_as_exact_as_the_reference_in_float32(name: str, standing_in: None) -> None:
     found, plain, truth = (
         results(case(name, dtype), library, plan=False)
@@ -116,6 +117,7 @@ def test_an_interpreted_kernel_agrees_with_the_reference(standing_in: None) -> N
     assert_agrees(case("window, unrolled"), "torchtpu", plan=False)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_float32(standing_in: None) -> None:
     half = [randn(1, 2, 12, 8, dtype=torch.bfloat16, seed=s).requires_grad_() for s in range(3)]
     out, aux = sinkhorn_attention(*half, window=(5, 5), return_aux=True, engine="torchtpu")
@@ -222,7 +224,8 @@ def recorded(call: problems.Call) -> list[tuple[str, program.Program, list[Tenso
     return found
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["lengths", "mask, dustbin, dropout", "implicit, relaxed", "softmax"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lengths", "mask, dustbin, dropout", "implicit, relaxed", "softmax"])
 def test_the_fakes_are_right(name: str, standing_in: None) -> None:
     """Names, shapes and dtypes as JAX finds them, and every check of torch.library, with symbolic sizes too."""
     calls = recorded(case(name, torch.float32))

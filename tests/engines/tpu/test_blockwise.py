@@ -43,10 +43,18 @@ def test_random_problems_over_several_blocks(seed: int, monkeypatch: pytest.Monk
     assert_agrees(problems.make(seed), ENGINE, plan=seed % 5 == 0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["one token", "no queries", "no keys, dustbin", "no batch", "tiny epsilon", "zero lengths", "window without pairs"],
-)
+SMALL = [
+    "one token",
+    "no queries",
+    "no keys, dustbin",
+    "no batch",
+    "tiny epsilon",
+    "zero lengths",
+    "window without pairs",
+]
+
+
+@pytest.mark.parametrize("name", slow_after(4, SMALL))
 def test_corners(name: str) -> None:
     assert_agrees(CORNERS[name], ENGINE, plan=False)
 
@@ -79,13 +87,15 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", slow_after(1, LARGE))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
 def test_larger_problems_in_ragged_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_of(32, monkeypatch)
     assert_agrees(LARGE[name], ENGINE, plan=False)
 
 
-@pytest.mark.parametrize("seed", slow_after(1, [0, 3, 5, 6]))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 3, 5, 6])
 def test_float32_is_as_exact_as_plain_float32_pytorch(seed: int) -> None:
     """Within 2x (values) and 3x (gradients) of the reference's own float32 error, plus two roundings."""
     truth = results(problems.make(seed, dropout=False, base_options=False), "reference", plan=False)

@@ -150,6 +150,7 @@ def test_it_is_said_once_and_computed_in_float32(monkeypatch: pytest.MonkeyPatch
     assert (found == plain).all() and (other != plain).any()
 
 
+@pytest.mark.slow
 def test_what_compiles_is_not_refused() -> None:
     """8192 tokens on v5p and tpu7x, both directions: the compiler was asked (`benchmarks/vmem.py`)."""
     for generation in ("v5p", "tpu7x"):

@@ -109,7 +109,7 @@ def test_a_packed_dustbin_with_dropout_is_torchs() -> None:
     assert_same(problems.Call(0, *leaves[:3], options=options, leaves=leaves))
 
 
-@pytest.mark.parametrize("kind", ["float32", "float64", "int32", "int8"])
+@pytest.mark.parametrize("kind", slow_after(1, ["int32", "float32", "float64", "int8"]))
 def test_windows_around_centres_are_torchs(kind: str) -> None:
     """NaN, falling and far centres too, which nobody looks at here; lengths, packing and causality beside them."""
     g = torch.Generator().manual_seed(0)
@@ -130,6 +130,7 @@ def test_windows_around_centres_are_torchs(kind: str) -> None:
                     assert (torch.from_numpy(np.array(x)) == y).all()
 
 
+@pytest.mark.slow
 def test_centres_are_torchs() -> None:
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(2, 2, n, 4, generator=g, dtype=torch.float64).requires_grad_() for n in (12, 9, 9)]

@@ -232,6 +232,7 @@ def choice_of(length: int, adjoint: bool = False, generation: str = "v6e", mask=
     return choice.choose(*given, statics, Lowering("auto", generation=generation), adjoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_long_bands_are_the_wavefronts(adjoint: bool) -> None:
     """On every generation, wherever the resident kernel has not the memory; shorter ones stay resident."""

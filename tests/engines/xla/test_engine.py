@@ -133,7 +133,7 @@ def same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = ["plain", "window", "lengths", "segments", "dustbin", "implicit", "softmax"]
 
 
-@pytest.mark.parametrize("name", slow_after(3, CASES))
+@pytest.mark.parametrize("name", slow_after(1, CASES))
 def test_it_agrees_with_the_reference(name: str, device: torch.device, fallbacks: Any, same_seed: None) -> None:
     found = results("xla", device, name, D)
     assert not fallbacks()
@@ -141,7 +141,8 @@ def test_it_agrees_with_the_reference(name: str, device: torch.device, fallbacks
         assert relative_error(found[key], x, floor=1.0 if "residual" in key else 1e-3) < 1e-10, key
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["window", "dustbin"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["window", "dustbin"])
 def test_float32_is_as_exact_as_the_reference_in_float32(name: str, device: torch.device, same_seed: None) -> None:
     found, plain, truth = (
         results(engine, where, name, dtype)
@@ -155,6 +156,7 @@ def test_float32_is_as_exact_as_the_reference_in_float32(name: str, device: torc
             assert relative_error(found[key].double(), x) <= allowed, key
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_float32(device: torch.device) -> None:
     half = [randn(1, 2, 24, 8, dtype=torch.bfloat16, seed=s).requires_grad_() for s in range(3)]
     there = [on(device, x) for x in half]

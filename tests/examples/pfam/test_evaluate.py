@@ -269,6 +269,7 @@ def test_a_comparison_without_models_and_its_refusals(stockholm: Path) -> None:
         compare({}, ())
 
 
+@pytest.mark.slow
 def test_a_model_is_compared_on_the_same_pairs() -> None:
     torch.manual_seed(0)
     pairs = evaluation_pairs(load_families(read_stockholm(HELDOUT_SAMPLE)), 2, 100, 0).pairs

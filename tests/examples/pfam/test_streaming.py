@@ -132,6 +132,7 @@ def test_training_from_disk_is_training_from_memory(tmp_path: Path) -> None:
     assert all(same(a, b) for a, b in zip(found.train, expected.train, strict=True))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_families(tmp_path: Path) -> None:
     rows = "".join(f"s{k:03}         {'ACDEFGHIKLMNPQRSTVWY' * 10}\n" for k in range(100))
     peaks = []

@@ -38,6 +38,7 @@ def assert_same_run(first: Trainer, second: Trainer) -> None:
         assert all(torch.equal(value, states[1][index][name]) for name, value in moments.items())
 
 
+@pytest.mark.slow
 def test_resuming_is_bitwise_exact(tmp_path: Path) -> None:
     straight = Trainer(SMALL, tmp_path / "straight")
     assert straight.run(progress=False)
