@@ -128,7 +128,17 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
     return f"{op} {name}", lambda: function(list(lists.values()), numbers, counts, *extra)
 
 
-_OPS = ("forward", "backward", "plan", "plan_backward", "cpu_forward", "cpu_plan", "cpu_backward")
+_OPS = (
+    "forward",
+    "backward",
+    "plan",
+    "plan_backward",
+    "log_plan",
+    "log_plan_backward",
+    "cpu_forward",
+    "cpu_plan",
+    "cpu_backward",
+)
 
 
 def _detached(inputs: Any) -> Any:

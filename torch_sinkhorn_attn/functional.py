@@ -27,7 +27,7 @@ from torch_sinkhorn_attn.problem.status import SinkhornAux
 @one_node
 def sinkhorn_attention(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = Options.dropout_p,
@@ -74,8 +74,11 @@ def sinkhorn_attention(
     Args:
         query: `(..., H, L, E)`, float16, bfloat16, float32 or float64. Potentials and sums are kept in float32 (float64
             for float64).
-        key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`.
-        value: `(..., Hk, S, Ev)`.
+        key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`. None: `query` holds the scores themselves,
+            `(..., H, L, S)` or `(L, S)`, in place of the products q.k (of costs, pass their negative); -inf forbids a
+            pair, and `scale` is 1 unless given. `squared_distance_features` gives query and key whose scores are
+            negative squared distances.
+        value: `(..., Hk, S, Ev)`; `(S, Ev)` beside scores `(L, S)`.
         attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
             divided by epsilon; -inf, and anything at or below half the dtype's lowest value, forbids the pair. A token
             left without any pair is inactive: output 0, gradient 0, no mass. So is one that the mask pads with a finite
@@ -96,7 +99,9 @@ def sinkhorn_attention(
             -left <= j - c_i <= right among those of its lengths or segment. From one active query to the next they do
             not fall. Constants; data, so that other centres compile nothing again. Default: the diagonal of `window`.
             `scout_centers` finds them from a coarse transport plan.
-        query_lengths, key_lengths: integer tensors `(...)`: only so many leading tokens are active.
+        query_lengths, key_lengths: integer tensors `(...)`: only so many leading tokens are active. With `(..., H)`
+            every head has its own, which is how padded batches of points `(B, N, E)` come: H = B. Segment ids and
+            centres may have the heads' dimension likewise.
         query_segment_ids, key_segment_ids: integer tensors `(..., L)`, `(..., S)`: packed sequences, contiguous runs in
             the same order; negative is inactive. Packed equals separate, exactly.
         row_mass, col_mass: positive, broadcasting to `(..., H, L)`, `(..., H, S)`. Default: uniform with the other
@@ -227,8 +232,22 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
 
 
 @one_node
-def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: Unpack[Keywords]) -> Tensor:
+def sinkhorn_plan(
+    query: Tensor,
+    key: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    *,
+    log: bool = False,
+    **options: Unpack[Keywords],
+) -> Tensor:
     """The transport plan itself, `(..., H, L, S)`, or `(..., H, L+1, S+1)` with a dustbin (its row and column last).
+    `sinkhorn_plan(scores)` is that of a score matrix.
+
+    Args:
+        query, key, attn_mask, options: as in `sinkhorn_attention`; without a key `query` holds the scores.
+        log: give the logarithm of the plan, S + u + v, -inf off the support. It has passed through no exp, so entries
+            that are 0 in the plan keep their digits and their gradient: what losses such as SuperGlue's want. In
+            float32 for float16 and bfloat16, under autocast too.
 
     It is differentiable exactly like the output of `sinkhorn_attention`, whose options it takes (`dropout_p` must stay
     0: the plan is returned before dropout). It materialises L x S, because that is what was asked for. With a dustbin
@@ -255,12 +274,13 @@ def sinkhorn_plan(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, *
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:
         with full_precision(inputs.query.device):
-            plan = reference.plan(inputs, problem)
+            plan = reference.plan(inputs, problem, log)
     else:
-        plan = autograd.plan(inputs, problem, engine)
+        plan = autograd.plan(inputs, problem, engine, log)
     if prepared.scale is not None:
-        plan = prepared.scale.of_plan(plan)
-    return prepared.unflatten(plan).to(prepared.dtype)
+        plan = prepared.scale.of_log_plan(plan) if log else prepared.scale.of_plan(plan)
+    found = prepared.unflatten(plan)
+    return found if log else found.to(prepared.dtype)
 
 
 def refuse_unknown(function: str, options: Any) -> None:

@@ -38,9 +38,10 @@ def test_opcheck(seed: int, engine: str) -> None:
     bins = (torch.ones_like(results[5]), torch.ones_like(results[6])) if results[5].ndim > 1 else (None, None)
     torch.library.opcheck(lib.backward.default, (torch.ones_like(results[0]), *bins, True, *results[:3], *flat))
     flat = flat_of(call, value=False, engine=engine)
-    torch.library.opcheck(lib.plan.default, tuple(flat))
-    plan, *potentials = lib.plan(*flat)
-    torch.library.opcheck(lib.plan_backward.default, (torch.ones_like(plan), *potentials, True, *flat))
+    for op, adjoint in ((lib.plan, lib.plan_backward), (lib.log_plan, lib.log_plan_backward)):
+        torch.library.opcheck(op.default, tuple(flat))
+        plan, *potentials = op(*flat)
+        torch.library.opcheck(adjoint.default, (torch.ones_like(plan), *potentials, True, *flat))
 
 
 def test_opcheck_of_backward_without_the_masks_gradient() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_sinkhorn_attn._ops import add_op_namespace_prefix, ops as lib
 from torch_sinkhorn_attn.boundary import ops
 from torch_sinkhorn_attn.compat.tracing import recording
-from torch_sinkhorn_attn.method.higher_order import Surrogate, or_zeros, pullback, pushforward
+from torch_sinkhorn_attn.method.higher_order import PlanName, Surrogate, What, or_zeros, pullback, pushforward
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem
 
 _MASK = Inputs._fields.index("mask")
@@ -30,9 +30,10 @@ def attention(inputs: Inputs, problem: Problem, engine: str, residuals: bool) ->
     return output, *(x.detach() for x in constants), to_bin, from_bin
 
 
-def plan(inputs: Inputs, problem: Problem, engine: str) -> Tensor:
-    """The plan, differentiable."""
-    function = lib.plan if recording() else _Plan.apply
+def plan(inputs: Inputs, problem: Problem, engine: str, log: bool = False) -> Tensor:
+    """The plan or its logarithm, differentiable."""
+    name: PlanName = "log_plan" if log else "plan"
+    function = getattr(lib, name) if recording() else _PLANS[name].apply
     return function(*ops.flatten(inputs, problem, engine))[0]
 
 
@@ -92,47 +93,50 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _, row, col, *flat = _load(ctx)
-        output, *bins = _pushed(flat, Potentials(row, col), tangents, plan=False)
+        output, *bins = _pushed(flat, Potentials(row, col), tangents, "attention")
         residual, absent = row.new_zeros(row.shape[1:3]), row.new_zeros(0)
         duals = torch.zeros_like(row), torch.zeros_like(col)
         return (output, *duals, residual, residual.clone(), *(bins or (absent, absent.clone())))
 
 
-class _Plan(torch.autograd.Function):
-    generate_vmap_rule = True
+def _plan_function(name: PlanName) -> type[torch.autograd.Function]:
+    """The Function around op `name`, "plan" or "log_plan"."""
+    op, adjoint, again = getattr(lib, name), getattr(lib, f"{name}_backward"), _plan_gradients(name)
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return lib.plan(*args)
+    class _Plan(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, *output[1:], *inputs)
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return op(*args)
 
-    @staticmethod
-    def backward(ctx: Any, grad_plan: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        row, col, *flat = _load(ctx)
-        if grad_plan is None:
-            return tuple([None] * len(flat))
-        arguments = (grad_plan, row, col, _wants_mask(ctx, flat[_MASK]), *flat)
-        if torch.is_grad_enabled():
-            found = _PlanGradients.apply(*arguments)
-        else:
-            found = lib.plan_backward(*arguments)
-        return _to_inputs(ctx, flat, found)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            _save(ctx, *output[1:], *inputs)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        row, col, *flat = _load(ctx)
-        (found,) = _pushed(flat, Potentials(row, col), tangents, plan=True)
-        return found, torch.zeros_like(row), torch.zeros_like(col)
+        @staticmethod
+        def backward(ctx: Any, grad_plan: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            row, col, *flat = _load(ctx)
+            if grad_plan is None:
+                return tuple([None] * len(flat))
+            arguments = (grad_plan, row, col, _wants_mask(ctx, flat[_MASK]), *flat)
+            found = again.apply(*arguments) if torch.is_grad_enabled() else adjoint(*arguments)
+            return _to_inputs(ctx, flat, found)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            row, col, *flat = _load(ctx)
+            (found,) = _pushed(flat, Potentials(row, col), tangents, name)
+            return found, torch.zeros_like(row), torch.zeros_like(col)
+
+    return _Plan
 
 
 def _pushed(
-    flat: Sequence[Any], potentials: Potentials, tangents: Sequence[Tensor | None], plan: bool
+    flat: Sequence[Any], potentials: Potentials, tangents: Sequence[Tensor | None], what: What
 ) -> tuple[Tensor, ...]:
     inputs, problem, _ = ops.unflatten(flat)
-    surrogate = Surrogate(inputs, problem, potentials, plan)
+    surrogate = Surrogate(inputs, problem, potentials, what)
     given = dict(zip(Inputs._fields, tangents, strict=False))
     moved = or_zeros([given[name] for name in surrogate.names], surrogate.primals)
     return pushforward(surrogate, surrogate.primals, moved)
@@ -141,7 +145,6 @@ def _pushed(
 torch.library.register_autograd(
     add_op_namespace_prefix("forward"), _Attention.backward, setup_context=_Attention.setup_context
 )
-torch.library.register_autograd(add_op_namespace_prefix("plan"), _Plan.backward, setup_context=_Plan.setup_context)
 
 
 class _AttentionGradients(torch.autograd.Function):
@@ -160,39 +163,45 @@ class _AttentionGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         output, to_bin, from_bin, wants_mask, _, row, col, *flat = _load(ctx)
-        again = _Gradients(flat, Potentials(row, col), [output, to_bin, from_bin], wants_mask, plan=False)
+        again = _Gradients(flat, Potentials(row, col), [output, to_bin, from_bin], wants_mask, "attention")
         given, inputs = again.pulled(grads)
         return (*given, None, None, None, None, *inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         output, to_bin, from_bin, wants_mask, _, row, col, *flat = _load(ctx)
-        again = _Gradients(flat, Potentials(row, col), [output, to_bin, from_bin], wants_mask, plan=False)
+        again = _Gradients(flat, Potentials(row, col), [output, to_bin, from_bin], wants_mask, "attention")
         return again.pushed(tangents[:3], tangents[7:])
 
 
-class _PlanGradients(torch.autograd.Function):
-    generate_vmap_rule = True
+def _plan_gradients(name: PlanName) -> type[torch.autograd.Function]:
+    """The Function around op `<name>_backward`."""
+    adjoint = getattr(lib, f"{name}_backward")
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return lib.plan_backward(*args)
+    class _PlanGradients(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, *inputs)
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return adjoint(*args)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cotangent, row, col, wants_mask, *flat = _load(ctx)
-        given, inputs = _Gradients(flat, Potentials(row, col), [cotangent], wants_mask, plan=True).pulled(grads)
-        return (*given, None, None, None, *inputs)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            _save(ctx, *inputs)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        cotangent, row, col, wants_mask, *flat = _load(ctx)
-        again = _Gradients(flat, Potentials(row, col), [cotangent], wants_mask, plan=True)
-        return again.pushed(tangents[:1], tangents[4:])
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            cotangent, row, col, wants_mask, *flat = _load(ctx)
+            given, inputs = _Gradients(flat, Potentials(row, col), [cotangent], wants_mask, name).pulled(grads)
+            return (*given, None, None, None, *inputs)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            cotangent, row, col, wants_mask, *flat = _load(ctx)
+            again = _Gradients(flat, Potentials(row, col), [cotangent], wants_mask, name)
+            return again.pushed(tangents[:1], tangents[4:])
+
+    return _PlanGradients
 
 
 class _Gradients:
@@ -204,11 +213,11 @@ class _Gradients:
         potentials: Potentials,
         cotangents: Sequence[Tensor | None],
         wants_mask: bool,
-        plan: bool,
+        what: What,
     ):
         inputs, problem, _ = ops.unflatten(flat)
         self.flat = flat
-        self.surrogate = Surrogate(inputs, problem, potentials, plan, wants_mask)
+        self.surrogate = Surrogate(inputs, problem, potentials, what, wants_mask)
         self.present = self.surrogate.cotangents(cotangents)
         self.given = [x is not None for x in cotangents]
         self.primals = (*self.surrogate.primals, *self.present)
@@ -234,3 +243,10 @@ class _Gradients:
         found = pushforward(self.surrogate.gradients, self.primals, tangents)
         by_name = dict(zip(self.surrogate.names, found, strict=True))
         return tuple(by_name.get(name, found[0].new_zeros(0)) for name in Inputs._fields)
+
+
+_PLANS = {name: _plan_function(name) for name in ops.PLANS}
+for _name, _function in _PLANS.items():
+    torch.library.register_autograd(
+        add_op_namespace_prefix(_name), _function.backward, setup_context=_function.setup_context
+    )

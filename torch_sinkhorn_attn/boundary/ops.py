@@ -1,10 +1,10 @@
 """The opaque ops; `autograd.py` differentiates them.
 
-Four ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan` and
-`plan_backward` of the plan itself. Their arguments are the fields of `Inputs` and `Problem`, flat and in order, and the
-name of the engine that computes them. What a problem did not have at first comes last, with a default, so that programs
-exported before go on as they are; torch leaves trailing defaults out of calls and of what it exports. Under vmap the
-mapped dimension is folded into N.
+Six ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan` and
+`plan_backward` of the plan itself, `log_plan` and `log_plan_backward` of its logarithm. Their arguments are the fields
+of `Inputs` and `Problem`, flat and in order, and the name of the engine that computes them. What a problem did not have
+at first comes last, with a default, so that programs exported before go on as they are; torch leaves trailing defaults
+out of calls and of what it exports. Under vmap the mapped dimension is folded into N.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch_sinkhorn_attn._ops import add_op_namespace_prefix, ops as lib
 from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_problem
 from torch_sinkhorn_attn.compat.tracing import refuse_onnx
 from torch_sinkhorn_attn.engines import ENGINES, engine_of
+from torch_sinkhorn_attn.method.higher_order import PlanName
 from torch_sinkhorn_attn.options import Solver
 from torch_sinkhorn_attn.problem.fits import check_present
 from torch_sinkhorn_attn.problem.problem import (
@@ -90,12 +91,17 @@ torch.library.define(
     f"(Tensor grad_output, Tensor? grad_to_bin, Tensor? grad_from_bin, bool mask_grad, Tensor output, "
     f"Tensor row_potentials, Tensor col_potentials, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * NUM_INPUTS)})",
 )
-torch.library.define(add_op_namespace_prefix("plan"), f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-torch.library.define(
-    add_op_namespace_prefix("plan_backward"),
-    f"(Tensor grad_plan, Tensor row_potentials, Tensor col_potentials, bool mask_grad, {_ARGUMENTS}) "
-    f"-> ({', '.join(['Tensor'] * NUM_INPUTS)})",
-)
+PLANS: dict[PlanName, bool] = {
+    "plan": False,
+    "log_plan": True,
+}  # the op, beside `<op>_backward`, and whether it gives log P
+for _name in PLANS:
+    torch.library.define(add_op_namespace_prefix(_name), f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+    torch.library.define(
+        add_op_namespace_prefix(f"{_name}_backward"),
+        f"(Tensor grad_plan, Tensor row_potentials, Tensor col_potentials, bool mask_grad, {_ARGUMENTS}) "
+        f"-> ({', '.join(['Tensor'] * NUM_INPUTS)})",
+    )
 
 
 def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -185,16 +191,13 @@ def _fake_gradients(inputs: Inputs, mask_grad: bool, like: Tensor) -> tuple[Tens
     return tuple(like.new_empty(0 if no or x is None else x.shape) for no, x in zip(absent, inputs, strict=True))
 
 
-@torch.library.impl(add_op_namespace_prefix("plan"), "default")
-@_in_full_precision
-def _plan(*args: Any) -> tuple[Tensor, ...]:
+def _plan(log: bool, *args: Any) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
     check_problem(inputs, problem, engine)
-    plan, potentials = ENGINES[engine].plan(inputs, problem)
+    plan, potentials = ENGINES[engine].plan(inputs, problem, log)
     return _fresh((plan, *potentials), plan)
 
 
-@torch.library.register_fake(add_op_namespace_prefix("plan"))
 def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
     refuse_onnx()
     inputs, problem, _ = unflatten(args)
@@ -205,20 +208,17 @@ def _plan_fake(*args: Any) -> tuple[Tensor, ...]:
     return plan, *_fake_potentials(problem, like)
 
 
-@torch.library.impl(add_op_namespace_prefix("plan_backward"), "default")
-@_in_full_precision
 def _plan_backward(
-    grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
+    log: bool, grad_plan: Tensor, row_potentials: Tensor, col_potentials: Tensor, mask_grad: bool, *args: Any
 ) -> tuple[Tensor, ...]:
     inputs, problem, engine = unflatten(args)
     potentials = Potentials(row_potentials, col_potentials)
     check_problem(inputs, problem, engine)
     check_cotangents(inputs, problem, potentials, grad_plan)
-    result = ENGINES[engine].plan_backward(inputs, problem, potentials, grad_plan, mask_grad)
+    result = ENGINES[engine].plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
     return _fresh(result.inputs, grad_plan)
 
 
-@torch.library.register_fake(add_op_namespace_prefix("plan_backward"))
 def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     grad_plan, mask_grad = args[0], args[3]
     return _fake_gradients(unflatten(args[4:])[0]._replace(value=None, dustbin_value=None), mask_grad, grad_plan)
@@ -287,17 +287,31 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return _unfold_gradients(info, results, args[mask], in_dims[mask])
 
 
-@torch.library.register_vmap(add_op_namespace_prefix("plan"))
-def _plan_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    results = lib.plan(*_fold_problem(info, in_dims, args))
+def _plan_vmap(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    results = op(*_fold_problem(info, in_dims, args))
     return _unfold(info, results, (0, 1, 1))
 
 
-@torch.library.register_vmap(add_op_namespace_prefix("plan_backward"))
-def _plan_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+def _plan_backward_vmap(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     (grad_plan,) = _fold(info, in_dims[:1], args[:1])
     duals = _fold(info, in_dims[1:3], args[1:3], position=1)
     flat = _fold_problem(info, in_dims[4:], args[4:])
-    results = lib.plan_backward(grad_plan, *duals, args[3], *flat)
+    results = op(grad_plan, *duals, args[3], *flat)
     mask = 4 + Inputs._fields.index("mask")
     return _unfold_gradients(info, results, args[mask], in_dims[mask])
+
+
+def _register_plan(name: str, log: bool) -> None:
+    """The op that gives the plan or its logarithm, and its adjoint."""
+    for op, run, fake, fold in (
+        (name, _plan, _plan_fake, _plan_vmap),
+        (f"{name}_backward", _plan_backward, _plan_backward_fake, _plan_backward_vmap),
+    ):
+        full = add_op_namespace_prefix(op)
+        torch.library.impl(full, "default", _in_full_precision(functools.partial(run, log)))
+        torch.library.register_fake(full, fake)
+        torch.library.register_vmap(full, functools.partial(fold, getattr(lib, op)))
+
+
+for _name, _log in PLANS.items():
+    _register_plan(_name, _log)

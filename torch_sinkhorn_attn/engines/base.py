@@ -58,18 +58,27 @@ class Engine(ABC):
     ) -> Gradients:
         """The adjoint of `forward`, of whose result it is given the output and the duals."""
 
-    def plan(self, inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
-        """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, and the stacked duals."""
+    def plan(self, inputs: Inputs, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
+        """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin, or its logarithm; and the stacked duals."""
         potentials = self.solve(inputs._replace(value=None), problem)
-        full = reference.plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
-        return reference.fold_dustbins(full, problem), potentials
+        full = reference.log_plan_of(reference.dense_problem(inputs, problem), potentials.row[-1], potentials.col[-1])
+        return reference.fold_dustbins(full if log else full.exp(), problem, log), potentials
 
     def plan_backward(
-        self, inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
+        self,
+        inputs: Inputs,
+        problem: Problem,
+        potentials: Potentials,
+        grad_plan: Tensor,
+        mask_grad: bool,
+        log: bool = False,
     ) -> Gradients:
         """The adjoint of `plan`: the dense staircase."""
-        dense, grad = reference.dense_problem(inputs, problem), reference.unfold_dustbins(grad_plan, problem)
-        cotangent, dropped = staircase.backward(dense, grad, potentials, problem)
+        dense, log_plan = reference.dense_problem(inputs, problem), None
+        if log and problem.num_dustbins > 1:
+            log_plan = reference.log_plan_of(dense, potentials.row[-1], potentials.col[-1])
+        grad = reference.unfold_dustbins(grad_plan, problem, log_plan)
+        cotangent, dropped = staircase.backward(dense, grad, potentials, problem, log)
         return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
 
     # What it does with tensors of its own device

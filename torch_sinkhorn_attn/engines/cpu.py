@@ -168,7 +168,9 @@ class CpuEngine(Engine):
             row_residual, col_residual = (row.new_full(row.shape[1:3], torch.nan) for _ in range(2))
         return Result(output, Potentials(row, col), row_residual, col_residual, to_bin, from_bin)
 
-    def plan(self, inputs: Inputs, problem: Problem) -> tuple[Tensor, Potentials]:
+    def plan(self, inputs: Inputs, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
+        if log:
+            return super().plan(inputs, problem, log)
         arguments = _arguments(inputs._replace(value=None), problem)
         found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *arguments)
         return found, Potentials(row, col)
@@ -180,9 +182,17 @@ class CpuEngine(Engine):
         return _backward(inputs, problem, potentials, grads.output, grads.mask, (grads.to_bin, grads.from_bin, output))
 
     def plan_backward(
-        self, inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool
+        self,
+        inputs: Inputs,
+        problem: Problem,
+        potentials: Potentials,
+        grad_plan: Tensor,
+        mask_grad: bool,
+        log: bool = False,
     ) -> Gradients:
-        """Likewise."""
+        """Likewise; of the logarithm by the dense staircase."""
+        if log:
+            return super().plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
         return _backward(inputs._replace(value=None), problem, potentials, grad_plan, mask_grad, (None, None, None))
 
 

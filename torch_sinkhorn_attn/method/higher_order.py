@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +20,19 @@ from torch_sinkhorn_attn.method.implicit import FIRST_ONLY
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, compute_dtype, full_precision
 
 Tensors = tuple[Tensor, ...]
+PlanName = Literal["plan", "log_plan"]
+What = Literal["attention"] | PlanName
 
 
 class Surrogate:
     """A function whose derivatives of every order are those of the engine's result.
 
     Maps the inputs that are present and floating (`names`; `primals` in the compute dtype) to the output and, with a
-    dustbin, the masses sent to and from it; or to the plan alone. `mask` says whether a float mask is among them.
+    dustbin, the masses sent to and from it; or to the plan alone, or its logarithm. `mask` says whether a float mask is
+    among them.
     """
 
-    def __init__(self, inputs: Inputs, problem: Problem, potentials: Potentials, plan: bool, mask: bool = True):
+    def __init__(self, inputs: Inputs, problem: Problem, potentials: Potentials, what: What, mask: bool = True):
         if problem.solver.gradient == "implicit":
             raise RuntimeError(FIRST_ONLY)
         self.names = [
@@ -37,7 +41,7 @@ class Surrogate:
             if x is not None and x.is_floating_point() and (mask or name != "mask")
         ]
         dtype = compute_dtype(inputs.query.dtype)
-        self.given, self.plan = inputs, plan
+        self.given, self.what = inputs, what
         self.primals: Tensors = tuple(getattr(inputs, name).to(dtype) for name in self.names)
         tail = replace(problem.solver, base_iters=0, tail_iters=problem.solver.kept, gradient="tail")
         self.problem = replace(problem, initial_row=potentials.row[0], initial_col=potentials.col[0], solver=tail)
@@ -45,8 +49,8 @@ class Surrogate:
     def __call__(self, *primals: Tensor) -> Tensors:
         inputs = self.given._replace(**dict(zip(self.names, primals, strict=True)))
         with full_precision(self.given.query.device):
-            if self.plan:
-                return (reference.plan(inputs, self.problem),)
+            if self.what != "attention":
+                return (reference.plan(inputs, self.problem, log=self.what == "log_plan"),)
             result = reference.forward(inputs, self.problem)
         if self.problem.has_dustbin:
             return result.output, result.row_dustbin, result.col_dustbin
@@ -56,7 +60,7 @@ class Surrogate:
         """Those given, with zeros for the dustbin's masses where there are none given but a dustbin."""
         first = given[0]
         assert first is not None
-        if self.plan or not self.problem.has_dustbin:
+        if self.what != "attention" or not self.problem.has_dustbin:
             return (first,)
         masses = self.problem.marginals.log_row_mass, self.problem.marginals.log_col_mass
         return first, *or_zeros(given[1:], [x.to(first.dtype) for x in masses])

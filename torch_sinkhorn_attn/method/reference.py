@@ -67,28 +67,42 @@ def forward(inputs: Inputs, problem: Problem) -> Result:
     return Result(output, potentials, row_residual, col_residual, to_bin, from_bin)
 
 
-def plan(inputs: Inputs, problem: Problem) -> Tensor:
-    """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin (the last entries summed over segments)."""
-    full, _ = plan_and_potentials(dense_problem(inputs, problem), problem)
-    return fold_dustbins(full, problem)
+def plan(inputs: Inputs, problem: Problem, log: bool = False) -> Tensor:
+    """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin (the last entries summed over segments); or its
+    logarithm, S + u + v, which no exp has touched."""
+    full, _ = plan_and_potentials(dense_problem(inputs, problem), problem, log)
+    return fold_dustbins(full, problem, log)
 
 
-def fold_dustbins(full: Tensor, problem: Problem) -> Tensor:
-    """Sum the G dustbin rows and columns of an augmented `[..., L+G, S+G]` to one each."""
+def fold_dustbins(full: Tensor, problem: Problem, log: bool = False) -> Tensor:
+    """Sum the G dustbin rows and columns of an augmented plan `[..., L+G, S+G]`, or of its logarithm, to one each."""
     if problem.num_dustbins <= 1:
         return full
+    total = _log_sum if log else torch.sum
     length, size = problem.sizes[2:]
-    rows = torch.cat([full[..., :length, :], full[..., length:, :].sum(-2, keepdim=True)], -2)
-    return torch.cat([rows[..., :size], rows[..., size:].sum(-1, keepdim=True)], -1)
+    rows = torch.cat([full[..., :length, :], total(full[..., length:, :], -2).unsqueeze(-2)], -2)
+    return torch.cat([rows[..., :size], total(rows[..., size:], -1).unsqueeze(-1)], -1)
 
 
-def unfold_dustbins(grad: Tensor, problem: Problem) -> Tensor:
-    """The transpose of `fold_dustbins`: every dustbin row and column gets the cotangent of their sum."""
+def unfold_dustbins(grad: Tensor, problem: Problem, log_plan: Tensor | None = None) -> Tensor:
+    """The transpose of `fold_dustbins`: every dustbin row and column gets the cotangent of their sum; given the
+    augmented log plan, that of the sum's logarithm, by its share."""
     extra = problem.num_dustbins - 1
     if extra < 1:
         return grad
-    grad = torch.cat([grad, grad[..., -1:, :].expand(*grad.shape[:-2], extra, -1)], -2)
-    return torch.cat([grad, grad[..., -1:].expand(*grad.shape[:-1], extra)], -1)
+    wide = torch.cat([grad, grad[..., -1:, :].expand(*grad.shape[:-2], extra, -1)], -2)
+    wide = torch.cat([wide, wide[..., -1:].expand(*wide.shape[:-1], extra)], -1)
+    if log_plan is None:
+        return wide
+    total = fold_dustbins(log_plan, problem, log=True)
+    shares = (log_plan - unfold_dustbins(total, problem)).exp()
+    return wide * shares.masked_fill(log_plan == -torch.inf, 0.0)
+
+
+def _log_sum(x: Tensor, dim: int) -> Tensor:
+    """log sum exp, -inf with gradient 0 where all are -inf."""
+    none = (x == -torch.inf).all(dim)
+    return torch.logsumexp(x.masked_fill(none.unsqueeze(dim), 0.0), dim).masked_fill(none, -torch.inf)
 
 
 def dense_problem(inputs: Inputs, problem: Problem) -> Dense:
@@ -113,8 +127,9 @@ def dense_problem(inputs: Inputs, problem: Problem) -> Dense:
     return Dense(scores.masked_fill(~support, -torch.inf), log_a, log_b)
 
 
-def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potentials]:
-    """Solve and return the augmented plan, differentiable as `problem.solver.gradient` says, with the tail's duals."""
+def plan_and_potentials(dense: Dense, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
+    """Solve and return the augmented plan, or its logarithm, differentiable as `problem.solver.gradient` says, with the
+    tail's duals."""
     parts = components(problem)
     solver = problem.solver
     stopped, differentiated = solver.stopped, solver.kept
@@ -144,13 +159,14 @@ def plan_and_potentials(dense: Dense, problem: Problem) -> tuple[Tensor, Potenti
     potentials = Potentials(torch.stack(rows).detach(), torch.stack(cols).detach())
     if implicit:
         function = _ImplicitPlan if torch.compiler.is_compiling() else _EagerImplicitPlan
-        return function.apply(dense.scores, u, v, problem, parts), potentials
-    return plan_of(dense, u, v), potentials
+        return function.apply(dense.scores, u, v, problem, parts, log), potentials
+    log_plan = log_plan_of(dense, u, v)
+    return log_plan if log else log_plan.exp(), potentials
 
 
-def plan_of(dense: Dense, u: Tensor, v: Tensor) -> Tensor:
-    """The augmented plan exp(S + u + v)."""
-    return torch.exp(dense.scores + u[..., :, None] + v[..., None, :])
+def log_plan_of(dense: Dense, u: Tensor, v: Tensor) -> Tensor:
+    """The logarithm of the augmented plan, S + u + v."""
+    return dense.scores + u[..., :, None] + v[..., None, :]
 
 
 HalfStep = Callable[[Tensor, Tensor], Tensor]
@@ -220,28 +236,30 @@ def marginal_residuals(plan: Tensor, dense: Dense) -> tuple[Tensor, Tensor]:
 
 
 class _ImplicitPlan(torch.autograd.Function):
-    """exp(S + u + v) whose gradient is that of the converged plan: dS = P * (D - x - y), x and y by CG."""
+    """exp(S + u + v), or S + u + v, whose gradient is that of the converged plan: dS = P * (D - x - y), x and y by
+    CG."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components) -> Tensor:
-        return (scores + u[..., :, None] + v[..., None, :]).exp()
+    def forward(scores: Tensor, u: Tensor, v: Tensor, problem: Problem, parts: Components, log: bool) -> Tensor:
+        log_plan = scores + u[..., :, None] + v[..., None, :]
+        return log_plan if log else log_plan.exp()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:3])
-        ctx.problem, ctx.parts = inputs[3:]
+        ctx.problem, ctx.parts, ctx.log = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scores, u, v = ctx.saved_tensors
         with torch.no_grad(), full_precision(grad.device):
             plan = DensePlan(scores + u[..., :, None] + v[..., None, :])
-            weighted = plan.plan * grad
+            weighted = grad.masked_fill(scores == -torch.inf, 0.0) if ctx.log else plan.plan * grad
             x, y = implicit_duals(plan, weighted.sum(-1), weighted.sum(-2), ctx.problem, ctx.parts)
             grad_scores = weighted - plan.plan * (x[..., :, None] + y[..., None, :])
-        return *differentiable_once([grad_scores], [scores, grad], FIRST_ONLY), None, None, None, None
+        return *differentiable_once([grad_scores], [scores, grad], FIRST_ONLY), None, None, None, None, None
 
 
 class _EagerImplicitPlan(_ImplicitPlan):

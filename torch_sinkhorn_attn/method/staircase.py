@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.method.implicit import DensePlan, PlanOperator, implicit_duals
-from torch_sinkhorn_attn.method.reference import Dense
+from torch_sinkhorn_attn.method.reference import Dense, log_plan_of
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem
 from torch_sinkhorn_attn.problem.segments import Components, components
@@ -192,11 +192,13 @@ def subtract_field(weighted: Tensor, log_plan: Tensor, field: Field) -> Tensor:
     return weighted
 
 
-def backward(dense: Dense, grad_plan: Tensor, potentials: Potentials, problem: Problem) -> Cotangents:
-    """dS of the augmented scores for a cotangent D = `grad_plan` of the augmented plan."""
-    u, v = potentials.row[-1], potentials.col[-1]
-    plan = DensePlan(dense.scores + u[..., :, None] + v[..., None, :])
-    weighted = plan.plan * grad_plan
+def backward(
+    dense: Dense, grad_plan: Tensor, potentials: Potentials, problem: Problem, log: bool = False
+) -> Cotangents:
+    """dS of the augmented scores for a cotangent D = `grad_plan` of the augmented plan; or, with `log`, of its
+    logarithm: that is P*D itself, so nothing is divided by P."""
+    plan = DensePlan(log_plan_of(dense, potentials.row[-1], potentials.col[-1]))
+    weighted = grad_plan.masked_fill(plan.log_plan == -torch.inf, 0.0) if log else plan.plan * grad_plan
     passes = DensePasses(plan, weighted)
     if problem.solver.gradient == "implicit":
         field = implicit_field(plan, passes.row_sums, passes.column_sums(), problem, components(problem))

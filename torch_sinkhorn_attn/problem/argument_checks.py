@@ -29,11 +29,8 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, 
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
         check_kind(name, x)
-    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
-        lower = torch.get_autocast_dtype(query.device.type)
-        given = {k: x.to(lower) if x.is_floating_point() and x.dtype != torch.float64 else x for k, x in given.items()}
-        query, key = given["query"], given["key"]
-        value = given.get("value")
+    given = {name: lower_precision(x) for name, x in given.items()}
+    query, key, value = given["query"], given["key"], given.get("value")
     for name, x in given.items():
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {x.dtype}; use float32, float64, bfloat16 or float16.")
@@ -44,6 +41,14 @@ def tokens(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, 
     found = [None if x is None else tuple(x.shape) for x in (query, key, value)]
     shapes.token_shapes(found[0], found[1], found[2], enable_gqa)  # type: ignore[arg-type]
     return query, key, value
+
+
+def lower_precision(x: Tensor) -> Tensor:
+    """What autocast, where it is on, makes of a tensor."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return x
+    lowered = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if lowered else x
 
 
 def no_tensors(**options: Any) -> None:
@@ -92,7 +97,10 @@ def integers(name: str, x: Any, shape: tuple[int, ...] | torch.Size, device: tor
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} but query is on {device}; move it.")
     if not broadcasts(x.shape, tuple(shape)):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; {tuple(shape)} is needed.")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; {tuple(shape)} is needed, one for each batch element (query is "
+            "(..., heads, tokens, features)), or one more dimension, heads, before the tokens: one for each head."
+        )
     return x.expand(shape)
 
 

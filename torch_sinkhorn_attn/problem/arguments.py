@@ -6,7 +6,7 @@ Shape and type checks come first, then the canonical layout, then (where data ma
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import engine_of
 from torch_sinkhorn_attn.options import Relaxation
-from torch_sinkhorn_attn.problem import data_checks
+from torch_sinkhorn_attn.problem import data_checks, per_head
 from torch_sinkhorn_attn.problem.argument_checks import (
     constant,
     dustbin_tensors,
@@ -34,6 +34,7 @@ from torch_sinkhorn_attn.problem.masks.scan import extremes, scan_mask
 from torch_sinkhorn_attn.problem.mass_scale import MassScale, find_scale, in_units
 from torch_sinkhorn_attn.problem.masses import Side, dustbin_capacities, log_mass, marginal_masses
 from torch_sinkhorn_attn.problem.problem import Inputs, Intervals, Marginals, Outline, Problem, compute_dtype
+from torch_sinkhorn_attn.problem.scores import as_mask as scores_as_mask, tokens_of
 from torch_sinkhorn_attn.problem.support import Support, build_support, token_ids, whole_support
 
 
@@ -77,29 +78,30 @@ class Prepared(NamedTuple):
     engine: str | None
     existence: Existence | None  # None in softmax mode, which asks for no plan
     scale: MassScale | None = None  # of the problem's masses, None where they are the user's
+    headless: bool = False  # whether the one head of each problem is the user's batch, or nothing
 
     def unflatten(self, x: Tensor) -> Tensor:
-        """`[N, ...]` back to `(..., ...)`."""
-        return x.reshape(*self.batch, *x.shape[1:])
+        """`[N, ...]` back to `(..., ...)`; without the head where the user gave none."""
+        return x.reshape((*self.batch, *x.shape[2 if self.headless else 1 :]))
 
 
 def prepare(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     value: Tensor | None,
     attn_mask: Tensor | None = None,
     *,
     check_data: bool = True,
     **keywords: Unpack[Keywords],
 ) -> Prepared:
-    """Check and canonicalise; `value` is None when only the plan is wanted, and without `check_data` no data is looked
-    at, whatever `set_checks` says."""
-    query, key, value = tokens(query, key, value, keywords.get("enable_gqa", False))
+    """Check and canonicalise; `value` is None when only the plan is wanted, `key` where `query` holds the scores, and
+    without `check_data` no data is looked at, whatever `set_checks` says."""
+    query, key, value, attn_mask, scores, keywords, headless = _tokens(query, key, value, attn_mask, keywords)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
     o = options(keywords)
     solver = o.solver(features, "float64" if dtype == torch.float64 else "float32")
-    given = _given(query, key, value, attn_mask, keywords)
+    given = _given(query, key, value, attn_mask, scores, keywords)
     dustbin, whole = keywords.get("dustbin"), not given.packed and _absent(given.lengths)
     uniform = solver.balanced and dustbin is None and _absent(given.masses)
     softmax_mode = uniform and o.base_iters == o.tail_iters == 0
@@ -116,12 +118,14 @@ def prepare(
         support = whole_support(num, length, size, window, query.device)
     else:
         support = _support(given, (num, length, size), query.device, window, causal, look)
-    scan = None
-    if given.mask is not None:
-        floor = None if softmax_mode else o.mask_floor
-        scan = scan_mask(given.mask, support, given.packed, dtype, floor, hulls=look)
-        if look and given.mask.dtype != torch.bool:
-            data_checks.check_mask(extremes(given.mask, support, given.packed, dtype, scan), dtype, softmax_mode)
+    scan, mask, floor = None, given.mask, None if softmax_mode else o.mask_floor
+    if given.scores is not None:
+        mask, floor = scores_as_mask(given.scores, mask, support, given.packed, o, floor), None
+    if mask is not None:
+        scan = scan_mask(mask, support, given.packed, dtype, floor, hulls=look)
+        if look and mask.dtype != torch.bool:
+            found = extremes(mask, support, given.packed, dtype, scan)
+            data_checks.check_mask(found, dtype, softmax_mode, of_scores=given.scores is not None)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
     col_active = (support.col_active[:, None] if scan is None else scan.col_active).expand(num, heads, size)
     row_segment, col_segment = (support.row_segment, support.col_segment) if given.packed else (None, None)
@@ -133,7 +137,7 @@ def prepare(
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
     rows = Side(given.masses[0], row_active, row_segment)
     cols = Side(given.masses[1], col_active, col_segment)
-    free = uniform and whole and window is None and not causal and given.mask is None  # any such problem has a plan
+    free = uniform and whole and window is None and not causal and mask is None  # any such problem has a plan
     if free:
         each = (1.0, length / size) if length and size else (0.0, 0.0)
         a = torch.full((num, heads, length), each[0], dtype=mass_dtype, device=query.device)
@@ -144,8 +148,8 @@ def prepare(
     existence, rho = None, (solver.rho_row, solver.rho_col)
     if not softmax_mode:
         existence = Existence(
-            rows, cols, given.capacities, dustbin, given.bins, groups, support, given.mask, scan, rho,
-            given.packed or o.window is not None or o.is_causal, o.window, centered, o.is_causal, dtype, o.mask_floor,
+            rows, cols, given.capacities, dustbin, given.bins, groups, support, mask, scan, rho,
+            given.packed or o.window is not None or o.is_causal, o.window, centered, o.is_causal, dtype, floor,
         )  # fmt: skip
         if look and not free:
             existence.check((a, b), capacities)
@@ -174,13 +178,34 @@ def prepare(
     marginals = Marginals(*(None if x is None else log_mass(x, dtype) for x in masses))  # type: ignore[arg-type]
     problem = Problem(intervals, marginals, *initial, _dropout_seed(o.dropout_p, query.device), solver, outline)
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
-    if given.mask is not None or not outline.uniform:
-        by_head = given.mask is not None and given.mask.shape[1] > 1
+    if mask is not None or not outline.uniform:
+        by_head = mask is not None and mask.shape[1] > 1
         flat = _without_inactive(flat, row_active, col_active, by_head, look)
-    inputs = Inputs(*flat, given.mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
+    inputs = Inputs(*flat, mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if has_data(query):
         inputs = inputs._replace(query=engine_of(query.device).placed(inputs.query, query))
-    return Prepared(inputs, problem, batch, query.dtype, o.engine, existence, unit)
+    kind = query.dtype if scores is None or value is not None else scores.dtype
+    return Prepared(inputs, problem, batch, kind, o.engine, existence, unit, headless)
+
+
+def _tokens(
+    query: Tensor, key: Tensor | None, value: Tensor | None, attn_mask: Tensor | None, keywords: Keywords
+) -> tuple[Tensor, Tensor, Tensor | None, Any, Tensor | None, Keywords, bool]:
+    """Query, key, value, mask, scores `(..., H, L, S)` (without a key), keywords, and whether what is found has a head
+    that the user did not give: of scores `(L, S)`, or of heads that are batch elements."""
+    enable_gqa, scores = keywords.get("enable_gqa", False), None
+    headless = key is None and isinstance(query, Tensor) and query.ndim == 2
+    if headless:
+        query, value = query[None], value[None] if isinstance(value, Tensor) and value.ndim == 2 else value
+    if key is None:
+        scores = query
+        query, key, value = tokens_of(scores, value, enable_gqa)
+    else:
+        query, key, value = tokens(query, key, value, enable_gqa)
+    if not headless and per_head.wanted(query.shape[:-3], query.shape[-3], keywords):
+        query, key, value, attn_mask, keywords = per_head.unfold(query, key, value, attn_mask, keywords)
+        scores, headless = None if scores is None else scores.unsqueeze(-3), True
+    return query, key, value, attn_mask, scores, keywords, headless
 
 
 def _support(
@@ -215,6 +240,7 @@ class _Given(NamedTuple):
     """The user's tensors beside query, key and value: types, shapes and devices checked, batch flattened to N."""
 
     mask: Tensor | None
+    scores: Tensor | None  # [N, H, L, S]
     centers: Tensor | None  # [N, L]
     lengths: Pair  # [N]
     segments: Pair  # [N, L], [N, S]
@@ -227,10 +253,17 @@ class _Given(NamedTuple):
 
     def tensors(self) -> list[Tensor | None]:
         pairs = (self.lengths, self.segments, self.masses, self.capacities, self.initial)
-        return [self.mask, self.centers, *self.dustbin, *(x for pair in pairs for x in pair)]
+        return [self.mask, self.scores, self.centers, *self.dustbin, *(x for pair in pairs for x in pair)]
 
 
-def _given(query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor | None, keywords: Keywords) -> _Given:
+def _given(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    scores: Tensor | None,
+    keywords: Keywords,
+) -> _Given:
     dustbin = keywords.get("dustbin")
     if dustbin is not None and not isinstance(dustbin, Dustbin):
         raise TypeError(f"dustbin must be a Dustbin or None, got {dustbin!r}; pass Dustbin(row_score, col_score).")
@@ -250,6 +283,7 @@ def _given(query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor |
     bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
     return _Given(
         mask=score_mask(attn_mask, (*batch, heads, length, size), query),
+        scores=flat(scores),
         centers=flat(positions("window_centers", keywords.get("window_centers"), (*batch, length), query)),
         lengths=(
             flat(integers("query_lengths", keywords.get("query_lengths"), batch, device)),

@@ -65,9 +65,16 @@ def check_centers(centers: Tensor, active: Tensor) -> None:
         )
 
 
-def check_mask(found: Extremes, dtype: torch.dtype, softmax_mode: bool) -> None:
+def check_mask(found: Extremes, dtype: torch.dtype, softmax_mode: bool, of_scores: bool = False) -> None:
     """Between the tokens it leaves active a float mask is free of NaN, +inf and finite values that swallow the scores
-    they are added to."""
+    they are added to, if it is not the scores itself."""
+    if of_scores:
+        if not found.highest < torch.inf:
+            raise ValueError(
+                f"the scores (query, without a key) hold {'NaN' if found.highest.isnan() else '+inf'}, after scale, "
+                "epsilon and mask; use finite scores, and -inf to forbid a pair."
+            )
+        return
     if not found.highest < torch.inf:
         raise ValueError(
             f"attn_mask holds {'NaN' if found.highest.isnan() else '+inf'}; a float mask is added to the scores: use "

@@ -39,6 +39,10 @@ class MassScale(NamedTuple):
         """Entries or sums of the plan `[N, H, ...]` in the caller's unit; 0 stays 0 beside any."""
         return namespace(x).times_exp2(x, (self.row_share + self.col_share) * self.power)
 
+    def of_log_plan(self, x: Array) -> Array:
+        """Logarithms `[N, H, L, S]` of its entries in the caller's unit."""
+        return x + math.log(2) * (self.row_share + self.col_share) * self.power[..., None, None]
+
     def of_mass(self, x: Array) -> Array:
         """Masses `[N, H, ...]`, or residuals where they scale like the plan, in the caller's unit."""
         return namespace(x).times_exp2(x, self.power)
