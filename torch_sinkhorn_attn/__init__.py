@@ -9,6 +9,8 @@ from torch_sinkhorn_attn.compat import lazy, registration
 
 if TYPE_CHECKING:
     from torch_sinkhorn_attn.certificates import Certificate, certify
+    from torch_sinkhorn_attn.cost import TransportCost, sinkhorn_cost
+    from torch_sinkhorn_attn.divergence import sinkhorn_divergence, squared_distance_features
     from torch_sinkhorn_attn.dustbin import Dustbin
     from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
     from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
@@ -26,13 +28,33 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Certificate", "Dustbin", "ReplacementReport", "SinkhornAux", "SinkhornMultiheadAttention", "Status",
-    "TransformersReport", "certify", "choose_layers", "register_transformers", "replace_attention", "restore_attention",
-    "scout_centers", "set_checks", "sinkhorn_attention", "sinkhorn_plan", "transformers_report",
+    "Certificate",
+    "Dustbin",
+    "ReplacementReport",
+    "SinkhornAux",
+    "SinkhornMultiheadAttention",
+    "Status",
+    "TransformersReport",
+    "TransportCost",
+    "certify",
+    "choose_layers",
+    "register_transformers",
+    "replace_attention",
+    "restore_attention",
+    "scout_centers",
+    "set_checks",
+    "sinkhorn_attention",
+    "sinkhorn_cost",
+    "sinkhorn_divergence",
+    "sinkhorn_plan",
+    "squared_distance_features",
+    "transformers_report",
 ]  # fmt: skip
 
 _HOMES = {
     "certificates": ("Certificate", "certify"),
+    "cost": ("TransportCost", "sinkhorn_cost"),
+    "divergence": ("sinkhorn_divergence", "squared_distance_features"),
     "problem.looking": ("set_checks",),
     "dustbin": ("Dustbin",),
     "functional": ("sinkhorn_attention", "sinkhorn_plan"),

@@ -265,10 +265,7 @@ def sinkhorn_plan(
     tensor([[1.2500, 1.2500, 1.2500, 1.2500]])
     """
     refuse_unknown("sinkhorn_plan", options)
-    if options.get("dropout_p", 0.0):
-        raise ValueError(
-            f"sinkhorn_plan got dropout_p={options['dropout_p']}: the plan has no dropout; use F.dropout on it."
-        )
+    refuse_dropout("sinkhorn_plan", options, "the plan has no dropout; use F.dropout on it")
     prepared = prepare(query, key, None, attn_mask, **options)
     inputs, problem = prepared.inputs, prepared.problem
     engine = choose(prepared.engine, inputs, problem)
@@ -290,3 +287,9 @@ def refuse_unknown(function: str, options: Any) -> None:
         raise TypeError(
             f"{function}() got unknown option {unknown[0]!r}; it takes {', '.join(Keywords.__annotations__)}."
         )
+
+
+def refuse_dropout(function: str, options: Any, reason: str) -> None:
+    """ValueError for a dropout that would be ignored."""
+    if options.get("dropout_p", 0.0):
+        raise ValueError(f"{function} got dropout_p={options['dropout_p']}: {reason}.")

@@ -24,6 +24,33 @@ def differentiable_once(
     return [None if g is None else next(tied) for g in grads]
 
 
+def first_derivatives_only(tensors: Sequence[Tensor | None], reason: str) -> list[Tensor | None]:
+    """The same tensors; what is computed from them has gradients that may be taken once. Programs that are compiled
+    have no others."""
+    tracked = [i for i, x in enumerate(tensors) if x is not None and x.requires_grad]
+    if not tracked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return list(tensors)
+    marked = iter(_FirstOnly.apply(reason, *(tensors[i] for i in tracked)))
+    return [next(marked) if i in tracked else x for i, x in enumerate(tensors)]
+
+
+class _FirstOnly(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(reason: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.reason = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *differentiable_once(grads, [*ctx.saved_tensors, *grads], ctx.reason)
+
+
 class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
