@@ -108,8 +108,9 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 ELSEWHERE = {
-    "more rows", "packed", "wide", "narrow", "longer lengths, steeper", "masses", "relaxed, rows with few keys",
-    "unrolled", "three kept", "warm start", "nothing in the second", "centres",
+    "more columns", "more rows", "packed", "wide", "narrow", "longer lengths, steeper", "masses",
+    "relaxed, rows with few keys", "over-relaxed", "accelerated", "unrolled", "three kept", "warm start",
+    "nothing in the second", "centres",
 }  # fmt: skip
 
 

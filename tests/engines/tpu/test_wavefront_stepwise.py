@@ -86,7 +86,9 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-EXHAUSTIVE = {"implicit", "no tail, accelerated", "dustbin, warm, masses", "early, packed, relaxed"}
+EXHAUSTIVE = {
+    "dustbin", "early", "early, packed, relaxed", "dustbin, warm, masses", "implicit", "no tail", "no tail, accelerated",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", slow_after(0, PROBLEMS, EXHAUSTIVE))
