@@ -310,7 +310,7 @@ def test_second_derivatives_take_the_same_base() -> None:
 
 @pytest.mark.slow
 @engines
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", slow_after(0, [False, True], {True}))
 def test_compiled_and_vmapped_equal_eager(engine: str, packed: bool) -> None:
     q, k, v = tensors(3, 2, 10, 4, scale=2.0)
     ids = torch.tensor([0] * 4 + [1] * 6)

@@ -74,10 +74,15 @@ def loss(function: Any, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (output * jnp.sin(jnp.arange(output.size).reshape(output.shape))).sum(), output
 
 
+ELSEWHERE = {
+    "window", "lengths", "segments", "boolean mask", "implicit", "causal, lengths", "causal, square", "unrolled"
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", slow_after(1, [
     "softmax", "plain", "window", "lengths", "segments", "float mask", "boolean mask", "masses, epsilon", "dustbin",
     "causal, dustbin", "causal, lengths", "causal, square", "implicit", "unrolled",
-], {"window", "lengths", "segments", "boolean mask", "implicit", "causal, lengths", "causal, square", "unrolled"}))  # fmt: skip
+], ELSEWHERE))  # fmt: skip
 def test_values_and_gradients_are_the_definitions(name: str) -> None:
     with enable_x64():
         options, same = cases()[name]

@@ -236,9 +236,9 @@ def assert_close(have, want, tolerance):
 
 
 ELSEWHERE = {
-    "aligned", "one query", "grouped", "wide", "window", "window of a rectangle", "wide window", "half window", "lengths",
-    "nothing", "many terms", "terms far apart", "bool mask", "half mask", "one float mask", "bool mask of keys",
-    "mask of queries", "mask of heads",
+    "aligned", "one query", "grouped", "wide", "window", "window of a rectangle", "wide window", "half window",
+    "lengths", "nothing", "many terms", "terms far apart", "bool mask", "half mask", "one float mask",
+    "bool mask of keys", "mask of queries", "mask of heads",
 }  # fmt: skip
 
 

@@ -87,7 +87,8 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 EXHAUSTIVE = {
-    "dustbin", "early", "early, packed, relaxed", "dustbin, warm, masses", "implicit", "no tail", "no tail, accelerated",
+    "dustbin", "early", "early, packed, relaxed", "dustbin, warm, masses", "implicit", "no tail",
+    "no tail, accelerated",
 }  # fmt: skip
 
 
