@@ -74,11 +74,10 @@ class Engine(ABC):
         log: bool = False,
     ) -> Gradients:
         """The adjoint of `plan`: the dense staircase."""
-        dense, log_plan = reference.dense_problem(inputs, problem), None
-        if log and problem.num_dustbins > 1:
-            log_plan = reference.log_plan_of(dense, potentials.row[-1], potentials.col[-1])
-        grad = reference.unfold_dustbins(grad_plan, problem, log_plan)
-        cotangent, dropped = staircase.backward(dense, grad, potentials, problem, log)
+        dense = reference.dense_problem(inputs, problem)
+        log_plan = reference.log_plan_of(dense, potentials.row[-1], potentials.col[-1])
+        grad = reference.unfold_dustbins(grad_plan, problem, log_plan if log else None)
+        cotangent, dropped = staircase.adjoint(log_plan, grad, potentials, problem, log)
         return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
 
     # What it does with tensors of its own device

@@ -153,21 +153,25 @@ def tail_field(passes: Passes, potentials: Potentials, problem: Problem) -> tupl
 
 
 class DensePasses:
-    """Passes over dense P and P*D; factors are formed entry by entry."""
+    """Passes over dense P and P*D."""
 
-    may_scale = False
+    may_scale = True
 
     def __init__(self, plan: DensePlan, weighted: Tensor):
         self.plan = plan
         self.row_sums, self._column_sums = weighted.sum(-1), weighted.sum(-2)
 
     def column(self, x: Tensor, factor: Factor, field: Field | None = None, deferred: Factor | None = None) -> Tensor:
+        if factor.scaled:
+            return self.plan.column_pass(x * factor.row.exp()) * factor.col.exp()
         return (x[..., None, :] @ self.plan.times_exp(factor.row, factor.col))[..., 0, :]
 
     def column_sums(self) -> Tensor:
         return self._column_sums
 
     def row(self, y: Tensor, factor: Factor, field: Field | None = None) -> Tensor:
+        if factor.scaled:
+            return self.plan.row_pass(y * factor.col.exp()) * factor.row.exp()
         return (self.plan.times_exp(factor.row, factor.col) @ y[..., None])[..., 0]
 
 
@@ -192,12 +196,17 @@ def subtract_field(weighted: Tensor, log_plan: Tensor, field: Field) -> Tensor:
     return weighted
 
 
-def backward(
-    dense: Dense, grad_plan: Tensor, potentials: Potentials, problem: Problem, log: bool = False
+def backward(dense: Dense, grad_plan: Tensor, potentials: Potentials, problem: Problem) -> Cotangents:
+    """dS of the augmented scores for a cotangent D = `grad_plan` of the augmented plan."""
+    return adjoint(log_plan_of(dense, potentials.row[-1], potentials.col[-1]), grad_plan, potentials, problem)
+
+
+def adjoint(
+    log_plan: Tensor, grad_plan: Tensor, potentials: Potentials, problem: Problem, log: bool = False
 ) -> Cotangents:
-    """dS of the augmented scores for a cotangent D = `grad_plan` of the augmented plan; or, with `log`, of its
-    logarithm: that is P*D itself, so nothing is divided by P."""
-    plan = DensePlan(log_plan_of(dense, potentials.row[-1], potentials.col[-1]))
+    """`backward`, of an augmented plan given by its logarithm; or, with `log`, for a cotangent of the logarithm: that
+    is P*D itself, so nothing is divided by P."""
+    plan = DensePlan(log_plan)
     weighted = grad_plan.masked_fill(plan.log_plan == -torch.inf, 0.0) if log else plan.plan * grad_plan
     passes = DensePasses(plan, weighted)
     if problem.solver.gradient == "implicit":
@@ -205,6 +214,8 @@ def backward(
         dropped = torch.zeros_like(passes.row_sums)
     else:
         field, dropped = tail_field(passes, potentials, problem)
+    if field.row_exponents is None:
+        return Cotangents(weighted - plan.plan * (field.row_terms @ field.col_terms.mT), dropped)
     return Cotangents(subtract_field(weighted, plan.log_plan, field), dropped)
 
 

@@ -30,7 +30,7 @@ from torch_sinkhorn_attn.problem.argument_checks import (
 from torch_sinkhorn_attn.problem.causal import causal_window
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 from torch_sinkhorn_attn.problem.looking import data_checks_enabled, has_data
-from torch_sinkhorn_attn.problem.masks.scan import extremes, scan_mask
+from torch_sinkhorn_attn.problem.masks.scan import extremes, keeps_all, scan_mask
 from torch_sinkhorn_attn.problem.mass_scale import MassScale, find_scale, in_units
 from torch_sinkhorn_attn.problem.masses import Side, dustbin_capacities, log_mass, marginal_masses
 from torch_sinkhorn_attn.problem.problem import Inputs, Intervals, Marginals, Outline, Problem, compute_dtype
@@ -121,10 +121,13 @@ def prepare(
     scan, mask, floor = None, given.mask, None if softmax_mode else o.mask_floor
     if given.scores is not None:
         mask, floor = scores_as_mask(given.scores, mask, support, given.packed, o, floor), None
-    if mask is not None:
-        scan = scan_mask(mask, support, given.packed, dtype, floor, hulls=look)
-        if look and mask.dtype != torch.bool:
-            found = extremes(mask, support, given.packed, dtype, scan)
+    of_pairs = mask  # the mask where it may forbid some
+    if look and mask is not None and (window is None or 1 in mask.shape[-2:]) and keeps_all(mask, dtype, floor):
+        of_pairs = None
+    if of_pairs is not None:
+        scan = scan_mask(of_pairs, support, given.packed, dtype, floor, hulls=look)
+        if look and of_pairs.dtype != torch.bool:
+            found = extremes(of_pairs, support, given.packed, dtype, scan)
             data_checks.check_mask(found, dtype, softmax_mode, of_scores=given.scores is not None)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
     col_active = (support.col_active[:, None] if scan is None else scan.col_active).expand(num, heads, size)
@@ -137,7 +140,7 @@ def prepare(
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
     rows = Side(given.masses[0], row_active, row_segment)
     cols = Side(given.masses[1], col_active, col_segment)
-    free = uniform and whole and window is None and not causal and mask is None  # any such problem has a plan
+    free = uniform and whole and window is None and not causal and of_pairs is None  # any such problem has a plan
     if free:
         each = (1.0, length / size) if length and size else (0.0, 0.0)
         a = torch.full((num, heads, length), each[0], dtype=mass_dtype, device=query.device)
@@ -148,7 +151,7 @@ def prepare(
     existence, rho = None, (solver.rho_row, solver.rho_col)
     if not softmax_mode:
         existence = Existence(
-            rows, cols, given.capacities, dustbin, given.bins, groups, support, mask, scan, rho,
+            rows, cols, given.capacities, dustbin, given.bins, groups, support, of_pairs, scan, rho,
             given.packed or o.window is not None or o.is_causal, o.window, centered, o.is_causal, dtype, floor,
         )  # fmt: skip
         if look and not free:
@@ -178,8 +181,8 @@ def prepare(
     marginals = Marginals(*(None if x is None else log_mass(x, dtype) for x in masses))  # type: ignore[arg-type]
     problem = Problem(intervals, marginals, *initial, _dropout_seed(o.dropout_p, query.device), solver, outline)
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
-    if mask is not None or not outline.uniform:
-        by_head = mask is not None and mask.shape[1] > 1
+    if of_pairs is not None or not outline.uniform:
+        by_head = of_pairs is not None and of_pairs.shape[1] > 1
         flat = _without_inactive(flat, row_active, col_active, by_head, look)
     inputs = Inputs(*flat, mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if has_data(query):

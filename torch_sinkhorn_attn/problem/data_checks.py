@@ -11,7 +11,7 @@ from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.problem.centers import fallen
 from torch_sinkhorn_attn.problem.feasibility import intervals as feasibility, masks as mask_feasibility
 from torch_sinkhorn_attn.problem.masks.lines import MaskScan
-from torch_sinkhorn_attn.problem.masks.scan import Extremes
+from torch_sinkhorn_attn.problem.masks.scan import Extremes, largest_addend
 from torch_sinkhorn_attn.problem.segments import segment_sum
 from torch_sinkhorn_attn.problem.support import Support
 
@@ -80,8 +80,7 @@ def check_mask(found: Extremes, dtype: torch.dtype, softmax_mode: bool, of_score
             f"attn_mask holds {'NaN' if found.highest.isnan() else '+inf'}; a float mask is added to the scores: use "
             "finite values, and -inf (or False in a bool mask) to forbid a pair."
         )
-    limit = 0.01 / torch.finfo(dtype).eps  # beyond it adding to a score loses its second decimal
-    if found.lowest < -limit and not softmax_mode:
+    if found.lowest < -largest_addend(dtype) and not softmax_mode:
         raise ValueError(
             f"attn_mask holds {found.lowest.item():.4g} between a query and a key that are left active by others: such "
             f"a pair stays in the support, but in {dtype} the score is lost in it. Use -inf (or False in a bool mask) "

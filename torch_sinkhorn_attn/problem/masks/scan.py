@@ -60,6 +60,25 @@ def _scan(mask: Tensor, lines: Lines, dtype: torch.dtype, floor: float | None, h
     return left._replace(row_active=found.row_active, col_active=found.col_active)
 
 
+def keeps_all(mask: Tensor, dtype: torch.dtype, floor: float | None) -> bool:
+    """Whether no entry of the mask, in the support or not, forbids a pair, is low, or is to be refused: one reading
+    that saves the others."""
+    if mask.numel() == 0:
+        return False
+    if mask.dtype == torch.bool:
+        return bool(mask.all())
+    low, high = (x.item() for x in torch.aminmax(mask.detach()))
+    least = max(torch.finfo(mask.dtype).min, torch.finfo(dtype).min) / 2
+    if floor is not None:
+        least = max(least, high + floor)
+    return high < math.inf and low > max(least, -largest_addend(dtype))  # not so for NaN
+
+
+def largest_addend(dtype: torch.dtype) -> float:
+    """Beyond it adding to a score loses its second decimal."""
+    return 0.01 / torch.finfo(dtype).eps
+
+
 def extremes(mask: Tensor, support: Support, packed: bool, dtype: torch.dtype, left: MaskScan) -> Extremes:
     """Of a float mask whose scan is `left`."""
     lines = Lines.of(support, packed).among(left.row_active, left.col_active)
