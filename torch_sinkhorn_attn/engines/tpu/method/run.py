@@ -11,7 +11,7 @@ from typing import Any
 
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn, staircase
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import BlockwisePasses
 from torch_sinkhorn_attn.engines.tpu.method.low_base import warn_of_float32
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
@@ -137,4 +137,4 @@ def backward(
         from torch_sinkhorn_attn.engines.tpu.wavefront import adjoint as wavefront
 
         return wavefront.backward(problem, used, output, duals, grad_output, bins, mask_grad)
-    return sinkhorn.backward(problem, output, duals, grad_output, bins, mask_grad)
+    return staircase.backward(problem, output, duals, grad_output, bins, mask_grad)

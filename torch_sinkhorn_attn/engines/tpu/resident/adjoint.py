@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn, staircase
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs
 from torch_sinkhorn_attn.engines.tpu.resident.backward import AdjointStatics, field_parts, kernel
@@ -40,7 +40,7 @@ def backward(
     grad_output: Array,
     grad_bins: Bins,
 ) -> tuple[Inputs, Array]:
-    """`sinkhorn.backward` by the resident kernel, and by `problem`'s own passes where the data want that."""
+    """`staircase.backward` by the resident kernel, and by `problem`'s own passes where the data want that."""
     strip = strip_of(problem.length, problem.size, problem.statics)
     first, fits = first_blocks(problem.constants, strip)
     exponents = staircase_exponents(problem, potentials)
@@ -48,7 +48,7 @@ def backward(
     given = output, potentials, grad_output, grad_bins
 
     def streamed() -> tuple[Inputs, Array]:
-        return sinkhorn.backward(problem, *given, False)
+        return staircase.backward(problem, *given, False)
 
     def resident() -> tuple[Inputs, Array]:
         return adjoint(problem, lowering, strip, first, exponents, *given)
@@ -60,8 +60,8 @@ def staircase_exponents(problem: sinkhorn.Augmented, potentials: tuple[Array, Ar
     """Dual differences of the factors, `[R, N, H, L(+G)]` and `[R, N, H, S(+G)]`: rows of A, rows of B, columns of A,
     columns of B; A^r = P exp(row + column)."""
     u, v = potentials
-    row_a = jnp.where(problem.log_a == -jnp.inf, 0, sinkhorn.row_exponent(problem, u) - u[-1])[1:]
-    col_b = jnp.where(problem.log_b == -jnp.inf, 0, sinkhorn.col_exponent(problem, v) - v[-1])[1:]
+    row_a = jnp.where(problem.log_a == -jnp.inf, 0, staircase.row_exponent(problem, u) - u[-1])[1:]
+    col_b = jnp.where(problem.log_b == -jnp.inf, 0, staircase.col_exponent(problem, v) - v[-1])[1:]
     return row_a, u[:-1] - u[-1], v[1:] - v[-1], col_b
 
 
@@ -79,7 +79,7 @@ def adjoint(
     """The cotangents by the kernel, whatever the data."""
     statics, length, size = problem.statics, problem.length, problem.size
     u, v = (x[-1] for x in potentials)
-    d = sinkhorn.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
+    d = staircase.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
     given = kernel_operands(problem, strip, d, u, v, exponents)
     width, low = given["value"].shape[2], given["value"].dtype
     parts = field_parts(statics.kept, low)
@@ -94,13 +94,13 @@ def adjoint(
         z, w = (jnp.concatenate(pair, -1) for pair in zip((z, w), bins, strict=True))
     features = problem.inputs.query.shape[-1]
     key, value = (jnp.swapaxes(out[name][..., :size], -1, -2) for name in ("grad_key", "grad_value"))
-    found = sinkhorn.Cotangents(out["grad_query"][:, :, :length, :features], key[..., :features], value[..., :width])
-    field = sinkhorn.staircase_field(problem, potentials, z[1:], w)
-    return sinkhorn.gather(problem, u, v, d, field, found), z[0]
+    found = staircase.Cotangents(out["grad_query"][:, :, :length, :features], key[..., :features], value[..., :width])
+    field = staircase.staircase_field(problem, potentials, z[1:], w)
+    return staircase.gather(problem, u, v, d, field, found), z[0]
 
 
 def kernel_operands(
-    problem: sinkhorn.Augmented, strip: Strip, d: sinkhorn.Cotangent, u: Array, v: Array, exponents: tuple[Array, ...]
+    problem: sinkhorn.Augmented, strip: Strip, d: staircase.Cotangent, u: Array, v: Array, exponents: tuple[Array, ...]
 ) -> dict[str, Array]:
     """By the names of `backward.Refs`."""
     inputs, constants, length, size = problem.inputs, problem.constants, problem.length, problem.size
@@ -160,7 +160,7 @@ def footprint(problem: sinkhorn.Augmented, strip: Strip) -> tuple[Mapping[str, S
         u, v = (jnp.zeros((problem.statics.kept + 1, *x.shape), problem.dtype) for x in (problem.log_a, problem.log_b))
         assert problem.inputs.value is not None
         grad = jnp.zeros((*problem.constants.log_row_mass.shape, problem.inputs.value.shape[-1]), problem.dtype)
-        d = sinkhorn.plan_cotangent(problem, u[-1], v[-1], grad, grad, (None, None))
+        d = staircase.plan_cotangent(problem, u[-1], v[-1], grad, grad, (None, None))
         return kernel_operands(problem, strip, d, u[-1], v[-1], staircase_exponents(problem, (u, v)))
 
     given = jax.eval_shape(look)

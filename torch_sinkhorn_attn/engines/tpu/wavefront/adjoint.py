@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import sinkhorn
+from torch_sinkhorn_attn.engines.tpu.method import sinkhorn, staircase
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs
 from torch_sinkhorn_attn.engines.tpu.resident.adjoint import (
@@ -49,7 +49,7 @@ def backward(
     grad_bins: Bins,
     mask_grad: bool,
 ) -> tuple[Inputs, Array]:
-    """`sinkhorn.backward` by the wavefront kernel, or by products along its path, and by `problem`'s own passes where
+    """`staircase.backward` by the wavefront kernel, or by products along its path, and by `problem`'s own passes where
     the data want that."""
     given = output, potentials, grad_output, grad_bins
     if by_products(problem, mask_grad):
@@ -61,7 +61,7 @@ def backward(
     return resident_or_streamed(
         entries.fits & small,
         lambda: adjoint(problem, lowering, o, entries, exponents, *given),
-        lambda: sinkhorn.backward(problem, *given, False),
+        lambda: staircase.backward(problem, *given, False),
     )
 
 
@@ -72,13 +72,13 @@ def by_products(problem: sinkhorn.Augmented, mask_grad: bool) -> bool:
 
 
 def _by_products(problem: sinkhorn.Augmented, lowering: Lowering, given: Any) -> tuple[Inputs, Array]:
-    """`sinkhorn.backward(problem, *given)`."""
+    """`staircase.backward(problem, *given)`."""
     inputs, constants, statics = problem.inputs, problem.constants, problem.statics
     band = sinkhorn.Augmented(inputs, constants, statics, BandPasses(problem, lowering), problem.connected)
     way = products_of(problem, True, True).way
     fits = entries_of(constants, way.path, statics, way.before, way.steps).fits
     return resident_or_streamed(
-        fits, lambda: sinkhorn.backward(band, *given), lambda: sinkhorn.backward(problem, *given)
+        fits, lambda: staircase.backward(band, *given), lambda: staircase.backward(problem, *given)
     )
 
 
@@ -124,7 +124,7 @@ def adjoint(
     """The cotangents by the kernel, whatever the data."""
     length, size, path = problem.length, problem.size, o.path
     u, v = (x[-1] for x in potentials)
-    d = sinkhorn.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
+    d = staircase.plan_cotangent(problem, u, v, output, grad_output, grad_bins)
     arrays = kernel_operands(problem, Strip(path.rows, path.cols, path.width), d, u, v, exponents)
     results = results_of(o, arrays)
     found = launch(
@@ -145,9 +145,9 @@ def adjoint(
         jnp.swapaxes(x[:, :, :count], -1, -2)
         for x, count in ((rows, features), (cols, features), (value, o.value_width))
     )
-    field = sinkhorn.staircase_field(problem, potentials, z[1:], w)
-    cotangents = sinkhorn.Cotangents(query, key, value)
-    return sinkhorn.gather(problem, u, v, d, field, cotangents), z[0]
+    field = staircase.staircase_field(problem, potentials, z[1:], w)
+    cotangents = staircase.Cotangents(query, key, value)
+    return staircase.gather(problem, u, v, d, field, cotangents), z[0]
 
 
 def supported(problem: sinkhorn.Augmented) -> tuple[Array, Array]:
