@@ -96,6 +96,30 @@ def test_values_and_gradients_are_torchs(seed: int) -> None:
     assert_same(problems.make(seed))
 
 
+def of_scores(options: dict[str, Any], mask: Tensor | None = None) -> problems.Call:
+    g = torch.Generator().manual_seed(4)
+    scores, value = (torch.randn(2, 2, *n, generator=g, dtype=torch.float64).requires_grad_() for n in ((6, 7), (7, 3)))
+    call = problems.Call(0, scores, None, value, mask, options, [scores, value])  # type: ignore[arg-type]
+    if mask is not None and mask.dtype != torch.bool:
+        call.leaves.append(mask.requires_grad_())
+    return call
+
+
+@pytest.mark.parametrize("kind", slow_after(1, ["plain", "scaled, dustbin", "float mask", "bool mask"]))
+def test_scores_given_are_torchs(kind: str) -> None:
+    g = torch.Generator().manual_seed(5)
+    if kind == "plain":
+        assert_same(of_scores({}))
+    elif kind == "scaled, dustbin":
+        assert_same(of_scores({"scale": 0.6, "epsilon": 0.3, "dustbin": Dustbin(0.1, 0.3)}))
+    elif kind == "bool mask":
+        assert_same(of_scores({"relaxation": 2.0}, torch.rand(2, 1, 6, 7, generator=g) > 0.2))
+    else:
+        mask = torch.randn(6, 7, generator=g, dtype=torch.float64)
+        mask[:, 2], mask[1, 1] = -1e4, -torch.inf
+        assert_same(of_scores({"epsilon": 0.5, "relaxation": 2.0}, mask))
+
+
 @pytest.mark.slow
 def test_a_packed_dustbin_with_dropout_is_torchs() -> None:
     g = torch.Generator().manual_seed(0)

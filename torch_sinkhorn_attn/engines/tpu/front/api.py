@@ -61,7 +61,7 @@ class SinkhornAux(NamedTuple):
 
 def sinkhorn_attention(
     query: Array,
-    key: Array,
+    key: Array | None,
     value: Array,
     attn_mask: Array | None = None,
     dropout_p: float = Options.dropout_p,
@@ -116,7 +116,9 @@ def sinkhorn_attention(
     Args:
         query: `(..., H, L, E)`, float16, bfloat16, float32 or float64; `...` are batch dimensions, H heads, L queries,
             E features. Potentials and sums are kept in float32 (float64 for float64).
-        key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`. S keys.
+        key: `(..., Hk, S, E)`; Hk = H, or a divisor of H with `enable_gqa`. S keys. None: `query` holds the scores
+            themselves, `(..., H, L, S)`, in place of the products q.k (of costs, pass their negative); -inf forbids a
+            pair, and `scale` is 1 unless given.
         value: `(..., Hk, S, Ev)`.
         attn_mask: broadcasting to `(..., H, L, S)`. Bool: True keeps the pair. Float: added to the scores, *not*
             divided by epsilon; -inf, and anything at or below half the dtype's lowest value, forbids the pair. A token
@@ -208,7 +210,7 @@ def sinkhorn_attention(
         return x.reshape(*batch, *x.shape[1:])
 
     assert result.output is not None
-    output = shaped(result.output).astype(query.dtype)
+    output = shaped(result.output).astype(value.dtype)
     if not return_aux:
         return output
     fixed = (result.row_potentials[-1], result.col_potentials[-1], result.row_residual, result.col_residual)

@@ -19,6 +19,7 @@ from torch_sinkhorn_attn.engines.tpu.front.checks import (
     tokens,
 )
 from torch_sinkhorn_attn.engines.tpu.front.mask_scan import active_tokens
+from torch_sinkhorn_attn.engines.tpu.front.scores import as_mask, tokens_of
 from torch_sinkhorn_attn.engines.tpu.front.support import build_support, token_ids
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics, compute_dtype
 from torch_sinkhorn_attn.options import CHECKS, Options, number, positive
@@ -57,6 +58,10 @@ class Prepared(NamedTuple):
 
 def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) -> Prepared:
     """Check by type and shape, and canonicalise; `options` are those of `sinkhorn_attention`, all of them."""
+    products = None
+    if key is None:
+        products = query
+        query, key = tokens_of(query, value, options["enable_gqa"])
     query, key, value = tokens(query, key, value, options["enable_gqa"])
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype, dustbin = math.prod(batch), compute_dtype(query), options["dustbin"]
@@ -96,8 +101,11 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
     window, causal = causal_window(o, attn_mask, length, size, whole, uniform, centers is not None)
     support = build_support(ids[0], ids[1], window, packed, causal, centers)
     row_active, col_active = support.row_active[:, None], support.col_active[:, None]
+    low = None if softmax_mode else o.mask_floor
+    if products is not None:
+        products = jnp.asarray(products).reshape(num, heads, length, size)
+        mask, low = as_mask(products, mask, support, packed, o, low), None
     if mask is not None:
-        low = None if softmax_mode else o.mask_floor
         row_active, col_active = active_tokens(lax.stop_gradient(mask), support, packed, dtype, low)
     row_active = jnp.broadcast_to(row_active, (num, heads, length))
     col_active = jnp.broadcast_to(col_active, (num, heads, size))
