@@ -160,10 +160,10 @@ def test_packed_problems_and_padding_are_added_up(engine: str) -> None:
     for extra in ({}, {"dustbin": Dustbin(0.2, 0.1)}, {"relaxation": 2.0}):
         packed = sinkhorn_cost(q, k, query_segment_ids=ids, key_segment_ids=ids, engine=engine, **extra)
         parts = [sinkhorn_cost(q[..., s, :], k[..., s, :], engine=engine, **extra) for s in (slice(3), slice(3, 8))]
-        for x, y, z in zip(packed, *parts, strict=True):
+        for x, y, z in zip(packed[:3], parts[0][:3], parts[1][:3], strict=True):
             assert relative_error(x, y + z) < 1e-11
         padded = sinkhorn_cost(q, k, query_lengths=torch.tensor([3]), key_lengths=torch.tensor([3]), **extra)
-        for x, y in zip(padded, parts[0], strict=True):
+        for x, y in zip(padded[:3], parts[0][:3], strict=True):
             assert relative_error(x, y) < 1e-11
 
 
@@ -198,11 +198,28 @@ def test_masses_in_any_unit(tau: Any, engine: str) -> None:
             assert relative_error(x, y) < 1e-9
 
 
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("unit", [1.0, 1e-12])
+def test_a_warm_start_goes_on(tau: Any, unit: float) -> None:
+    q, k = (torch.randn(1, 2, n, 4, dtype=D) for n in (5, 6))
+    a, b = (unit * x for x in masses(1, 2, 5, 6, balanced=tau == (None, None)))
+    options = {"epsilon": 0.3, "row_mass": a, "col_mass": b, "relaxation": tau}
+    first = sinkhorn_cost(q, k, base_iters=10, **options)
+    again = sinkhorn_cost(q, k, base_iters=10, initial_potentials=first[3:], **options)
+    whole = sinkhorn_cost(q, k, base_iters=22, **options)
+    for x, y in zip(again[:3], whole[:3], strict=True):
+        assert abs(x / y - 1).max() < 1e-10
+    bins = Dustbin(0.1, 0.2)
+    warm = sinkhorn_cost(q, k, dustbin=bins)
+    assert warm.row_potential.shape == (1, 2, 6) and not warm.row_potential.requires_grad
+    sinkhorn_cost(q, k, dustbin=bins, initial_potentials=warm[3:])
+
+
 def test_half_precision_and_what_holds_no_information() -> None:
     x = torch.randn(1, 6, 4)
     truth = sinkhorn_cost(x.bfloat16().double(), x.bfloat16().double())
     found = sinkhorn_cost(x.bfloat16(), x.bfloat16())
-    for one, other in zip(found, truth, strict=True):
+    for one, other in zip(found[:3], truth[:3], strict=True):
         assert one.dtype == torch.float32 and abs(one - other) < 1e-5 * abs(other).clamp(min=1)
     mask = torch.zeros(6, 6)
     mask[:, -1] = torch.nan  # of a key that lengths leave out

@@ -46,6 +46,8 @@ class TransportCost(NamedTuple):
     dual: Tensor  # the dual objective at the potentials found: a lower bound of the value
     primal: Tensor  # the primal one at the plan found, whose balanced marginals may be off by the residuals
     linear: Tensor  # <cost, plan> alone, without entropy and penalties
+    row_potential: Tensor  # `(..., H, L)` and `(..., H, S)`, with dustbins as in `SinkhornAux`: `initial_potentials` of
+    col_potential: Tensor  # the next call, after a small step of the points; constants
 
 
 @one_node
@@ -121,7 +123,9 @@ def sinkhorn_cost(
                 live, weighed = _through_iterations(given._replace(inputs=inputs, engine=engine), potentials, found)
                 primal = primal + _without_value(of(weighed))
                 linear = -of(live)
-    return TransportCost(*(given.unflatten(x) for x in (dual, primal, linear)))
+    last = potentials.row[-1], potentials.col[-1]
+    ends = last if scale is None else scale.restored(*last, *problem.marginals.augmented)
+    return TransportCost(*(given.unflatten(x) for x in (dual, primal, linear, *ends)))
 
 
 def _dtype(prepared: Prepared) -> torch.dtype:
