@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch_sinkhorn_attn.compat import lazy, registration
 
 if TYPE_CHECKING:
+    from torch_sinkhorn_attn.bands import PlanBand, sinkhorn_plan_band
     from torch_sinkhorn_attn.certificates import Certificate, certify
     from torch_sinkhorn_attn.cost import TransportCost, sinkhorn_cost
     from torch_sinkhorn_attn.divergence import sinkhorn_divergence, squared_distance_features
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         register_transformers,
         transformers_report,
     )
+    from torch_sinkhorn_attn.matches import Matches, sinkhorn_matches
     from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
     from torch_sinkhorn_attn.problem.looking import set_checks
     from torch_sinkhorn_attn.problem.status import SinkhornAux, Status
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "Dustbin",
+    "Matches",
+    "PlanBand",
     "ReplacementReport",
     "SinkhornAux",
     "SinkhornMultiheadAttention",
@@ -46,12 +50,15 @@ __all__ = [
     "sinkhorn_attention",
     "sinkhorn_cost",
     "sinkhorn_divergence",
+    "sinkhorn_matches",
     "sinkhorn_plan",
+    "sinkhorn_plan_band",
     "squared_distance_features",
     "transformers_report",
 ]  # fmt: skip
 
 _HOMES = {
+    "bands": ("PlanBand", "sinkhorn_plan_band"),
     "certificates": ("Certificate", "certify"),
     "cost": ("TransportCost", "sinkhorn_cost"),
     "divergence": ("sinkhorn_divergence", "squared_distance_features"),
@@ -62,6 +69,7 @@ _HOMES = {
     "integrations.transformers": (
         "TransformersReport", "choose_layers", "register_transformers", "transformers_report",
     ),
+    "matches": ("Matches", "sinkhorn_matches"),
     "modules": ("SinkhornMultiheadAttention",),
     "problem.status": ("SinkhornAux", "Status"),
     "scout": ("scout_centers",),
