@@ -155,7 +155,7 @@ def certify(
         query, key = query.detach(), None if key is None else key.detach()
         if mode == "exact" and value is None:
             value = probe(_value_shape(query, key), query, seed=0)
-        prepared = prepare(query, key, None if value is None else value.detach(), attn_mask, **keywords)  # type: ignore[arg-type]
+        prepared = prepare(query, key, None if value is None else value.detach(), attn_mask, **keywords)
         cotangent = None if value is None else _cotangent(query, value, grad_output)
         if cotangent is None:
             passes, at = quick.returned(prepared)
@@ -164,14 +164,14 @@ def certify(
             passes, inputs, potentials = solved(prepared)
             last = Potentials(potentials.row[-1], potentials.col[-1])
             (cotangent,) = engine_of(query.device).fetched((cotangent,))
-            cotangent = cotangent.reshape(inputs.query.shape[0], *cotangent.shape[-3:])
+            cotangent = cotangent.reshape(*inputs.query.shape[:3], cotangent.shape[-1])
             tiles = Tiles(inputs, passes.problem).at(*last)
             found = exact_numbers(tiles, potentials, cotangent, exact_diameter, prepared.scale)
             at = quick.following(passes, last)
         packed = passes.problem.support.row_segment is not None
         residuals = tuple(found[k].cpu().double() for k in (1, 3))
         status, reasons = judge(residuals, CONVERGED_WITHIN, prepared.existence, by_segment=packed)
-        said = advice(passes, at, found[RATE].cpu(), status, reasons, prepared.batch) if advise else ""
+        said = advice(passes, at, found[RATE].cpu(), status, reasons, prepared) if advise else ""
         fields = (x if packed or x is None else x[..., 0] for x in (*found, status.to(found[RATE].device)))
         certificate = Certificate(*(None if x is None else prepared.unflatten(x) for x in fields))  # type: ignore[arg-type]
         for name, words in (("reasons", tuple(reasons)), ("advice", said), ("mode", mode)):

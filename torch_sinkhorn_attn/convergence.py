@@ -75,7 +75,7 @@ def _history(
     refuse_unknown(name, options)
     keywords: Keywords = {**options, "dropout_p": 0.0}
     with torch.no_grad(), full_precision(query.device):
-        prepared = prepare(query, key, None, mask, **keywords)  # type: ignore[arg-type]
+        prepared = prepare(query, key, None, mask, **keywords)
         return prepared, history(passes_of(prepared))
 
 

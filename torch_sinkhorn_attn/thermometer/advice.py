@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.options import CONVERGED_WITHIN
+from torch_sinkhorn_attn.problem.arguments import Prepared
 from torch_sinkhorn_attn.problem.status import Status
 from torch_sinkhorn_attn.thermometer.passes import Passes
 from torch_sinkhorn_attn.thermometer.quick import Returned
@@ -55,7 +56,7 @@ class Tried(NamedTuple):
 
 
 def advice(
-    passes: Passes, at: Returned, rate: Tensor, status: Tensor, reasons: Sequence[str], batch: Sequence[int]
+    passes: Passes, at: Returned, rate: Tensor, status: Tensor, reasons: Sequence[str], prepared: Prepared
 ) -> str:
     """In words; "" where every problem is balanced. rate, status: `[N, H, G]` on the CPU. Where no plan exists the
     reason says what to do."""
@@ -70,7 +71,7 @@ def advice(
     needed = (finite / TARGET).clamp(min=1 + 1e-6).log() / -rate.clamp(1e-6, 1 - 1e-6).log()
     n, h, g = _unravel(int(needed.masked_fill(~loose, -1.0).argmax()), needed.shape)
     packed = passes.problem.support.row_segment is not None
-    place = (*_unravel(n, batch), h, *[g] * packed)
+    place = (*_unravel(n, prepared.batch), *[h] * (not prepared.headless), *[g] * packed)
     one = passes.at(n, h)
     here = Returned(*(x[n : n + 1, h : h + 1] for x in at))
     error = float(movement[n, h, g])

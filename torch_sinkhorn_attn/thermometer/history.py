@@ -26,13 +26,13 @@ def history(passes: Passes) -> History:
     single column half-step and T of a row half-step, as the definition combines them."""
     solver = passes.problem.solver
     base, tail = solver.base_iters, solver.tail_iters
-    if solver.over_relaxation == 1 and solver.acceleration is None:
-        found = _plain(passes, base, tail, solver.tolerance)
-    else:
+    if solver.over_relaxation != 1 or solver.acceleration is not None:
         found = _stepwise(passes, base, tail)
-    ended = _ended(found[:base], solver.tolerance, base)
-    # A plain run went on where the base stood still, the tail then following from there.
+        return History(found, _ended(found, solver.tolerance, base) + tail)
+    found = _plain(passes, base, tail, solver.tolerance)
+    ended = _ended(found, solver.tolerance, base)
     steps = torch.arange(1, base + tail + 1, device=found.device)[:, None, None, None]
+    # A plain run went on where the base stood still, the tail then following from there.
     taken = torch.where(steps <= base, steps.minimum(ended), steps - base + ended)
     return History(found.gather(0, (taken - 1).expand_as(found)), ended + tail)
 
@@ -79,6 +79,8 @@ def _stepwise(passes: Passes, base: int, tail: int) -> Tensor:
 
     u, v = stopped_base(*passes.start(), column, row, passes.problem)
     found = (found + found[-1:] * base)[:base]  # where all had ended, the base did
+    if tail == 0:
+        u = passes.row(v)  # as in the plan that is returned
     after = passes.iterates(u, v, tail + 1).col
     found += [passes.movement(after[t], after[t + 1]) for t in range(tail + 1)]
     return torch.stack(found)[1:]

@@ -97,7 +97,7 @@ def rate(passes: Passes, at: Returned, r: Tensor, c: Tensor) -> Tensor:
     solver, own, inputs = passes.problem.solver, passes.own, passes.inputs
     present = segment_sum(c, own.col, own.number) > 0
     if not solver.balanced:
-        return torch.where(present, solver.rho_row * solver.rho_col, 0.0).to(c)
+        return present.to(c) * (solver.rho_row * solver.rho_col)
     vectors = _slow_vectors(passes, at, c)
     vectors = _off_constants(vectors, c, masked_components(inputs, passes.problem))
     image = passes.times(at.v, vectors)

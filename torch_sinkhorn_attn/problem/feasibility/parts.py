@@ -7,23 +7,25 @@ import torch
 from torch_sinkhorn_attn.problem import bits
 from torch_sinkhorn_attn.problem.feasibility import flow
 from torch_sinkhorn_attn.problem.feasibility.masks import MaskedSupport, active_pairs, read_pairs
+from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
 from torch_sinkhorn_attn.problem.segments import Components, components
 
 
 def masked_components(inputs: Inputs, problem: Problem) -> Components:
-    """Labels `[N, H, L]` and `[N, H, S]`, the mask read once, into a bit for each pair. Where it cannot split what the
-    intervals hold together (there is none, it forbids whole tokens only, or a dustbin joins them all) they are those of
-    `components`."""
+    """Labels `[N, H, L]` and `[N, H, S]`, the mask read once, into a bit for each pair. Those of `components` where the
+    mask cannot split what the intervals hold together: there is none, it forbids nothing, or only whole tokens, or a
+    dustbin joins them all."""
     mask = inputs.mask
-    if mask is None or problem.num_dustbins or 1 in mask.shape[-2:]:
+    dtype = compute_dtype(inputs.query.dtype)
+    if mask is None or problem.num_dustbins or 1 in mask.shape[-2:] or bool(kept(mask, dtype).all()):
         return components(problem)
     num, heads, length, size = problem.sizes
     row_live, col_live = (
         (x > -torch.inf).cpu() for x in (problem.marginals.log_row_mass, problem.marginals.log_col_mass)
     )
     lo, hi = (x.cpu() for x in (problem.support.row_lo, problem.support.row_hi))
-    support = MaskedSupport(mask.cpu(), lo, hi, problem.outline.banded, compute_dtype(inputs.query.dtype))
+    support = MaskedSupport(mask.cpu(), lo, hi, problem.outline.banded, dtype)
     row = torch.zeros(num, heads, length, dtype=torch.int64, device="cpu")
     col = torch.zeros(num, heads, size, dtype=torch.int64, device="cpu")
     for n in range(num):
