@@ -119,12 +119,13 @@ def certify(
         value: `(..., Hk, S, Ev)`.
         grad_output: `(..., H, L, Ev)`, dL/dO; needs `value`.
         exact_diameter: compute Delta itself in O(n^2 m) instead of its one-pass bound 2 (max log P - min log P).
-        mode: "exact" (default): everything, in tiles of plain PyTorch, 28 to 94 times the time of the call. "quick":
-            residuals and the rate, by passes of the engine, in two to three times its time; the rate is then a lower
-            bound: of 1 - rate mostly within a tenth, within a factor of 2 for sharp scores in windows, of 10 for sharp
-            ones without; beyond that (rates above 0.9999 or so) it says that plain iterations are hopeless, not how
-            much. A rate of relaxed problems is exact.
-        advise: look for settings where the plan is not balanced, in at most the time of 12 such calls of one head.
+        mode: "exact" (default): everything, in tiles of plain PyTorch, in 20 to 130 times the time of the call.
+            "quick": residuals and the rate, by passes of the engine, in two to three times its time. The rate is a
+            lower bound, as the other mode's is; 1 - rate is mostly less than a tenth too large, in windows of sharp
+            scores up to twice, in sharp problems that are far from balance up to 15 times. Beyond 0.9999 or so it tells
+            that plain iterations are hopeless, not how much. Relaxed, it is exact.
+        advise: look for settings where the plan is not balanced. Takes up to 12 (T + R) iterations of one head in some
+            20 calls, which is the time of 25 calls at most.
 
     Returns:
         A frozen `Certificate`; print it for a table. Of XLA tensors it is on the CPU: only the plan is computed there.
