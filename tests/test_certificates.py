@@ -9,10 +9,9 @@ from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import Certificate, Dustbin, certify, sinkhorn_attention, sinkhorn_plan
-from torch_sinkhorn_attn.certificates import _exact_components
-from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.problem.feasibility.parts import masked_components
 
 D = torch.float64
 
@@ -184,8 +183,7 @@ def test_mask_components_are_found_for_deflation() -> None:
     order = torch.randperm(8)
     assert (certify(q, k[..., order, :], mask[:, order], base_iters=500).rate < 0.95).all()
     prepared = prepare(q, k, None, mask)
-    zero = torch.zeros(1, 2, 8, dtype=D)
-    parts = _exact_components(Tiles(prepared.inputs, prepared.problem).at(zero, zero))
+    parts = masked_components(prepared.inputs, prepared.problem)
     assert parts.row[0, 0].tolist() == [0] * 3 + [3] * 5 and parts.col[0, 0].tolist() == [0] * 3 + [3] * 5
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch_sinkhorn_attn import (
     Dustbin,
     SinkhornMultiheadAttention,
-    certificates,
     certify,
     sinkhorn_attention,
     sinkhorn_plan,
@@ -22,6 +21,7 @@ from torch_sinkhorn_attn import (
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import staircase
 from torch_sinkhorn_attn.problem.arguments import prepare
+from torch_sinkhorn_attn.thermometer import exact
 
 D = torch.float64
 ENGINES = (*conformance.ENGINES, "reference")
@@ -290,7 +290,7 @@ def test_one_zero_among_many_pairs_is_seen_in_float32() -> None:
         prepared = prepare(q, k, None, mask)
         zero = torch.zeros(1, 1, n)
         tiles = Tiles(prepared.inputs, prepared.problem).at(zero, zero)
-        positive, _ = certificates._log_plan_spread(tiles, certificates._Segments(prepared.problem))
+        positive, _ = exact._log_plan_spread(tiles, exact.BySegment(prepared.problem))
         assert positive.item() == (not missing)
 
 

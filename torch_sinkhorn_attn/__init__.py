@@ -10,6 +10,7 @@ from torch_sinkhorn_attn.compat import lazy, registration
 if TYPE_CHECKING:
     from torch_sinkhorn_attn.bands import PlanBand, sinkhorn_plan_band
     from torch_sinkhorn_attn.certificates import Certificate, certify
+    from torch_sinkhorn_attn.convergence import iterations_used, residual_history
     from torch_sinkhorn_attn.cost import TransportCost, sinkhorn_cost
     from torch_sinkhorn_attn.divergence import sinkhorn_divergence, squared_distance_features
     from torch_sinkhorn_attn.dustbin import Dustbin
@@ -42,8 +43,10 @@ __all__ = [
     "TransportCost",
     "certify",
     "choose_layers",
+    "iterations_used",
     "register_transformers",
     "replace_attention",
+    "residual_history",
     "restore_attention",
     "scout_centers",
     "set_checks",
@@ -60,6 +63,7 @@ __all__ = [
 _HOMES = {
     "bands": ("PlanBand", "sinkhorn_plan_band"),
     "certificates": ("Certificate", "certify"),
+    "convergence": ("iterations_used", "residual_history"),
     "cost": ("TransportCost", "sinkhorn_cost"),
     "divergence": ("sinkhorn_divergence", "squared_distance_features"),
     "problem.looking": ("set_checks",),

@@ -255,9 +255,9 @@ def _through_iterations(given: Prepared, potentials: Potentials, found: Duals) -
         if _weighs_pairs(mask):
             pairs = values_in._replace(value=None)
             if given.engine == REFERENCE:
-                plan = _real(reference.plan(pairs, again), problem)
+                plan = _real(reference.plan(pairs, again)[0], problem)
             else:
-                plan = _real(autograd.plan(pairs, again, str(given.engine)), problem)
+                plan = _real(autograd.plan(pairs, again, str(given.engine))[0], problem)
         none = row.new_zeros(0)
         gain = gain + problem.solver.epsilon * _added(mask, Sums(none, none, row, none, none, none, none, plan))
     if problem.has_dustbin:

@@ -16,6 +16,7 @@ from torch_sinkhorn_attn.engines.tiled.engine import marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.options import Options, Relaxation
+from torch_sinkhorn_attn.problem import unbalanced
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
 from torch_sinkhorn_attn.problem.looking import has_data
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
@@ -199,6 +200,7 @@ def run(prepared: Prepared, residuals: bool) -> Result:
     else:
         results = autograd.attention(inputs, problem, engine, residuals)
         result = Result(results[0], Potentials(*results[1:3]), *results[3:])
+    unbalanced.warn_once(result.potentials.col, problem.solver)
     return result if prepared.scale is None else _in_callers_unit(prepared, prepared.scale, result, residuals)
 
 
@@ -271,9 +273,10 @@ def sinkhorn_plan(
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:
         with full_precision(inputs.query.device):
-            plan = reference.plan(inputs, problem, log)
+            plan, potentials = reference.plan(inputs, problem, log)
     else:
-        plan = autograd.plan(inputs, problem, engine, log)
+        plan, potentials = autograd.plan(inputs, problem, engine, log)
+    unbalanced.warn_once(potentials.col, problem.solver)
     if prepared.scale is not None:
         plan = prepared.scale.of_log_plan(plan) if log else prepared.scale.of_plan(plan)
     found = prepared.unflatten(plan)

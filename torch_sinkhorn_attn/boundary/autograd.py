@@ -30,11 +30,12 @@ def attention(inputs: Inputs, problem: Problem, engine: str, residuals: bool) ->
     return output, *(x.detach() for x in constants), to_bin, from_bin
 
 
-def plan(inputs: Inputs, problem: Problem, engine: str, log: bool = False) -> Tensor:
-    """The plan or its logarithm, differentiable."""
+def plan(inputs: Inputs, problem: Problem, engine: str, log: bool = False) -> tuple[Tensor, Potentials]:
+    """The plan or its logarithm, differentiable, and the stacked duals."""
     name: PlanName = "log_plan" if log else "plan"
     function = getattr(lib, name) if recording() else _PLANS[name].apply
-    return function(*ops.flatten(inputs, problem, engine))[0]
+    found, row, col = function(*ops.flatten(inputs, problem, engine))
+    return found, Potentials(row.detach(), col.detach())
 
 
 def _save(ctx: Any, *arguments: Any) -> None:

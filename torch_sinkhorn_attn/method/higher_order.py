@@ -50,7 +50,7 @@ class Surrogate:
         inputs = self.given._replace(**dict(zip(self.names, primals, strict=True)))
         with full_precision(self.given.query.device):
             if self.what != "attention":
-                return (reference.plan(inputs, self.problem, log=self.what == "log_plan"),)
+                return (reference.plan(inputs, self.problem, log=self.what == "log_plan")[0],)
             result = reference.forward(inputs, self.problem)
         if self.problem.has_dustbin:
             return result.output, result.row_dustbin, result.col_dustbin

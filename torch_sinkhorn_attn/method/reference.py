@@ -76,11 +76,11 @@ def forward(inputs: Inputs, problem: Problem) -> Result:
     return Result(output, potentials, row_residual, col_residual, to_bin, from_bin)
 
 
-def plan(inputs: Inputs, problem: Problem, log: bool = False) -> Tensor:
+def plan(inputs: Inputs, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
     """The plan `[N, H, L, S]`, or `[N, H, L+1, S+1]` with a dustbin (the last entries summed over segments); or its
-    logarithm, S + u + v, which no exp has touched."""
-    full, _ = plan_and_potentials(dense_problem(inputs, problem), problem, log)
-    return fold_dustbins(full, problem, log)
+    logarithm, S + u + v, which no exp has touched. And the stacked duals."""
+    full, potentials = plan_and_potentials(dense_problem(inputs, problem), problem, log)
+    return fold_dustbins(full, problem, log), potentials
 
 
 def matches(inputs: Inputs, problem: Problem, k: int) -> Partners:

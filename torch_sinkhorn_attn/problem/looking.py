@@ -20,6 +20,9 @@ def set_checks(mode: str) -> None:
             tensors, nor on accelerators, where looking at data would force a host synchronisation. "always": on every
             device, at that price. "never": not at all. Checks of shapes, types and options always run.
 
+    They also decide whether a call may look at the plan it found, to warn, once in a process, that it is not balanced
+    in any useful sense.
+
     What was not checked can be asked afterwards: `SinkhornAux.status` and `certify` tell problems without a plan.
 
     Raises:

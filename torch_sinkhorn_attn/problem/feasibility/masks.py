@@ -56,7 +56,7 @@ def check_masked(m: IntervalProblem, support: MaskedSupport) -> None:
     for n, h, key, pairs in _problems(m, support):
         if key in _has_plan:
             continue
-        rows = _rows(m, n, h, pairs)
+        rows = active_pairs(pairs, m.row_mass[n, h] > 0, m.col_mass[n, h] > 0)
         if _holds_intervals(plain, n, h, rows):
             by_intervals[n, h] = support.banded
             continue
@@ -75,7 +75,7 @@ def masked_flow(m: IntervalProblem, support: MaskedSupport) -> Tensor:
     found = torch.zeros(*m.row_mass.shape[:2], m.groups, dtype=torch.float64, device=m.row_mass.device)
     for n in range(m.row_mass.shape[0]):
         for h in range(m.row_mass.shape[1]):
-            rows = _rows(m, n, h, _read(support, n, h))
+            rows = active_pairs(read_pairs(support, n, h), m.row_mass[n, h] > 0, m.col_mass[n, h] > 0)
             a, b = transport_flow.dyadic(m.row_mass[n, h].tolist(), m.col_mass[n, h].tolist())
             segment = [0] * len(a) if m.row_segment is None else m.row_segment[n, 0].tolist()
             unit = float(m.row_mass[n, h].sum()) / max(1, sum(a))
@@ -96,7 +96,7 @@ def _problems(m: IntervalProblem, support: MaskedSupport) -> Iterator[tuple[int,
         for h in range(m.row_mass.shape[1]):
             at = n, h if support.mask.shape[1] > 1 else 0, 0
             if at not in read:
-                pairs = _read(support, n, h)
+                pairs = read_pairs(support, n, h)
                 digest = _digest(*(b"%d,%d;%b" % block for block in pairs))
                 read = {at: (pairs, digest)}
             pairs, digest = read[at]
@@ -115,7 +115,7 @@ def _digest(*parts: bytes) -> bytes:
     return found.digest()
 
 
-def _read(support: MaskedSupport, n: int, h: int) -> Blocks:
+def read_pairs(support: MaskedSupport, n: int, h: int) -> Blocks:
     """The pairs that the mask keeps inside the intervals, read where these are."""
     mask = support.mask[n if support.mask.shape[0] > 1 else 0, h if support.mask.shape[1] > 1 else 0]
     length, size = support.row_lo.shape[-1], mask.shape[-1]
@@ -136,11 +136,11 @@ def _read(support: MaskedSupport, n: int, h: int) -> Blocks:
     return found
 
 
-def _rows(m: IntervalProblem, n: int, h: int, pairs: Blocks) -> list[int]:
-    """The pairs of active tokens, by query."""
-    every = bits.from_members((m.col_mass[n, h] > 0).nonzero()[:, 0].tolist())
+def active_pairs(pairs: Blocks, row_active: Tensor, col_active: Tensor) -> list[int]:
+    """The pairs of active tokens, by query, of those read."""
+    every = bits.from_members(col_active.nonzero()[:, 0].tolist())
     rows = [row << first for first, width, data in pairs for row in bits.integers(width, data)]
-    return [row & every if live else 0 for row, live in zip(rows, (m.row_mass[n, h] > 0).tolist(), strict=True)]
+    return [row & every if live else 0 for row, live in zip(rows, row_active.tolist(), strict=True)]
 
 
 def _holds_intervals(plain: IntervalProblem, n: int, h: int, rows: list[int]) -> bool:
