@@ -11,7 +11,7 @@ import copyreg
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -48,7 +48,7 @@ class SuperGlueLoop:
     before: Callable[..., Tensor] | None = None
 
     def __call__(self, *args: Any, **named: Any) -> Tensor:
-        given = dict(zip(self.names, args, strict=False)) | named
+        given = {self.names[i]: x for i, x in enumerate(args)} | named
         scores, score, count = (given[name] for name in self.names)
         options = dict(self.options)
         tail = options.setdefault("tail_iters", min(2, count))
@@ -180,7 +180,7 @@ def _functions(name: str, module: nn.Module) -> Iterator[Callable[..., Any]]:
         yield attribute
         return
     found = {}
-    for method in _methods(type(module)).values():
+    for method in (x for cls in type(module).__mro__ for x in _methods(cls).values()):
         inner = inspect.unwrap(method)
         if not _calls(inner):
             continue
@@ -195,9 +195,8 @@ def _functions(name: str, module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _methods(cls: type) -> dict[str, FunctionType]:
-    """Every plain method, as instances have it."""
-    found = {name: x for base in reversed(cls.__mro__) for name, x in vars(base).items()}
-    return {name: x for name, x in found.items() if isinstance(x, FunctionType)}
+    """The functions that the class itself defines."""
+    return {name: x for name, x in vars(cls).items() if isinstance(x, FunctionType)}
 
 
 def _calls(function: Any) -> bool:
@@ -235,18 +234,23 @@ def _same(name: str, function: Callable[..., Any], options: tuple[tuple[str, Any
     return names
 
 
-@lru_cache(maxsize=None)
-def _with(cls: type[nn.Module], loop: SuperGlueLoop) -> type[nn.Module]:
+@cache
+def _with(cls: Any, loop: SuperGlueLoop) -> type[nn.Module]:
     """A subclass of the same name whose methods find `loop` under the global name."""
 
     def reduce(self: Any, protocol: Any) -> Any:
         made, args, *rest = super(replaced, self).__reduce_ex__(max(2, protocol))
         return (_empty, (cls, loop), *rest) if made is copyreg.__newobj__ else (made, args, *rest)  # type: ignore[attr-defined]
 
-    namespace: dict[str, Any] = {x: getattr(cls, x) for x in ("__module__", "__qualname__", "__doc__")}
-    namespace |= {name: _rebound(method, loop) for name, method in _methods(cls).items() if _calls(method)}
-    namespace |= {_REPLACED: (cls, loop), "__reduce_ex__": reduce}
-    replaced = type(cls)(cls.__name__, (cls,), namespace)
+    def derived(base: Any, bases: tuple[Any, ...], **more: Any) -> Any:
+        same = {x: getattr(base, x) for x in ("__module__", "__qualname__", "__doc__")}
+        methods = {name: _rebound(method, loop) for name, method in _methods(base).items() if _calls(method)}
+        return type(base)(base.__name__, bases, same | methods | more)
+
+    # Parents whose methods call it stand, derived, between their children and themselves: where super() finds them.
+    calling = [x for x in cls.__mro__[1:] if any(map(_calls, _methods(x).values()))]
+    bases = (cls, *(derived(parent, (parent,)) for parent in calling))
+    replaced: type[nn.Module] = derived(cls, bases, **{_REPLACED: (cls, loop), "__reduce_ex__": reduce})
     return replaced
 
 
