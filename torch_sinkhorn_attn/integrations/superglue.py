@@ -122,7 +122,8 @@ def replace_superglue(model: nn.Module, **options: Any) -> tuple[str, ...]:
         if hasattr(module, NAME):
             module.__dict__[NAME] = loop
         else:
-            module.__class__ = _with(type(module), loop)
+            cls: Any = type(module)
+            module.__class__ = _with(cls, loop)
     return tuple(name or _ROOT for name, _, _ in wanted)
 
 
@@ -265,7 +266,7 @@ def _rebound(function: FunctionType, loop: SuperGlueLoop) -> FunctionType:
     return bound
 
 
-def _empty(cls: type[nn.Module], loop: SuperGlueLoop) -> nn.Module:
+def _empty(cls: Any, loop: SuperGlueLoop) -> nn.Module:
     """What copies and pickles begin with."""
     made: nn.Module = object.__new__(_with(cls, loop))
     return made
