@@ -1,6 +1,9 @@
 """Writes values.json anew, of the peers that are installed; the others keep what the file has of them.
 
-    pip install -r benchmarks/requirements.txt && PYTHONPATH=tests python tests/peers/remake.py
+    pip install -r benchmarks/requirements.txt
+    PYTHONPATH=tests python tests/peers/remake.py
+
+It takes two minutes, most of them GeomLoss's slow annealing.
 """
 
 from __future__ import annotations
