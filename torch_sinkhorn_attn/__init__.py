@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch_sinkhorn_attn.dustbin import Dustbin
     from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
     from torch_sinkhorn_attn.integrations.replace import ReplacementReport, replace_attention, restore_attention
+    from torch_sinkhorn_attn.integrations.superglue import replace_superglue, restore_superglue
     from torch_sinkhorn_attn.integrations.transformers import (
         TransformersReport,
         choose_layers,
@@ -46,8 +47,10 @@ __all__ = [
     "iterations_used",
     "register_transformers",
     "replace_attention",
+    "replace_superglue",
     "residual_history",
     "restore_attention",
+    "restore_superglue",
     "scout_centers",
     "set_checks",
     "sinkhorn_attention",
@@ -70,6 +73,7 @@ _HOMES = {
     "dustbin": ("Dustbin",),
     "functional": ("sinkhorn_attention", "sinkhorn_plan"),
     "integrations.replace": ("ReplacementReport", "replace_attention", "restore_attention"),
+    "integrations.superglue": ("replace_superglue", "restore_superglue"),
     "integrations.transformers": (
         "TransformersReport", "choose_layers", "register_transformers", "transformers_report",
     ),

@@ -31,6 +31,8 @@ class Dustbin:
         col_capacity: mass of the dustbin column, which takes the unmatched queries, likewise, to `(..., H, S)`.
         value: `(..., H, Ev)`-broadcastable value vector that mass sent to the dustbin reads. Default zero.
 
+    The corner is 0 where SuperGlue has its one learned score a third time: `Dustbin.superglue(score)`.
+
     Sources: Sarlin et al., SuperGlue, CVPR 2020 (dustbin, default capacities); arXiv:2605.08123 (one active dustbin).
 
     >>> import torch
@@ -93,3 +95,35 @@ class Dustbin:
         for name in ("row_capacity", "col_capacity", "value"):
             if fields[name] is None:
                 object.__setattr__(self, name, None)
+
+    @classmethod
+    def superglue(cls, score: Tensor | float, *, value: Tensor | None = None) -> Dustbin:
+        """SuperGlue's dustbin: row, column and corner all have the one learned score, and the capacities are default.
+
+        So its gradient arrives summed. The plan is SuperGlue's own, `exp(Z + u + v - norm)`, once both have converged:
+        there too every real row and column has mass 1, and the dustbin's row and column the number of keypoints of the
+        other image.
+
+        Args:
+            score: a number, a tensor of one element, or `(..., H, 1)` per head, in score units as everywhere.
+            value: as in `Dustbin`.
+
+        Raises:
+            TypeError: score is neither number nor floating-point tensor.
+            ValueError: score is not finite, or a tensor with a score for each token.
+
+        Source: Sarlin et al., SuperGlue, CVPR 2020, section 3.2.
+
+        >>> import torch
+        >>> score = torch.tensor(1.0, requires_grad=True)  # SuperGlue's bin_score
+        >>> Dustbin.superglue(score).corner_score is score
+        True
+        """
+        if not isinstance(score, Tensor) or score.ndim == 0:
+            return cls(score, score, score, value=value)
+        if score.shape[-1] != 1:
+            raise ValueError(
+                f"Dustbin.superglue takes one score for each problem, a number, a scalar or (..., H, 1), got shape "
+                f"{tuple(score.shape)}; scores per token are Dustbin(row_score, col_score)."
+            )
+        return cls(score, score, score.squeeze(-1), value=value)

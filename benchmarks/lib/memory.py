@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from .rivals import rivals
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
+Result = TypeVar("Result")
 WARM_UP = 256  # tokens of the call that comes before the one that is measured
 
 
@@ -50,11 +51,16 @@ def _once(name: str, case: Case, backward: bool, threads: int) -> Once:
 
 
 def _measured(run: Callable[[], Outcome]) -> Once:
+    return Once(*grown(run))
+
+
+def grown(run: Callable[[], Result]) -> tuple[Result, int | None]:
+    """What `run` returns, and the bytes that the resident set of this process grew by; None where the system does not
+    tell."""
     gc.collect()
     before = _restart_peak()
-    outcome = run()
-    peak = None if before is None else max(0, _status("VmHWM") - before)
-    return Once(outcome, peak)
+    result = run()
+    return result, None if before is None else max(0, _status("VmHWM") - before)
 
 
 def _restart_peak() -> int | None:

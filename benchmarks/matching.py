@@ -1,0 +1,188 @@
+"""SuperGlue's optimal transport: time, memory and error of ours, the plain loop, transformers, POT and OTT-JAX.
+
+    python benchmarks/matching.py [--keypoints 512 1024 2048 4096] [--iterations 100] [--repeat 3] [--threads 2]
+                                  [--python OTHER] [--only ours loop ...] [--memory 6]
+
+N x N scores, float32, dustbins with one shared score, the log plan and the gradient of SuperGlue's loss. Every function
+lives in a process of its own; they take turns, and "ms" is the best of `--repeat` rounds after one to warm up. "peak MiB"
+is what its resident set grew by in the first call, result and gradients included. "error" is the largest in the first
+row of the log plan, and of the gradient (over its largest), against float64 through every iteration; gradients of the
+tail are others by design, by what the iterations before it still contribute. A function is left out where its backward
+would keep more than `--memory` GiB. What is not installed here is looked for in `--python`, another interpreter.
+
+Then the loss at a score deviation of 20 in float32, through the logarithm of the plan and by the log plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import torch  # noqa: E402
+
+from benchmarks.lib.matching import FUNCTIONS, given, installed, loss, ours  # noqa: E402
+from benchmarks.lib.measure import print_rows  # noqa: E402
+from torch_sinkhorn_attn import Dustbin, sinkhorn_plan  # noqa: E402
+
+WIDTHS = (-14, 10, 9, 9, 9, 9, -40)
+ENOUGH = 60.0  # seconds a function takes in all before it sits out the rounds left
+
+
+@dataclass
+class Row:
+    """A function's process, and what it answered."""
+
+    name: str
+    process: subprocess.Popen[str] | None = None
+    note: str = ""
+    first: dict[str, Any] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+
+    def start(self, arguments: argparse.Namespace, keypoints: int, backward: bool, dtype: str = "float32") -> None:
+        needed = 2 * 4 * arguments.iterations * keypoints**2 / 2**30
+        if backward and FUNCTIONS[self.name].keeps and needed > arguments.memory:
+            self.note = f"left out: keeps {needed:.0f} GiB"
+            return
+        python = sys.executable if installed(self.name) or not arguments.python else arguments.python
+        numbers = (keypoints, arguments.iterations, int(backward), arguments.threads)
+        command = [python, "-m", "benchmarks.lib.matching", self.name, *map(str, numbers), dtype]
+        paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | paths,
+        )  # fmt: skip
+        self.first = self._answer()
+        if "missing" in self.first:
+            self.note = "not installed"
+        if "seconds" not in self.first:
+            self.stop()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        assert self.process.stderr is not None
+        lines = self.process.stderr.read().strip().splitlines()
+        self.note = "the process died" + (f": {lines[-1][:80]}" if lines else " (too much memory?)")
+        return {}
+
+    def again(self) -> None:
+        if self.process is None or sum(self.times) + self.first["seconds"] > ENOUGH:
+            return
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        if "seconds" in answer:
+            self.times.append(answer["seconds"])
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+            self.process = None
+
+    @property
+    def seconds(self) -> float | None:
+        found: float | None = min(self.times) if self.times else self.first.get("seconds")
+        return found
+
+    def errors(self, truth: dict[str, Any]) -> list[str]:
+        found = []
+        for what in ("log_plan", "grad"):
+            mine, wanted = (torch.tensor(x.get(what) or [], dtype=torch.float64) for x in (self.first, truth))
+            if mine.numel() == 0 or wanted.numel() == 0:
+                found.append("")
+                continue
+            size = 1.0 if what == "log_plan" else wanted.abs().max()
+            found.append(f"{float((mine - wanted).abs().max() / size):.1e}")
+        return found
+
+
+def table(arguments: argparse.Namespace, keypoints: int, backward: bool) -> None:
+    what = "forward + backward" if backward else "forward"
+    print(f"\n{keypoints} x {keypoints} keypoints, {arguments.iterations} iterations, {what}")
+    names = [x for x in FUNCTIONS if x in (arguments.only or FUNCTIONS) and (FUNCTIONS[x].backward or not backward)]
+    reference = Row("ours")
+    reference.start(arguments, keypoints, backward, "float64")
+    reference.stop()
+    rows = [Row(name) for name in names]
+    for row in rows:
+        row.start(arguments, keypoints, backward)
+    for _ in range(arguments.repeat):
+        for row in rows:
+            row.again()
+    for row in rows:
+        row.stop()
+    base = next((row.seconds for row in rows if row.name == "ours"), None)
+    head = ("function", "ms", "x ours", "peak MiB", "error", "error dS", "")
+    lines = []
+    for row in rows:
+        if row.seconds is None:
+            lines.append((row.name, "", "", "", "", "", row.note))
+            continue
+        ratio, peak = f"{row.seconds / base:.2f}" if base else "", row.first["peak"]
+        cells = f"{1e3 * row.seconds:.1f}", ratio, "" if peak is None else f"{peak / 2**20:.0f}"
+        lines.append((row.name, *cells, *row.errors(reference.first), row.note))
+    print_rows([head, *lines], WIDTHS)
+
+
+def losses() -> None:
+    """Of 256 keypoints, deviation 20: half of the partners are drawn, so that some have a very small probability."""
+    print("\nSuperGlue's loss at a score deviation of 20, 256 keypoints, 100 iterations")
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        at = given(256, 100, dtype, deviation=20.0)
+        n, g = 256, torch.Generator().manual_seed(1)
+        at = at._replace(scores=at.scores[:, :, torch.randperm(n, generator=g)])
+        for way in ("log of the plan", "log plan"):
+            scores = at.scores.clone().requires_grad_()
+            if way == "log plan":
+                log_plan = ours(scores, at.bin_score, at.iterations)
+            else:
+                bins = Dustbin.superglue(at.bin_score)
+                log_plan = sinkhorn_plan(scores, dustbin=bins, base_iters=98, mask_floor=None).log()
+            total = loss(log_plan, at)
+            results[way, dtype] = float(total.detach()), torch.autograd.grad(total, scores)[0].double()
+    truth, gradient = results["log plan", torch.float64]
+    print(f"  float64                   {truth:.6f}")
+    for way in ("log of the plan", "log plan"):
+        found, grad = results[way, torch.float32]
+        error = float((grad - gradient).norm() / gradient.norm())
+        print(f"  float32, {way:15}  {found:.6f}   gradient off by {error:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keypoints", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory", type=float, default=6.0, help="GiB that a backward may keep")
+    parser.add_argument("--python", help="an interpreter that has the peers which this one lacks")
+    parser.add_argument("--only", nargs="+", choices=list(FUNCTIONS))
+    parser.add_argument("--quick", action="store_true", help="128 keypoints, one round: a trial, not a measurement")
+    arguments, _ = parser.parse_known_args()
+    if arguments.quick:
+        arguments.keypoints, arguments.repeat = [128], 1
+    print(f"torch {torch.__version__}, {arguments.threads} threads; the functions:")
+    for name, function in FUNCTIONS.items():
+        print(f"  {name:14} {function.gives}")
+    for keypoints in arguments.keypoints:
+        for backward in (False, True):
+            table(arguments, keypoints, backward)
+    losses()
+
+
+if __name__ == "__main__":
+    main()
