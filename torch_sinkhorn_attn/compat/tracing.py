@@ -44,19 +44,26 @@ def refuse_onnx() -> None:
         raise RuntimeError(NOT_IN_ONNX)
 
 
+_LEAVES = frozenset({torch.Tensor, nn.Parameter, type(None), bool, int, float, str})  # most arguments; hold no `Proxy`
+
+
 def tracer_of(arguments: object) -> Any:
     """The tracer of the first `Proxy` in the arguments, their tuples, lists, dicts and dataclasses; None without."""
+    if type(arguments) in _LEAVES:
+        return None
     if isinstance(arguments, Proxy):
         return arguments.tracer
     if isinstance(arguments, torch.Tensor):
         return None
     if isinstance(arguments, (tuple, list)):
         parts = list(arguments)
-    elif isinstance(arguments, Mapping):
+    elif isinstance(arguments, (dict, Mapping)):
         parts = list(arguments.values())
     elif is_dataclass(arguments) and not isinstance(arguments, type):
         parts = [getattr(arguments, field.name) for field in fields(arguments)]
     else:
+        return None
+    if _LEAVES.issuperset(map(type, parts)):
         return None
     return next((tracer for tracer in map(tracer_of, parts) if tracer is not None), None)
 
