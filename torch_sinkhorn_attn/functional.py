@@ -186,7 +186,7 @@ def sinkhorn_attention(
         dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa, mask_floor=mask_floor, engine=engine,
     )  # fmt: skip
     result = run(prepared, residuals=return_aux)
-    output = prepared.unflatten(result.output).to(prepared.dtype)
+    output = prepared.returned(result.output)
     return (output, _aux(prepared, result)) if return_aux else output
 
 
@@ -281,8 +281,7 @@ def sinkhorn_plan(
         plan = autograd.plan(inputs, problem, engine, log)
     if prepared.scale is not None:
         plan = prepared.scale.of_log_plan(plan) if log else prepared.scale.of_plan(plan)
-    found = prepared.unflatten(plan)
-    return found if log else found.to(prepared.dtype)
+    return prepared.unflatten(plan) if log else prepared.returned(plan)
 
 
 def refuse_unknown(function: str, options: Any) -> None:

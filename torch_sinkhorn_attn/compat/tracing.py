@@ -49,7 +49,7 @@ _LEAVES = frozenset({torch.Tensor, nn.Parameter, type(None), bool, int, float, s
 
 def tracer_of(arguments: object) -> Any:
     """The tracer of the first `Proxy` in the arguments, their tuples, lists, dicts and dataclasses; None without."""
-    if type(arguments) in _LEAVES:
+    if type(arguments) in _LEAVES or (type(arguments) is list and _LEAVES.issuperset(map(type, arguments))):
         return None
     if isinstance(arguments, Proxy):
         return arguments.tracer
@@ -63,8 +63,6 @@ def tracer_of(arguments: object) -> Any:
         parts = [getattr(arguments, field.name) for field in fields(arguments)]
     else:
         return None
-    if _LEAVES.issuperset(map(type, parts)):
-        return None
     return next((tracer for tracer in map(tracer_of, parts) if tracer is not None), None)
 
 
@@ -73,7 +71,7 @@ def one_node(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def recordable(*args: P.args, **kwargs: P.kwargs) -> T:
-        tracer = None if torch.compiler.is_compiling() else tracer_of((args, kwargs))
+        tracer = None if torch.compiler.is_compiling() else tracer_of([*args, *kwargs.values()])
         if tracer is None:
             return function(*args, **kwargs)
         proxy: T = tracer.create_proxy("call_function", recordable, args, kwargs)
@@ -85,7 +83,7 @@ def one_node(function: Callable[P, T]) -> Callable[P, T]:
 def call_module(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `module(*args, **kwargs)` is: while torch.fx traces, one `call_module` node, as of a module of torch.nn,
     into whose hooks and forward no tracer looks."""
-    tracer = tracer_of((args, kwargs))
+    tracer = tracer_of([*args, *kwargs.values()])
     if tracer is None and is_fx_symbolic_tracing():  # of constants: then a parameter tells, which is a Proxy now
         tracer = tracer_of(getattr(module.out_proj, "weight", None))
     if tracer is None:

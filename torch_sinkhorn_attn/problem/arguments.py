@@ -89,6 +89,11 @@ class Prepared(NamedTuple):
             return x
         return x.reshape((*self.batch, *x.shape[2 if self.headless else 1 :]))
 
+    def returned(self, x: Tensor) -> Tensor:
+        """Likewise, in the dtype of the output."""
+        x = self.unflatten(x)
+        return x if x.dtype == self.dtype else x.to(self.dtype)
+
 
 def prepare(
     query: Tensor,
