@@ -3,12 +3,12 @@
     python benchmarks/small.py [--repeat 30] [--only functional --only module --only batch --only models]
 
 One thread, float32, T = 20, R = 2. "functional" is `sinkhorn_attention` beside `F.scaled_dot_product_attention` at
-1 x 4 x 16 x 16, with the same mask in every call or one of the last 1000 ("new"), so that nothing can be known of it;
+1 x 4 x 16 x 16, with the same mask in every call or one of the last 1000 ("new"), so that nothing is known of it;
 "module" is `SinkhornMultiheadAttention` beside `nn.MultiheadAttention` at that size, need_weights=False; "batch" is
 8 x 12 x 50 x 64; "models" are two layers of 768 features and 12 heads as BERT (64 tokens, padded) and ViT (197 tokens)
-have them, by Hugging Face transformers beside attn_implementation="sdpa" where it is installed, and torch's encoder layer
-after `replace_attention` beside itself. All take turns; times are the best of the rounds, of CPU time, on which others on
-the machine have less influence.
+have them, by Hugging Face transformers beside attn_implementation="sdpa" where it is installed, and torch's encoder
+layer after `replace_attention` beside itself. All take turns; times are the best of the rounds, of CPU time, on which
+others on the machine have less influence.
 
 For a table from before a change put the tree of another revision, with its engine, on PYTHONPATH.
 """

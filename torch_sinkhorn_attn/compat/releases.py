@@ -55,12 +55,12 @@ def undisturbed() -> bool:
     differentiation."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()  # type: ignore[attr-defined]
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
+        or torch._C._len_torch_function_stack()
         or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+        or torch._C._is_any_autocast_enabled()
     )
 
 
@@ -73,6 +73,7 @@ def plain(x: Any) -> bool:
         and x.layout is torch.strided
         and not x.is_neg()
         and not x._is_zerotensor()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # as a backward with is_grads_batched=True has
     )
 
 

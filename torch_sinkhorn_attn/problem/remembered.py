@@ -102,10 +102,8 @@ class _Entry:
             if seed is None:
                 seed = dropout_seed(problem.solver.dropout_p, query.device)
             problem = replace(problem, dropout_seed=seed)
-        inputs = Inputs(*flat, mask)  # type: ignore[arg-type]
-        return Prepared(
-            inputs, problem, batch, query.dtype, self.engine, existence, None, self.active, self.constants
-        )
+        inputs = Inputs(*flat, mask)  # type: ignore[arg-type, call-arg]
+        return Prepared(inputs, problem, batch, query.dtype, self.engine, existence, None, self.active, self.constants)
 
 
 class _Entries:
