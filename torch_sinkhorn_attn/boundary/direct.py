@@ -112,4 +112,4 @@ class _Plan(torch.autograd.Function):
             found = cpu.plan_backward(inputs, ctx.problem, potentials, grad, mask_grad, ctx.constants).inputs
             return _wanted(ctx, inputs, found)
         flat = ops.flatten(inputs, ctx.problem, cpu.NAME)
-        return _wanted(ctx, inputs, autograd.plan_gradients(grad, row, col, mask_grad, *flat))
+        return _wanted(ctx, inputs, autograd.plan_gradients("plan", grad, row, col, mask_grad, *flat))

@@ -26,28 +26,32 @@ from torch_sinkhorn_attn.compat.releases import plain, undisturbed
 from torch_sinkhorn_attn.engines import cpu
 from torch_sinkhorn_attn.engines.base import each_tensor
 from torch_sinkhorn_attn.options import Options
-from torch_sinkhorn_attn.problem import bits, shapes
+from torch_sinkhorn_attn.problem import bits, per_head, shapes
 from torch_sinkhorn_attn.problem.argument_checks import DTYPES
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, dropout_seed, prepare, without_inactive
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 from torch_sinkhorn_attn.problem.looking import checks
-from torch_sinkhorn_attn.problem.problem import Inputs, Problem
+from torch_sinkhorn_attn.problem.masks.scan import keeps_all
+from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
 
 MOST_ENTRIES = 128  # of a generation
 MOST_BYTES = 16 << 20
 _LARGEST_INPUT = 1 << 22  # elements of query or key; a larger call takes long anyway
 _LARGEST_CONTENT = 1 << 18  # bytes of a tensor that is known by its contents: they take a quarter of a millisecond
-_MODERATE = 1e4  # an entry of a mask beyond it is not taken for one that forbids nothing
 _BY_CONTENT = ("query_lengths", "key_lengths", "query_segment_ids", "key_segment_ids")
 _SCALARS = frozenset({type(None), bool, int, float, str, tuple})  # what options may be
 
 
 def prepared(
-    query: Tensor, key: Tensor, value: Tensor | None, attn_mask: Tensor | None = None, **keywords: Unpack[Keywords]
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    attn_mask: Tensor | None = None,
+    **keywords: Unpack[Keywords],
 ) -> Prepared:
     """As `prepare`, from what is remembered if it is."""
     signature = _signature(query, key, value, attn_mask, keywords)
-    if signature is None:
+    if signature is None or key is None:
         return prepare(query, key, value, attn_mask, **keywords)
     entry, seed = _entries.find(signature), None
     if entry is None:
@@ -66,20 +70,23 @@ class _Entry:
 
     problem: Problem  # without a dropout seed
     existence: Existence | None  # without a mask
+    masked: bool  # whether it needs the call's
     engine: str | None
-    active: tuple[Tensor, Tensor] | None  # None: features are taken as they are
+    active: tuple[Tensor, Tensor, bool] | None  # of `without_inactive`; None: features are taken as they are
     look: bool
     constants: cpu.Constants
 
     @classmethod
     def of(cls, made: Prepared) -> _Entry:
-        look, active = checks() != "never", made.active
-        heads, key_heads = (x.shape[1] for x in made.inputs[:2])
-        if active is not None and all(bool(x.all()) for x in active) and (look or heads == key_heads):
+        look, active, existence = checks() != "never", made.active, made.existence
+        if look and active is not None and bool(active[0].all()) and bool(active[1].all()):
             active = None
         problem = replace(made.problem, dropout_seed=None)
-        existence = None if made.existence is None else made.existence._replace(mask=None)
-        return cls(problem, existence, made.engine, active, look, cpu.constants(problem, made.dtype))
+        masked = existence is not None and existence.mask is not None
+        return cls(
+            problem, None if existence is None else existence._replace(mask=None), masked, made.engine, active, look,
+            cpu.constants(problem, made.dtype),
+        )  # fmt: skip
 
     def prepared(
         self, query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None, seed: Tensor | None
@@ -94,16 +101,18 @@ class _Entry:
             if not (len(scores) == 4 and mask.ndim == 4 and mask.shape[0] in (1, scores[0])):
                 mask = shapes.score_mask(mask, scores, (torch.bool, *DTYPES))
             assert mask is not None
-            if existence is not None:
+            if existence is not None and self.masked:
                 existence = existence._replace(mask=mask)
         if self.active is not None:
-            flat = without_inactive(flat, *self.active, mask is not None and mask.shape[1] > 1, self.look)
+            flat = without_inactive(flat, *self.active, self.look)
         if problem.solver.dropout_p:
             if seed is None:
                 seed = dropout_seed(problem.solver.dropout_p, query.device)
             problem = replace(problem, dropout_seed=seed)
         inputs = Inputs(*flat, mask)  # type: ignore[arg-type, call-arg]
-        return Prepared(inputs, problem, batch, query.dtype, self.engine, existence, None, self.active, self.constants)
+        return Prepared(
+            inputs, problem, batch, query.dtype, self.engine, existence, active=self.active, constants=self.constants
+        )
 
 
 class _Entries:
@@ -183,6 +192,8 @@ def _signature(query: Any, key: Any, value: Any, mask: Any, keywords: Keywords) 
     values = tuple(keywords.values())
     types = tuple(map(type, values))
     if not _SCALARS.issuperset(types):
+        if query.ndim < 3 or per_head.wanted(query.shape[:-3], query.shape[-3], keywords):
+            return None
         given = [_content(x) if name in _BY_CONTENT else x for name, x in keywords.items()]
         values = tuple(given)
         types = tuple(map(type, values))
@@ -192,7 +203,8 @@ def _signature(query: Any, key: Any, value: Any, mask: Any, keywords: Keywords) 
         types += tuple(type(x) for pair in values if type(pair) is tuple for x in pair)
     of_mask = None
     if mask is not None:
-        of_mask = _of_mask(mask, keywords.get("mask_floor", Options.mask_floor))
+        floor = keywords.get("mask_floor", Options.mask_floor)
+        of_mask = _of_mask(mask, compute_dtype(query.dtype), keywords.get("window"), floor)
         if of_mask is None:
             return None
     of_value = None if value is None else (value.shape, value.dtype)
@@ -212,30 +224,19 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _of_mask(mask: Any, floor: Any) -> Hashable | None:
+def _of_mask(mask: Any, dtype: torch.dtype, window: Any, floor: Any) -> Hashable | None:
     """A mask by all that `prepare` reads of it: its contents, or that it forbids nothing."""
-    if not plain(mask) or mask.numel() == 0:
+    if not plain(mask) or mask.numel() == 0 or mask.dtype not in (torch.bool, *DTYPES):
         return None
     small = mask.numel() * mask.element_size() <= _LARGEST_CONTENT
     data = None
     if mask.dtype == torch.bool:
         data = bits.raw(mask) if small else None
         free = b"\0" not in data if data is not None else bool(mask.all())
-    elif mask.dtype in DTYPES:
-        free = _forbids_nothing(mask, floor)
-    else:
-        return None
+    else:  # within a window a float mask may be read with other roundings
+        free = window is None and type(floor) in (float, int, type(None)) and keeps_all(mask, dtype, floor)
     if free:
         return mask.dtype, mask.shape
     if not small:
         return None
     return mask.dtype, mask.shape, _digest(bits.raw(mask) if data is None else data)
-
-
-def _forbids_nothing(mask: Tensor, floor: Any) -> bool:
-    """Whether every entry of a float mask is finite and moderate and none is low beside another (`masks/scan.py`), by a
-    margin that no rounding closes."""
-    low, high = (x.item() for x in torch.aminmax(mask.detach()))
-    if not -_MODERATE <= low <= high <= _MODERATE:  # NaN is not
-        return False
-    return floor is None or (type(floor) is float and low - high - floor > 1e-5 * max(-low, high, -floor))
