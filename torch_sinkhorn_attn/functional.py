@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torch_sinkhorn_attn.boundary import autograd
+from torch_sinkhorn_attn.boundary import autograd, direct
 from torch_sinkhorn_attn.compat.tracing import one_node
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import REFERENCE, choose
+from torch_sinkhorn_attn.engines import REFERENCE, choose, cpu
 from torch_sinkhorn_attn.engines.tiled.engine import marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.options import Options, Relaxation
-from torch_sinkhorn_attn.problem import unbalanced
-from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
+from torch_sinkhorn_attn.problem import remembered, unbalanced
+from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared
 from torch_sinkhorn_attn.problem.looking import has_data
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision
@@ -175,7 +175,7 @@ def sinkhorn_attention(
         >>> torch.allclose(sinkhorn_attention(q, k, v, base_iters=0, tail_iters=0), softmax, atol=1e-6)
         True
     """
-    prepared = prepare(
+    prepared = remembered.prepared(
         query, key, value, attn_mask,
         scale=scale, epsilon=epsilon, window=window, window_centers=window_centers,
         query_lengths=query_lengths, key_lengths=key_lengths,
@@ -186,7 +186,7 @@ def sinkhorn_attention(
         dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa, mask_floor=mask_floor, engine=engine,
     )  # fmt: skip
     result = run(prepared, residuals=return_aux)
-    output = prepared.unflatten(result.output).to(prepared.dtype)
+    output = prepared.returned(result.output)
     return (output, _aux(prepared, result)) if return_aux else output
 
 
@@ -197,6 +197,8 @@ def run(prepared: Prepared, residuals: bool) -> Result:
     if engine == REFERENCE:
         with full_precision(inputs.query.device):
             result = reference.forward(inputs, problem)
+    elif prepared.constants is not None and engine == cpu.NAME:
+        result = direct.attention(inputs, problem, prepared.constants, residuals)
     else:
         results = autograd.attention(inputs, problem, engine, residuals)
         result = Result(results[0], Potentials(*results[1:3]), *results[3:])
@@ -229,7 +231,7 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
         *(prepared.unflatten(x) for x in detached), *(None if x is None else prepared.unflatten(x) for x in bins)
     )
     if has_data(row):
-        aux.existence = prepared.existence
+        aux.existence = remembered.with_own_existence(prepared)
     return aux
 
 
@@ -268,19 +270,20 @@ def sinkhorn_plan(
     """
     refuse_unknown("sinkhorn_plan", options)
     refuse_dropout("sinkhorn_plan", options, "the plan has no dropout; use F.dropout on it")
-    prepared = prepare(query, key, None, attn_mask, **options)
+    prepared = remembered.prepared(query, key, None, attn_mask, **options)
     inputs, problem = prepared.inputs, prepared.problem
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:
         with full_precision(inputs.query.device):
             plan, potentials = reference.plan(inputs, problem, log)
+    elif prepared.constants is not None and engine == cpu.NAME and not log:
+        plan, potentials = direct.plan(inputs, problem, prepared.constants)
     else:
         plan, potentials = autograd.plan(inputs, problem, engine, log)
     unbalanced.warn_once(potentials.col, problem.solver)
     if prepared.scale is not None:
         plan = prepared.scale.of_log_plan(plan) if log else prepared.scale.of_plan(plan)
-    found = prepared.unflatten(plan)
-    return found if log else found.to(prepared.dtype)
+    return prepared.unflatten(plan) if log else prepared.returned(plan)
 
 
 def refuse_unknown(function: str, options: Any) -> None:

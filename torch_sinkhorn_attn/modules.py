@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,10 @@ class ModuleOptions(NamedTuple):
                 "place on the diagonal. Drop one of them."
             )
         return self._replace(**{name: getattr(chosen, name) for name in OF_A_LAYER})
+
+
+_SCALARS = tuple(name for name in ModuleOptions._fields if name != "dustbin")
+_scalars_of = attrgetter(*_SCALARS)
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -330,27 +335,27 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
         query_padding_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | PlanBand | None]:
-        batch_first = self.batch_first
+        batch_first, softmax_mode = self.batch_first, self.softmax_mode
         unbatched = self._check_inputs(query, key, value)
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask: pass attn_mask too.")
-        if is_causal and not self.softmax_mode and self.relaxation is None and not self.dustbin:
+        if is_causal and not softmax_mode and self.relaxation is None and not self.dustbin:
             raise ValueError(
                 "is_causal=True: the only balanced causal plan is the identity (each query can only take its own key). "
                 "Give the module dustbin=True or relaxation=tau, or use base_iters=0, tail_iters=0 (softmax)."
             )
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(query, key, value)  # with the heads apart: [N, L, H, D], [N, S, H, D]
         if unbatched:
             q, k, v = q[None], k[None], v[None]
         elif not batch_first:
-            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         masks = convert(
             attn_mask, key_padding_mask, query_padding_mask, (q.shape[0], self.num_heads, q.shape[1], k.shape[1]),
-            q, queries_as_keys=not self.softmax_mode and _same_tokens(query, key),
-            floor=None if self.softmax_mode else self.mask_floor,
+            q, queries_as_keys=not softmax_mode and _same_tokens(query, key),
+            floor=None if softmax_mode else self.mask_floor,
         )  # fmt: skip
         k, v, masks = self._extra_keys(k, v, masks, q.shape[1])
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         output, weights = self._attend(q, k, v, masks, need_weights)
         output = output.transpose(1, 2).flatten(-2)
         output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
@@ -374,11 +379,10 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         if isinstance(row_score, Tensor) and isinstance(col_score, Tensor):
             dustbin = Dustbin(row_score, col_score)
         extra_keys = self.bias_k is not None or self.add_zero_attn  # then the window is part of the mask
-        options: dict[str, Any] = {
-            **{name: getattr(self, name) for name in ModuleOptions._fields},
-            "window": None if extra_keys else self.window, "dustbin": dustbin,
-            "query_segment_ids": masks.query_ids, "key_segment_ids": masks.key_ids,
-        }  # fmt: skip
+        options: dict[str, Any] = dict(zip(_SCALARS, _scalars_of(self), strict=True))
+        options |= {"dustbin": dustbin, "query_segment_ids": masks.query_ids, "key_segment_ids": masks.key_ids}
+        if extra_keys:
+            options["window"] = None
         dropout = self.dropout if self.training else 0.0
         if not need_weights or need_weights == "band":
             band = sinkhorn_plan_band(q, k, masks.scores, **options) if need_weights else None  # masses are 1
@@ -412,15 +416,18 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         return query.ndim == 2
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        packed = self.in_proj_weight
+        """The three `[..., H, D]`."""
+        packed, heads = self.in_proj_weight, (self.num_heads, self.head_dim)
         if packed is not None and query is key and key is value:
-            q, k, v = F.linear(query, packed, self.in_proj_bias).chunk(3, -1)
+            projected = F.linear(query, packed, self.in_proj_bias)
+            q, k, v = projected.view(*projected.shape[:-1], 3, *heads).unbind(-3)
             return q, k, v
         weights = (
             packed.chunk(3) if packed is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         )
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        found = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (x.view(*x.shape[:-1], *heads) for x in found)
         return q, k, v
 
     def _extra_keys(self, k: Tensor, v: Tensor, masks: Masks, length: int) -> tuple[Tensor, Tensor, Masks]:
@@ -429,13 +436,14 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         if self.bias_k is not None and self.bias_v is not None:
             extra.append((self.bias_k, self.bias_v))
         if self.add_zero_attn:
-            extra.append((k.new_zeros(1, 1, k.shape[-1]), v.new_zeros(1, 1, v.shape[-1])))
+            extra.append((k.new_zeros(1, 1, self.embed_dim), v.new_zeros(1, 1, self.embed_dim)))
         if not extra:
             return k, v, masks
         num, size = k.shape[:2]
         masks = with_extra_keys(masks, len(extra), self.window, length, size, k.device)
-        k = torch.cat([k, *(x.to(k.dtype).expand(num, 1, -1) for x, _ in extra)], 1)
-        v = torch.cat([v, *(x.to(v.dtype).expand(num, 1, -1) for _, x in extra)], 1)
+        heads = (self.num_heads, self.head_dim)
+        k = torch.cat([k, *(x.to(k.dtype).view(1, 1, *heads).expand(num, -1, -1, -1) for x, _ in extra)], 1)
+        v = torch.cat([v, *(x.to(v.dtype).view(1, 1, *heads).expand(num, -1, -1, -1) for _, x in extra)], 1)
         return k, v, masks
 
 

@@ -22,18 +22,21 @@ def step(inputs: list[Tensor], function: Callable[..., Tensor]) -> tuple[Tensor,
 
 
 def best_times(
-    functions: dict[str, Callable[[], object]], repeat: int, enough: float = float("inf")
+    functions: dict[str, Callable[[], object]],
+    repeat: int,
+    enough: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Seconds, the best of `repeat` rounds in which the functions take turns; one that has taken `enough` seconds in
-    all sits out the rounds left."""
+    """Seconds by the clock, the best of `repeat` rounds in which the functions take turns; one that has taken `enough`
+    seconds in all sits out the rounds left."""
     best = dict.fromkeys(functions, float("inf"))
     spent = dict.fromkeys(functions, 0.0)
     for _ in range(repeat):
         for name, function in functions.items():
             if spent[name] < enough:
-                start = time.perf_counter()
+                start = clock()
                 function()
-                seconds = time.perf_counter() - start
+                seconds = clock() - start
                 spent[name] += seconds
                 best[name] = min(best[name], seconds)
     return best

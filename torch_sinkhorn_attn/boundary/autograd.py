@@ -38,6 +38,19 @@ def plan(inputs: Inputs, problem: Problem, engine: str, log: bool = False) -> tu
     return found, Potentials(row.detach(), col.detach())
 
 
+def attention_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """The results of the backward op, differentiable under `create_graph=True`."""
+    return _AttentionGradients.apply(*arguments) if torch.is_grad_enabled() else lib.backward(*arguments)
+
+
+def plan_gradients(name: PlanName, *arguments: Any) -> tuple[Tensor, ...]:
+    """Likewise, of op `name`, "plan" or "log_plan"."""
+    if torch.is_grad_enabled():
+        return _PLAN_GRADIENTS[name].apply(*arguments)
+    found: tuple[Tensor, ...] = getattr(lib, f"{name}_backward")(*arguments)
+    return found
+
+
 def _save(ctx: Any, *arguments: Any) -> None:
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     ctx.save_for_backward(*tensors)
@@ -85,11 +98,7 @@ class _Attention(torch.autograd.Function):
         grad_output = torch.zeros_like(output) if grads[0] is None else grads[0]
         bins = grads[5:] if ctx.has_dustbin else (None, None)
         arguments = (grad_output, *bins, _wants_mask(ctx, flat[_MASK]), output, row, col, *flat)
-        if torch.is_grad_enabled():
-            found = _AttentionGradients.apply(*arguments)
-        else:
-            found = lib.backward(*arguments)
-        return _to_inputs(ctx, flat, found, padding=1)
+        return _to_inputs(ctx, flat, attention_gradients(*arguments), padding=1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -102,7 +111,7 @@ class _Attention(torch.autograd.Function):
 
 def _plan_function(name: PlanName) -> type[torch.autograd.Function]:
     """The Function around op `name`, "plan" or "log_plan"."""
-    op, adjoint, again = getattr(lib, name), getattr(lib, f"{name}_backward"), _plan_gradients(name)
+    op = getattr(lib, name)
 
     class _Plan(torch.autograd.Function):
         generate_vmap_rule = True
@@ -121,8 +130,7 @@ def _plan_function(name: PlanName) -> type[torch.autograd.Function]:
             if grad_plan is None:
                 return tuple([None] * len(flat))
             arguments = (grad_plan, row, col, _wants_mask(ctx, flat[_MASK]), *flat)
-            found = again.apply(*arguments) if torch.is_grad_enabled() else adjoint(*arguments)
-            return _to_inputs(ctx, flat, found)
+            return _to_inputs(ctx, flat, plan_gradients(name, *arguments))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -246,6 +254,7 @@ class _Gradients:
         return tuple(by_name.get(name, found[0].new_zeros(0)) for name in Inputs._fields)
 
 
+_PLAN_GRADIENTS = {name: _plan_gradients(name) for name in ops.PLANS}
 _PLANS = {name: _plan_function(name) for name in ops.PLANS}
 for _name, _function in _PLANS.items():
     torch.library.register_autograd(

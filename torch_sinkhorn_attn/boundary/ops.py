@@ -224,6 +224,8 @@ def _plan_backward(
     inputs, problem, engine = unflatten(args)
     potentials = Potentials(row_potentials, col_potentials)
     check_problem(inputs, problem, engine)
+    if log:  # which no kernel of csrc checks
+        check_problem(inputs, problem, "tiled")
     check_cotangents(inputs, problem, potentials, grad_plan)
     result = ENGINES[engine].plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
     return _fresh(result.inputs, grad_plan)

@@ -49,6 +49,34 @@ def same_memory(x: Tensor, y: Tensor) -> bool:
     return torch._C._is_alias_of(x, y)  # type: ignore[attr-defined]
 
 
+def undisturbed() -> bool:
+    """Whether nothing stands between a call of an op and the op: nothing is traced or compiled, and there is no
+    transform of torch.func, no mode (fake tensors, counters, another default device), no autocast and no forward-mode
+    differentiation."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+    )
+
+
+def plain(x: Any) -> bool:
+    """Whether it is a tensor of no subclass whose own numbers are in the memory of the CPU, as its strides say."""
+    return (
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and x.is_cpu
+        and not x.is_nested
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # as a backward with is_grads_batched=True has
+    )
+
+
 def constant_in_programs(function: F) -> F:
     """As torch.compiler.assume_constant_result, which imports all of the compiler: called while a program is compiled,
     and its result kept."""

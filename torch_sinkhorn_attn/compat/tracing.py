@@ -44,15 +44,20 @@ def refuse_onnx() -> None:
         raise RuntimeError(NOT_IN_ONNX)
 
 
+_LEAVES = frozenset({torch.Tensor, nn.Parameter, type(None), bool, int, float, str})  # most arguments; hold no `Proxy`
+
+
 def tracer_of(arguments: object) -> Any:
     """The tracer of the first `Proxy` in the arguments, their tuples, lists, dicts and dataclasses; None without."""
+    if type(arguments) in _LEAVES or (type(arguments) is list and _LEAVES.issuperset(map(type, arguments))):
+        return None
     if isinstance(arguments, Proxy):
         return arguments.tracer
     if isinstance(arguments, torch.Tensor):
         return None
     if isinstance(arguments, (tuple, list)):
         parts = list(arguments)
-    elif isinstance(arguments, Mapping):
+    elif isinstance(arguments, (dict, Mapping)):
         parts = list(arguments.values())
     elif is_dataclass(arguments) and not isinstance(arguments, type):
         parts = [getattr(arguments, field.name) for field in fields(arguments)]
@@ -66,7 +71,7 @@ def one_node(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def recordable(*args: P.args, **kwargs: P.kwargs) -> T:
-        tracer = None if torch.compiler.is_compiling() else tracer_of((args, kwargs))
+        tracer = None if torch.compiler.is_compiling() else tracer_of([*args, *kwargs.values()])
         if tracer is None:
             return function(*args, **kwargs)
         proxy: T = tracer.create_proxy("call_function", recordable, args, kwargs)
@@ -78,7 +83,7 @@ def one_node(function: Callable[P, T]) -> Callable[P, T]:
 def call_module(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `module(*args, **kwargs)` is: while torch.fx traces, one `call_module` node, as of a module of torch.nn,
     into whose hooks and forward no tracer looks."""
-    tracer = tracer_of((args, kwargs))
+    tracer = tracer_of([*args, *kwargs.values()])
     if tracer is None and is_fx_symbolic_tracing():  # of constants: then a parameter tells, which is a Proxy now
         tracer = tracer_of(getattr(module.out_proj, "weight", None))
     if tracer is None:

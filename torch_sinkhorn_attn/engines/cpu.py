@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not
 # intervals, which the kernels do without; and counts.
 _TENSORS = tuple(x for _, x, kind in LEAVES if kind.startswith("Tensor") and x not in ("col_lo", "col_hi"))
 _NUMBERS = tuple(x for part, x, kind in LEAVES if kind == "float")
+_SEED = _TENSORS.index("dropout_seed")
 _COUNTS = ("stopped", "kept", "implicit", "banded", "budget", "poisoned", "accelerated")
 
 
@@ -142,6 +143,28 @@ def _require() -> None:
         raise RuntimeError(f"engine='cpu' is not available: {_unavailable}.")
 
 
+class Constants(NamedTuple):
+    """What the arguments of the kernels hold of a problem beside its inputs and what may change between two calls; made
+    once for all calls that share the problem."""
+
+    tensors: list[Tensor | None]
+    numbers: list[float]
+    counts: list[int]
+
+
+def constants(problem: Problem, dtype: torch.dtype) -> Constants:
+    """Those of a problem whose inputs are of `dtype`."""
+    dtype = compute_dtype(dtype)
+    tensors = [LEAF[name](problem) for name in _TENSORS]
+    s = problem.solver
+    counts = [s.stopped, s.kept, s.gradient == "implicit", problem.outline.banded, 0, 0, s.acceleration is not None]
+    return Constants(
+        [_vector(x, dtype) if x is not None and x.is_floating_point() else _integers(x) for x in tensors],
+        [LEAF[name](problem) for name in _NUMBERS],
+        [int(x) for x in counts],
+    )
+
+
 class CpuEngine(Engine):
     """The engine of CPU tensors."""
 
@@ -163,19 +186,14 @@ class CpuEngine(Engine):
         return self.forward(inputs._replace(value=None), problem, residuals=False).potentials
 
     def forward(self, inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
-        output, row, col, row_residual, col_residual, to_bin, from_bin = _run(
-            torch.ops.torch_sinkhorn_attn.cpu_forward, *_arguments(inputs, problem), residuals
-        )
-        if not residuals:
-            row_residual, col_residual = (row.new_full(row.shape[1:3], torch.nan) for _ in range(2))
-        return Result(output, Potentials(row, col), row_residual, col_residual, to_bin, from_bin)
+        result = forward(inputs, problem, residuals)
+        if residuals:
+            return result
+        nan = result.potentials.row.new_full(result.potentials.row.shape[1:3], torch.nan)
+        return result._replace(row_residual=nan, col_residual=nan.clone())
 
     def plan(self, inputs: Inputs, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
-        if log:
-            return super().plan(inputs, problem, log)
-        arguments = _arguments(inputs._replace(value=None), problem)
-        found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *arguments)
-        return found, Potentials(row, col)
+        return super().plan(inputs, problem, log) if log else plan(inputs, problem)
 
     def matches(self, inputs: Inputs, problem: Problem, k: int) -> Partners:
         """Found while the plan is read for the last time; for more than a few partners, from tiles."""
@@ -188,7 +206,7 @@ class CpuEngine(Engine):
         self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
     ) -> Gradients:
         """2R passes for the tail in R + 1 readings of the plan; conjugate gradients when it is implicit."""
-        return _backward(inputs, problem, potentials, grads.output, grads.mask, (grads.to_bin, grads.from_bin, output))
+        return backward(inputs, problem, output, potentials, grads)
 
     def plan_backward(
         self,
@@ -202,10 +220,51 @@ class CpuEngine(Engine):
         """Likewise; of the logarithm by the dense staircase."""
         if log:
             return super().plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
-        return _backward(inputs._replace(value=None), problem, potentials, grad_plan, mask_grad, (None, None, None))
+        return plan_backward(inputs, problem, potentials, grad_plan, mask_grad)
 
 
 ENGINE = CpuEngine()
+
+
+# The verbs, with what was made of a problem before, where it was
+
+
+def forward(inputs: Inputs, problem: Problem, residuals: bool, shared: Constants | None = None) -> Result:
+    """As the engine's, but residuals that are not asked for are empty."""
+    output, row, col, *rest = _run(
+        torch.ops.torch_sinkhorn_attn.cpu_forward, *_arguments(inputs, problem, shared), residuals
+    )
+    return Result(output, Potentials(row, col), *rest)
+
+
+def plan(inputs: Inputs, problem: Problem, shared: Constants | None = None) -> tuple[Tensor, Potentials]:
+    arguments = _arguments(inputs._replace(value=None), problem, shared)
+    found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *arguments)
+    return found, Potentials(row, col)
+
+
+def backward(
+    inputs: Inputs,
+    problem: Problem,
+    output: Tensor,
+    potentials: Potentials,
+    grads: OutputGrads,
+    shared: Constants | None = None,
+) -> Gradients:
+    vectors = grads.to_bin, grads.from_bin, output
+    return _backward(inputs, problem, potentials, grads.output, grads.mask, vectors, shared)
+
+
+def plan_backward(
+    inputs: Inputs,
+    problem: Problem,
+    potentials: Potentials,
+    grad_plan: Tensor,
+    mask_grad: bool,
+    shared: Constants | None = None,
+) -> Gradients:
+    inputs = inputs._replace(value=None)
+    return _backward(inputs, problem, potentials, grad_plan, mask_grad, (None, None, None), shared)
 
 
 def _backward(
@@ -215,13 +274,14 @@ def _backward(
     grad: Tensor,
     mask_grad: bool,
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    shared: Constants | None,
 ) -> Gradients:
     dtype = compute_dtype(inputs.query.dtype)
     to_bin, from_bin, output = (_vector(x, dtype) for x in vectors)
     query, key, value, mask, row_score, col_score, corner, stored, dropped = _run(
         torch.ops.torch_sinkhorn_attn.cpu_backward,
         grad.to(dtype), to_bin, from_bin, output, *(x.contiguous() for x in potentials),
-        *_arguments(inputs, problem), mask_grad,
+        *_arguments(inputs, problem, shared), mask_grad,
     )  # fmt: skip
     key_heads = inputs.key.shape[1]
     found = Inputs(
@@ -258,18 +318,17 @@ def _vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def _arguments(inputs: Inputs, problem: Problem) -> tuple[list[Tensor | None], list[float], list[int]]:
-    """The lists of csrc/ops.cpp, whose places are named there."""
-    dtype = compute_dtype(inputs.query.dtype)
-    tensors: list[Tensor | None] = [*inputs[:4], *(_vector(x, dtype) for x in inputs[4:])]
-    for name in _TENSORS:
-        x = LEAF[name](problem)
-        tensors.append(_vector(x, dtype) if x is not None and x.is_floating_point() else _integers(x))
-    numbers = [LEAF[name](problem) for name in _NUMBERS]
-    s, poisoned = problem.solver, releases.poisons_memory()
-    accelerated = s.acceleration is not None
-    counts = [s.stopped, s.kept, s.gradient == "implicit", problem.outline.banded, _budget, poisoned, accelerated]
-    return tensors, numbers, [int(x) for x in counts]
+def _arguments(
+    inputs: Inputs, problem: Problem, shared: Constants | None = None
+) -> tuple[list[Tensor | None], list[float], list[int]]:
+    """The lists of csrc/ops.cpp, whose places are named there. `shared`: of a problem that differs from this one in
+    nothing but the dropout seed."""
+    dtype = inputs.query.dtype
+    tensors, numbers, counts = constants(problem, dtype) if shared is None else shared
+    bins = [_vector(x, compute_dtype(dtype)) for x in inputs[4:]]
+    seed = _integers(problem.dropout_seed)
+    given = [*inputs[:4], *bins, *tensors[:_SEED], seed, *tensors[_SEED + 1 :]]
+    return given, numbers, [*counts[:4], _budget, int(releases.poisons_memory()), counts[6]]
 
 
 def _integers(x: Tensor | None) -> Tensor | None:

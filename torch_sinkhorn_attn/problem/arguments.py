@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import engine_of
+from torch_sinkhorn_attn.engines.cpu import Constants
 from torch_sinkhorn_attn.options import Relaxation
 from torch_sinkhorn_attn.problem import data_checks, per_head
 from torch_sinkhorn_attn.problem.argument_checks import (
@@ -79,10 +80,19 @@ class Prepared(NamedTuple):
     existence: Existence | None  # None in softmax mode, which asks for no plan
     scale: MassScale | None = None  # of the problem's masses, None where they are the user's
     headless: bool = False  # whether the one head of each problem is the user's batch, or nothing
+    active: tuple[Tensor, Tensor, bool] | None = None  # how `without_inactive` was called; None: all were active
+    constants: Constants | None = None  # of calls that may go straight to the CPU engine, and whose problem is shared
 
     def unflatten(self, x: Tensor) -> Tensor:
         """`[N, ...]` back to `(..., ...)`; without the head where the user gave none."""
+        if len(self.batch) == 1 and not self.headless:
+            return x
         return x.reshape((*self.batch, *x.shape[2 if self.headless else 1 :]))
+
+    def returned(self, x: Tensor) -> Tensor:
+        """Likewise, in the dtype of the output."""
+        x = self.unflatten(x)
+        return x if x.dtype == self.dtype else x.to(self.dtype)
 
 
 def prepare(
@@ -179,16 +189,17 @@ def prepare(
     outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), aligned)
     intervals = Intervals(support.row_lo, support.row_hi, support.col_lo, support.col_hi, row_segment, col_segment)
     marginals = Marginals(*(None if x is None else log_mass(x, dtype) for x in masses))  # type: ignore[arg-type]
-    problem = Problem(intervals, marginals, *initial, _dropout_seed(o.dropout_p, query.device), solver, outline)
+    problem = Problem(intervals, marginals, *initial, dropout_seed(o.dropout_p, query.device), solver, outline)
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
+    active = None
     if of_pairs is not None or not outline.uniform:
-        by_head = of_pairs is not None and of_pairs.shape[1] > 1
-        flat = _without_inactive(flat, row_active, col_active, by_head, look)
+        active = row_active, col_active, of_pairs is not None and of_pairs.shape[1] > 1
+        flat = without_inactive(flat, *active, look)
     inputs = Inputs(*flat, mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if has_data(query):
         inputs = inputs._replace(query=engine_of(query.device).placed(inputs.query, query))
     kind = query.dtype if scores is None or value is not None else scores.dtype
-    return Prepared(inputs, problem, batch, kind, o.engine, existence, unit, headless)
+    return Prepared(inputs, problem, batch, kind, o.engine, existence, unit, headless, active)
 
 
 def _tokens(
@@ -305,7 +316,7 @@ def _given(
     )
 
 
-def _without_inactive(
+def without_inactive(
     tensors: list[Tensor | None], row_active: Tensor, col_active: Tensor, by_head: bool, look: bool
 ) -> list[Tensor | None]:
     """Query, key and value with zeros in place of inactive tokens, whose NaN would spread through 0 * NaN. Where a mask
@@ -338,6 +349,6 @@ def _mass_dtype(dtype: torch.dtype, device: torch.device, *given: Tensor | None)
     return torch.float64 if wide or device.type in ("cpu", "cuda") else dtype
 
 
-def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """Two 32-bit words from torch's generator of the device, so that torch.manual_seed governs dropout."""
     return None if dropout_p == 0 else torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device)

@@ -37,6 +37,11 @@ def set_checks(mode: str) -> None:
     _mode = mode
 
 
+def checks() -> str:
+    """The mode that `set_checks` set."""
+    return _mode
+
+
 def has_data(*tensors: Tensor | None) -> bool:
     """The rule everything else here goes by: whether the values of all these tensors are there to be read, and what is
     found may decide what is done. Not while a program is traced, which will run on other values."""

@@ -39,6 +39,8 @@ def convert(
     `queries_as_keys`: without `query_padding`, the padded keys are inactive queries too. `floor`: as `mask_floor` of
     `sinkhorn_attention`; of a padding mask everything at or below it is padding, whatever its other values are.
     """
+    if attn_mask is None and key_padding is None and query_padding is None:
+        return Masks(None, None, None)
     num, _, length, size = shape
     device, dtype = query.device, compute_dtype(query.dtype)
     if query_padding is not None and not (isinstance(query_padding, Tensor) and query_padding.dtype == torch.bool):
