@@ -85,10 +85,9 @@ def test_modules_import_one_another_relatively_and_ops_have_the_builds_namespace
                 assert not any(alias.name.partition(".")[0] == NAME for alias in node.names), path
             if isinstance(node, ast.ImportFrom):
                 assert node.level or str(node.module).partition(".")[0] != NAME, path
-            for made in getattr(node, "decorator_list", ()):
-                if isinstance(made, ast.Call) and made.args and getattr(made.func, "attr", None) in REGISTERING:
-                    assert ast.unparse(made.args[0]).startswith("add_op_namespace_prefix("), path
-                    registered += 1
+            if isinstance(node, ast.Call) and node.args and getattr(node.func, "attr", None) in REGISTERING:
+                assert ast.unparse(node.args[0]).startswith("add_op_namespace_prefix("), path
+                registered += 1
     assert registered >= 9
 
 

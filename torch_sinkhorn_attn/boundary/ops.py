@@ -353,10 +353,10 @@ def _register_plan(name: str, log: bool) -> None:
         (name, _plan, _plan_fake, _plan_vmap),
         (f"{name}_backward", _plan_backward, _plan_backward_fake, _plan_backward_vmap),
     ):
-        full = add_op_namespace_prefix(op)
-        torch.library.impl(full, "default", _in_full_precision(functools.partial(run, log)))
-        torch.library.register_fake(full, fake)
-        torch.library.register_vmap(full, functools.partial(fold, getattr(lib, op)))
+        computed = _in_full_precision(functools.partial(run, log))
+        torch.library.impl(add_op_namespace_prefix(op), "default", computed)
+        torch.library.register_fake(add_op_namespace_prefix(op), fake)
+        torch.library.register_vmap(add_op_namespace_prefix(op), functools.partial(fold, getattr(lib, op)))
 
 
 for _name, _log in PLANS.items():
