@@ -1,14 +1,15 @@
 """SuperGlue's optimal transport: time, memory and error of ours, the plain loop, transformers, POT and OTT-JAX.
 
     python benchmarks/matching.py [--keypoints 512 1024 2048 4096] [--iterations 100] [--repeat 3] [--threads 2]
-                                  [--python OTHER] [--only ours loop ...] [--memory 6]
+                                  [--clock wall] [--python OTHER] [--only ours loop ...] [--memory 6]
 
 N x N scores, float32, dustbins with one shared score, the log plan and the gradient of SuperGlue's loss. Every function
-lives in a process of its own; they take turns, and "ms" is the best of `--repeat` rounds after one to warm up. "peak MiB"
-is what its resident set grew by in the first call, result and gradients included. "error" is the largest in the first
-row of the log plan, and of the gradient (over its largest), against float64 through every iteration; gradients of the
-tail are others by design, by what the iterations before it still contribute. A function is left out where its backward
-would keep more than `--memory` GiB. What is not installed here is looked for in `--python`, another interpreter.
+lives in a process of its own; they take turns, and "ms" is the best of `--repeat` rounds after one to warm up. "peak
+MiB" is what its resident set grew by in the first call, result and gradients included. "error" is the largest in the
+first row of the log plan, and of the gradient (over its largest), against float64 through every iteration; the gradient
+of the tail lacks by design what the iterations before it still contribute. A function is left out where its backward
+would keep more than `--memory` GiB. `--clock processor --threads 1` times the processor, on a machine that does other
+things too. What is not installed here is looked for in `--python`, another interpreter.
 
 Then the loss at a score deviation of 20 in float32, through the logarithm of the plan and by the log plan.
 """
@@ -29,7 +30,7 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from benchmarks.lib.matching import FUNCTIONS, given, installed, loss, ours  # noqa: E402
+from benchmarks.lib.matching import CLOCKS, FUNCTIONS, given, installed, loss  # noqa: E402
 from benchmarks.lib.measure import print_rows  # noqa: E402
 from torch_sinkhorn_attn import Dustbin, sinkhorn_plan  # noqa: E402
 
@@ -37,60 +38,63 @@ WIDTHS = (-14, 10, 9, 9, 9, 9, -40)
 ENOUGH = 60.0  # seconds a function takes in all before it sits out the rounds left
 
 
-@dataclass
-class Row:
-    """A function's process, and what it answered."""
+class Worker:
+    """A function in a process of its own; a dead one is started again."""
 
-    name: str
-    process: subprocess.Popen[str] | None = None
-    note: str = ""
-    first: dict[str, Any] = field(default_factory=dict)
-    times: list[float] = field(default_factory=list)
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.name = name
+        python = sys.executable if installed(name) or not arguments.python else arguments.python
+        numbers = arguments.clock, str(arguments.iterations), str(arguments.threads)
+        self.command = [python, "-m", "benchmarks.lib.matching", name, *numbers]
+        self.surroundings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
+        self.process: subprocess.Popen[str] | None = None
 
-    def start(self, arguments: argparse.Namespace, keypoints: int, backward: bool, dtype: str = "float32") -> None:
-        needed = 2 * 4 * arguments.iterations * keypoints**2 / 2**30
-        if backward and FUNCTIONS[self.name].keeps and needed > arguments.memory:
-            self.note = f"left out: keeps {needed:.0f} GiB"
-            return
-        python = sys.executable if installed(self.name) or not arguments.python else arguments.python
-        numbers = (keypoints, arguments.iterations, int(backward), arguments.threads)
-        command = [python, "-m", "benchmarks.lib.matching", self.name, *map(str, numbers), dtype]
-        paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env=os.environ | paths,
-        )  # fmt: skip
-        self.first = self._answer()
-        if "missing" in self.first:
-            self.note = "not installed"
-        if "seconds" not in self.first:
-            self.stop()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process is not None and self.process.stdout is not None
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer, or `{"missing": ...}`, or `{}` from one that died."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                cwd=ROOT, env=self.surroundings,
+            )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
         for line in self.process.stdout:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        assert self.process.stderr is not None
-        lines = self.process.stderr.read().strip().splitlines()
-        self.note = "the process died" + (f": {lines[-1][:80]}" if lines else " (too much memory?)")
+        self.process.wait()
+        self.process = None
         return {}
-
-    def again(self) -> None:
-        if self.process is None or sum(self.times) + self.first["seconds"] > ENOUGH:
-            return
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        if "seconds" in answer:
-            self.times.append(answer["seconds"])
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.communicate()
-            self.process = None
+
+
+@dataclass
+class Row:
+    """What a function answered for one problem."""
+
+    worker: Worker
+    note: str = ""
+    first: dict[str, Any] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+
+    def start(self, problem: dict[str, Any], kept: float, limit: float) -> None:
+        if problem["backward"] and FUNCTIONS[self.worker.name].keeps and kept > limit:
+            self.note = f"left out: keeps {kept:.0f} GiB"
+            return
+        self.first = self.worker.ask(**problem)
+        if "seconds" not in self.first:
+            self.note = "not installed" if "missing" in self.first else "the process died (too much memory?)"
+
+    def again(self) -> None:
+        if "seconds" in self.first and sum(self.times) + self.first["seconds"] < ENOUGH:
+            self.times += [x for name, x in self.worker.ask().items() if name == "seconds"]
 
     @property
     def seconds(self) -> float | None:
@@ -109,32 +113,28 @@ class Row:
         return found
 
 
-def table(arguments: argparse.Namespace, keypoints: int, backward: bool) -> None:
+def table(workers: dict[str, Worker], keypoints: int, backward: bool, arguments: argparse.Namespace) -> None:
     what = "forward + backward" if backward else "forward"
     print(f"\n{keypoints} x {keypoints} keypoints, {arguments.iterations} iterations, {what}")
-    names = [x for x in FUNCTIONS if x in (arguments.only or FUNCTIONS) and (FUNCTIONS[x].backward or not backward)]
-    reference = Row("ours")
-    reference.start(arguments, keypoints, backward, "float64")
-    reference.stop()
-    rows = [Row(name) for name in names]
+    problem: dict[str, Any] = {"keypoints": keypoints, "backward": backward}
+    truth = workers["ours"].ask(**problem, dtype="float64")
+    kept = 2 * 4 * arguments.iterations * keypoints**2 / 2**30
+    rows = [Row(worker) for name, worker in workers.items() if FUNCTIONS[name].backward or not backward]
     for row in rows:
-        row.start(arguments, keypoints, backward)
+        row.start(problem | {"dtype": "float32"}, kept, arguments.memory)
     for _ in range(arguments.repeat):
         for row in rows:
             row.again()
+    base = next((row.seconds for row in rows if row.worker.name == "ours"), None)
+    lines: list[tuple[str, ...]] = [("function", "ms", "x ours", "peak MiB", "error", "error dS", "")]
     for row in rows:
-        row.stop()
-    base = next((row.seconds for row in rows if row.name == "ours"), None)
-    head = ("function", "ms", "x ours", "peak MiB", "error", "error dS", "")
-    lines = []
-    for row in rows:
-        if row.seconds is None:
-            lines.append((row.name, "", "", "", "", "", row.note))
-            continue
-        ratio, peak = f"{row.seconds / base:.2f}" if base else "", row.first["peak"]
-        cells = f"{1e3 * row.seconds:.1f}", ratio, "" if peak is None else f"{peak / 2**20:.0f}"
-        lines.append((row.name, *cells, *row.errors(reference.first), row.note))
-    print_rows([head, *lines], WIDTHS)
+        cells: tuple[str, ...] = ("",) * 5
+        if row.seconds is not None:
+            peak = row.first["peak"]
+            ratio = f"{row.seconds / base:.2f}" if base else ""
+            cells = f"{1e3 * row.seconds:.1f}", ratio, "" if peak is None else f"{peak / 2**20:.0f}", *row.errors(truth)
+        lines.append((row.worker.name, *cells, row.note))
+    print_rows(lines, WIDTHS)
 
 
 def losses() -> None:
@@ -147,19 +147,17 @@ def losses() -> None:
         at = at._replace(scores=at.scores[:, :, torch.randperm(n, generator=g)])
         for way in ("log of the plan", "log plan"):
             scores = at.scores.clone().requires_grad_()
-            if way == "log plan":
-                log_plan = ours(scores, at.bin_score, at.iterations)
-            else:
-                bins = Dustbin.superglue(at.bin_score)
-                log_plan = sinkhorn_plan(scores, dustbin=bins, base_iters=98, mask_floor=None).log()
+            bins, log = Dustbin.superglue(at.bin_score), way == "log plan"
+            found = sinkhorn_plan(scores, log=log, dustbin=bins, base_iters=98, mask_floor=None)
+            log_plan = found if log else found.log()
             total = loss(log_plan, at)
             results[way, dtype] = float(total.detach()), torch.autograd.grad(total, scores)[0].double()
     truth, gradient = results["log plan", torch.float64]
     print(f"  float64                   {truth:.6f}")
     for way in ("log of the plan", "log plan"):
-        found, grad = results[way, torch.float32]
+        value, grad = results[way, torch.float32]
         error = float((grad - gradient).norm() / gradient.norm())
-        print(f"  float32, {way:15}  {found:.6f}   gradient off by {error:.1e}")
+        print(f"  float32, {way:15}  {value:.6f}   gradient off by {error:.1e}")
 
 
 def main() -> None:
@@ -168,6 +166,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--memory", type=float, default=6.0, help="GiB that a backward may keep")
     parser.add_argument("--python", help="an interpreter that has the peers which this one lacks")
     parser.add_argument("--only", nargs="+", choices=list(FUNCTIONS))
@@ -178,9 +177,13 @@ def main() -> None:
     print(f"torch {torch.__version__}, {arguments.threads} threads; the functions:")
     for name, function in FUNCTIONS.items():
         print(f"  {name:14} {function.gives}")
+    chosen = [name for name in FUNCTIONS if name == "ours" or name in (arguments.only or FUNCTIONS)]
+    workers = {name: Worker(name, arguments) for name in chosen}
     for keypoints in arguments.keypoints:
         for backward in (False, True):
-            table(arguments, keypoints, backward)
+            table(workers, keypoints, backward, arguments)
+    for worker in workers.values():
+        worker.stop()
     losses()
 
 

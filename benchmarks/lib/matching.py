@@ -1,7 +1,7 @@
 """SuperGlue's optimal transport by everyone who has it, each in a process of its own that `benchmarks/matching.py` asks
 for one call after the other: a line of JSON in, a line out.
 
-    python -m benchmarks.lib.matching FUNCTION KEYPOINTS ITERATIONS BACKWARD THREADS DTYPE
+    python -m benchmarks.lib.matching FUNCTION CLOCK ITERATIONS THREADS
 """
 
 from __future__ import annotations
@@ -204,28 +204,35 @@ def installed(name: str) -> bool:
         return False
 
 
-def serve(name: str, keypoints: int, iterations: int, backward: bool, threads: int, dtype: str) -> None:
-    """The first line tells what the first call took and found; each line read after that times another."""
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def serve(name: str, clock: str, iterations: int, threads: int) -> None:
+    """Each line read names a problem, `{"keypoints", "backward", "dtype"}`, and what its first call took and found is
+    the answer; an empty object times the problem before once more."""
     if not installed(name):
         print(json.dumps({"missing": FUNCTIONS[name].module}), flush=True)
         return
     os.environ["NPROC"] = str(threads)
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
-    prepare, kind = FUNCTIONS[name].prepare, getattr(torch, dtype)
-    prepare(given(WARM_UP, min(iterations, 4), kind), backward)()
-    run = prepare(given(keypoints, iterations, kind), backward)
-    start = time.perf_counter()
-    (log_plan, grad), peak = grown(run)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": peak, "log_plan": log_plan, "grad": grad}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        run()
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+    prepare, now = FUNCTIONS[name].prepare, CLOCKS[clock]
+    run: Callable[[], Outcome] | None = None
+    for line in sys.stdin:
+        asked, answer = json.loads(line), {}
+        if asked:
+            run, kind, backward = None, getattr(torch, asked["dtype"]), asked["backward"]
+            prepare(given(WARM_UP, min(iterations, 4), kind), backward)()
+            run = prepare(given(asked["keypoints"], iterations, kind), backward)
+            start = now()
+            (log_plan, grad), peak = grown(run)
+            answer = {"peak": peak, "log_plan": log_plan, "grad": grad}
+        else:
+            assert run is not None
+            start = now()
+            run()
+        print(json.dumps({"seconds": now() - start, **answer}), flush=True)
 
 
 if __name__ == "__main__":
-    _, chosen, *numbers, kind_of_number = sys.argv
-    count, steps, with_backward, cores = (int(x) for x in numbers)
-    serve(chosen, count, steps, bool(with_backward), cores, kind_of_number)
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

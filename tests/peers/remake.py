@@ -37,8 +37,12 @@ def main() -> None:
             name: {what: rounded(x) for what, x in each.items()} for name, each in found.items() if each is not None
         }
         print(f"{peer} {version}: {len(values[peer]) - 1} problems")
-    lines = [f"{json.dumps(peer)}: {{\n" + ",\n".join(
-        f"  {json.dumps(name)}: {json.dumps(x)}" for name, x in each.items()) + "\n}" for peer, each in values.items()]
+    lines = [
+        f"{json.dumps(peer)}: {{\n"
+        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(x)}" for name, x in each.items())
+        + "\n}"
+        for peer, each in values.items()
+    ]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

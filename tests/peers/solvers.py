@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from peers.problems import PointProblem
+from torch import Tensor
 
 Found = dict[str, Any]
 
@@ -59,9 +58,9 @@ def _value(p: PointProblem, plan: Tensor, cost: Tensor) -> Tensor:
 
 
 def geomloss(p: PointProblem) -> Found | None:
-    """`geomloss.ot.solve` for value and plan; `SamplesLoss("sinkhorn", p=2)` for divergence and gradients, whose cost is
-    |x - y|^2 / 2: with half of epsilon and tau, its values are half of ours. `scaling` close to 1 lets the temperature
-    fall slowly. One tau for both sides.
+    """`geomloss.ot.solve` for value and plan; `SamplesLoss("sinkhorn", p=2)` for divergence and gradients, whose cost
+    is |x - y|^2 / 2: with half of epsilon and tau, its values are half of ours. `scaling` close to 1 lets the
+    temperature fall slowly. One tau for both sides.
 
     Two things of SamplesLoss 0.3.1, relaxed, are left out: the value without debiasing, which has
     epsilon (sum a + sum b) / 2 where the definition has epsilon sum a sum b; and gradients, which are
@@ -71,8 +70,8 @@ def geomloss(p: PointProblem) -> Found | None:
     if p.tau[0] != p.tau[1]:
         return None
     solved = ot.solve(p.cost, reg=p.epsilon, a=p.a, b=p.b, unbalanced=p.tau[0], max_iter=2000)
-    options: Any = {"p": 2, "blur": (p.epsilon / 2) ** 0.5, "reach": None if p.tau[0] is None else (p.tau[0] / 2) ** 0.5,
-                    "scaling": 0.9995, "backend": "tensorized"}  # fmt: skip
+    reach = None if p.tau[0] is None else (p.tau[0] / 2) ** 0.5
+    options: Any = {"p": 2, "blur": (p.epsilon / 2) ** 0.5, "reach": reach, "scaling": 0.9995, "backend": "tensorized"}
     x = p.x.clone().requires_grad_()
     value, divergence = (
         2 * SamplesLoss("sinkhorn", debias=debias, **options)(p.a, x, p.b, p.y) for debias in (False, True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from peers.problems import PROBLEMS, D, PointProblem
 from peers.solvers import SOLVERS
+from torch import Tensor
+
 from torch_sinkhorn_attn import sinkhorn_cost, sinkhorn_divergence, sinkhorn_plan
 
 STORED: dict[str, Any] = json.loads((Path(__file__).parent / "values.json").read_text())
