@@ -15,9 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NAME = "torch_sinkhorn_attn"
-REGISTERING = {
-    f"torch.library.{x}" for x in ("custom_op", "register_fake", "register_vmap", "register_kernel")
-}  # what the builder's check looks at
+# What the builder's check looks at.
+REGISTERING = {f"torch.library.{x}" for x in ("custom_op", "register_fake", "register_vmap", "register_kernel")}
 # As the builder writes it, but for the backend, which it asks torch for.
 OPS = """
 import torch
