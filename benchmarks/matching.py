@@ -48,9 +48,12 @@ class Worker:
         self.command = [python, "-m", "benchmarks.lib.matching", name, *numbers]
         self.surroundings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
         self.process: subprocess.Popen[str] | None = None
+        self.missing: dict[str, Any] = {}
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer, or `{"missing": ...}`, or `{}` from one that died."""
+        if self.missing:
+            return self.missing
         if self.process is None:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -65,6 +68,7 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
+                self.missing = answer if "missing" in answer else {}
                 return answer
         self.process.wait()
         self.process = None
