@@ -26,9 +26,9 @@ from torch_sinkhorn_attn.compat.releases import plain, undisturbed
 from torch_sinkhorn_attn.engines import cpu
 from torch_sinkhorn_attn.engines.base import each_tensor
 from torch_sinkhorn_attn.options import Options
-from torch_sinkhorn_attn.problem import bits, per_head, shapes
+from torch_sinkhorn_attn.problem import arguments, bits, per_head, shapes
 from torch_sinkhorn_attn.problem.argument_checks import DTYPES
-from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, dropout_seed, prepare, without_inactive
+from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare, without_inactive
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 from torch_sinkhorn_attn.problem.looking import checks
 from torch_sinkhorn_attn.problem.masks.scan import keeps_all
@@ -107,7 +107,7 @@ class _Entry:
             flat = without_inactive(flat, *self.active, self.look)
         if problem.solver.dropout_p:
             if seed is None:
-                seed = dropout_seed(problem.solver.dropout_p, query.device)
+                seed = arguments.dropout_seed(problem.solver.dropout_p, query.device)
             problem = replace(problem, dropout_seed=seed)
         inputs = Inputs(*flat, mask)  # type: ignore[arg-type, call-arg]
         return Prepared(

@@ -128,7 +128,7 @@ def same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dropout of every device from the same two words; those of a device are from its own generator."""
     words = torch.tensor([123456789, 3987654321])
     monkeypatch.setattr(
-        "torch_sinkhorn_attn.problem.arguments._dropout_seed", lambda p, device: words.to(device) if p else None
+        "torch_sinkhorn_attn.problem.arguments.dropout_seed", lambda p, device: words.to(device) if p else None
     )
 
 
