@@ -113,7 +113,8 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         what = _spoil(r, {**before, **arguments}, given.problem, op)
         spoiled = what[1]
         values = [spoiled[k] for k in (*before, *arguments)]
-        values = ops.with_residuals(values, False) if op == "forward" else values
+        extra = {"forward": False, "matches": r.choice([2, 1, 0, -3])}
+        values = ops.with_residuals(values, extra[op]) if op in extra else values
         return f"{op} {engine} {what[0]}", lambda: function(*values)
     tensors, numbers, counts = cpu._arguments(given.inputs, given.problem)
     place = (*ops.Inputs._fields, *cpu._TENSORS)
@@ -135,6 +136,7 @@ _OPS = (
     "plan_backward",
     "log_plan",
     "log_plan_backward",
+    "matches",
     "cpu_forward",
     "cpu_plan",
     "cpu_backward",

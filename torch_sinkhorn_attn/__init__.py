@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         register_transformers,
         transformers_report,
     )
+    from torch_sinkhorn_attn.matches import Matches, sinkhorn_matches
     from torch_sinkhorn_attn.modules import SinkhornMultiheadAttention
     from torch_sinkhorn_attn.problem.looking import set_checks
     from torch_sinkhorn_attn.problem.status import SinkhornAux, Status
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "Dustbin",
+    "Matches",
     "ReplacementReport",
     "SinkhornAux",
     "SinkhornMultiheadAttention",
@@ -46,6 +48,7 @@ __all__ = [
     "sinkhorn_attention",
     "sinkhorn_cost",
     "sinkhorn_divergence",
+    "sinkhorn_matches",
     "sinkhorn_plan",
     "squared_distance_features",
     "transformers_report",
@@ -62,6 +65,7 @@ _HOMES = {
     "integrations.transformers": (
         "TransformersReport", "choose_layers", "register_transformers", "transformers_report",
     ),
+    "matches": ("Matches", "sinkhorn_matches"),
     "modules": ("SinkhornMultiheadAttention",),
     "problem.status": ("SinkhornAux", "Status"),
     "scout": ("scout_centers",),

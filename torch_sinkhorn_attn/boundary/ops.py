@@ -1,10 +1,11 @@
 """The opaque ops; `autograd.py` differentiates them.
 
-Six ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan` and
-`plan_backward` of the plan itself, `log_plan` and `log_plan_backward` of its logarithm. Their arguments are the fields
-of `Inputs` and `Problem`, flat and in order, and the name of the engine that computes them. What a problem did not have
-at first comes last, with a default, so that programs exported before go on as they are; torch leaves trailing defaults
-out of calls and of what it exports. Under vmap the mapped dimension is folded into N.
+Seven ops, each defined, implemented for every device and given a fake: `forward` and `backward` of attention, `plan`
+and `plan_backward` of the plan itself, `log_plan` and `log_plan_backward` of its logarithm, and `matches`, which has no
+derivative. Their arguments are the fields of `Inputs` and `Problem`, flat and in order, and the name of the engine that
+computes them. What a problem did not have at first comes last, with a default, so that programs exported before go on
+as they are; torch leaves trailing defaults out of calls and of what it exports. Under vmap the mapped dimension is
+folded into N.
 """
 
 from __future__ import annotations
@@ -71,13 +72,13 @@ def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
     return Inputs(*flat[:NUM_INPUTS]), from_leaves([found[i] for i in _BACK]), flat[_ENGINE]
 
 
-def with_residuals(flat: Sequence[Any], residuals: bool) -> list[Any]:
-    """The arguments of forward, from a flat problem."""
+def with_residuals(flat: Sequence[Any], residuals: int) -> list[Any]:
+    """The arguments of forward, from a flat problem; or of matches, with k in the same place."""
     return [*flat[:_RESIDUALS], residuals, *flat[_RESIDUALS:]]
 
 
 def without_residuals(arguments: Sequence[Any]) -> list[Any]:
-    """A flat problem, from the arguments of forward."""
+    """A flat problem, from the arguments of forward or matches."""
     return [*arguments[:_RESIDUALS], *arguments[_RESIDUALS + 1 :]]
 
 
@@ -102,6 +103,10 @@ for _name in PLANS:
         f"(Tensor grad_plan, Tensor row_potentials, Tensor col_potentials, bool mask_grad, {_ARGUMENTS}) "
         f"-> ({', '.join(['Tensor'] * NUM_INPUTS)})",
     )
+
+torch.library.define(
+    add_op_namespace_prefix("matches"), f"({_FIRST}, SymInt k, {_LAST}) -> ({', '.join(['Tensor'] * 6)})"
+)
 
 
 def _in_full_precision(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -224,6 +229,33 @@ def _plan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(unflatten(args[4:])[0]._replace(value=None, dustbin_value=None), mask_grad, grad_plan)
 
 
+@torch.library.impl(add_op_namespace_prefix("matches"), "default")
+@_in_full_precision
+def _matches(*args: Any) -> tuple[Tensor, ...]:
+    inputs, problem, engine = unflatten(without_residuals(args))
+    check_problem(inputs, problem, engine)
+    k = args[_RESIDUALS]
+    if k < 1:
+        raise ValueError(f"k={k} must be 1 or more.")
+    found = ENGINES[engine].matches(inputs, problem, k)
+    return _fresh(found, found.row_plan)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("matches"))
+def _matches_fake(*args: Any) -> tuple[Tensor, ...]:
+    refuse_onnx()
+    inputs, problem, _ = unflatten(without_residuals(args))
+    num, heads, length, size = problem.sizes
+    mass = inputs.query.new_empty(0, dtype=compute_dtype(inputs.query.dtype))
+    index = inputs.query.new_empty(0, dtype=torch.int64)
+    shapes = [(num, heads, n, args[_RESIDUALS]) for n in (length, size)]
+    bins = [(num, heads, n) if problem.has_dustbin else (0,) for n in (length, size)]
+    return (
+        *(like.new_empty(*shape) for shape in shapes for like in (index, mass)),
+        *(mass.new_empty(*shape) for shape in bins),
+    )
+
+
 def _fold(info: Any, in_dims: Sequence[int | None], args: Sequence[Any], position: int = 0) -> list[Any]:
     """Arguments of a vmapped call with the mapped dimension folded into dimension `position` of each: N, which every
     tensor of a problem but the dropout seed has there (a mask may have 1, and is expanded)."""
@@ -299,6 +331,13 @@ def _plan_backward_vmap(op: Callable[..., Any], info: Any, in_dims: tuple[Any, .
     results = op(grad_plan, *duals, args[3], *flat)
     mask = 4 + Inputs._fields.index("mask")
     return _unfold_gradients(info, results, args[mask], in_dims[mask])
+
+
+@torch.library.register_vmap(add_op_namespace_prefix("matches"))
+def _matches_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    flat = _fold_problem(info, without_residuals(in_dims), without_residuals(args))
+    results = lib.matches(*with_residuals(flat, args[_RESIDUALS]))
+    return _unfold(info, results, [0] * len(results))
 
 
 def _register_plan(name: str, log: bool) -> None:

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from torch_sinkhorn_attn.engines.tiled.partners import partners
+from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference, staircase
-from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Partners, Potentials, Problem, Result
 
 T = TypeVar("T")
 
@@ -79,6 +81,12 @@ class Engine(ABC):
         grad = reference.unfold_dustbins(grad_plan, problem, log_plan if log else None)
         cotangent, dropped = staircase.adjoint(log_plan, grad, potentials, problem, log)
         return Gradients(staircase.score_gradients(cotangent, inputs, problem, mask_grad), dropped)
+
+    def matches(self, inputs: Inputs, problem: Problem, k: int) -> Partners:
+        """The k largest entries of each row and column of the plan, from one pass over its tiles."""
+        inputs = inputs._replace(value=None)
+        potentials = self.solve(inputs, problem)
+        return partners(Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1]), k)
 
     # What it does with tensors of its own device
 

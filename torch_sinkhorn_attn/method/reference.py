@@ -21,9 +21,18 @@ from torch_sinkhorn_attn.compat.once import differentiable_once
 from torch_sinkhorn_attn.method import acceleration
 from torch_sinkhorn_attn.method.dropout import keep_mask
 from torch_sinkhorn_attn.method.implicit import FIRST_ONLY, DensePlan, implicit_duals
+from torch_sinkhorn_attn.method.partners import leading
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.masks.entries import kept
-from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result, compute_dtype, full_precision
+from torch_sinkhorn_attn.problem.problem import (
+    Inputs,
+    Partners,
+    Potentials,
+    Problem,
+    Result,
+    compute_dtype,
+    full_precision,
+)
 from torch_sinkhorn_attn.problem.segments import (
     Components,
     by_segment,
@@ -72,6 +81,18 @@ def plan(inputs: Inputs, problem: Problem, log: bool = False) -> Tensor:
     logarithm, S + u + v, which no exp has touched."""
     full, _ = plan_and_potentials(dense_problem(inputs, problem), problem, log)
     return fold_dustbins(full, problem, log)
+
+
+def matches(inputs: Inputs, problem: Problem, k: int) -> Partners:
+    """The k largest entries of each row and column of the plan."""
+    dense = dense_problem(inputs, problem)
+    full, _ = plan_and_potentials(dense, problem)
+    length, size = problem.sizes[2:]
+    real = full.masked_fill(dense.scores == -torch.inf, 0.0)[..., :length, :size]  # NaN is nobody's off the support
+    rows, cols = leading(real, k), leading(real, k, dim=-2)
+    bins = full[..., :length, size:].sum(-1), full[..., length:, :size].sum(-2)
+    to_bin, from_bin = bins if problem.has_dustbin else (real.new_zeros(0), real.new_zeros(0))
+    return Partners(rows.place, rows.mass, cols.place, cols.mass, to_bin, from_bin)
 
 
 def fold_dustbins(full: Tensor, problem: Problem, log: bool = False) -> Tensor:

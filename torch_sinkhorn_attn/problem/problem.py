@@ -68,6 +68,18 @@ class OutputGrads(NamedTuple):
     mask: bool = False  # whether the cotangent of a float mask is wanted
 
 
+class Partners(NamedTuple):
+    """What every engine's `matches` returns: the k largest plan entries of each token, falling, ties to the lowest
+    index, NaN first; -1 and 0 where fewer are left. Masses are in the compute dtype, indices int64."""
+
+    row_index: Tensor  # [N, H, L, k]
+    row_plan: Tensor
+    col_index: Tensor  # [N, H, S, k]
+    col_plan: Tensor
+    row_dustbin: Tensor  # [N, H, L] mass sent to the token's own dustbin, empty without one
+    col_dustbin: Tensor  # [N, H, S]
+
+
 class Gradients(NamedTuple):
     """What an engine's backward returns, in the compute dtype."""
 

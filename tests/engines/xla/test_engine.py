@@ -22,11 +22,13 @@ from torch_sinkhorn_attn import (
     engines,
     set_checks,
     sinkhorn_attention,
+    sinkhorn_matches,
     sinkhorn_plan,
 )
 from torch_sinkhorn_attn.boundary import ops
 from torch_sinkhorn_attn.engines import xla
 from torch_sinkhorn_attn.engines.binding.engine import absence
+from torch_sinkhorn_attn.engines.tiled import tiles
 from torch_sinkhorn_attn.problem.arguments import prepare
 
 torch_xla = pytest.importorskip("torch_xla")
@@ -192,6 +194,21 @@ def test_plan_and_certificate(device: torch.device, fallbacks: Any) -> None:
     found, expected = (certify(*(x.detach() for x in pair)) for pair in (there, (q, k)))
     for x, y in zip(vars(found).values(), vars(expected).values(), strict=True):
         assert torch.allclose(x, y) if isinstance(y, Tensor) else x == y
+
+
+@pytest.mark.slow
+def test_matches(device: torch.device, fallbacks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several tiles, with ties that go to the lowest index there too."""
+    monkeypatch.setattr(tiles, "block_size", lambda heads, reach=None: 8)
+    q, k = randn(2, 9, 4), randn(2, 12, 4, seed=1)
+    k[0, 5] = k[0, 2]
+    for count, options in ((1, {"window": (9, 9)}), (2, {"dustbin": Dustbin(0.1, 0.2)})):
+        expected = sinkhorn_matches(q, k, k=count, **options)
+        found = sinkhorn_matches(*on(device, (q, k)), k=count, **options)
+        present = [(x, y) for x, y in zip(found, expected, strict=True) if y is not None]
+        for x, y in zip(fetched(*(x for x, _ in present)), (y for _, y in present), strict=True):
+            assert torch.equal(x, y) if y.dtype == torch.int64 else torch.allclose(x, y, atol=1e-12)
+    assert not fallbacks()
 
 
 @pytest.mark.slow
