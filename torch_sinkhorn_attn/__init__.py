@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch_sinkhorn_attn.compat import lazy, registration
 
 if TYPE_CHECKING:
+    from torch_sinkhorn_attn.bands import PlanBand, sinkhorn_plan_band
     from torch_sinkhorn_attn.certificates import Certificate, certify
     from torch_sinkhorn_attn.cost import TransportCost, sinkhorn_cost
     from torch_sinkhorn_attn.divergence import sinkhorn_divergence, squared_distance_features
@@ -32,6 +33,7 @@ __all__ = [
     "Certificate",
     "Dustbin",
     "Matches",
+    "PlanBand",
     "ReplacementReport",
     "SinkhornAux",
     "SinkhornMultiheadAttention",
@@ -50,11 +52,13 @@ __all__ = [
     "sinkhorn_divergence",
     "sinkhorn_matches",
     "sinkhorn_plan",
+    "sinkhorn_plan_band",
     "squared_distance_features",
     "transformers_report",
 ]  # fmt: skip
 
 _HOMES = {
+    "bands": ("PlanBand", "sinkhorn_plan_band"),
     "certificates": ("Certificate", "certify"),
     "cost": ("TransportCost", "sinkhorn_cost"),
     "divergence": ("sinkhorn_divergence", "squared_distance_features"),

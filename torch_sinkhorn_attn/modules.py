@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_sinkhorn_attn.bands import PlanBand, sinkhorn_plan_band
 from torch_sinkhorn_attn.compat.nested import pad, unpad
 from torch_sinkhorn_attn.compat.releases import same_memory
 from torch_sinkhorn_attn.compat.tracing import call_module, tracer_of
@@ -256,13 +257,13 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
+        need_weights: bool | str = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
         query_padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """Attend; arguments and results as `torch.nn.MultiheadAttention.forward`.
 
         Args:
@@ -271,7 +272,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask: `(N, S)` or `(S)`; bool, True = ignore, or float added to the scores, -inf and anything at
                 or below `mask_floor` (such as -1e4) = ignore. Padded keys leave the problem: positions, counts and
                 masses are those of the others.
-            need_weights: also return the weights (this materialises L x S).
+            need_weights: also return the weights (this materialises L x S); or "band", with a window of two sides: as a
+                `PlanBand`, its values `(N, L, W)`, or `(N, H, L, W)` unaveraged, in O(L W) memory, before dropout.
             attn_mask: `(L, S)` or `(N * num_heads, L, S)`; bool, True = ignore, or float added to the scores.
             average_attn_weights: average the weights over heads.
             is_causal: hint that `attn_mask` is causal. A causal plan exists only with a dustbin or relaxation.
@@ -287,6 +289,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: for inputs or masks of the wrong type, shape or value.
         """
+        if isinstance(need_weights, str) and need_weights != "band":
+            raise ValueError(f"need_weights={need_weights!r} must be True, False or 'band'.")
         if not torch.compiler.is_compiling() and tracer_of((query, key, value)) is not None:
             raise TypeError(
                 "torch.fx records SinkhornMultiheadAttention as one node, as nn.MultiheadAttention, and does not trace "
@@ -320,12 +324,12 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None,
-        need_weights: bool,
+        need_weights: bool | str,
         attn_mask: Tensor | None,
         average_attn_weights: bool,
         is_causal: bool,
         query_padding_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | PlanBand | None]:
         batch_first = self.batch_first
         unbatched = self._check_inputs(query, key, value)
         if is_causal and attn_mask is None:
@@ -356,13 +360,15 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             output = output.transpose(0, 1)
         if weights is None:
             return output, None
+        if isinstance(weights, PlanBand):
+            return output, _averaged(weights, average_attn_weights, unbatched)
         weights = weights.mean(1) if average_attn_weights else weights
         return output, weights[0] if unbatched else weights
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Per-head attention: output `[N, H, L, D]` and weights `[N, H, L, S]` or None."""
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool | str
+    ) -> tuple[Tensor, Tensor | PlanBand | None]:
+        """Per-head attention: output `[N, H, L, D]` and weights `[N, H, L, S]`, as a band or None."""
         dustbin = None
         row_score, col_score = self.dustbin_row_score, self.dustbin_col_score
         if isinstance(row_score, Tensor) and isinstance(col_score, Tensor):
@@ -374,10 +380,11 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             "query_segment_ids": masks.query_ids, "key_segment_ids": masks.key_ids,
         }  # fmt: skip
         dropout = self.dropout if self.training else 0.0
-        if not need_weights:
+        if not need_weights or need_weights == "band":
+            band = sinkhorn_plan_band(q, k, masks.scores, **options) if need_weights else None  # masses are 1
             output = sinkhorn_attention(q, k, v, masks.scores, dropout_p=dropout, **options)
             assert isinstance(output, Tensor)
-            return output, None
+            return output, band
         plan = sinkhorn_plan(q, k, masks.scores, **options)
         weights = F.dropout(plan[..., : q.shape[-2], : k.shape[-2]], dropout)  # masses are 1, so P/a = P
         return weights @ v.to(weights.dtype), weights
@@ -430,6 +437,12 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         k = torch.cat([k, *(x.to(k.dtype).expand(num, 1, -1) for x, _ in extra)], 1)
         v = torch.cat([v, *(x.to(v.dtype).expand(num, 1, -1) for _, x in extra)], 1)
         return k, v, masks
+
+
+def _averaged(band: PlanBand, average: bool, unbatched: bool) -> PlanBand:
+    """As weights are returned: averaged over heads, without a batch where there was none, and without the dustbin."""
+    values, first = band.values.mean(1) if average else band.values, band.first_column
+    return PlanBand(values[0], first[0]) if unbatched else PlanBand(values, first)
 
 
 def _same_tokens(query: Tensor, key: Tensor) -> bool:

@@ -183,8 +183,10 @@ def check_cotangents(
     grad: Tensor,
     output: Tensor | None = None,
     bins: Sequence[Tensor | None] = (None, None),
+    width: int | None = None,
 ) -> None:
-    """The rest of a backward call, of attention where there is an output, else of the plan."""
+    """The rest of a backward call, of attention where there is an output, of a band of the plan where its width is
+    given, with its values for output, else of the plan."""
     check_present(grad=grad, row_potentials=potentials.row, col_potentials=potentials.col)
     (num, heads, length, _), size = inputs.query.shape, inputs.key.shape[2]
     dtype, device, extra = compute_dtype(inputs.query.dtype), inputs.query.device, problem.num_dustbins
@@ -193,7 +195,10 @@ def check_cotangents(
         ("row_potentials", potentials.row, (duals, num, heads, length + extra)),
         ("col_potentials", potentials.col, (duals, num, heads, size + extra)),
     ]
-    if output is None:
+    if width is not None and output is not None:
+        shape = (num, heads, length, width)
+        expected += [("values", output, shape), ("grad_values", grad, shape)]
+    elif output is None:
         corner = int(problem.has_dustbin)
         expected.append(("grad_plan", grad, (num, heads, length + corner, size + corner)))
     else:

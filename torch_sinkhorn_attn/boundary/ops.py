@@ -72,20 +72,25 @@ def unflatten(flat: Sequence[Any]) -> tuple[Inputs, Problem, str]:
     return Inputs(*flat[:NUM_INPUTS]), from_leaves([found[i] for i in _BACK]), flat[_ENGINE]
 
 
-def with_residuals(flat: Sequence[Any], residuals: int) -> list[Any]:
-    """The arguments of forward, from a flat problem; or of matches, with k in the same place."""
-    return [*flat[:_RESIDUALS], residuals, *flat[_RESIDUALS:]]
+def with_residuals(flat: Sequence[Any], *own: Any) -> list[Any]:
+    """The arguments of forward, from a flat problem; or of another op that has its own in the same place."""
+    return [*flat[:_RESIDUALS], *own, *flat[_RESIDUALS:]]
 
 
-def without_residuals(arguments: Sequence[Any]) -> list[Any]:
-    """A flat problem, from the arguments of forward or matches."""
-    return [*arguments[:_RESIDUALS], *arguments[_RESIDUALS + 1 :]]
+def without_residuals(arguments: Sequence[Any], own: int = 1) -> list[Any]:
+    """A flat problem, from such arguments, of which so many are the op's own."""
+    return [*arguments[:_RESIDUALS], *arguments[_RESIDUALS + own :]]
 
 
-_FIRST, _LAST = _schema_arguments()
-_ARGUMENTS = f"{_FIRST}, {_LAST}"
+def own(arguments: Sequence[Any], count: int) -> Sequence[Any]:
+    """The arguments that such an op has of its own."""
+    return arguments[_RESIDUALS : _RESIDUALS + count]
+
+
+FIRST, LAST = _schema_arguments()
+_ARGUMENTS = f"{FIRST}, {LAST}"
 torch.library.define(
-    add_op_namespace_prefix("forward"), f"({_FIRST}, bool residuals, {_LAST}) -> ({', '.join(['Tensor'] * 7)})"
+    add_op_namespace_prefix("forward"), f"({FIRST}, bool residuals, {LAST}) -> ({', '.join(['Tensor'] * 7)})"
 )
 torch.library.define(
     add_op_namespace_prefix("backward"),
@@ -105,7 +110,7 @@ for _name in PLANS:
     )
 
 torch.library.define(
-    add_op_namespace_prefix("matches"), f"({_FIRST}, SymInt k, {_LAST}) -> ({', '.join(['Tensor'] * 6)})"
+    add_op_namespace_prefix("matches"), f"({FIRST}, SymInt k, {LAST}) -> ({', '.join(['Tensor'] * 6)})"
 )
 
 

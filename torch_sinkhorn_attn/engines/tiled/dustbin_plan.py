@@ -23,7 +23,11 @@ class DustbinPlan(DustbinVectors):
     def score_cotangent(self, log_plan: Vectors, to_bin: Tensor, from_bin: Tensor, field: Field) -> Vectors:
         """dS on column, row and corner, for D = `to_bin`, `from_bin` and 0 there."""
         column, row, corner = (x.exp() for x in log_plan)
-        total = [column * to_bin, row * from_bin, torch.zeros_like(corner)]
+        return self.less_field(log_plan, Vectors(column * to_bin, row * from_bin, torch.zeros_like(corner)), field)
+
+    def less_field(self, log_plan: Vectors, weighted: Vectors, field: Field) -> Vectors:
+        """dS there from `weighted` = P * D."""
+        total = list(weighted)
         for k in range(field.row_terms.shape[-1]):
             zeros = torch.zeros_like(field.row_terms[..., k]), torch.zeros_like(field.col_terms[..., k])
             exponents = zeros if field.row_exponents is None else (field.row_exponents[..., k], zeros[1])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.base import Engine
+from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
+from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.reference import stopped_base
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
@@ -55,16 +57,7 @@ class TiledEngine(Engine):
         query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
         passes = TiledPasses(tiles, output, grads)
-        if problem.solver.gradient == "implicit":
-            zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
-            passes.column(zero.row, zero)
-            field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
-            passes.column(zero.row, zero, field)
-            passes.row(zero.col, zero, field)
-            dropped = zero.row
-        else:
-            field, dropped = tail_field(passes, potentials, problem)
-        return _gather(passes, field, dropped)
+        return _gather(passes, *adjoint_field(passes, potentials))
 
 
 ENGINE = TiledEngine()
@@ -125,6 +118,7 @@ class TiledPasses:
     """The passes of `staircase.tail_field` over tiles, gathering the cotangents of value, key, query and mask."""
 
     may_scale = True
+    gathers_value = True
 
     def __init__(self, tiles: Tiles, output: Tensor, grads: OutputGrads):
         self.tiles, self.wants_mask = tiles, grads.mask
@@ -147,28 +141,35 @@ class TiledPasses:
             self.row_sums = torch.cat(
                 [self.row_sums + to_bin * grad_to, tiles.dustbin.sum_cols(from_bin * grad_from)], -1
             )
-        self.grad_value: Tensor | None = None  # per query head, [N, H, S, Ev]
-        self.grad_key: Tensor | None = None  # per query head, [N, H, S, E]
-        self.deferred_key: Tensor | None = None
-        self.grad_query: Tensor | None = None
-        self.grad_mask: Tensor | None = None
+
+    grad_value: Tensor | None = None  # per query head, [N, H, S, Ev]
+    grad_key: Tensor | None = None  # per query head, [N, H, S, E]
+    deferred_key: Tensor | None = None
+    grad_query: Tensor | None = None
+    grad_mask: Tensor | None = None
+
+    def score_cotangent(self, field: Field, i: int, j: int) -> Tensor:
+        """dS on a tile."""
+        return self.tiles.score_cotangent(self.d.grad, field, i, j)
+
+    def dustbin_cotangent(self, dustbin: DustbinPlan, field: Field) -> Vectors:
+        """dS on the dustbin's column, row and corner."""
+        assert self.d.to_bin is not None and self.d.from_bin is not None
+        return dustbin.score_cotangent(self.tiles.log_dustbin_plan, self.d.to_bin, self.d.from_bin, field)
 
     def column(self, x: Tensor, factor: Factor, field: Field | None = None, deferred: Factor | None = None) -> Tensor:
         """factor^T x; dV rides in the first pass, dK (all but the `deferred` factor) in the one with a field."""
         t = self.tiles
-        first = self.grad_value is None
+        first = self.gathers_value and self.grad_value is None
         if not first and field is None:
             return t.column_pass(x, factor)
         scaled = factor.scaled
         inner = x * factor.row.exp() if scaled else x
         out = x.new_zeros(t.num, t.heads, t.size)
-        value, key, later = (
-            x.new_zeros(t.num, t.heads, t.size, width) if wanted else None
-            for wanted, width in (
-                (first, self.d.grad.shape[-1]),
-                (field is not None, t.inputs.query.shape[-1]),
-                (deferred is not None, t.inputs.query.shape[-1]),
-            )
+        value = x.new_zeros(t.num, t.heads, t.size, self.d.grad.shape[-1]) if first else None
+        key, later = (
+            None if gathered is None else x.new_zeros(t.num, t.heads, t.size, t.inputs.query.shape[-1])
+            for gathered in (field, deferred)
         )
         for i, rows in enumerate(t.row_blocks):
             query = t.inputs.query[..., rows, :].to(t.dtype)
@@ -178,7 +179,7 @@ class TiledPasses:
                 if value is not None:
                     value[..., cols, :] += t.dropped_out(plan, i, j).transpose(-1, -2) @ self.d.grad[..., rows, :]
                 if key is not None and field is not None:
-                    key[..., cols, :] += t.score_cotangent(self.d.grad, field, i, j).transpose(-1, -2) @ query
+                    key[..., cols, :] += self.score_cotangent(field, i, j).transpose(-1, -2) @ query
                 if later is not None and deferred is not None:
                     if deferred.scaled:  # its column exponentials come with the field's column terms
                         part = plan.transpose(-1, -2) @ (query * deferred.row[..., rows, None].exp())
@@ -219,7 +220,7 @@ class TiledPasses:
                 cols = t.col_blocks[j]
                 tile = t.plan(i, j) if scaled else t.factor(factor, i, j)
                 out[..., rows] += (tile @ inner[..., cols, None])[..., 0]
-                grad_scores = t.score_cotangent(self.d.grad, field, i, j)
+                grad_scores = self.score_cotangent(field, i, j)
                 self.grad_query[..., rows, :] += t.times_key(grad_scores, cols)
                 if self.grad_mask is not None:
                     t.add_to_mask(self.grad_mask, grad_scores, rows, cols)
@@ -231,22 +232,37 @@ class TiledPasses:
         return t.complete_rows(out, y, factor)
 
 
+def adjoint_field(passes: TiledPasses, potentials: Potentials) -> tuple[Field, Tensor]:
+    """The modifier field and the dropped cotangent, by all passes of the adjoint."""
+    tiles, problem = passes.tiles, passes.tiles.problem
+    if problem.solver.gradient != "implicit":
+        return tail_field(passes, potentials, problem)
+    zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
+    if passes.gathers_value:
+        passes.column(zero.row, zero)
+    field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
+    passes.column(zero.row, zero, field)
+    passes.row(zero.col, zero, field)
+    return field, zero.row
+
+
 def _gather(passes: TiledPasses, field: Field, dropped: Tensor) -> Gradients:
-    t, d = passes.tiles, passes.d
-    assert passes.grad_query is not None and passes.grad_key is not None and passes.grad_value is not None
-    factor = t.problem.solver.scale / t.problem.solver.epsilon
-    grad_key = t.by_group(passes.grad_key).sum(2) * factor
-    grad_value = t.by_group(passes.grad_value).sum(2)
-    row_score = col_score = corner_score = dustbin_value = None
-    if d.to_bin is not None and d.from_bin is not None:
-        assert t.dustbin is not None
-        column, row, corner = t.dustbin.score_cotangent(t.log_dustbin_plan, d.to_bin, d.from_bin, field)
-        row_score, col_score = column / t.problem.solver.epsilon, row / t.problem.solver.epsilon
-        corner_score = corner.sum(-1) / t.problem.solver.epsilon
-        if t.inputs.dustbin_value is not None:
-            dustbin_value = (t.dustbin_plan[0][..., None] * d.grad).sum(-2)
-    cotangents = Inputs(
-        passes.grad_query * factor, grad_key, grad_value, passes.grad_mask,
-        row_score, col_score, corner_score, dustbin_value,
-    )  # fmt: skip
-    return Gradients(cotangents, dropped)
+    found = score_gradients(passes, field)
+    t = passes.tiles
+    assert passes.grad_value is not None
+    dustbin_value = None
+    if t.inputs.dustbin_value is not None:
+        dustbin_value = (t.dustbin_plan[0][..., None] * passes.d.grad).sum(-2)
+    return Gradients(found._replace(value=t.by_group(passes.grad_value).sum(2), dustbin_value=dustbin_value), dropped)
+
+
+def score_gradients(passes: TiledPasses, field: Field) -> Inputs:
+    """Cotangents of what the scores are made of, from what the passes gathered."""
+    t = passes.tiles
+    assert passes.grad_query is not None and passes.grad_key is not None
+    factor, epsilon = t.problem.solver.scale / t.problem.solver.epsilon, t.problem.solver.epsilon
+    found = Inputs(passes.grad_query * factor, t.by_group(passes.grad_key).sum(2) * factor, None, passes.grad_mask)
+    if t.dustbin is None:
+        return found
+    column, row, corner = passes.dustbin_cotangent(t.dustbin, field)
+    return found._replace(row_score=column / epsilon, col_score=row / epsilon, corner_score=corner.sum(-1) / epsilon)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method.partners import Best, leading, merged, nobody
-from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Partners
 
 
@@ -15,22 +13,13 @@ def partners(tiles: Tiles, k: int) -> Partners:
     """The k largest entries of each row and column of the plan, in the memory of one tile."""
     heads = tiles.num, tiles.heads
     rows, cols = (nobody(tiles.u, *heads, n, k) for n in (tiles.length, tiles.size))
-    clean = can_look(tiles.u) and bool(tiles.u.isfinite().all()) and bool(tiles.v.isfinite().all())
     for i, at in enumerate(tiles.row_blocks):
         for j in tiles.columns(i):
-            tile = tiles.log_plan(i, j).exp_()
-            if not clean:  # a NaN is nobody's partner off the support
-                tile = tile.masked_fill(_outside(tiles, i, j), 0.0)
+            tile = tiles.supported_log_plan(i, j).exp_()
             _take(rows, at, leading(tile, k), tiles.col_blocks[j].start)
             _take(cols, tiles.col_blocks[j], leading(tile, k, dim=-2), at.start)
     to_bin, from_bin, _ = tiles.dustbin_plan
     return Partners(rows.place, rows.mass, cols.place, cols.mass, to_bin, from_bin)
-
-
-def _outside(tiles: Tiles, i: int, j: int) -> Tensor:
-    rows, cols = tiles.row_blocks[i], tiles.col_blocks[j]
-    dead = tiles.row_dead[..., rows, None] | tiles.col_dead[..., None, cols]
-    return dead | (tiles.scores(i, j) == -torch.inf)
 
 
 def _take(best: Best, at: slice, found: Best, first: int) -> None:

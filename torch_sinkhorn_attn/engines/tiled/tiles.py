@@ -86,7 +86,7 @@ class Tiles:
         other.u, other.v = u, v
         other._u, other._v = self._live(u, self.row_dead), self._live(v, self.col_dead)
         other._plans = _Kept()
-        for name in ("log_dustbin_plan", "dustbin_plan"):
+        for name in ("log_dustbin_plan", "dustbin_plan", "_finite"):
             other.__dict__.pop(name, None)
         return other
 
@@ -179,6 +179,19 @@ class Tiles:
         rows, cols = self.row_blocks[i], self.col_blocks[j]
         return (self.scores(i, j) + self._u[..., rows, None]).add_(self._v[..., None, cols])
 
+    def supported_log_plan(self, i: int, j: int) -> Tensor:
+        """log P, -inf off the support beside potentials that are NaN too."""
+        tile = self.log_plan(i, j)
+        if self._finite:
+            return tile
+        dead = self.row_dead[..., self.row_blocks[i], None] | self.col_dead[..., None, self.col_blocks[j]]
+        return tile.masked_fill_((self.scores(i, j) == -torch.inf) | dead, -torch.inf)
+
+    @cached_property
+    def _finite(self) -> bool:
+        """Whether the potentials can be seen to be."""
+        return can_look(self.u) and all(bool(x.isfinite().all()) for x in (self.u, self.v))
+
     def plan(self, i: int, j: int) -> Tensor:
         """P on the tile; not to be written to."""
         if (i, j) in self._plans.tiles:
@@ -205,13 +218,18 @@ class Tiles:
 
     def score_cotangent(self, grad: Tensor, field: Field, i: int, j: int) -> Tensor:
         """dS on the tile: P * (D - X Y^T), or with the factors formed one by one where the field has exponents."""
-        rows, cols = self.row_blocks[i], self.col_blocks[j]
         d = self.weights_cotangent(grad, i, j)
-        x, y = field.row_terms[..., rows, :], field.col_terms[..., cols, :]
-        if field.row_exponents is None or field.col_exponents is None:
+        if field.row_exponents is None:
+            x, y = field.row_terms[..., self.row_blocks[i], :], field.col_terms[..., self.col_blocks[j], :]
             return d.sub_(x @ y.transpose(-1, -2)).mul_(self.plan(i, j))
-        part = Field(x, y, field.row_exponents[..., rows, :], field.col_exponents[..., cols, :])
-        return subtract_field(d.mul_(self.plan(i, j)), self.log_plan(i, j), part)
+        return self.less_field(d.mul_(self.plan(i, j)), field, i, j)
+
+    def less_field(self, weighted: Tensor, field: Field, i: int, j: int) -> Tensor:
+        """dS on the tile from `weighted` = P * D there."""
+        rows, cols = self.row_blocks[i], self.col_blocks[j]
+        sides = (rows, field.row_terms, field.row_exponents), (cols, field.col_terms, field.col_exponents)
+        (x, a), (y, b) = ((terms[..., at, :], None if e is None else e[..., at, :]) for at, terms, e in sides)
+        return subtract_field(weighted, self.log_plan(i, j), Field(x, y, a, b))
 
     # Grouped queries: the heads that share a key head lie side by side, so keys and values are never repeated
 
