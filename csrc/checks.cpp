@@ -319,6 +319,10 @@ void check_cotangents(const Given& g, const Tensor& grad, const MaybeTensor& gra
   check_tensor("col_potentials", col_potentials, g.dtype, {duals, g.num, g.heads, g.size + g.bins});
 }
 
+void check_partners(int64_t partners, int64_t most) {
+  SINKHORN_CHECK(partners >= 1 && partners <= most, "partners is ", partners, "; 1 to ", most, " are found at a time");
+}
+
 void check_bytes(const char* name, int64_t bytes) {
   SINKHORN_CHECK(bytes >= 0, name, " is ", bytes, "; 0 or more is needed");
 }

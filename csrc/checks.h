@@ -68,6 +68,9 @@ void check_cotangents(const Given& given, const Tensor& grad, const MaybeTensor&
                       const MaybeTensor& grad_from_bin, const MaybeTensor& output, const Tensor& row_potentials,
                       const Tensor& col_potentials);
 
+// How many partners of each token an op finds.
+void check_partners(int64_t partners, int64_t most);
+
 // A number of bytes that a setting takes.
 void check_bytes(const char* name, int64_t bytes);
 

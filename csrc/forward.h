@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "partners.h"
 #include "scaling.h"
 
 namespace sinkhorn {
@@ -13,7 +14,7 @@ template <typename T>
 class Solver : Scalings<T> {
  public:
   Solver(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena)
-      : Scalings<T>(problem, job, team, arena, /*keep_tiles=*/problem.stopped + problem.kept > 0) {
+      : Scalings<T>(problem, job, team, arena, /*keep_tiles=*/problem.stopped + problem.kept > 0), partners(h, arena) {
     accumulators = arena.take<T>(2 * h.part_columns());
     if (p.accelerated) v_before = arena.take<T>(h.cols + 1), v_now = arena.take<T>(h.cols + 1);
     failed = arena.take<uint8_t>(kMaxParts);
@@ -29,6 +30,7 @@ class Solver : Scalings<T> {
     if (wants_output() && result.output)
       h.pack_side(p.value, h.key_head, job().col0, h.m, h.cols, p.value_features, h.value_width, T(1), value);
     iterate();
+    if (result.row_index) partners.finish(result);
     if (result.row_residual) this->residuals(result.row_residual[index], result.col_residual[index]);
     if (bin.present() && result.plan) emit_dustbin();
     if (bin.present() && result.to_bin) {
@@ -119,7 +121,8 @@ class Solver : Scalings<T> {
   // One reading of the support: K is built or read, rows are finished and their part of the next column sums gathered.
   // False, without effect, if a row scaling leaves the safe range.
   bool visit(Pass pass, bool last, bool want_columns) {
-    const bool emits = last && (out->output || out->plan);
+    const bool emits = last && (out->output || out->plan || out->row_index);
+    if (last && out->row_index) partners.start();
     if (last && out->output) scale_value();
     if (pass == Pass::build) bin.plan(alpha, beta);
     if (pass == Pass::absorb && bin.present()) {
@@ -157,7 +160,11 @@ class Solver : Scalings<T> {
       else
         row_column_pass<true, false>(block, tile, y + block.col, columns, next);
       if (pass == Pass::sweep) failed[part] |= bad;
-      if (emits && !failed[part]) out->plan ? emit_plan(block, tile) : emit(block, tile, slot);
+      if (!emits || failed[part]) return;
+      if (out->row_index)
+        partners.take(block, part, slot, tile, x_new, y, a, b, *out);
+      else
+        out->plan ? emit_plan(block, tile) : emit(block, tile, slot);
     });
     if (bin.present() && pass != Pass::build && pass != Pass::columns) {
       sums[h.rows] = bin.row_sum(y);
@@ -354,6 +361,7 @@ class Solver : Scalings<T> {
     }
   }
 
+  Partners<T> partners;
   T* accumulators;               // column sums of the parts; twice, for the log domain
   uint8_t* failed;               // [parts]
   T *value, *scaled_value;       // V and y V, [cols, value_width]

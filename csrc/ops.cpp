@@ -16,7 +16,7 @@
 namespace sinkhorn {
 namespace {
 
-constexpr int64_t kInterface = 4;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
+constexpr int64_t kInterface = 5;  // as INTERFACE in engines/cpu.py: of a library and a package that belong together
 
 Kind kind_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -205,6 +205,42 @@ PlanResults cpu_plan(const MaybeTensors& tensors, Doubles numbers, Integers coun
   return given.dtype == ScalarType::Double ? plan_as<double>(given) : plan_as<float>(given);
 }
 
+using MatchResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+MatchResults matches_as(const Given& given, int64_t partners) {
+  Problem<T> p = problem_of<T>(given);
+  p.partners = partners;
+  p.value = Operand();
+  const auto jobs = jobs_of(given, p);
+  const ScalarType dtype = given.dtype;
+  const auto nobody = [&](int64_t tokens) {
+    Tensor index = zeros({p.num, p.heads, tokens, partners}, ScalarType::Long);
+    std::fill_n(index.mutable_data_ptr<int64_t>(), p.num * p.heads * tokens * partners, int64_t(-1));
+    return index;
+  };
+  const auto vector = [&](int64_t tokens) { return p.bins ? zeros({p.num, p.heads, tokens}, dtype) : zeros({0}, dtype); };
+  Tensor row_index = nobody(p.length), col_index = nobody(p.size);
+  Tensor row_mass = zeros({p.num, p.heads, p.length, partners}, dtype);
+  Tensor col_mass = zeros({p.num, p.heads, p.size, partners}, dtype);
+  Tensor to_bin = vector(p.length), from_bin = vector(p.size);
+  Tensor row = zeros({p.kept + 1, p.num, p.heads, p.length + p.bins}, dtype);
+  Tensor col = zeros({p.kept + 1, p.num, p.heads, p.size + p.bins}, dtype);
+  ForwardResult<T> result;
+  result.row_index = row_index.mutable_data_ptr<int64_t>(), result.col_index = col_index.mutable_data_ptr<int64_t>();
+  result.row_mass = row_mass.mutable_data_ptr<T>(), result.col_mass = col_mass.mutable_data_ptr<T>();
+  result.row_potentials = row.mutable_data_ptr<T>(), result.col_potentials = col.mutable_data_ptr<T>();
+  if (p.bins) result.to_bin = to_bin.mutable_data_ptr<T>(), result.from_bin = from_bin.mutable_data_ptr<T>();
+  run_forward(p, jobs, result);
+  return {row_index, row_mass, col_index, col_mass, to_bin, from_bin};
+}
+
+MatchResults cpu_matches(const MaybeTensors& tensors, Doubles numbers, Integers counts, int64_t partners) {
+  const Given given = check_problem(tensors, numbers, counts);
+  check_partners(partners, kMostPartners);
+  return given.dtype == ScalarType::Double ? matches_as<double>(given, partners) : matches_as<float>(given, partners);
+}
+
 // Jobs that add to the same entries of the mask's gradient.
 template <typename T>
 std::vector<int64_t> mask_groups(const std::vector<Job>& jobs, const Problem<T>& p, const Tensor& mask) {
@@ -304,6 +340,9 @@ SINKHORN_LIBRARY(torch_sinkhorn_attn, m) {
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_plan(Tensor?[] tensors, float[] numbers, int[] counts) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "cpu_matches(Tensor?[] tensors, float[] numbers, int[] counts, int partners) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "cpu_backward(Tensor grad, Tensor? grad_to_bin, Tensor? grad_from_bin, Tensor? output, "
       "Tensor row_potentials, Tensor col_potentials, Tensor?[] tensors, float[] numbers, int[] counts, "
       "bool mask_grad) -> Tensor[]");
@@ -318,12 +357,14 @@ SINKHORN_LIBRARY(torch_sinkhorn_attn, m) {
 SINKHORN_IMPL(torch_sinkhorn_attn, CPU, m) {
   m.impl("cpu_forward", SINKHORN_KERNEL(cpu_forward));
   m.impl("cpu_plan", SINKHORN_KERNEL(cpu_plan));
+  m.impl("cpu_matches", SINKHORN_KERNEL(cpu_matches));
   m.impl("cpu_backward", SINKHORN_KERNEL(cpu_backward));
 }
 
 SINKHORN_IMPL(torch_sinkhorn_attn, Negative, m) {
   m.impl("cpu_forward", SINKHORN_KERNEL(Negated<cpu_forward>::refuse));
   m.impl("cpu_plan", SINKHORN_KERNEL(Negated<cpu_plan>::refuse));
+  m.impl("cpu_matches", SINKHORN_KERNEL(Negated<cpu_matches>::refuse));
   m.impl("cpu_backward", SINKHORN_KERNEL(Negated<cpu_backward>::refuse));
 }
 

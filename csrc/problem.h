@@ -7,6 +7,8 @@
 
 namespace sinkhorn {
 
+inline constexpr int64_t kMostPartners = 16;  // as MOST_PARTNERS in engines/cpu.py
+
 enum class Kind : int32_t { float64, float32, float16, bfloat16, boolean };
 
 // A tensor [N, H, rows, columns] of any dtype and strides; strides count elements and are 0 where it is broadcast.
@@ -47,6 +49,7 @@ struct Problem {
   bool accelerated = false;
   double contraction = 0;  // 0: measured
   bool balanced = true, banded = false, implicit = false;
+  int64_t partners = 0;   // how many of each token are wanted, at most kMostPartners
   int64_t budget = 0;     // bytes of plan tiles that one problem may keep
   bool poisoned = false;  // the workspace is filled with NaN first, as torch fills what nobody has written when asked to
 };
@@ -60,6 +63,8 @@ struct ForwardResult {
   T *row_residual = nullptr, *col_residual = nullptr;      // [jobs]; null where not wanted
   T* plan = nullptr;    // [N, H, L, S], or [N, H, L+1, S+1] with a dustbin; null unless wanted
   T* corner = nullptr;  // [N, H, G] the plan's corners, with `plan`
+  int64_t *row_index = nullptr, *col_index = nullptr;  // [N, H, L, k], [N, H, S, k], filled with -1; null unless wanted
+  T *row_mass = nullptr, *col_mass = nullptr;          // likewise, with them
 };
 
 template <typename T>

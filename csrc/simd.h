@@ -80,6 +80,15 @@ inline Vec<T> maximum(Vec<T> x, Vec<T> y) {
   return Vec<T>((x.raw > y.raw) | (x.raw != x.raw) ? x.raw : y.raw);
 }
 
+// Whether a comparison holds in some lane.
+template <typename T>
+inline bool any_of(typename Lanes<T>::bits lanes) {
+  int64_t words[kVectorBytes / 8], some = 0;
+  __builtin_memcpy(words, &lanes, sizeof words);
+  for (const int64_t word : words) some |= word;
+  return some != 0;
+}
+
 // x where it is above -inf, and 0 there.
 template <typename T>
 inline Vec<T> finite_or_zero(Vec<T> x) {

@@ -31,11 +31,14 @@ inline Tensor zeros(Shape shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t numel = 1;
   for (size_t k = shape.size(); k-- > 0; numel *= shape[k]) strides[k] = numel;
-  const bool wide = dtype == ScalarType::Double;
+  const bool whole = dtype == ScalarType::Long, wide = whole || dtype == ScalarType::Double;
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
+      whole  ? aoti_torch_dtype_int64()
+      : wide ? aoti_torch_dtype_float64()
+             : aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &made));
   Tensor x(made);
   const size_t bytes = static_cast<size_t>(numel) * (wide ? sizeof(double) : sizeof(float));
   if (bytes > size_t(1) << 20) return torch::stable::zero_(x);  // on all threads

@@ -29,6 +29,7 @@ from torch_sinkhorn_attn.problem.problem import (
     Gradients,
     Inputs,
     OutputGrads,
+    Partners,
     Potentials,
     Problem,
     Result,
@@ -37,7 +38,8 @@ from torch_sinkhorn_attn.problem.problem import (
 
 NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
-INTERFACE = 4  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+INTERFACE = 5  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+MOST_PARTNERS = 16  # as kMostPartners in csrc/problem.h
 INTERRUPTED = "interrupted by a signal"  # as in csrc/schedule.cpp
 _FOLDER = Path(__file__).parent
 _BUDGET_VARIABLE = "TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB"
@@ -174,6 +176,13 @@ class CpuEngine(Engine):
         arguments = _arguments(inputs._replace(value=None), problem)
         found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *arguments)
         return found, Potentials(row, col)
+
+    def matches(self, inputs: Inputs, problem: Problem, k: int) -> Partners:
+        """Found while the plan is read for the last time; for more than a few partners, from tiles."""
+        if k > MOST_PARTNERS:
+            return super().matches(inputs, problem, k)
+        arguments = _arguments(inputs._replace(value=None, dustbin_value=None), problem)
+        return Partners(*_run(torch.ops.torch_sinkhorn_attn.cpu_matches, *arguments, k))
 
     def backward(
         self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
