@@ -90,9 +90,9 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         try:
             problem = problems.make(r.randrange(1 << 30), r.choice([torch.float32, torch.float64]))
             op = r.choice(list(_OPS))
-            options = problem.options if "plan" not in op else problem.options | {"dropout_p": 0.0}
+            options = problem.options if _reads_value(op) else problem.options | {"dropout_p": 0.0}
             given = prepare(
-                problem.query.detach(), problem.key.detach(), None if "plan" in op else problem.value.detach(),
+                problem.query.detach(), problem.key.detach(), problem.value.detach() if _reads_value(op) else None,
                 None if problem.mask is None else problem.mask.detach(), **options,
             )  # fmt: skip
         except ValueError:
@@ -113,8 +113,9 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         what = _spoil(r, {**before, **arguments}, given.problem, op)
         spoiled = what[1]
         values = [spoiled[k] for k in (*before, *arguments)]
-        extra = {"forward": False, "matches": r.choice([2, 1, 0, -3])}
-        values = ops.with_residuals(values, extra[op]) if op in extra else values
+        own = {"forward": [False], "matches": [r.choice([2, 1, 0, -3])]}
+        own["band"] = [given.problem.support.row_lo, r.choice([3, 0, -1]), r.random() < 0.5]
+        values = ops.with_residuals(values, *own.get(op, ()))
         return f"{op} {engine} {what[0]}", lambda: function(*values)
     tensors, numbers, counts = cpu._arguments(given.inputs, given.problem)
     place = (*ops.Inputs._fields, *cpu._TENSORS)
@@ -125,7 +126,7 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         order = [before.get(k) for k in ("grad", "grad_to_bin", "grad_from_bin", "output")]
         order += [before[k] for k in ("row_potentials", "col_potentials")]
         return f"{op} {name}", lambda: function(*order, list(lists.values()), numbers, counts, wants)
-    extra = [False] if op == "cpu_forward" else []
+    extra = {"cpu_forward": [False], "cpu_matches": [r.choice([2, 1, 0, -3, 1 << 40])]}.get(op, [])
     return f"{op} {name}", lambda: function(list(lists.values()), numbers, counts, *extra)
 
 
@@ -137,10 +138,16 @@ _OPS = (
     "log_plan",
     "log_plan_backward",
     "matches",
+    "band",
     "cpu_forward",
     "cpu_plan",
+    "cpu_matches",
     "cpu_backward",
 )
+
+
+def _reads_value(op: str) -> bool:
+    return not any(name in op for name in ("plan", "matches", "band"))
 
 
 def _detached(inputs: Any) -> Any:
@@ -204,7 +211,7 @@ def _spoil_tensor(r: random.Random, arguments: dict[str, Any], problem: Any, op:
     import torch
 
     names = [k for k, x in arguments.items() if isinstance(x, torch.Tensor)]
-    if "plan" in op or arguments.get("value") is None:  # which does not read it
+    if not _reads_value(op) or arguments.get("value") is None:  # which does not read it
         names = [k for k in names if k != "dustbin_value"]
     kind = r.choice(["shape", "shape", "shape", "dtype", "missing", "extra", "contents", "contents"])
     if kind == "missing":

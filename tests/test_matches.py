@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, Matches, set_checks, sinkhorn_matches, sinkhorn_plan
 from torch_sinkhorn_attn.boundary import ops
+from torch_sinkhorn_attn.engines import cpu
 from torch_sinkhorn_attn.engines.tiled import tiles
 from torch_sinkhorn_attn.method.partners import CHUNK, SORTED_FROM, Best, leading, merged
 from torch_sinkhorn_attn.problem.arguments import prepare
@@ -157,6 +158,48 @@ def test_a_nan_shows_in_its_own_head(engine: str) -> None:
             assert not mass[1].isnan().any() and not mass[0, 0].isnan().any() and not mass[0, 1, hit:].isnan().any()
             assert (index[0, 1, :of_segment] < of_segment).all() and (index[0, 1, of_segment:] >= of_segment).all()
         assert found.probability[0, 1, :hit].isnan().all() and found.mutual(0.5)[1].isnan().any()
+
+
+@pytest.mark.parametrize("capability", cpu.capabilities())
+def test_the_kernels_name_nobody_off_the_support(capability: str) -> None:
+    """Not for a NaN either, whatever the place of it and the padding beside it."""
+    before = cpu.capability()
+    cpu.set_capability(capability)
+    try:
+        for size in (3, 8, 17, 33, 70):
+            ids = torch.zeros(size, dtype=torch.int64)
+            ids[size // 2] = -1
+            gap = {"query_segment_ids": ids, "key_segment_ids": ids}
+            band = {"window": (2, 2), "relaxation": 1.0}
+            hole = torch.ones(size, size, dtype=torch.bool)
+            hole[size // 3, : size // 2] = False
+            for options, mask in ((gap, None), (band, None), ({}, hole), (gap | band, hole)):
+                for dtype, k in ((torch.float32, 1), (torch.float64, 3)):
+                    query, key = randn(2, size, 4, dtype=dtype), randn(2, size, 4, seed=1, dtype=dtype)
+                    support = sinkhorn_plan(query, key, mask, engine="cpu", **options) > 0
+                    key[0, size - 1, 1] = torch.nan
+                    found = sinkhorn_matches(query, key, mask, k=k, engine="cpu", **options)
+                    for x, there in ((found.row_index, support), (found.col_index, support.transpose(-1, -2))):
+                        inside = there.gather(-1, x.clamp(min=0)) | (x < 0)
+                        assert inside.all() and (x < size).all(), (size, options)
+                    assert found.row_plan[0].isnan().any() and not found.row_plan[1].isnan().any()
+    finally:
+        cpu.set_capability(before)
+
+
+def test_threads_and_budgets_change_no_bit() -> None:
+    query, key = randn(2, 700, 16, dtype=torch.float32), randn(2, 600, 16, seed=1, dtype=torch.float32)
+    budget, threads, found = cpu.workspace_budget(), torch.get_num_threads(), []
+    try:
+        for count, num_bytes in ((1, budget), (2, budget), (3, 0), (1, 1 << 18)):
+            torch.set_num_threads(count)
+            cpu.set_workspace_budget(num_bytes)
+            found.append(sinkhorn_matches(query, key, k=3, engine="cpu", dustbin=Dustbin(0.5, 0.5)))
+    finally:
+        torch.set_num_threads(threads)
+        cpu.set_workspace_budget(budget)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
 @everywhere

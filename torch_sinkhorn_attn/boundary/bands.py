@@ -13,7 +13,7 @@ from torch_sinkhorn_attn.boundary import autograd, ops
 from torch_sinkhorn_attn.boundary.op_checks import check_cotangents, check_problem
 from torch_sinkhorn_attn.compat.once import differentiable_once
 from torch_sinkhorn_attn.compat.tracing import recording, refuse_onnx
-from torch_sinkhorn_attn.engines import ENGINES
+from torch_sinkhorn_attn.engines import ENGINES, cpu
 from torch_sinkhorn_attn.engines.tiled import band as tiled
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.problem.fits import check_present, refuse
@@ -47,6 +47,8 @@ def _taken(args: Any) -> tuple[Inputs, Problem, str, Tensor, int, bool]:
     inputs, problem, engine = ops.unflatten(ops.without_residuals(args, _OWN))
     first, width, log = ops.own(args, _OWN)
     check_problem(inputs, problem, engine)
+    if engine == cpu.NAME:  # whose own checks only its kernels make
+        check_problem(inputs, problem, "tiled")
     check_present(first_column=first)
     shape, device = (problem.sizes[0], problem.sizes[2]), inputs.query.device
     if first.shape != shape or first.dtype != torch.int64 or first.device != device:

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _PACKAGE = __name__.partition(".compat")[0]
-_DEFINING = ("boundary.autograd", "problem.masks.scan")  # operators and their derivatives
+_DEFINING = ("boundary.autograd", "boundary.bands", "problem.masks.scan")  # operators and their derivatives
 
 
 def register_beside_torch() -> None:
