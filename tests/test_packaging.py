@@ -187,7 +187,7 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdl
 
 
 def test_init_is_short():
-    assert len((ROOT / "torch_sinkhorn_attn/__init__.py").read_text().splitlines()) <= 50
+    assert len((ROOT / "torch_sinkhorn_attn/__init__.py").read_text().splitlines()) <= 60
 
 
 def test_citation_names_this_version():

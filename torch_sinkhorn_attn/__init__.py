@@ -30,31 +30,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Certificate",
-    "Dustbin",
-    "Matches",
-    "PlanBand",
-    "ReplacementReport",
-    "SinkhornAux",
-    "SinkhornMultiheadAttention",
-    "Status",
-    "TransformersReport",
-    "TransportCost",
-    "certify",
-    "choose_layers",
-    "register_transformers",
-    "replace_attention",
-    "restore_attention",
-    "scout_centers",
-    "set_checks",
-    "sinkhorn_attention",
-    "sinkhorn_cost",
-    "sinkhorn_divergence",
-    "sinkhorn_matches",
-    "sinkhorn_plan",
-    "sinkhorn_plan_band",
-    "squared_distance_features",
-    "transformers_report",
+    "Certificate", "Dustbin", "Matches", "PlanBand", "ReplacementReport", "SinkhornAux",
+    "SinkhornMultiheadAttention", "Status", "TransformersReport", "TransportCost", "certify", "choose_layers",
+    "register_transformers", "replace_attention", "restore_attention", "scout_centers", "set_checks",
+    "sinkhorn_attention", "sinkhorn_cost", "sinkhorn_divergence", "sinkhorn_matches", "sinkhorn_plan",
+    "sinkhorn_plan_band", "squared_distance_features", "transformers_report",
 ]  # fmt: skip
 
 _HOMES = {
