@@ -24,6 +24,7 @@ from torch_sinkhorn_attn import (
     sinkhorn_attention,
     sinkhorn_matches,
     sinkhorn_plan,
+    sinkhorn_plan_band,
 )
 from torch_sinkhorn_attn.boundary import ops
 from torch_sinkhorn_attn.engines import xla
@@ -208,6 +209,22 @@ def test_matches(device: torch.device, fallbacks: Any, monkeypatch: pytest.Monke
         present = [(x, y) for x, y in zip(found, expected, strict=True) if y is not None]
         for x, y in zip(fetched(*(x for x, _ in present)), (y for _, y in present), strict=True):
             assert torch.equal(x, y) if y.dtype == torch.int64 else torch.allclose(x, y, atol=1e-12)
+    assert not fallbacks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log", [False, True])
+def test_a_band_and_its_gradient(log: bool, device: torch.device, fallbacks: Any) -> None:
+    q, k = (randn(2, 1, 9, 4, seed=s).requires_grad_() for s in range(2))
+    lengths = torch.tensor([9, 5])
+    found = []
+    for tensors, given in (((q, k), lengths), (on(device, (q, k)), on(device, lengths))):
+        options = {"window": (2, 2), "query_lengths": given, "key_lengths": given, "dustbin": Dustbin(0.1, 0.2)}
+        band = sinkhorn_plan_band(*tensors, log=log, **options)
+        loss = band.values.masked_fill(band.values == -torch.inf, 0.0).square().sum() + band.col_dustbin[0].sum()
+        found.append([band.values.detach(), band.first_column, *torch.autograd.grad(loss, tensors)])
+    for x, y in zip(fetched(*found[1]), found[0], strict=True):
+        assert torch.allclose(x, y, atol=1e-10)
     assert not fallbacks()
 
 
