@@ -7,9 +7,10 @@ N x N scores, float32, dustbins with one shared score, the log plan and the grad
 lives in a process of its own; they take turns, and "ms" is the best of `--repeat` rounds after one to warm up. "peak
 MiB" is what its resident set grew by in the first call, result and gradients included. "error" is the largest in the
 first row of the log plan, and of the gradient (over its largest), against float64 through every iteration; the gradient
-of the tail lacks by design what the iterations before it still contribute. A function is left out where its backward
-would keep more than `--memory` GiB. `--clock processor --threads 1` times the processor, on a machine that does other
-things too. What is not installed here is looked for in `--python`, another interpreter.
+of the tail lacks by design what the iterations before it still contribute. "loop" and "transformers" are the same
+operations: where their times differ it is by how the allocator gives matrices back. A function is left out where its
+backward would keep more than `--memory` GiB. `--clock processor --threads 1` times the processor, if the machine does
+other things too. What is not installed here is looked for in `--python`, another interpreter.
 
 Then the loss at a score deviation of 20 in float32, through the logarithm of the plan and by the log plan.
 """
