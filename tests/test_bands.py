@@ -67,7 +67,7 @@ def windowed(start: int, stop: int) -> list[problems.Call]:
 
 
 @everywhere
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", slow_after(1, [False, True]))
 @pytest.mark.parametrize("start", slow_after(1, range(0, 600, 60)))
 def test_random_problems(start: int, log: bool, engine: str) -> None:
     calls = windowed(start, start + 60)
@@ -166,6 +166,7 @@ def test_second_derivatives_and_forward_mode_are_refused(engine: str) -> None:
         torch.func.jvp(lambda y: sinkhorn_plan_band(y, y, window=(1, 1), engine=engine).values, (x,), (x,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", slow_after(1, ENGINES))
 def test_compiled_and_mapped(engine: str) -> None:
     query, key = randn(3, 2, 20, 4), randn(3, 2, 20, 4, seed=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_after
 from torch import Tensor
 
 from benchmarks.lib.superglue import log_optimal_transport
@@ -30,7 +31,7 @@ def loss_and_gradients(log_plan: Tensor, leaves: tuple[Tensor, ...]) -> list[Ten
 
 
 @pytest.mark.parametrize("engine", ["reference", "tiled", "cpu"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", slow_after(1, SHAPES.values()), ids=SHAPES)
 def test_its_plan_and_gradients_are_those_of_superglue_s_loop(shape: tuple[int, int], engine: str) -> None:
     scores, score = inputs(*shape)
     truth = loss_and_gradients(log_optimal_transport(scores, score, 400), (scores, score))

@@ -262,6 +262,7 @@ def test_what_is_wrong_is_refused() -> None:
         sinkhorn_matches(x, x, heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("engine", slow_after(1, ENGINES))
 def test_compiled_traced_and_mapped(engine: str) -> None:

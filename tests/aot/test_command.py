@@ -248,6 +248,7 @@ def compiled(target: str, **arguments: Any) -> dict[str, Any]:
     return call(f"tests.aot.programs:{target}", {"topology": "v6e:2x4", **arguments})
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_loops_of_a_kernel(tmp_path: Path) -> None:
     found = call("tests.aot.programs:loops", {"topology": "v6e:2x4"}, keep=str(tmp_path / "kept"))
@@ -264,6 +265,7 @@ def test_loops_of_a_kernel(tmp_path: Path) -> None:
     assert any(path.name.endswith("original.txt") for path in (tmp_path / "kept").iterdir())
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_kernel_of_a_long_name_is_read() -> None:
     """Names of the listings' files are cut, each at another place."""
@@ -341,6 +343,7 @@ def test_the_command_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_generations_that_libtpu_lacks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.metadata.version("libtpu") != "0.0.21":

@@ -124,7 +124,7 @@ def test_over_relaxed_rows_are_still_exact_averages() -> None:
 
 
 @engines
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-3])
+@pytest.mark.parametrize("tolerance", slow_after(1, [1e-1, 1e-3]))
 @pytest.mark.parametrize("name", slow_after(1, OPTIONS))
 def test_early_stopping_equals_fewer_iterations(engine: str, tolerance: float, name: str) -> None:
     q, k, v = tensors(1, 12, 4)
@@ -166,7 +166,7 @@ def test_every_head_stops_on_its_own(engine: str, tail: int) -> None:
 
 
 @engines
-@pytest.mark.parametrize("dustbin", [None, Dustbin(0.5, -0.5)], ids=["no dustbin", "dustbin"])
+@pytest.mark.parametrize("dustbin", slow_after(1, [Dustbin(0.5, -0.5), None]), ids=["dustbin", "no dustbin"])
 @pytest.mark.parametrize("omega", slow_after(1, [1.0, 1.3]))
 def test_packed_equals_separate(engine: str, dustbin: Dustbin | None, omega: float) -> None:
     q, k, v = tensors(2, 15, 4, seed=3)

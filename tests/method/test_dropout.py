@@ -39,6 +39,7 @@ def test_tiles_see_the_entries_of_the_whole() -> None:
     assert torch.equal(whole[:, 11:30, 7:50], tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", slow_after(1, ["reference", *ENGINES]))
 def test_manual_seed_governs_and_the_expectation_holds(engine: str) -> None:
     x = torch.randn(1, 2, 12, 4, dtype=torch.float64)

@@ -6,6 +6,7 @@ import problems
 import pytest
 import torch
 from conformance import relative_error, weights
+from marks import slow_after
 
 from torch_sinkhorn_attn.method import reference, staircase
 from torch_sinkhorn_attn.problem.arguments import prepare
@@ -18,7 +19,7 @@ def dense_of(call: problems.Call):
     return dense._replace(scores=dense.scores.detach().requires_grad_()), prepared.problem
 
 
-@pytest.mark.parametrize("start", range(0, 320, 40))
+@pytest.mark.parametrize("start", slow_after(2, range(0, 320, 40)))
 def test_score_cotangent_equals_autograd(start: int) -> None:
     """Any cotangent of the whole augmented plan, over every R and option."""
     for seed in range(start, start + 40):

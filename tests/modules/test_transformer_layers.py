@@ -120,8 +120,8 @@ def run(model: nn.Module, kind: str, form: str) -> Tensor:
     return out[~(SRC_PADDING if kind == "encoder" else TGT_PADDING)]
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["before construction", "after construction"])
-@pytest.mark.parametrize("swap", [by_hand, by_replacement])
+@pytest.mark.parametrize("early", slow_after(1, [True, False]), ids=["before construction", "after construction"])
+@pytest.mark.parametrize("swap", slow_after(1, [by_hand, by_replacement]))
 @pytest.mark.parametrize("kind", COUNTS)
 def test_our_forward_runs_in_every_mode(
     kind: str, swap: Callable[[nn.Module], None], early: bool, calls: list[bool]

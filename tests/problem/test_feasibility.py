@@ -42,6 +42,7 @@ def test_masks_agree_with_linear_programs(start: int) -> None:
     assert 3 < sum(found) < 37  # both outcomes are drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", slow_after(1, range(0, 300, 100)))
 def test_masks_agree_with_all_cuts_in_any_order(start: int) -> None:
     g = torch.Generator().manual_seed(start)
@@ -61,6 +62,7 @@ def intervals(g: torch.Generator, n: int, m: int) -> tuple[Tensor, Tensor]:
     return lo, hi.cummax(0).values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", slow_after(1, range(0, 900, 300)))
 def test_intervals_and_masks_decide_alike(start: int) -> None:
     """Monotone intervals are decided by sums in O(n); written as masks and shuffled, by flows. With idle tokens."""
@@ -193,6 +195,7 @@ def test_slack_of_whole_tokens(n: int, m: int, spare: int) -> None:
         assert "mass" in refused(n=n, m=m, mask=keep[rows][:, cols])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", slow_after(1, ["tiled", "reference", None]))
 def test_what_is_accepted_converges(engine: str | None) -> None:
     """Sparse random masks in random order: those accepted reach their marginals, on every engine."""

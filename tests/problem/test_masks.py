@@ -130,6 +130,7 @@ def test_softmax_mode_is_softmax() -> None:
     torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, mask), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"window": (6, 6)}], ids=["plain", "window"])
 @pytest.mark.parametrize("shape", slow_after(1, [(2, 1, 7, 7), (2, 1, 1, 7), (1, 2, 7, 1)]), ids=str)
 def test_where_data_may_not_be_looked_at(shape: tuple[int, ...], options: dict) -> None:

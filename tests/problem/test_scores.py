@@ -114,6 +114,7 @@ def test_half_precision_is_solved_in_float32() -> None:
         assert sinkhorn_attention(scores.float(), None, value.float()).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiled_and_mapped() -> None:
     scores = torch.randn(3, 2, 6, 7, requires_grad=True)
     for options in ({"epsilon": 0.5}, {"window": (4, 4)}):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_after
 from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin, certify, residual_history, set_checks
@@ -43,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mode", ["exact", "quick"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_after(4, CASES))
 def test_who_follows_it_is_balanced(name: str, mode: str) -> None:
     q, k = normal(1, 100, 32)
     options = CASES[name]

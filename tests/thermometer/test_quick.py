@@ -76,7 +76,7 @@ NEAR: dict[str, tuple[float, dict[str, Any]]] = {
 
 
 @engines
-@pytest.mark.parametrize("name", NEAR)
+@pytest.mark.parametrize("name", slow_after(3, NEAR))
 def test_the_rate_is_near_and_never_above(engine: str, name: str) -> None:
     most, options = NEAR[name]
     if engine != "cpu" and options.get("base_iters", 20) > 100:

@@ -104,6 +104,7 @@ def test_the_budget_does_not_change_a_bit(name: str) -> None:
         assert all(torch.equal(x, whole[key]) for key, x in all_results(LARGE[name]).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", slow_after(1, cpu.capabilities()))
 def test_every_instruction_set(capability: str) -> None:
     cpu.set_capability(capability)
@@ -316,6 +317,7 @@ def test_the_gradient_of_a_mask_of_rows_is_as_exact_as_plain_ones() -> None:
     agrees_in_float32([query, key, value], mask, relaxation=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("shape", slow_after(1, [(1, 1, 2), (1, 2, 2), (1, 3, 2)]))

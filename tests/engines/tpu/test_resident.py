@@ -50,8 +50,8 @@ def never_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 IDS = torch.tensor([[0] * 60 + [-1] * 10 + [3] * 90, [1] * 50 + [2] * 110])
 SHORT = {"base_iters": 3}
 PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "full": ((1, 2, 130, 150, 5), {"base_iters": 4, "tail_iters": 3}),
     "one token": ((1, 1, 1, 1, 3), SHORT),
+    "full": ((1, 2, 130, 150, 5), {"base_iters": 4, "tail_iters": 3}),
     "band": ((1, 1, 300, 300, 4), {"window": (50, 50)} | SHORT),
     "band of a rectangle, lengths": (
         (2, 1, 260, 150, 3),
@@ -123,7 +123,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 ELSEWHERE = {
-    "one token", "band", "masses", "relaxed, rows without keys", "over-relaxed", "accelerated", "accelerated, given",
+    "band", "masses", "relaxed, rows without keys", "over-relaxed", "accelerated", "accelerated, given",
     "accelerated, dustbin, tolerance", "accelerated packed band", "tolerance", "unrolled", "no base", "dustbin",
     "nothing in the second", "nothing in the second, dustbin", "nothing in the second, dustbin, relaxed", "warm start",
 }  # fmt: skip

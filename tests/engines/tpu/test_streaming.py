@@ -199,9 +199,9 @@ def found(case, interpret=True, names=None):
 
 SOME = ("row_lse", "column_lse", "values", "query_cotangent")  # one of each kernel, and both directions
 CASES = {
+    "one": dict(length=1, size=1, dead=0.0),
     "full": dict(length=150, size=270),
     "aligned": dict(length=256, size=128),
-    "one": dict(length=1, size=1, dead=0.0),
     "one query": dict(length=1, size=140, mask=(1, 1, 1, 1)),
     "grouped": dict(heads=4, groups=2, length=10),
     "wide": dict(length=40, size=200, width=130, value_width=129),

@@ -300,6 +300,7 @@ def test_checks_that_look_at_masks(device: torch.device) -> None:
         sinkhorn_attention(q.to(device), q.to(device), q.to(device), (mask * torch.nan).to(device))
 
 
+@pytest.mark.slow
 def test_views_inside_the_other_engines_are_views(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiled one writes into slices of its results, tile by tile."""
     monkeypatch.setattr("torch_sinkhorn_attn.engines.tiled.tiles.block_size", lambda heads, reach=None: 4)

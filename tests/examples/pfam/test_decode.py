@@ -34,6 +34,7 @@ def monotone_alignments(n: int, m: int) -> list[list[tuple[int, int]]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_best_monotone_alignment_against_brute_force() -> None:
     rng = np.random.default_rng(0)
     for n, m in itertools.product(range(1, 6), repeat=2):

@@ -154,6 +154,7 @@ def test_escapes_reach_neither_terminal_nor_files(tmp_path: Path, capfdbinary: p
 NAMES = ["lcl|$\\frac$x", "p$_$a", "x_{1}", "_hidden", "\\", "^", "$", "\u5de0", "n" * 5000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, ["_$\\frac$x_{1}^\u5de0", "n" * 5000]))
 def test_pictures_of_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
     identical = np.array([[0, 0], [1, 1]])

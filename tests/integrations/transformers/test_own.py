@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from marks import slow_after
 from torch import Tensor
 
 from benchmarks.transformers_sweep import judge, table
@@ -138,7 +139,7 @@ FAMILIES = {  # layers that are Sinkhorn attention, softmax on request, and thei
 CONFIGS = {model: config for _, config, model in models()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_after(6, FAMILIES))
 def test_padded_is_unpadded_wherever_eager_attention_says_so(name: str) -> None:
     """All of them: python -m benchmarks.transformers_sweep."""
     row = judge.judge(getattr(hf, name), lambda: small(getattr(hf, CONFIGS[name])))
