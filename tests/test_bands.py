@@ -76,6 +76,7 @@ def test_random_problems(start: int, log: bool, engine: str) -> None:
         agrees(call, engine, log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("start", slow_after(1, range(1000, 1200, 60)))
 def test_over_many_tiles(start: int, log: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,7 @@ def test_not_certified_where_a_pair_is_missing() -> None:
     assert certify(q, k, relaxation=1.0).bias_bound.isinf().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", slow_after(1, range(0, 300, 60)))
 def test_bias_bound_bounds(start: int) -> None:
     """||dS_unrolled - dS_tail||_1 <= bound, for T, R, scales, masses and dustbins at random."""

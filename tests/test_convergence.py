@@ -53,7 +53,7 @@ def by_the_definition(p: Prepared) -> Tensor:
 
 
 @engines
-@pytest.mark.parametrize("seed", slow_after(16, range(80)))
+@pytest.mark.parametrize("seed", slow_after(5, range(80)))
 def test_it_is_that_of_the_iterates(engine: str, seed: int) -> None:
     call = problems.make(seed, dropout=False)
     options = {**call.options, "engine": engine}

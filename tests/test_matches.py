@@ -89,6 +89,7 @@ def test_a_thousand_random_problems(engine: str, start: int) -> None:
     assert refused <= 2
 
 
+@pytest.mark.slow
 @everywhere
 @pytest.mark.parametrize("start", slow_after(1, range(2000, 2200, 50)))
 def test_over_many_tiles(engine: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:

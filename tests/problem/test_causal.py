@@ -52,6 +52,7 @@ def test_softmax_mode_is_scaled_dot_product_attention(engine: str) -> None:
     assert not torch.allclose(dropped, sinkhorn_attention(q, k, v, mask, engine=engine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", slow_after(2, OPTIONS), ids=str)
 def test_causal_is_the_lower_triangle_as_a_mask(options: dict[str, Any]) -> None:
     """The plan, its output and gradient, or a refusal by both, whatever the engine."""

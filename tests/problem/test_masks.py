@@ -330,6 +330,7 @@ def test_the_defaults_of_torch_change_nothing(default: torch.device | torch.dtyp
             assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("gradient", ["tail", "implicit", "unrolled"])
 def test_vmap_of_grad_is_a_loop(engine: str | None, gradient: str) -> None:

@@ -54,6 +54,7 @@ def ulps(found, x):
         return np.array([float(abs(mpmath.mpf(float(f)) - t) / float(s)) for f, t, s in zip(found, true, step)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exp_is_accurate(exp, dtype):
     r = np.random.default_rng(0)

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 CASES = [*(f"blockwise: {name}" for name in OPTIONS), "streaming: plain", "streaming: segments, dustbin, early"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_after(1, CASES))
 def test_it_is_that_of_the_definition(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled without optimisation, which is most of the time of a small problem."""

@@ -28,6 +28,7 @@ def attention(lowering: str, size: int, mask: np.ndarray) -> jax.Array:
     return compute(*tokens(size), jnp.asarray(mask, jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", slow_after(1, LOWERINGS))
 def test_a_nan_on_the_support_shows(lowering: str) -> None:
     for size in (2, 130):

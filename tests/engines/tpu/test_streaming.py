@@ -242,7 +242,7 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", slow_after(1, CASES, ELSEWHERE))
+@pytest.mark.parametrize("name", slow_after(0, CASES, ELSEWHERE))
 def test_equals_the_dense_formulas(name, small_blocks):
     case = Case(len(name), **CASES[name])
     have, want = found(case, names=SOME if "mask of" in name else None), expected(case)

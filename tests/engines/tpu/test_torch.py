@@ -105,7 +105,7 @@ def of_scores(options: dict[str, Any], mask: Tensor | None = None) -> problems.C
     return call
 
 
-@pytest.mark.parametrize("kind", slow_after(1, ["plain", "scaled, dustbin", "float mask", "bool mask"]))
+@pytest.mark.parametrize("kind", slow_after(0, ["plain", "scaled, dustbin", "float mask", "bool mask"]))
 def test_scores_given_are_torchs(kind: str) -> None:
     g = torch.Generator().manual_seed(5)
     if kind == "plain":
