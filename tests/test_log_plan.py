@@ -105,6 +105,11 @@ def test_derivatives_of_every_order_compiled_and_mapped() -> None:
         assert relative_error(x, torch.func.grad(lambda x: plan(x).sin().sum())(y)) < 1e-12
 
 
+def test_log_is_a_flag() -> None:
+    with pytest.raises(TypeError, match="log must be True or False, got 'natural'"):
+        sinkhorn_plan(torch.zeros(2, 3), log="natural")  # type: ignore[arg-type]
+
+
 def test_empty_sizes() -> None:
     for shape in ((2, 0, 3), (2, 3, 0), (0, 1, 3, 4)):
         assert sinkhorn_plan(torch.zeros(shape), log=True, relaxation=1.0).shape == shape

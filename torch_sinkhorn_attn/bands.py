@@ -13,6 +13,7 @@ from torch_sinkhorn_attn.compat.tracing import one_node
 from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.functional import refuse_dropout, refuse_unknown
 from torch_sinkhorn_attn.method import reference
+from torch_sinkhorn_attn.options import flag
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, full_precision
@@ -86,6 +87,7 @@ def sinkhorn_plan_band(
     >>> torch.allclose(band.dense(6), sinkhorn_plan(x, x, window=(1, 1)))
     True
     """
+    flag("log", log)
     refuse_unknown("sinkhorn_plan_band", options)
     refuse_dropout("sinkhorn_plan_band", options, "the plan has no dropout")
     prepared = prepare(query, key, None, attn_mask, **options)

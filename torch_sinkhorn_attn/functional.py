@@ -15,7 +15,7 @@ from torch_sinkhorn_attn.engines import REFERENCE, choose, cpu
 from torch_sinkhorn_attn.engines.tiled.engine import marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference
-from torch_sinkhorn_attn.options import Options, Relaxation
+from torch_sinkhorn_attn.options import Options, Relaxation, flag
 from torch_sinkhorn_attn.problem import remembered, unbalanced
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared
 from torch_sinkhorn_attn.problem.looking import has_data
@@ -268,6 +268,7 @@ def sinkhorn_plan(
     >>> plan.sum(-2)
     tensor([[1.2500, 1.2500, 1.2500, 1.2500]])
     """
+    flag("log", log)
     refuse_unknown("sinkhorn_plan", options)
     refuse_dropout("sinkhorn_plan", options, "the plan has no dropout; use F.dropout on it")
     prepared = remembered.prepared(query, key, None, attn_mask, **options)

@@ -124,7 +124,7 @@ def _floor(name: str, x: Any) -> float | None:
     return value
 
 
-def _flag(name: str, x: Any) -> bool:
+def flag(name: str, x: Any) -> bool:
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be True or False, got {x!r}.")
     return x
@@ -165,7 +165,7 @@ class Options:
     )
     is_causal: bool = _option(
         False,
-        _flag,
+        flag,
         "support the pairs j <= i alone, counted from the first active token on both sides (with segment ids: of each "
         "segment)",
         per_call=True,

@@ -112,7 +112,7 @@ def _search(passes: Passes, at: Returned, error: float, rate: float, g: int) -> 
             break
     best = _best(x for x in tried if x.reached)
     if best:
-        return f"{', or '.join(map(str, best))}, reaches {_share(TARGET)}."
+        return f"{', or '.join(map(str, best))}{',' * (len(best) > 1)} reaches {_share(TARGET)}."
     out = "A larger epsilon, or relaxation, takes fewer iterations."
     less = [f"{x} leaves {_share(x.error)}" for x in _best(x for x in tried if x.error < error)]
     return f"nothing tried reaches {_share(TARGET)}{': ' * bool(less)}{', '.join(less)}. {out}"

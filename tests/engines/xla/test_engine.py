@@ -22,6 +22,7 @@ from torch_sinkhorn_attn import (
     engines,
     set_checks,
     sinkhorn_attention,
+    sinkhorn_cost,
     sinkhorn_matches,
     sinkhorn_plan,
     sinkhorn_plan_band,
@@ -223,6 +224,19 @@ def test_a_band_and_its_gradient(log: bool, device: torch.device, fallbacks: Any
         band = sinkhorn_plan_band(*tensors, log=log, **options)
         loss = band.values.masked_fill(band.values == -torch.inf, 0.0).square().sum() + band.col_dustbin[0].sum()
         found.append([band.values.detach(), band.first_column, *torch.autograd.grad(loss, tensors)])
+    for x, y in zip(fetched(*found[1]), found[0], strict=True):
+        assert torch.allclose(x, y, atol=1e-10)
+    assert not fallbacks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["envelope", "tail"])
+def test_the_cost_and_its_gradient(gradient: str, device: torch.device, fallbacks: Any) -> None:
+    q, k = (randn(2, 2, 9, 4, seed=s).requires_grad_() for s in range(2))
+    found = []
+    for tensors in ((q, k), on(device, (q, k))):
+        cost = sinkhorn_cost(*tensors, epsilon=0.7, relaxation=(None, 1.5), gradient=gradient)
+        found.append([*(x.detach() for x in cost), *torch.autograd.grad(cost.primal.sum(), tensors)])
     for x, y in zip(fetched(*found[1]), found[0], strict=True):
         assert torch.allclose(x, y, atol=1e-10)
     assert not fallbacks()
