@@ -175,6 +175,8 @@ def sinkhorn_attention(
         >>> torch.allclose(sinkhorn_attention(q, k, v, base_iters=0, tail_iters=0), softmax, atol=1e-6)
         True
     """
+    if value is None:
+        raise TypeError("value must be a tensor, got None; for the plan itself there is sinkhorn_plan.")
     prepared = remembered.prepared(
         query, key, value, attn_mask,
         scale=scale, epsilon=epsilon, window=window, window_centers=window_centers,

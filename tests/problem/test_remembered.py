@@ -67,6 +67,37 @@ def keepable(seed: int, dtype: torch.dtype) -> problems.Call:
     return call
 
 
+@pytest.mark.parametrize("engine", conformance.ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_scores_given_bit_for_bit(engine: str, dtype: torch.dtype, plainly: Any) -> None:
+    scores, value = torch.randn(2, 3, 5, 6, dtype=dtype), torch.randn(2, 3, 6, 4, dtype=dtype)
+    cut = scores.masked_fill(torch.rand(scores.shape) < 0.1, -torch.inf)
+    low = scores - torch.tensor([0, 0, 0, 0, 1e4, 0]).to(dtype)  # a score, however low, is no padding
+    for given in (scores, cut, low, scores.mT.contiguous().mT):
+        for options in ({}, {"epsilon": 0.3}, {"scale": 0.2, "epsilon": 2}, {"relaxation": 1.0, "dropout_p": 0.3}):
+            leaf = given.clone().requires_grad_()
+
+            def call(x: Tensor = leaf, o: dict[str, Any] = options) -> dict[str, Tensor]:
+                torch.manual_seed(0)
+                out, aux = sinkhorn_attention(x, None, value, engine=engine, return_aux=True, **{"relaxation": 2.0} | o)
+                grads = torch.autograd.grad(out.sin().sum(), x)
+                return {"output": out, "gradient": grads[0], "row": aux.row_potential, "col": aux.col_residual}
+
+            truth = plainly(call)
+            for _ in range(2):
+                assert_same(call(), truth, options)
+    assert len(remembered._entries) == 8  # what forbids no pair is one, and what does by its contents
+    for wrong, words in (
+        (scores.masked_fill(scores > 1, torch.nan), "NaN"),
+        (scores.masked_fill(scores > 1, torch.inf), "inf"),
+    ):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=words):
+                sinkhorn_plan(wrong, engine=engine)
+    with pytest.raises(ValueError, match="epsilon"):
+        sinkhorn_plan(scores, epsilon=0.0)
+
+
 @pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 60), marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("engine", conformance.ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -33,6 +33,7 @@ from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 from torch_sinkhorn_attn.problem.looking import checks
 from torch_sinkhorn_attn.problem.masks.scan import keeps_all
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
+from torch_sinkhorn_attn.problem.scores import scaled, tokens_of
 
 MOST_ENTRIES = 128  # of a generation
 MOST_BYTES = 16 << 20
@@ -50,8 +51,13 @@ def prepared(
     **keywords: Unpack[Keywords],
 ) -> Prepared:
     """As `prepare`, from what is remembered if it is."""
-    signature = _signature(query, key, value, attn_mask, keywords)
-    if signature is None or key is None:
+    if key is None:
+        given = _as_tokens(query, value, attn_mask, keywords)
+        signature = None if given is None else _signature(*given, {**keywords, "mask_floor": None}, True)
+    else:
+        given = query, key, value, attn_mask
+        signature = _signature(query, key, value, attn_mask, keywords)
+    if given is None or signature is None:
         return prepare(query, key, value, attn_mask, **keywords)
     entry, seed = _entries.find(signature), None
     if entry is None:
@@ -61,7 +67,25 @@ def prepared(
             entry = _Entry.of(made)
         seed = made.problem.dropout_seed
         _entries.keep(signature, entry)
-    return entry.prepared(query, key, value, attn_mask, seed)
+    return entry.prepared(*given, seed)
+
+
+def _as_tokens(
+    scores: Tensor, value: Tensor | None, mask: Tensor | None, keywords: Keywords
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """Query, key, value and mask that scores come to, where that is one multiplication; else None."""
+    scale, epsilon = keywords.get("scale"), keywords.get("epsilon", Options.epsilon)
+    numbers = type(scale) in (float, int, type(None)) and type(epsilon) in (float, int) and epsilon > 0
+    if mask is not None or not numbers or not (undisturbed() and plain(scores)) or scores.ndim < 3:
+        return None
+    if scores.dtype not in (torch.float32, torch.float64) or (value is not None and not _fits(value, scores)):
+        return None
+    query, key, value = tokens_of(scores, value, keywords.get("enable_gqa", False))
+    return query, key, value, scaled(scores, scale, epsilon)
+
+
+def _fits(value: Any, scores: Tensor) -> bool:
+    return plain(value) and value.dtype == scores.dtype
 
 
 @dataclass(frozen=True)
@@ -183,7 +207,7 @@ def num_bytes(tree: Any) -> int:
     return sum(storages.values())
 
 
-def _signature(query: Any, key: Any, value: Any, mask: Any, keywords: Keywords) -> Hashable | None:
+def _signature(query: Any, key: Any, value: Any, mask: Any, keywords: Any, of_scores: bool = False) -> Hashable | None:
     """By what a call is remembered; None: it is not."""
     if not (undisturbed() and plain(query) and plain(key) and (value is None or plain(value))):
         return None
@@ -209,7 +233,8 @@ def _signature(query: Any, key: Any, value: Any, mask: Any, keywords: Keywords) 
             return None
     of_value = None if value is None else (value.shape, value.dtype)
     return (
-        checks(), query.shape, key.shape, query.dtype, key.dtype, of_value, of_mask, tuple(keywords), values, types
+        checks(), query.shape, key.shape, query.dtype, key.dtype, of_value, of_mask, tuple(keywords), values, types,
+        of_scores,
     )  # fmt: skip
 
 

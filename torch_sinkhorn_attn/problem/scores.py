@@ -62,12 +62,7 @@ def as_mask(
     the mask forbid the pair. The `floor` under low entries is the mask's alone: scores may lie as far apart as they do.
     Not copied where nothing changes."""
     dtype = compute_dtype(scores.dtype)
-    factor = (1.0 if options.scale is None else options.scale) / options.epsilon
-    found = scores
-    if factor != 1:
-        found = scores.to(dtype) * factor
-        if scores.dtype in (torch.float16, torch.bfloat16):  # whose own lowest number forbids, as in a mask
-            found = found.masked_fill(~kept(scores.detach(), dtype), -torch.inf)
+    found = scaled(scores, options.scale, options.epsilon)
     if mask is None:
         return found
     if mask.dtype == torch.bool:
@@ -78,3 +73,15 @@ def as_mask(
         forbidden = forbidden | ~left.row_active[..., :, None] | ~left.col_active[..., None, :]
     added = found.to(dtype) + mask.to(dtype).masked_fill(forbidden, 0.0)
     return added.masked_fill(forbidden, -torch.inf)
+
+
+def scaled(scores: Tensor, scale: float | None, epsilon: float) -> Tensor:
+    """scale * scores / epsilon; the scores themselves where that is 1."""
+    factor = (1.0 if scale is None else scale) / epsilon
+    if factor == 1:
+        return scores
+    dtype = compute_dtype(scores.dtype)
+    found = scores.to(dtype) * factor
+    if scores.dtype in (torch.float16, torch.bfloat16):  # whose own lowest number forbids, as in a mask
+        found = found.masked_fill(~kept(scores.detach(), dtype), -torch.inf)
+    return found
