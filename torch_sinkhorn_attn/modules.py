@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +68,6 @@ class ModuleOptions(NamedTuple):
 
 
 _SCALARS = tuple(name for name in ModuleOptions._fields if name != "dustbin")
-_scalars_of = attrgetter(*_SCALARS)
 
 
 class SinkhornMultiheadAttention(nn.MultiheadAttention):
@@ -379,7 +377,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         if isinstance(row_score, Tensor) and isinstance(col_score, Tensor):
             dustbin = Dustbin(row_score, col_score)
         extra_keys = self.bias_k is not None or self.add_zero_attn  # then the window is part of the mask
-        options: dict[str, Any] = dict(zip(_SCALARS, _scalars_of(self), strict=True))
+        options: dict[str, Any] = {name: getattr(self, name) for name in _SCALARS}
         options |= {"dustbin": dustbin, "query_segment_ids": masks.query_ids, "key_segment_ids": masks.key_ids}
         if extra_keys:
             options["window"] = None
