@@ -240,6 +240,30 @@ def test_second_derivatives_are_refused_and_the_way_out_is_there() -> None:
     assert torch.isfinite(scores.grad).all()
 
 
+@pytest.mark.parametrize("gradient", ["envelope", "tail"])
+def test_forward_mode_is_refused_and_not_zero(gradient: str) -> None:
+    q = torch.randn(1, 4, 3, dtype=D)
+    for leaf in (q, q.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="in reverse mode"):
+            torch.func.jvp(lambda x: sinkhorn_cost(x, x, gradient=gradient).dual, (leaf,), (torch.ones_like(q),))
+
+
+def test_autocast_rounds_nothing() -> None:
+    q, k = (30 * torch.randn(1, n, 4) for n in (5, 6))
+    truth, plan = sinkhorn_cost(q, k, epsilon=10.0), sinkhorn_plan(q, k, log=True, epsilon=10.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x, y in zip(sinkhorn_cost(q, k, epsilon=10.0), truth, strict=True):
+            assert torch.equal(x, y)
+        assert torch.equal(sinkhorn_plan(q, k, log=True, epsilon=10.0), plan)
+
+
+@pytest.mark.parametrize("engine", ["reference", *ENGINES])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 3, 0, 4), (2, 3, 4, 0), (0, 2, 3, 4)])
+def test_empty_sizes(shape: tuple[int, ...], engine: str) -> None:
+    cost = sinkhorn_cost(torch.zeros(shape), engine=engine, relaxation=1.0)
+    assert cost.primal.shape == shape[:-2] and torch.isfinite(cost.primal).all()
+
+
 @pytest.mark.slow
 def test_compiled_and_mapped() -> None:
     q, k = (torch.randn(3, 2, n, 4, requires_grad=True) for n in (5, 6))

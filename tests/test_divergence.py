@@ -80,6 +80,29 @@ def test_zero_for_equal_sets_positive_else_and_padding_is_nothing() -> None:
     assert sinkhorn_divergence(x[0], y[0]).shape == () and sinkhorn_divergence(x[:0], y[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e3, 1e6, 1e30, torch.inf, torch.nan])
+def test_what_padding_holds_is_nobodys(value: float) -> None:
+    x, y = torch.randn(2, 6, 2), torch.randn(2, 5, 2)
+    lengths = torch.tensor([4, 0])
+    found = []
+    for fill in (1.0, value):
+        padded = x.clone()
+        padded[0, 4:], padded[1] = fill, fill
+        leaf = padded.requires_grad_()
+        total = sinkhorn_divergence(leaf, y, x_lengths=lengths, relaxation=1.0)
+        found.append((total, torch.autograd.grad(total.sum(), leaf)[0]))
+    assert torch.allclose(found[1][0], found[0][0], rtol=1e-5)
+    assert torch.allclose(found[1][1][0, :4], found[0][1][0, :4], atol=1e-5)
+    assert (found[1][1][0, 4:] == 0).all() and (found[1][1][1] == 0).all()
+
+
+def test_autocast_rounds_nothing() -> None:
+    x = 30 * torch.randn(20, 3)
+    truth = sinkhorn_divergence(x, x + 0.1, epsilon=10.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sinkhorn_divergence(x, x + 0.1, epsilon=10.0), truth)
+
+
 @pytest.mark.parametrize(
     ("x", "y", "options", "words"),
     [
@@ -92,6 +115,8 @@ def test_zero_for_equal_sets_positive_else_and_padding_is_nothing() -> None:
         (torch.zeros(3, 2), torch.zeros(3, 2), {"y_lengths": torch.ones(1)}, "y_lengths"),
         (torch.zeros(3, 2), torch.zeros(3, 2), {"epsilon": 0.0}, "epsilon"),
         (torch.zeros(3, 2), torch.zeros(3, 2), {"scale": "a"}, "scale"),
+        (torch.zeros(3, 2), torch.zeros(3, 2), {"scale": -1.0}, "scale"),
+        (torch.zeros(3, 2), torch.zeros(3, 2), {"relaxation": (1.0, None)}, "relaxation"),
     ],
 )
 def test_what_is_wrong_is_named(x: Any, y: Any, options: dict[str, Any], words: str) -> None:

@@ -16,7 +16,7 @@ from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.options import CONVERGED_WITHIN
 from torch_sinkhorn_attn.problem.arguments import Keywords, prepare
-from torch_sinkhorn_attn.problem.problem import Potentials, full_precision
+from torch_sinkhorn_attn.problem.problem import Potentials, without_autocast
 from torch_sinkhorn_attn.problem.status import judge
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 from torch_sinkhorn_attn.thermometer import quick
@@ -152,7 +152,7 @@ def certify(
         if isinstance(x, Tensor):
             check_kind(name, x)
     keywords: Keywords = {**options, "dropout_p": 0.0}
-    with torch.no_grad(), full_precision(query.device):
+    with torch.no_grad(), without_autocast(query):
         query, key = query.detach(), None if key is None else key.detach()
         if mode == "exact" and value is None:
             value = probe(_value_shape(query, key), query, seed=0)

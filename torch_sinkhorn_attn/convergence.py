@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
-from torch_sinkhorn_attn.problem.problem import full_precision
+from torch_sinkhorn_attn.problem.problem import without_autocast
 from torch_sinkhorn_attn.thermometer.history import History, history
 from torch_sinkhorn_attn.thermometer.passes import passes_of
 
@@ -74,7 +74,7 @@ def _history(
 ) -> tuple[Prepared, History]:
     refuse_unknown(name, options)
     keywords: Keywords = {**options, "dropout_p": 0.0}
-    with torch.no_grad(), full_precision(query.device):
+    with torch.no_grad(), without_autocast(query):
         prepared = prepare(query, key, None, mask, **keywords)
         return prepared, history(passes_of(prepared))
 

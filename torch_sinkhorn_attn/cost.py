@@ -29,13 +29,20 @@ from torch_sinkhorn_attn.method.transport_cost import (
 from torch_sinkhorn_attn.options import GRADIENTS
 from torch_sinkhorn_attn.problem.arguments import Prepared, prepare
 from torch_sinkhorn_attn.problem.masks.entries import kept
-from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, compute_dtype, full_precision
+from torch_sinkhorn_attn.problem.problem import (
+    Inputs,
+    Potentials,
+    Problem,
+    compute_dtype,
+    full_precision,
+    without_autocast,
+)
 from torch_sinkhorn_attn.problem.segments import segment_sum
 
 ENVELOPE = "envelope"
 ONCE = (
-    "sinkhorn_cost has first derivatives alone. For more write the cost with sinkhorn_plan, as -(plan * scores).sum(), "
-    "and with sinkhorn_plan(..., log=True) for its entropy."
+    "sinkhorn_cost has first derivatives alone, and in reverse mode. For more write the cost with sinkhorn_plan, as "
+    "-(plan * scores).sum(), and with sinkhorn_plan(..., log=True) for its entropy."
 )
 
 
@@ -74,10 +81,12 @@ def sinkhorn_cost(
         gradient: "envelope", the default, holds the potentials: then the derivative of `dual` and `primal` with respect
             to the scores is minus the plan, as it is at the optimum, and no iteration is differentiated; `linear` has
             no gradient. "tail", "unrolled" and "implicit" differentiate `primal` and `linear` through the iterations,
-            as in attention; `dual` keeps the envelope's.
+            as in attention; `dual` keeps the envelope's. Of a value that has converged the envelope's gradient is the
+            exact one, and a short tail's is not.
 
     Returns:
-        `TransportCost`, in float32 (float64 for float64). It has first derivatives alone: a second one raises.
+        `TransportCost`, in float32 (float64 for float64), under autocast too, which rounds nothing here. It has first
+        derivatives alone: a second one, and forward mode, raise.
 
     Raises:
         TypeError, ValueError: as `sinkhorn_attention`.
@@ -96,7 +105,8 @@ def sinkhorn_cost(
         raise ValueError(f"gradient={gradient!r} is unknown; choose one of {known}.")
     refuse_dropout("sinkhorn_cost", options, "the plan has none")
     held = gradient == ENVELOPE
-    given = prepare(query, key, None, attn_mask, **options, gradient="tail" if held else gradient)
+    with without_autocast(query):
+        given = prepare(query, key, None, attn_mask, **options, gradient="tail" if held else gradient)
     problem, scale = given.problem, given.scale
     if not held and problem.has_dustbin and problem.solver.rho_row < 1:
         raise ValueError(
@@ -162,8 +172,9 @@ def _solved(inputs: Inputs, prepared: Prepared, engine: str) -> tuple[Potentials
         plan, potentials = reference.plan_and_potentials(dense, problem)
         plan = reference.fold_dustbins(plan, problem)
         real = _real(plan, problem)
-        bins = (plan[..., : real.shape[-2], -1], plan[..., -1, : real.shape[-1]])
-        bins = bins if problem.has_dustbin else (plan.new_zeros(0), plan.new_zeros(0))
+        bins = (plan.new_zeros(0), plan.new_zeros(0))
+        if problem.has_dustbin:
+            bins = (plan[..., : real.shape[-2], -1], plan[..., -1, : real.shape[-1]])
         products = real @ key, real.mT @ query, real.sum(-1), real.sum(-2)
         return potentials, Sums(*products, bins[0], bins[1], corner_of(inputs, problem, potentials), real)
     value = torch.cat([key, torch.ones_like(key[..., :1])], -1)

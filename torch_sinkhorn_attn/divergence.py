@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.cost import sinkhorn_cost
-from torch_sinkhorn_attn.options import Options, number
+from torch_sinkhorn_attn.options import Options, number, positive
 from torch_sinkhorn_attn.problem.argument_checks import DTYPES, constant, integers
 from torch_sinkhorn_attn.problem.problem import compute_dtype
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
@@ -31,7 +31,8 @@ def squared_distance_features(x: Tensor, y: Tensor, *, scale: float = 1.0) -> tu
 
     Returns:
         `(..., H, L, E + 2)` and `(..., H, S, E + 2)`, float32 (float64 for float64): 16-bit squares would have no
-        digits left. Differentiable.
+        digits left. Differentiable. Attention and plans under autocast would round them: leave it there, as
+        `sinkhorn_cost`, `sinkhorn_divergence` and log plans do by themselves.
 
     Raises:
         TypeError, ValueError: x and y are no floating-point tensors of one dtype, equal in all but their number.
@@ -99,7 +100,7 @@ def sinkhorn_divergence(
 
     Args:
         x, y: points `(..., L, E)` and `(..., S, E)`; leading dimensions are problems of their own.
-        scale: 1 for the squared distance, 0.5 for half of it (GeomLoss's).
+        scale: positive; 1 for the squared distance, 0.5 for half of it (GeomLoss's).
         epsilon: in the units of the cost; GeomLoss's blur is sqrt(epsilon) beside scale=0.5. Default 1.
         x_mass, y_mass: positive, broadcasting to `(..., L)`, `(..., S)`. Default: 1/L and 1/S, of the active points.
         x_lengths, y_lengths: integers `(...)`: only so many leading points are there.
@@ -122,6 +123,9 @@ def sinkhorn_divergence(
     >>> bool(sinkhorn_divergence(x, x).abs() < 1e-6), bool((sinkhorn_divergence(x, x + 1.0) - 2.0).abs() < 1e-3)
     (True, True)
     """
+    if relaxation is not None:
+        positive("relaxation", relaxation)
+    positive("scale", scale)
     sides = _Side.of("x", x, x_mass, x_lengths), _Side.of("y", y, y_mass, y_lengths)
     options: dict[str, Any] = {
         "epsilon": epsilon, "relaxation": relaxation, "base_iters": base_iters, "tail_iters": tail_iters,
@@ -157,8 +161,13 @@ class _Side(NamedTuple):
         if mass is None:
             count = torch.full(batch, size, device=points.device) if lengths is None else lengths
             mass = (1 / count.clamp(min=1).to(dtype))[..., None].expand(*batch, size)
-        lengths = None if lengths is None else lengths.reshape(num)
-        return _Side(points.reshape(num, 1, size, width), mass.reshape(num, 1, size), lengths)
+        flat = points.reshape(num, 1, size, width)
+        if lengths is not None:  # what padding holds is nobody's: not of the mean of all points either
+            lengths = lengths.reshape(num)
+            padding = torch.arange(size, device=points.device) >= lengths[:, None]
+            some = torch.where((lengths > 0)[:, None, None, None], flat[:, :, :1].detach(), 0.0)
+            flat = torch.where(padding[:, None, :, None], some, flat)
+        return _Side(flat, mass.reshape(num, 1, size), lengths)
 
     def total(self) -> Tensor:
         """Mass of the active points, `[B]`."""

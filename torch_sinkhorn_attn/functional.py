@@ -20,7 +20,7 @@ from torch_sinkhorn_attn.problem import remembered, unbalanced
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared
 from torch_sinkhorn_attn.problem.looking import has_data
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
-from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision
+from torch_sinkhorn_attn.problem.problem import Potentials, Result, full_precision, without_autocast
 from torch_sinkhorn_attn.problem.segments import largest
 from torch_sinkhorn_attn.problem.status import SinkhornAux
 
@@ -273,7 +273,8 @@ def sinkhorn_plan(
     flag("log", log)
     refuse_unknown("sinkhorn_plan", options)
     refuse_dropout("sinkhorn_plan", options, "the plan has no dropout; use F.dropout on it")
-    prepared = remembered.prepared(query, key, None, attn_mask, **options)
+    with without_autocast(query if log else None):
+        prepared = remembered.prepared(query, key, None, attn_mask, **options)
     inputs, problem = prepared.inputs, prepared.problem
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:

@@ -67,6 +67,22 @@ def keepable(seed: int, dtype: torch.dtype) -> problems.Call:
     return call
 
 
+def test_tensors_in_tuples_are_data(plainly: Any) -> None:
+    """A warm start whose buffers are written to between calls."""
+    q, k, v = qkv()
+    for shape, kind in (((2, 3, 6), torch.float32), ((2, 3, 6), torch.float64), ((6,), torch.float32)):
+        u, w = torch.zeros(shape, dtype=kind), torch.zeros(shape, dtype=kind)
+        for value in (0.0, 3.0, -2.0):
+            u.copy_(torch.linspace(-value, value, 6)), w.copy_(torch.linspace(value, 0, 6))
+            options: dict[str, Any] = {"initial_potentials": (u, w), "base_iters": 1}
+            found = sinkhorn_attention(q, k, v, **options)
+            assert torch.equal(found, plainly(sinkhorn_attention, q, k, v, **options))
+        w.fill_(torch.nan)
+        with pytest.raises(ValueError, match="initial_potentials"):
+            sinkhorn_attention(q, k, v, **options)
+    assert len(remembered._entries) == 0
+
+
 @pytest.mark.parametrize("engine", conformance.ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_scores_given_bit_for_bit(engine: str, dtype: torch.dtype, plainly: Any) -> None:

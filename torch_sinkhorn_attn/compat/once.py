@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.compat.releases import forward_level
+
 
 def differentiable_once(
     grads: Sequence[Tensor | None], sources: Sequence[Tensor | None], reason: str
@@ -27,8 +29,15 @@ def differentiable_once(
 def first_derivatives_only(tensors: Sequence[Tensor | None], reason: str) -> list[Tensor | None]:
     """The same tensors; what is computed from them has gradients that may be taken once. Programs that are compiled
     have no others."""
-    tracked = [i for i, x in enumerate(tensors) if x is not None and x.requires_grad]
-    if not tracked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return list(tensors)
+    forward, reverse = forward_level() >= 0, torch.is_grad_enabled()  # in forward mode tangents do not show
+    tracked = [
+        i
+        for i, x in enumerate(tensors)
+        if x is not None and x.is_floating_point() and (forward or (reverse and x.requires_grad))
+    ]
+    if not tracked:
         return list(tensors)
     marked = iter(_FirstOnly.apply(reason, *(tensors[i] for i in tracked)))
     return [next(marked) if i in tracked else x for i, x in enumerate(tensors)]
@@ -45,6 +54,10 @@ class _FirstOnly(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.reason = inputs[0]
         ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise RuntimeError(ctx.reason)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

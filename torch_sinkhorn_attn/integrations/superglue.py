@@ -51,6 +51,8 @@ class SuperGlueLoop:
         given = {self.names[i]: x for i, x in enumerate(args)} | named
         scores, score, count = (given[name] for name in self.names)
         options = dict(self.options)
+        if count < 1:
+            raise ValueError(f"{self.names[2]}={count}: at least one iteration is needed.")
         tail = options.setdefault("tail_iters", min(2, count))
         options.setdefault("base_iters", max(0, count - tail))
         wide = scores if scores.dtype == torch.float64 else scores.float()

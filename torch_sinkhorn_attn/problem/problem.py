@@ -197,6 +197,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def without_autocast(x: Any) -> AbstractContextManager[object]:
+    """`full_precision` on the device of what may be a tensor."""
+    return full_precision(x.device) if isinstance(x, Tensor) else nullcontext()
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Keeps the caller's autocast out: dtypes are chosen by the inputs alone."""
     if device.type == "meta":  # autocast does not know it

@@ -40,7 +40,9 @@ MOST_BYTES = 16 << 20
 _LARGEST_INPUT = 1 << 22  # elements of query or key; a larger call takes long anyway
 _LARGEST_CONTENT = 1 << 18  # bytes of a tensor that is known by its contents: they take a quarter of a millisecond
 _BY_CONTENT = ("query_lengths", "key_lengths", "query_segment_ids", "key_segment_ids")
-_SCALARS = frozenset({type(None), bool, int, float, str, tuple})  # what options may be
+_NUMBERS = frozenset({type(None), bool, int, float})
+_SCALARS = _NUMBERS | {str, tuple}  # what options may be
+_IN_TUPLES = _NUMBERS | {torch.dtype, torch.Size, bytes}  # pairs of numbers, and what `_content` gives
 
 
 def prepared(
@@ -224,7 +226,10 @@ def _signature(query: Any, key: Any, value: Any, mask: Any, keywords: Any, of_sc
         if not _SCALARS.issuperset(types):
             return None
     if tuple in types:
-        types += tuple(type(x) for pair in values if type(pair) is tuple for x in pair)
+        inner = tuple(type(x) for pair in values if type(pair) is tuple for x in pair)
+        if not _IN_TUPLES.issuperset(inner):
+            return None
+        types += inner
     of_mask = None
     if mask is not None:
         floor = keywords.get("mask_floor", Options.mask_floor)

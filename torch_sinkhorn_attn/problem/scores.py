@@ -76,12 +76,8 @@ def as_mask(
 
 
 def scaled(scores: Tensor, scale: float | None, epsilon: float) -> Tensor:
-    """scale * scores / epsilon; the scores themselves where that is 1."""
+    """scale * scores / epsilon in the compute dtype, in which -inf alone forbids a pair; the scores themselves where
+    nothing changes."""
     factor = (1.0 if scale is None else scale) / epsilon
-    if factor == 1:
-        return scores
-    dtype = compute_dtype(scores.dtype)
-    found = scores.to(dtype) * factor
-    if scores.dtype in (torch.float16, torch.bfloat16):  # whose own lowest number forbids, as in a mask
-        found = found.masked_fill(~kept(scores.detach(), dtype), -torch.inf)
-    return found
+    found = scores.to(compute_dtype(scores.dtype))
+    return found if factor == 1 else found * factor

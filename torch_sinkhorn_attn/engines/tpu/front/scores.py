@@ -43,8 +43,9 @@ def as_mask(
     pair. The `floor` under low entries is the mask's alone."""
     dtype = compute_dtype(scores)
     factor = (1.0 if options.scale is None else options.scale) / options.epsilon
-    found = jnp.where(kept(scores, dtype), scores.astype(dtype), 0) * factor
+    scores = scores.astype(dtype)  # in which -inf alone forbids a pair
     keep = kept(scores, dtype)
+    found = jnp.where(keep, scores, 0) * factor
     if mask is not None:
         keep &= kept(mask, dtype)
         if mask.dtype != jnp.bool_:
