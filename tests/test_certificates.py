@@ -219,3 +219,10 @@ def test_page_one_measurements() -> None:
     dense = certify(q, k, **options).relative_bias.item()
     band = certify(q, k, window=(16, 16), **options).relative_bias.item()
     assert dense < 0.005 and 0.005 < band < 0.15 and band > 10 * dense
+
+
+@pytest.mark.parametrize("mode", ["exact", "quick"])
+def test_what_is_no_tensor_is_named(mode: str) -> None:
+    for arguments, name in (((torch.zeros(2, 2).numpy(),), "query"), ((torch.zeros(1, 2, 2), [1.0]), "key")):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+            certify(*arguments, mode=mode)

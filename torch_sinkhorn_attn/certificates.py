@@ -148,9 +148,12 @@ def certify(
     """
     refuse_unknown("certify", options)
     _check(mode, value, grad_output, exact_diameter)
-    for name, x in (("query", query), ("value", value), ("grad_output", grad_output)):
-        if isinstance(x, Tensor):
-            check_kind(name, x)
+    for name, x in (("query", query), ("key", key), ("value", value), ("grad_output", grad_output)):
+        if x is None and name != "query":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+        check_kind(name, x)
     keywords: Keywords = {**options, "dropout_p": 0.0}
     with torch.no_grad(), without_autocast(query):
         query, key = query.detach(), None if key is None else key.detach()
