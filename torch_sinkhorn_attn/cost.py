@@ -20,7 +20,6 @@ from torch_sinkhorn_attn.method.transport_cost import (
     Sums,
     corner_of,
     duals,
-    per_head,
     relative,
     segments_of_tokens,
     slopes,
@@ -164,7 +163,7 @@ def _weighs_pairs(mask: Tensor | None) -> bool:
 def _solved(inputs: Inputs, prepared: Prepared, engine: str) -> tuple[Potentials, Sums]:
     """The stacked duals, and two products with the plan: by a forward pass whose values are the keys, and by its
     adjoint, in which the values' cotangents are P^T Q."""
-    query, key = inputs.query, per_head(inputs.key, prepared.problem.sizes[1])
+    query, key = inputs.query, reference.per_head(inputs.key, prepared.problem.sizes[1])
     inputs, problem = relative(inputs._replace(key=key), prepared.problem, prepared.scale)
     mass = problem.marginals.log_row_mass.exp()[..., None]
     if engine == REFERENCE:
@@ -203,7 +202,7 @@ def _gain(inputs: Inputs, problem: Problem, sums: Sums, once: bool = False) -> T
     scale, epsilon = problem.solver.scale, problem.solver.epsilon
     total = (inputs.query * sums.times_key).sum((-1, -2)) * scale
     if not once:
-        total = total + (per_head(inputs.key, total.shape[1]) * sums.times_query).sum((-1, -2)) * scale
+        total = total + (reference.per_head(inputs.key, total.shape[1]) * sums.times_query).sum((-1, -2)) * scale
     if inputs.mask is not None and inputs.mask.dtype != torch.bool:
         total = total + epsilon * _added(inputs.mask, sums)
     return total + _of_dustbin(inputs, problem, sums.to_bin, sums.from_bin, sums.corner)
@@ -243,7 +242,7 @@ def _through_iterations(given: Prepared, potentials: Potentials, found: Duals) -
     again = replace(problem, initial_row=potentials.row[0], initial_col=potentials.col[0], solver=tail)
     dtype, (length, size) = inputs.query.dtype, problem.sizes[2:]
     x, y = (s.to(dtype) for s in slopes(found, problem))
-    key = per_head(inputs.key, heads)
+    key = reference.per_head(inputs.key, heads)
     run_on, again = relative(inputs._replace(key=key), again, given.scale)
     columns = [key, torch.ones_like(key[..., :1]), y[..., :size, None]]
     mask = inputs.mask

@@ -64,7 +64,7 @@ def forward(inputs: Inputs, problem: Problem) -> Result:
     to_bin, from_bin = plan[..., :length, size:].sum(-1), plan[..., length:, :size].sum(-2)
     if problem.dropout_seed is not None:
         real = real * keep_mask(problem, real) / (1 - problem.solver.dropout_p)
-    value = _per_head(inputs.value, real.shape[1]).to(real.dtype)
+    value = per_head(inputs.value, real.shape[1]).to(real.dtype)
     mass = real @ value
     if inputs.dustbin_value is not None:
         mass = mass + to_bin[..., None] * inputs.dustbin_value.to(real.dtype)[:, :, None]
@@ -130,7 +130,7 @@ def dense_problem(inputs: Inputs, problem: Problem) -> Dense:
     """Scores with mask, support and dustbin written out. The support is where both tokens are active, the interval
     holds the column, and the mask keeps it."""
     dtype = compute_dtype(inputs.query.dtype)
-    query, key = inputs.query.to(dtype), _per_head(inputs.key, inputs.query.shape[1]).to(dtype)
+    query, key = inputs.query.to(dtype), per_head(inputs.key, inputs.query.shape[1]).to(dtype)
     scores = query @ key.transpose(-1, -2) * (problem.solver.scale / problem.solver.epsilon)
     support = torch.ones_like(scores, dtype=torch.bool)
     if problem.outline.banded:
@@ -317,7 +317,7 @@ def _with_dustbin_scores(scores: Tensor, support: Tensor, inputs: Inputs, proble
     return scores, support
 
 
-def _per_head(x: Tensor, heads: int) -> Tensor:
+def per_head(x: Tensor, heads: int) -> Tensor:
     """GQA: `[N, Hk, S, E]` to `[N, H, S, E]`, query head h reading key head h // (H / Hk)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 

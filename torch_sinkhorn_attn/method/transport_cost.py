@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.method.dustbin_vectors import DustbinVectors
+from torch_sinkhorn_attn.method.reference import per_head
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem
 from torch_sinkhorn_attn.problem.segments import Components, segment_sum, segments
@@ -90,11 +91,6 @@ def relative(inputs: Inputs, problem: Problem, scale: MassScale | None) -> tuple
             corner_score=inputs.corner_score + (row_bin + col_bin)[..., 0],
         )
     return found, replace(problem, solver=replace(solver, scale=1.0))
-
-
-def per_head(x: Tensor, heads: int) -> Tensor:
-    """Key heads `[N, Hk, ...]` repeated for the query heads that read them."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def corner_of(inputs: Inputs, problem: Problem, potentials: Potentials) -> Tensor:
