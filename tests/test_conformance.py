@@ -163,6 +163,6 @@ def test_inactive_tokens_get_exact_zeros(engine: str) -> None:
 
 def test_an_unknown_engine_is_refused() -> None:
     x = torch.randn(1, 3, 2)
-    known = "'cpu', 'xla', 'torchtpu', 'tiled', 'reference'"
+    known = "'cpu', 'triton', 'xla', 'torchtpu', 'tiled', 'reference'"
     with pytest.raises(ValueError, match=f"engine='cuda9' is unknown; choose one of {known}"):
         sinkhorn_attention(x, x, x, engine="cuda9")

@@ -6,12 +6,12 @@ import torch
 
 from torch_sinkhorn_attn.compat.releases import forward_level
 from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
-from torch_sinkhorn_attn.engines import cpu, missing, torchtpu, xla
+from torch_sinkhorn_attn.engines import cpu, missing, torchtpu, triton, xla
 from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.engines.tiled import engine as tiled
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem
 
-ENGINES: dict[str, Engine] = {x.name: x for x in (cpu.ENGINE, xla.ENGINE, torchtpu.ENGINE, tiled.ENGINE)}
+ENGINES: dict[str, Engine] = {x.name: x for x in (cpu.ENGINE, triton.ENGINE, xla.ENGINE, torchtpu.ENGINE, tiled.ENGINE)}
 REFERENCE = "reference"  # the definition: dense and differentiated by autograd, so not behind the ops
 
 
@@ -45,6 +45,9 @@ def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
         return REFERENCE
     reasons = []
     for candidate in [name] if name else ENGINES:
+        own = ENGINES[candidate].device
+        if name is None and own is not None and own != inputs.query.device.type:
+            continue  # another device's: to be had by name alone
         reason = ENGINES[candidate].refusal(inputs, problem)
         if reason is None:
             if name is None and inputs.query.device.type == "cpu" and candidate != cpu.NAME:
