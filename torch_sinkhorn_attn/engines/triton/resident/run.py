@@ -20,7 +20,5 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     raise NotImplementedError
 
 
-def backward(
-    inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
-) -> Gradients:
+def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
     raise NotImplementedError

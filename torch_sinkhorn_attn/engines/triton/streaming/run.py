@@ -16,7 +16,5 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     return tiled.ENGINE.forward(inputs, problem, residuals)
 
 
-def backward(
-    inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
-) -> Gradients:
+def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
     return tiled.ENGINE.backward(inputs, problem, output, potentials, grads)
