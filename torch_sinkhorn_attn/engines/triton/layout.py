@@ -30,8 +30,8 @@ class Lines(NamedTuple):
     stride_h: int
     stride_l: int
     share: int  # query heads to each head of it
-    count: int  # lines
-    width: int  # of its live vectors: count up to a multiple of PADDING
+    size: int  # lines
+    width: int  # of its live vectors: size up to a multiple of PADDING
     lo: Tensor  # [N, lines] int64, the lines of the other side it reaches, as in `Intervals`
     hi: Tensor
     safe_lo: Tensor  # [N, lines], those of which it reaches every live one
@@ -148,22 +148,22 @@ class Layout:
 
     def programs(self, column: bool, outer: int) -> int:
         """Blocks of outer lines, over all heads: the grid that `tiles.own_block` reads."""
-        count = self.cols.count if column else self.rows.count
+        count = self.cols.size if column else self.rows.size
         return -(-count // outer) * self.num * self.heads
 
     def live(self, potential: Tensor, dead: Tensor, column: bool) -> Tensor:
         """The live vector `[N*H, width]` of a potential `[N, H, lines(+G)]` in natural units."""
         side = self.cols if column else self.rows
         found = potential.new_full((self.num * self.heads, side.width), -torch.inf)
-        inside = (potential * LOG2E).masked_fill(dead, -torch.inf)[..., : side.count]
-        found.view(self.num, self.heads, side.width)[..., : side.count] = inside
+        inside = (potential * LOG2E).masked_fill(dead, -torch.inf)[..., : side.size]
+        found.view(self.num, self.heads, side.width)[..., : side.size] = inside
         return found
 
     def padded(self, x: Tensor, column: bool) -> Tensor:
         """A vector `[N, H, lines(+G)]` of one side as `[N*H, width]`, 0 after the last line."""
         side = self.cols if column else self.rows
         found = x.new_zeros(self.num * self.heads, side.width)
-        found.view(self.num, self.heads, side.width)[..., : side.count] = x[..., : side.count]
+        found.view(self.num, self.heads, side.width)[..., : side.size] = x[..., : side.size]
         return found
 
 

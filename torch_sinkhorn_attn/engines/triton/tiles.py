@@ -27,7 +27,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def own_block(outer, S: tl.constexpr):
     """The flat head n * H + h (int64) and the first outer line of this program: the blocks of a head lie side by
     side, so that they read its inner lines while the cache has them."""
-    blocks = tl.cdiv(outer.count, S.outer)
+    blocks = tl.cdiv(outer.size, S.outer)
     program = tl.program_id(0)
     return (program // blocks).to(tl.int64), (program % blocks) * S.outer
 
@@ -35,7 +35,7 @@ def own_block(outer, S: tl.constexpr):
 @triton.jit
 def clamped(index, lines):
     """Line numbers that may be read, for those beyond the last line too."""
-    return tl.minimum(index, lines.count - 1)
+    return tl.minimum(index, lines.size - 1)
 
 
 @triton.jit
@@ -93,15 +93,15 @@ def products(own, outer_pointers, inner_pointers, S: tl.constexpr):
 def span(outer, inner, n, at, alive, S: tl.constexpr):
     """The inner lines that some outer line reaches, from a multiple of INNER on, and among them those of whole tiles in
     which every pair of live lines is on the support before the mask: (start, stop, safe_start, safe_stop)."""
-    whole = inner.count // S.inner * S.inner
+    whole = inner.size // S.inner * S.inner
     if not S.banded:
-        return 0 * inner.count, inner.count, 0 * inner.count, whole
-    offset = n * outer.count + at
+        return 0 * inner.size, inner.size, 0 * inner.size, whole
+    offset = n * outer.size + at
     lo, hi = tl.load(outer.lo + offset).to(tl.int32), tl.load(outer.hi + offset).to(tl.int32)
-    start = tl.min(tl.where(lo < hi, lo, inner.count), 0) // S.inner * S.inner
+    start = tl.min(tl.where(lo < hi, lo, inner.size), 0) // S.inner * S.inner
     stop = tl.max(tl.where(lo < hi, hi, 0), 0)
     low, high = tl.load(outer.safe_lo + offset).to(tl.int32), tl.load(outer.safe_hi + offset).to(tl.int32)
-    low, high = tl.max(tl.where(alive, low, 0), 0), tl.min(tl.where(alive, high, inner.count), 0)
+    low, high = tl.max(tl.where(alive, low, 0), 0), tl.min(tl.where(alive, high, inner.size), 0)
     safe_start = tl.cdiv(low, S.inner) * S.inner
     safe_stop = tl.minimum(high // S.inner * S.inner, whole)
     start, stop = tl.minimum(start, stop), tl.maximum(start, stop)
@@ -128,10 +128,10 @@ def edge_tile(t, start, safe_start, safe_stop, S: tl.constexpr):
 def in_interval(outer, inner, n, outer_at, inner_at, S: tl.constexpr):
     """Whether the row's interval holds the column, `[OUTER, INNER]`."""
     if S.column:
-        offset = n * inner.count + inner_at
+        offset = n * inner.size + inner_at
         column, lo, hi = outer_at[:, None], tl.load(inner.lo + offset)[None, :], tl.load(inner.hi + offset)[None, :]
     else:
-        offset = n * outer.count + outer_at
+        offset = n * outer.size + outer_at
         column, lo, hi = inner_at[None, :], tl.load(outer.lo + offset)[:, None], tl.load(outer.hi + offset)[:, None]
     return (column >= lo) & (column < hi)
 
@@ -145,8 +145,8 @@ def scores(dots, scale, outer, inner, mask, n, h, outer_at, first, live, TEST: t
 
     `outer_at` are the outer lines, clamped; the inner lines are those from `first` on, and `live` is the live vector
     there. Without `TEST` the tile must be safe (`span`); then only the mask is asked. Entries on dead lines are
-    anything, until the live vectors of both sides are added; what a float mask holds there is nobody's. With `TEST` they
-    are -inf on dead inner lines, NaN features or not.
+    anything, until the live vectors of both sides are added; what a float mask holds there is nobody's. With `TEST`
+    they are -inf on dead inner lines, NaN or not.
     """
     x = dots * scale
     inner_at = clamped(first + tl.arange(0, S.inner), inner)
