@@ -39,9 +39,9 @@ def clamped(index, lines):
 
 
 @triton.jit
-def number(x, S: tl.constexpr):
-    """A `layout.Number` in the type of the sums."""
-    return x.high.to(S.acc) + x.low.to(S.acc)
+def number(x):
+    """A `layout.Number`: float32 when compiled, and Python's own, with all its digits, when interpreted."""
+    return x.high + x.low
 
 
 # Features
