@@ -112,8 +112,8 @@ class Prepared(NamedTuple):
         return {"S": self.whole, "B": self.blocks, "V": self.values, "C": self.case}
 
 
-def prepare(inputs: Inputs, problem: Problem, residuals: bool = False) -> Prepared:
-    """Arguments without results, whose places `with_results` gives."""
+def prepare(inputs: Inputs, problem: Problem, residuals: bool = False, adjoint: bool = False) -> Prepared:
+    """Arguments without results. The adjoint's case does not tell how the base was made."""
     solver, marginals, support = problem.solver, problem.marginals, problem.support
     outline = problem.outline
     layout = Layout.of(inputs, replace(problem, outline=replace(outline, banded=False)))  # intervals of rows are enough
@@ -160,8 +160,9 @@ def prepare(inputs: Inputs, problem: Problem, residuals: bool = False) -> Prepar
         initial_col=given(problem.initial_col),
         **dict.fromkeys(Arguments._fields[-8:], other),
     )
-    accelerated = solver.acceleration is not None
-    plain = solver.balanced and solver.over_relaxation == 1 and not accelerated and not solver.tolerance
+    base = solver.stopped > 0 and not adjoint
+    accelerated = base and solver.acceleration is not None
+    over_relaxed, tolerance = base and solver.over_relaxation != 1, base and solver.tolerance > 0
     case = Case(
         rows=sides[0],
         cols=sides[1],
@@ -171,15 +172,15 @@ def prepare(inputs: Inputs, problem: Problem, residuals: bool = False) -> Prepar
         bin_value=inputs.dustbin_value is not None,
         relaxed=not solver.balanced,
         relaxed_rows=solver.rho_row != 1,
-        plain=plain,
-        over_relaxed=solver.over_relaxation != 1,
-        tolerance=solver.tolerance > 0,
+        plain=not base or (solver.balanced and not (over_relaxed or tolerance or accelerated)),
+        over_relaxed=over_relaxed,
+        tolerance=tolerance,
         accelerated=accelerated,
-        measured=solver.contraction == 0,
-        plain_iterations=plain_iterations(solver.contraction),
-        initial=problem.initial_row is not None,
-        centre=solver.balanced and solver.stopped > 0,
-        components=outline.banded and not problem.has_dustbin,
+        measured=accelerated and solver.contraction == 0,
+        plain_iterations=plain_iterations(solver.contraction) if accelerated else 0,
+        initial=problem.initial_row is not None and not adjoint,
+        centre=base and solver.balanced,
+        components=base and solver.balanced and outline.banded and not problem.has_dustbin,
         differentiated=solver.kept > 0,
         dropout=problem.dropout_seed is not None,
         output=inputs.value is not None,

@@ -39,6 +39,6 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
 
 
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
-    from torch_sinkhorn_attn.engines.tiled import engine as tiled
+    from torch_sinkhorn_attn.engines.triton.resident import backward as kernels
 
-    return tiled.ENGINE.backward(inputs, problem, output, potentials, grads)
+    return kernels.backward(inputs, problem, potentials, grads)
