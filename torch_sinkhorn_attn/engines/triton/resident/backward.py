@@ -33,6 +33,8 @@ class Adjoint(NamedTuple):
     limit: Number  # largest exponent applied to vectors, base 2
     feature_scale: Number  # scale / epsilon
     score_scale: Number  # 1 / epsilon
+    row_terms: Tensor  # scratch for the field's terms: [N*H, max(2 R, 1), ROWS] and COLS
+    col_terms: Tensor
     query: Tensor  # results: [N, H, L, E]
     key: Tensor  # of each query head, [N, H, S, E]
     value: Tensor  # of each query head, [N, H, S, Ev]
@@ -58,17 +60,27 @@ def backward_kernel(
     flat = tl.program_id(0).to(tl.int64)
     n, h = flat // A.heads, flat % A.heads
     log_a = solve.row_mass(A, flat, C)
-    m = solve.scores_of(A, n, h, flat, log_a, 0, S, C)
-    m = (m + row_dual(A, flat, kept, C)[:, None]) + col_dual(A, flat, kept, C)[None, :]
-    weighted = plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
-    p = solve.exp2(m, C.fast)
+    p = solve.exp2(log_plan(A, n, h, flat, log_a, kept, S, C), C.fast)
     write_value(A, G, n, h, flat, log_a, p, seed, threshold, V, C)
-    weighted = p * weighted
+    weighted = p * plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
+    z, sums = tl.sum(weighted, 1), tl.sum(weighted, 0)
     if safe_exponents(A, G, flat, log_a, kept, C):
-        grad = tail_adjoint(A, G, flat, log_a, p, weighted, kept, True, C)
-    else:
-        grad = tail_adjoint(A, G, flat, log_a, m, weighted, kept, False, C)
+        passes(A, G, flat, log_a, p, z, sums, kept, True, C)
+        grad = plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
+        grad = p * less_field(A, G, flat, log_a, p, grad, kept, True, C)
+    else:  # rare: the plan's logarithm is made again
+        p = log_plan(A, n, h, flat, log_a, kept, S, C)
+        passes(A, G, flat, log_a, p, z, sums, kept, False, C)
+        grad = plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
+        grad = less_field(A, G, flat, log_a, p, solve.exp2(p, C.fast) * grad, kept, False, C)
     write_scores(A, G, n, h, flat, grad, S, C, IF)
+
+
+@triton.jit
+def log_plan(A, n, h, flat, log_a, kept, S: tl.constexpr, C: tl.constexpr):
+    """S + u^R + v^R."""
+    x = solve.scores_of(A, n, h, flat, log_a, 0, S, C)
+    return (x + row_dual(A, flat, kept, C)[:, None]) + col_dual(A, flat, kept, C)[None, :]
 
 
 @triton.jit
@@ -128,6 +140,17 @@ def safe_exponents(A, G, flat, log_a, kept, C: tl.constexpr):
 
 
 @triton.jit
+def term_factor(A, flat, log_a, k, kept, C: tl.constexpr):
+    """Exponents of the k-th factor: A^R, B^R, A^(R-1), ...; for R = 0 that of the one row half-step."""
+    r = kept - k // 2
+    row, col = row_factor(A, flat, log_a, r, kept, C)
+    if C.differentiated:
+        if k % 2 == 1:
+            row, col = column_factor(A, flat, r, kept, C)
+    return row, col
+
+
+@triton.jit
 def applied(m, row, col, SCALED: tl.constexpr, C: tl.constexpr):
     """A factor as (tile, row weights, column weights): P and exponentials; or all in the tile, from m = log P."""
     if SCALED:
@@ -136,33 +159,64 @@ def applied(m, row, col, SCALED: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def tail_adjoint(A, G, flat, log_a, m, grad, kept, SCALED: tl.constexpr, C: tl.constexpr):
-    """dS from `grad` = P * D, and the dropped cotangent written. m is P, or its logarithm if not `SCALED`."""
+def row_term(A, G, flat, k, C: tl.constexpr):
+    """Where the row weights of the k-th term of the field lie."""
+    return G.row_terms + (flat * C.terms + k) * C.rows + tl.arange(0, C.rows)
+
+
+@triton.jit
+def col_term(A, G, flat, k, C: tl.constexpr):
+    return G.col_terms + (flat * C.terms + k) * C.cols + tl.arange(0, C.cols)
+
+
+@triton.jit
+def passes(A, G, flat, log_a, m, z, sums, kept, SCALED: tl.constexpr, C: tl.constexpr):
+    """The weights of the field's terms, to their places, and the dropped cotangent. m is P, or its logarithm if not
+    `SCALED`; z and `sums` are the row and column sums of P * D."""
     i, j = tl.arange(0, C.rows), tl.arange(0, C.cols)
     length, size = A.rows.size + C.dustbin, A.cols.size + C.dustbin
-    z, sums = tl.sum(grad, 1), tl.sum(grad, 0)
     if C.differentiated:
+        tl.store(col_term(A, G, flat, 0, C), sums)
+        tl.debug_barrier()
         for step in range(kept):
-            r = kept - step
-            row, col = row_factor(A, flat, log_a, r, kept, C)
+            row, col = row_factor(A, flat, log_a, kept - step, kept, C)
             tile, row, col = applied(m, row, col, SCALED, C)
             row = row * z * number(A.rho_row)
-            w = sums - tl.sum(tile * row[:, None], 0) * col
-            grad -= tile * (row[:, None] * col[None, :])
-            row, col = column_factor(A, flat, r, kept, C)
+            w = -tl.sum(tile * row[:, None], 0) * col
+            w += tl.load(col_term(A, G, flat, 0, C), mask=(j >= 0) & (step == 0), other=0.0)
+            tl.debug_barrier()
+            tl.store(row_term(A, G, flat, 2 * step, C), row)
+            tl.store(col_term(A, G, flat, 2 * step, C), col)
+            row, col = column_factor(A, flat, kept - step, kept, C)
             tile, row, col = applied(m, row, col, SCALED, C)
             col = col * w * number(A.rho_col)
             z = -tl.sum(tile * col[None, :], 1) * row
-            grad -= tile * (row[:, None] * col[None, :])
-            sums = sums * 0
+            tl.store(row_term(A, G, flat, 2 * step + 1, C), row)
+            tl.store(col_term(A, G, flat, 2 * step + 1, C), col)
         tl.store(G.dropped + flat * length + i, z, mask=i < length)
     else:
         row, col = row_factor(A, flat, log_a, 0, 0, C)
         tile, row, col = applied(m, row, col, SCALED, C)
         row = row * z * number(A.rho_row)
+        tl.store(row_term(A, G, flat, 0, C), row)
+        tl.store(col_term(A, G, flat, 0, C), col)
         w = sums - tl.sum(tile * row[:, None], 0) * col
-        grad -= tile * (row[:, None] * col[None, :])
         tl.store(G.dropped + flat * size + j, w, mask=j < size)
+    tl.debug_barrier()
+
+
+@triton.jit
+def less_field(A, G, flat, log_a, m, grad, kept, SCALED: tl.constexpr, C: tl.constexpr):
+    """D less the field from D; if not `SCALED`, P * D less P times the field from P * D, and m is log P."""
+    terms = tl.where(kept == 0, 1, 2 * kept)
+    for k in range(terms):
+        row, col = tl.load(row_term(A, G, flat, k, C)), tl.load(col_term(A, G, flat, k, C))
+        if SCALED:
+            grad -= row[:, None] * col[None, :]
+        else:
+            row_exponent, col_exponent = term_factor(A, flat, log_a, k, kept, C)
+            tile, _, _ = applied(m, row_exponent, col_exponent, SCALED, C)
+            grad -= tile * (row[:, None] * col[None, :])
     return grad
 
 
@@ -307,6 +361,8 @@ def backward(inputs: Inputs, problem: Problem, potentials: Potentials, grads: Ou
         limit=Number.of(LARGEST_EXPONENT[dtype] * LOG2E.value),
         feature_scale=Number.of(solver.scale / solver.epsilon),
         score_scale=Number.of(1 / solver.epsilon),
+        row_terms=new(num * heads, case.terms, case.rows),
+        col_terms=new(num * heads, case.terms, case.cols),
         query=new(num, heads, length, query.shape[-1]),
         key=new(num, heads, size, key.shape[-1]),
         value=new(num, heads, size, value.shape[-1]),
