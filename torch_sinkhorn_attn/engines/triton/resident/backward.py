@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,11 +45,10 @@ class Adjoint(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Which cotangents there are, and whether products are of float16."""
+    """Which cotangents of the dustbin's masses there are."""
 
     to_bin: bool
     from_bin: bool
-    half: bool
 
 
 @triton.jit(do_not_specialize=["kept", "threshold"])
@@ -73,7 +71,7 @@ def backward_kernel(
         passes(A, G, flat, log_a, p, z, sums, kept, False, C)
         grad = plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
         grad = less_field(A, G, flat, log_a, p, solve.exp2(p, C.fast) * grad, kept, False, C)
-    write_scores(A, G, n, h, flat, grad, S, C, IF)
+    write_scores(A, G, n, h, flat, grad, S, C)
 
 
 @triton.jit
@@ -106,7 +104,7 @@ def row_factor(A, flat, log_a, r, kept, C: tl.constexpr):
     """Exponents of A^r: u^r / rho_r - log a - u^R and v^r - v^R."""
     row = row_dual(A, flat, r, C)
     if C.relaxed:
-        row = row / number(A.rho_row)
+        row = row / number(A.rho_row, C)
     row = tl.where(log_a == float("-inf"), 0.0, row - log_a - row_dual(A, flat, kept, C))
     return row, col_dual(A, flat, r, C) - col_dual(A, flat, kept, C)
 
@@ -116,7 +114,7 @@ def column_factor(A, flat, r, kept, C: tl.constexpr):
     """Exponents of B^r: u^(r-1) - u^R and v^r / rho_c - log b - v^R."""
     log_b, col = solve.col_mass(A, flat, C), col_dual(A, flat, r, C)
     if C.relaxed:
-        col = col / number(A.rho_col)
+        col = col / number(A.rho_col, C)
     col = tl.where(log_b == float("-inf"), 0.0, col - log_b - col_dual(A, flat, kept, C))
     return row_dual(A, flat, r - 1, C) - row_dual(A, flat, kept, C), col
 
@@ -130,12 +128,12 @@ def none_beyond(x, limit):
 def safe_exponents(A, G, flat, log_a, kept, C: tl.constexpr):
     """Whether every factor may be written as P times exponentials of rows and columns."""
     row, col = row_factor(A, flat, log_a, kept, kept, C)
-    safe = none_beyond(row, number(G.limit))
+    safe = none_beyond(row, number(G.limit, C))
     for r in range(1, kept + 1):
         row, col = row_factor(A, flat, log_a, r, kept, C)
-        safe = safe & none_beyond(row, number(G.limit)) & none_beyond(col, number(G.limit))
+        safe = safe & none_beyond(row, number(G.limit, C)) & none_beyond(col, number(G.limit, C))
         row, col = column_factor(A, flat, r, kept, C)
-        safe = safe & none_beyond(row, number(G.limit)) & none_beyond(col, number(G.limit))
+        safe = safe & none_beyond(row, number(G.limit, C)) & none_beyond(col, number(G.limit, C))
     return safe
 
 
@@ -181,7 +179,7 @@ def passes(A, G, flat, log_a, m, z, sums, kept, SCALED: tl.constexpr, C: tl.cons
         for step in range(kept):
             row, col = row_factor(A, flat, log_a, kept - step, kept, C)
             tile, row, col = applied(m, row, col, SCALED, C)
-            row = row * z * number(A.rho_row)
+            row = row * z * number(A.rho_row, C)
             w = -tl.sum(tile * row[:, None], 0) * col
             w += tl.load(col_term(A, G, flat, 0, C), mask=(j >= 0) & (step == 0), other=0.0)
             tl.debug_barrier()
@@ -189,7 +187,7 @@ def passes(A, G, flat, log_a, m, z, sums, kept, SCALED: tl.constexpr, C: tl.cons
             tl.store(col_term(A, G, flat, 2 * step, C), col)
             row, col = column_factor(A, flat, kept - step, kept, C)
             tile, row, col = applied(m, row, col, SCALED, C)
-            col = col * w * number(A.rho_col)
+            col = col * w * number(A.rho_col, C)
             z = -tl.sum(tile * col[None, :], 1) * row
             tl.store(row_term(A, G, flat, 2 * step + 1, C), row)
             tl.store(col_term(A, G, flat, 2 * step + 1, C), col)
@@ -197,7 +195,7 @@ def passes(A, G, flat, log_a, m, z, sums, kept, SCALED: tl.constexpr, C: tl.cons
     else:
         row, col = row_factor(A, flat, log_a, 0, 0, C)
         tile, row, col = applied(m, row, col, SCALED, C)
-        row = row * z * number(A.rho_row)
+        row = row * z * number(A.rho_row, C)
         tl.store(row_term(A, G, flat, 0, C), row)
         tl.store(col_term(A, G, flat, 0, C), col)
         w = sums - tl.sum(tile * row[:, None], 0) * col
@@ -243,7 +241,7 @@ def dropped_out(A, flat, x, seed, threshold, C: tl.constexpr):
     if C.dropout:
         i, j = tl.arange(0, C.rows), tl.arange(0, C.cols)
         keep = tiles.keep_tile(seed, flat, i[:, None], j[None, :], threshold)
-        x = tl.where(keep, x * number(A.keep_scale), 0.0)
+        x = tl.where(keep, x * number(A.keep_scale, C), 0.0)
     return x
 
 
@@ -262,7 +260,8 @@ def plan_cotangent(
     for e in range(0, V.features, V.chunk):
         value = tiles.load_features(pointers, e, V.features, V.chunk, V.widen)
         x = output_cotangent(A, G, n, h, log_a, e, V, C)
-        d += tl.dot(x.to(value.dtype), tl.trans(value), input_precision=V.precision, out_dtype=C.acc)
+        value = tl.trans(value.to(V.product))
+        d += tl.dot(x.to(V.product), value, input_precision=V.plan_precision, out_dtype=C.acc)
         if C.bin_value:
             feature = e + tl.arange(0, V.chunk)
             learned = tl.load(A.bin_value + flat * V.features + feature, mask=feature < V.features, other=0.0)
@@ -295,47 +294,39 @@ def write_value(A, G, n, h, flat, log_a, p, seed, threshold, V: tl.constexpr, C:
         if C.bin_value:
             place = G.bin_value + flat * V.features + feature
             tl.store(place, tl.sum(to_bin[:, None] * x, 0), mask=feature < V.features)
-        if V.widen:
-            found = tl.dot(tl.trans(p), x, input_precision=V.precision, out_dtype=C.acc)
-        else:
-            kind = A.value.data.dtype.element_ty
-            found = tl.dot(tl.trans(p).to(kind), x.to(kind), input_precision=V.precision, out_dtype=C.acc)
+        found = tl.dot(tl.trans(p.to(V.product)), x.to(V.product), input_precision=V.plan_precision, out_dtype=C.acc)
         place = G.value + (flat * size + j)[:, None] * V.features + feature[None, :]
         tl.store(place, found, mask=(j < size)[:, None] & (feature < V.features)[None, :])
 
 
 @triton.jit
-def write_scores(A, G, n, h, flat, grad, S: tl.constexpr, C: tl.constexpr, IF: tl.constexpr):
+def write_scores(A, G, n, h, flat, grad, S: tl.constexpr, C: tl.constexpr):
     """Cotangents of what the scores are made of, from dS: dQ = dS K, dK = dS^T Q, and the dustbin's line and column."""
     i, j = tl.arange(0, C.rows), tl.arange(0, C.cols)
     length, size = A.rows.size, A.cols.size
     if C.dustbin:
         last_row, last_col = (i == length)[:, None], (j == size)[None, :]
-        column = tl.sum(tl.where(last_col, grad, 0.0), 1) * number(G.score_scale)
+        column = tl.sum(tl.where(last_col, grad, 0.0), 1) * number(G.score_scale, C)
         tl.store(G.row_score + flat * length + i, column, mask=i < length)
         tl.store(G.corner_score + flat, tl.sum(tl.where(i == length, column, 0.0), 0))
-        line = tl.sum(tl.where(last_row, grad, 0.0), 0) * number(G.score_scale)
+        line = tl.sum(tl.where(last_row, grad, 0.0), 0) * number(G.score_scale, C)
         tl.store(G.col_score + flat * size + j, line, mask=j < size)
         grad = tl.where(last_row | last_col, 0.0, grad)
-    largest = tl.full([], 1.0, C.acc)
-    if IF.half:  # so that nothing is lost below its smallest number
-        top = tl.max(tl.max(tl.abs(grad), 1), 0)
-        largest = tl.where(top > 0, top, largest)
-        grad = grad / largest
+    grad = grad.to(S.product)
     rows = tiles.feature_pointers(A.rows, n, h, tiles.clamped(i, A.rows), S.chunk)
     cols = tiles.feature_pointers(A.cols, n, h, tiles.clamped(j, A.cols), S.chunk)
     for e in range(0, S.features, S.chunk):
         feature = e + tl.arange(0, S.chunk)
         x = tiles.load_features(cols, e, S.features, S.chunk, S.widen)
-        found = tl.dot(grad.to(x.dtype), x, input_precision=S.precision, out_dtype=C.acc)
+        found = tl.dot(grad, x.to(S.product), input_precision=S.plan_precision, out_dtype=C.acc)
         place = G.query + (flat * length + i)[:, None] * S.features + feature[None, :]
         inside = (i < length)[:, None] & (feature < S.features)[None, :]
-        tl.store(place, found * (largest * number(G.feature_scale)), mask=inside)
+        tl.store(place, found * number(G.feature_scale, C), mask=inside)
         x = tiles.load_features(rows, e, S.features, S.chunk, S.widen)
-        found = tl.dot(tl.trans(grad.to(x.dtype)), x, input_precision=S.precision, out_dtype=C.acc)
+        found = tl.dot(tl.trans(grad), x.to(S.product), input_precision=S.plan_precision, out_dtype=C.acc)
         place = G.key + (flat * size + j)[:, None] * S.features + feature[None, :]
         inside = (j < size)[:, None] & (feature < S.features)[None, :]
-        tl.store(place, found * (largest * number(G.feature_scale)), mask=inside)
+        tl.store(place, found * number(G.feature_scale, C), mask=inside)
 
 
 def backward(inputs: Inputs, problem: Problem, potentials: Potentials, grads: OutputGrads) -> Gradients:
@@ -384,7 +375,7 @@ def backward(inputs: Inputs, problem: Problem, potentials: Potentials, grads: Ou
         query if problem.dropout_seed is None else problem.dropout_seed,
         threshold(solver.dropout_p),
         **constants,
-        IF=Given(grads.to_bin is not None, grads.from_bin is not None, query.dtype == torch.float16),
+        IF=Given(grads.to_bin is not None, grads.from_bin is not None),
         num_warps=warps(case.rows, case.cols, 2),
         num_stages=1,
     )
