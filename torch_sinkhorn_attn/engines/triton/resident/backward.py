@@ -52,9 +52,7 @@ class Given(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["kept", "threshold"])
-def backward_kernel(
-    A, G, kept, seed, threshold, S: tl.constexpr, V: tl.constexpr, C: tl.constexpr, IF: tl.constexpr
-):
+def backward_kernel(A, G, kept, seed, threshold, S: tl.constexpr, V: tl.constexpr, C: tl.constexpr, IF: tl.constexpr):
     flat = tl.program_id(0).to(tl.int64)
     n, h = flat // A.heads, flat % A.heads
     log_a = solve.row_mass(A, flat, C)
@@ -142,9 +140,8 @@ def term_factor(A, flat, log_a, k, kept, C: tl.constexpr):
     """Exponents of the k-th factor: A^R, B^R, A^(R-1), ...; for R = 0 that of the one row half-step."""
     r = kept - k // 2
     row, col = row_factor(A, flat, log_a, r, kept, C)
-    if C.differentiated:
-        if k % 2 == 1:
-            row, col = column_factor(A, flat, r, kept, C)
+    if k % 2 == 1:  # never for R = 0
+        row, col = column_factor(A, flat, r, kept, C)
     return row, col
 
 
@@ -246,9 +243,7 @@ def dropped_out(A, flat, x, seed, threshold, C: tl.constexpr):
 
 
 @triton.jit
-def plan_cotangent(
-    A, G, n, h, flat, log_a, seed, threshold, V: tl.constexpr, C: tl.constexpr, IF: tl.constexpr
-):
+def plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V: tl.constexpr, C: tl.constexpr, IF: tl.constexpr):
     """D: <dO_i, V_j> / a_i after dropout, and what the dustbin's masses are told."""
     ROWS: tl.constexpr = C.rows
     COLS: tl.constexpr = C.cols

@@ -109,9 +109,7 @@ def tail(A, n, h, flat, log_a, u, p, a, b, formed, kept, S: tl.constexpr, B: tl.
 
 
 @triton.jit
-def write_output(
-    A, n, h, flat, log_a, p, seed, threshold, S: tl.constexpr, V: tl.constexpr, C: tl.constexpr
-):
+def write_output(A, n, h, flat, log_a, p, seed, threshold, S: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
     """O_i = (1/a_i) sum_j P_ij V_j, rows of a balanced side divided by their own sums, which cancels the rounding of
     large scores; the masses of the dustbin, and the largest errors of the marginals."""
     i, j = tl.arange(0, C.rows), tl.arange(0, C.cols)
