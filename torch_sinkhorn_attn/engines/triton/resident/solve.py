@@ -8,7 +8,7 @@ by logarithms. (Absorption: B. Schmitzer, Stabilized sparse scaling algorithms f
 problems, SIAM J. Sci. Comput. 41(3), 2019.)
 
 Vectors are `[ROWS]` and `[COLS]`, powers of two, with the dustbin's line after the last token; logarithms are to base
-2. The absorbed column potential lies in memory, for registers are full: `[COLS]` numbers behind `A.scratch`, and as many
+2. The absorbed column potential is in memory, as registers are full: `[COLS]` numbers behind `A.scratch`, and as many
 behind them for what comes of a walk over blocks. A line's mass a or b is 0 where it has no support.
 
 What every function takes: `A` (`arguments.Arguments`), the head as n, h and flat = n H + h, and what is known when it
