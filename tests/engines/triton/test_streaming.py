@@ -1,4 +1,4 @@
-"""The streaming kernels against the definition, interpreted on CPU tensors: in float64 to 1e-10, whatever the options."""
+"""The streaming kernels against the definition, interpreted on CPU tensors: in float64 to 1e-10."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from marks import slow_after
 pytest.importorskip("triton")
 import triton_interpreter
 
-from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.engines import triton as engine
 from torch_sinkhorn_attn.engines.triton.layout import Layout
 from torch_sinkhorn_attn.engines.triton.streaming import blocks
@@ -178,10 +178,12 @@ def test_scores_of_ten_thousand_stay_finite(window: tuple[int, int] | None, monk
     query, key, value = (x.detach() for x in call.leaves)
     for epsilon in (1e-3, 1.0):
         o = {**call.options, "window": window, "epsilon": epsilon}
-        out, aux = sinkhorn_attention(70 * query, 70 * key, value, engine="triton", return_aux=True, **o)
-        truth = sinkhorn_attention(*(x.double() for x in (70 * query, 70 * key, value)), engine="reference", **o)
+        single = 70 * query, 70 * key, value
+        out, aux = sinkhorn_attention(*single, engine="triton", return_aux=True, **o)
+        plain = sinkhorn_attention(*single, engine="reference", **o)
+        truth = sinkhorn_attention(*(x.double() for x in single), engine="reference", **o)
         assert all(torch.isfinite(x).all() for x in (out, *aux[:4]))
-        assert relative_error(out.double(), truth) < 0.02
+        assert relative_error(out.double(), truth) < 3 * relative_error(plain.double(), truth) + 1e-3
 
 
 def test_the_plan_and_its_logarithm() -> None:
@@ -229,6 +231,7 @@ def test_columns_are_safe_only_where_their_interval_counts_no_stranger() -> None
         x = torch.randn(1, 1, 3, 4, dtype=torch.float64)
         centers = torch.tensor([[0, 2, 0]])
         o: dict[str, Any] = {"base_iters": 0, "tail_iters": 1, "relaxation": 1.0, "window": (0, 0)}
+        set_checks("never")  # as on a GPU, where nobody looks whether centres fall
         out = sinkhorn_attention(x, x, x, engine="triton", window_centers=centers, **o)
         truth = sinkhorn_attention(x, x, x, engine="reference", window_centers=centers, **o)
     cols = seen[0].cols

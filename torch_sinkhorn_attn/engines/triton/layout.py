@@ -72,7 +72,7 @@ class Static(NamedTuple):
     limit: float  # entries of a float mask at or below it are dropped
     banded: bool
     widen: bool  # features to float32 before products
-    precision: str  # of float32 products: "ieee", "tf32x3" or "tf32"
+    precision: str  # of float32 products: "ieee" or "tf32"
     acc: Any  # tl.float32 or tl.float64: sums, and what vectors are
     product: Any  # type of plan tiles and of what they are multiplied with
     plan_precision: str  # of those products
@@ -172,12 +172,9 @@ class Layout:
 
 
 def precision() -> str:
-    """How float32 products are made: as torch is told to make its own."""
-    if torch.version.hip is not None:
-        return "ieee"
-    if torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    """How float32 products are made: as torch is told to make its own on a GPU (its "high" and "medium" are one)."""
+    told = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if told == "tf32" and torch.version.hip is None else "ieee"
 
 
 def half_precision() -> str:
