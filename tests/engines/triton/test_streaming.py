@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import problems
@@ -14,9 +15,9 @@ from marks import slow_after
 pytest.importorskip("triton")
 import triton_interpreter
 
-from torch_sinkhorn_attn import Dustbin, set_checks, sinkhorn_attention, sinkhorn_plan
+from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.engines import triton as engine
-from torch_sinkhorn_attn.engines.triton.layout import Layout
+from torch_sinkhorn_attn.engines.triton import layout
 from torch_sinkhorn_attn.engines.triton.streaming import blocks
 
 pytestmark = pytest.mark.skipif(not engine.interpreted(), reason="the kernels run on the device here")
@@ -217,24 +218,19 @@ def test_reruns_are_bitwise_equal() -> None:
 
 
 def test_columns_are_safe_only_where_their_interval_counts_no_stranger() -> None:
-    """Rows 0 and 2 reach column 0, row 1 does not: its interval [0, 3) holds a row that must be asked."""
-    seen: list[Layout] = []
-    from torch_sinkhorn_attn.engines.triton.streaming import lines
-
-    class Spy(lines.StreamedPlan):
-        def __init__(self, *args: Any):
-            super().__init__(*args)
-            seen.append(self.layout)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_sinkhorn_attn.engines.triton.streaming.run.StreamedPlan", Spy)
-        x = torch.randn(1, 1, 3, 4, dtype=torch.float64)
-        centers = torch.tensor([[0, 2, 0]])
-        o: dict[str, Any] = {"base_iters": 0, "tail_iters": 1, "relaxation": 1.0, "window": (0, 0)}
-        set_checks("never")  # as on a GPU, where nobody looks whether centres fall
-        out = sinkhorn_attention(x, x, x, engine="triton", window_centers=centers, **o)
-        truth = sinkhorn_attention(x, x, x, engine="reference", window_centers=centers, **o)
-    cols = seen[0].cols
-    assert cols.lo[0].tolist()[0] == 0 and cols.hi[0].tolist()[0] == 3
-    assert cols.safe_lo[0].tolist()[0] >= cols.safe_hi[0].tolist()[0]
-    assert relative_error(out, truth) < 1e-12
+    """Rows 0 and 2 reach column 0, row 1 does not: it must be asked for its interval, unless it is dead."""
+    for dead, safe in ((False, False), (True, True)):
+        mass = torch.zeros(1, 2, 3).index_fill(-1, torch.tensor([1]), -torch.inf if dead else 0.0)
+        rows = torch.tensor([[0, 1, 0]]), torch.tensor([[1, 2, 1]])
+        cols = torch.tensor([[0, 1]]), torch.tensor([[3, 2]])
+        support, outline = SimpleNamespace(), SimpleNamespace(banded=True)
+        support.row_lo, support.row_hi, support.col_lo, support.col_hi = *rows, *cols
+        problem = SimpleNamespace(
+            support=support,
+            outline=outline,
+            marginals=SimpleNamespace(log_row_mass=mass),
+            sizes=(1, 2, 3, 2),
+        )
+        _, (_, _, safe_lo, safe_hi) = layout.sides(problem)  # type: ignore[arg-type]
+        assert bool(safe_lo[0, 0] < safe_hi[0, 0]) == safe
+        assert safe_lo[0, 1] < safe_hi[0, 1] or dead

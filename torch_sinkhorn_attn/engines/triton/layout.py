@@ -19,6 +19,7 @@ from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
 LOG2E = 1.4426950408889634
 PADDING = 256  # live vectors end at a multiple of it: no smaller than any block of lines
 LARGEST_CHUNK = 128  # features that a tile's product takes at once
+EXACT_CHUNK = 16  # where it is not made by tensor cores: more of them spill registers
 ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -77,6 +78,11 @@ class Static(NamedTuple):
     product: Any  # type of plan tiles and of what they are multiplied with
     plan_precision: str  # of those products
 
+    @property
+    def exact(self) -> bool:
+        """Whether products are float32's own, on no tensor core: their tiles are written out, so they must be small."""
+        return self.precision == "ieee" and self.product != tl.bfloat16 and self.plan_precision == "ieee"
+
 
 class Direction(NamedTuple):
     """The arguments that all kernels have."""
@@ -108,9 +114,10 @@ class Layout:
     def of(inputs: Inputs, problem: Problem) -> Layout:
         num, heads, length, size = problem.sizes
         query, key = _features(inputs.query), _features(inputs.key)
-        rows, cols = _sides(problem)
+        rows, cols = sides(problem)
         dtype = compute_dtype(query.dtype)
         width = query.shape[-1]
+        largest = EXACT_CHUNK if query.dtype == torch.float32 and precision() == "ieee" else LARGEST_CHUNK
         mask = inputs.mask
         kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
         floats = () if mask is None or kind == "bool" else (torch.finfo(mask.dtype).min, torch.finfo(dtype).min)
@@ -119,7 +126,7 @@ class Layout:
             outer=0,
             inner=0,
             features=width,
-            chunk=min(LARGEST_CHUNK, power_of_two(width)),
+            chunk=min(largest, power_of_two(width)),
             mask=kind,
             limit=max(floats) / 2 if floats else 0.0,
             banded=problem.outline.banded,
@@ -207,7 +214,7 @@ def _mask(mask: Tensor | None, other: Tensor, column: bool) -> Mask:
 Reach = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _sides(problem: Problem) -> tuple[Reach, Reach]:
+def sides(problem: Problem) -> tuple[Reach, Reach]:
     """lo, hi, safe_lo and safe_hi of rows and of columns.
 
     A row's interval says all. A column's is the smallest that holds its rows, and may hold rows that do not reach it:
