@@ -231,6 +231,6 @@ def test_columns_are_safe_only_where_their_interval_counts_no_stranger() -> None
             marginals=SimpleNamespace(log_row_mass=mass),
             sizes=(1, 2, 3, 2),
         )
-        _, (_, _, safe_lo, safe_hi) = layout.sides(problem)  # type: ignore[arg-type]
+        _, (_, _, safe_lo, safe_hi) = layout.sides(problem)
         assert bool(safe_lo[0, 0] < safe_hi[0, 0]) == safe
         assert safe_lo[0, 1] < safe_hi[0, 1] or dead
