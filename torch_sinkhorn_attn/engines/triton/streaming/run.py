@@ -17,4 +17,12 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
 
 
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
-    return tiled.ENGINE.backward(inputs, problem, output, potentials, grads)
+    from torch_sinkhorn_attn.engines.adjoint import OutputCotangent, attention_gradients
+    from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
+    from torch_sinkhorn_attn.engines.triton.layout import Layout
+    from torch_sinkhorn_attn.engines.triton.streaming.adjoint import StreamingPasses
+
+    plan = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
+    cotangent = OutputCotangent(plan, output, grads)
+    passes = StreamingPasses(plan, Layout.of(inputs, problem), cotangent, grads.mask)
+    return attention_gradients(passes, cotangent, potentials)

@@ -1,0 +1,2 @@
+"""The gradient of a float mask."""
+def run(*a): raise NotImplementedError
