@@ -23,7 +23,7 @@ from torch_sinkhorn_attn.engines.triton.launch import Chip, Launch
 
 BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA", "v_mfma")  # tensor-core instructions of sm_80 to sm_100, AMD's
-EXPONENTIAL = ("MUFU", "v_exp_f32")
+EXPONENTIAL = ("MUFU.EX2", "v_exp_f32")
 ARITHMETIC = ("FFMA", "FADD", "FMUL", "FMNMX", "v_fma", "v_add_f32", "v_mul_f32", "v_pk")
 LOCAL = ("LDL", "STL", "scratch_load", "scratch_store")
 ENOUGH = 1 / 3  # the shortest loop with so much of the most work that any loop has
@@ -64,12 +64,15 @@ class Compiled:
                 total += int(found[1]) * int(found[2]) * int(found[3]) * self.warps
             elif x.startswith(TENSOR):
                 return None
-        return total / scores
+        return total / scores if total else None
 
 
-def compiled(launch: Launch, chip: Chip, work: str = "tiles") -> Compiled:
-    """Compiles a launch for a chip. `work` says which loop matters: "tiles", the one with the tensor-core and exp2
-    instructions, or "vector", the one with the arithmetic, for kernels that hold the plan."""
+def compiled(launch: Launch, chip: Chip, work: str = "exp2", trips: int = 1) -> Compiled:
+    """Compiles a launch for a chip.
+
+    `work` says which loop matters: "exp2", the one that makes tiles of the plan, or "vector", the one with the
+    arithmetic, for kernels that hold the plan. Loops inside it are taken `trips` times a turn.
+    """
     hip = chip.backend == "hip"
     target = GPUTarget(chip.backend, chip.arch, 64 if hip else 32)
     source = launch.source()
@@ -93,21 +96,27 @@ def compiled(launch: Launch, chip: Chip, work: str = "tiles") -> Compiled:
         warps=built.metadata.num_warps,
         lanes=target.warp_size,
         tensor=sum(x.startswith(TENSOR) for x in code),
-        loop=tuple(_loop(code, labels, (*TENSOR, *EXPONENTIAL) if work == "tiles" else ARITHMETIC)),
+        loop=tuple(_loop(code, labels, EXPONENTIAL if work == "exp2" else ARITHMETIC, trips)),
     )
 
 
-def _loop(code: list[str], labels: dict[str, int], wanted: tuple[str, ...]) -> list[str]:
+def _loop(code: list[str], labels: dict[str, int], wanted: tuple[str, ...], trips: int) -> list[str]:
     """The innermost loop that does the work, by backward branches: a kernel may have others for what is rare."""
     ends: dict[int, int] = {}
     for end, instruction in enumerate(code):
         for label in re.findall(r"\.L\w+", instruction) if re.match(r"BRA|s_c?branch", instruction) else ():
             if labels.get(label, end) < end:
                 ends[labels[label]] = max(end, ends.get(labels[label], 0))
-    loops = [code[start : end + 1] for start, end in ends.items()]
-    amount = [sum(x.startswith(wanted) for x in loop) for loop in loops]
-    able = [loop for loop, n in zip(loops, amount) if n and n >= ENOUGH * max(amount)]
-    return min(able, key=len, default=[])
+    amount = {start: sum(x.startswith(wanted) for x in code[start : end + 1]) for start, end in ends.items()}
+    able = [start for start, n in amount.items() if n and n >= ENOUGH * max(amount.values())]
+    if not able:
+        return []
+    first = min(able, key=lambda start: ends[start] - start)
+    loop = code[first : ends[first] + 1]
+    for start, end in ends.items():
+        if first < start and end < ends[first]:
+            loop += (trips - 1) * code[start : end + 1]
+    return loop
 
 
 def _nvidia(text: str) -> tuple[list[str], dict[str, int]]:

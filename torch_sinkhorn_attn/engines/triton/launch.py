@@ -64,19 +64,27 @@ class Launch(NamedTuple):
         None, are constants; numbers and addresses that 16 divides are known to be so."""
         names = self.kernel.arg_names
         given = dict(zip(names, self.args)) | {name: x for name, x in self.meta.items() if name not in OPTIONS}
-        signature: dict[str, str] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[Any]] = {}
-        for i, parameter in enumerate(self.kernel.params):
-            x = given.get(parameter.name, parameter.default)
-            plain = parameter.do_not_specialize
-            if parameter.is_constexpr or x is None or (type(x) is int and x == 1 and not plain):
-                signature[parameter.name], constants[(i,)] = "constexpr", x
-                continue
-            signature[parameter.name] = _type(x)
+
+        def described(x: Any, path: tuple[int, ...], constant: bool, plain: bool) -> Any:
+            if constant or x is None or (type(x) is int and x == 1 and not plain):
+                constants[path] = x
+                return "constexpr"
+            if isinstance(x, tuple):
+                parts = [described(part, (*path, i), False, plain) for i, part in enumerate(x)]
+                return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
             start = x.storage_offset() * x.element_size() if isinstance(x, Tensor) else x
             if type(start) is int and start % 16 == 0 and not plain:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+                attributes[path] = [["tt.divisibility", 16]]
+            return _type(x)
+
+        signature = {
+            parameter.name: described(
+                given.get(parameter.name, parameter.default), (i,), parameter.is_constexpr, parameter.do_not_specialize
+            )
+            for i, parameter in enumerate(self.kernel.params)
+        }
         return {"fn": self.kernel, "signature": signature, "constexprs": constants, "attrs": attributes}
 
 

@@ -78,7 +78,9 @@ def products(own, outer_pointers, inner_pointers, S: tl.constexpr):
     if S.features <= S.chunk:
         other = load_features(inner_pointers, 0, S.features, S.chunk, S.widen)
         return tl.dot(own, tl.trans(other), input_precision=S.precision, out_dtype=S.acc)
-    total = tl.zeros([S.outer, S.inner], dtype=S.acc)
+    OUTER: tl.constexpr = S.outer
+    INNER: tl.constexpr = S.inner
+    total = tl.zeros([OUTER, INNER], dtype=S.acc)
     for e in range(0, S.features, S.chunk):
         left = load_features(outer_pointers, e, S.features, S.chunk, S.widen)
         right = load_features(inner_pointers, e, S.features, S.chunk, S.widen)
