@@ -57,7 +57,7 @@ class StreamingPasses(AdjointPasses):
                 beside = beside + self.bins.row
         riders = self.riders._replace(
             image=self.tail,
-            value=first and self.gathers_value,
+            values=first and self.gathers_value,
             field=field is not None,
             deferred=deferred is not None,
             sums=first and (not self.gathers_value or (field is not None and self.cotangents.chunks > 1)),
@@ -106,12 +106,12 @@ class StreamingPasses(AdjointPasses):
         side, heads = (layout.cols, self.plan.inputs.key.shape[1]) if column else (layout.rows, layout.heads)
         image = given.x.new_zeros(layout.num, layout.heads, side.size)
         sums = grad = value = image
-        if riders.value or riders.sums:
+        if riders.values or riders.sums:
             parts = 1 if riders.sums else self.cotangents.chunks
             sums = image.new_zeros(parts, *image.shape)
         if riders.field:
             grad = image.new_empty(layout.num, heads, side.size, layout.static.features)
-        if riders.value:
+        if riders.values:
             value = self.grad_value = image.new_empty(layout.num, heads, side.size, self.cotangents.static.features)
         scale = Number.of(solver.scale / solver.epsilon)
         results = Results(image, sums, value, grad, scale, Number.of(solver.rho_col))

@@ -21,6 +21,7 @@ from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import (
     Vectors,
     dropped_out,
     factor_tile,
+    field_features,
     given_cotangent,
     kept_entries,
     products_and_chunk,
@@ -52,7 +53,7 @@ class Results(NamedTuple):
 
 @triton.jit
 def pass_tile(
-    first, sums, image, value, grad, later, own, own_value, outer, inner, outer_values, inner_values, mask, dense,
+    first, sums, image, value, grad, later, own, own_value, own_field, outer, inner, outer_values, inner_values, mask, dense,
     scale, v, dropout, n, h, flat, own_at, outer_place, live, key_start, value_start,
     TEST: tl.constexpr, S: tl.constexpr, SV: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
@@ -79,12 +80,12 @@ def pass_tile(
     if A.dropout:
         keep = kept_entries(dropout, flat, own_at, inner_at, S)
     if A.dense == "":
-        if A.value or A.field:
+        if A.values or A.field:
             value_pointers = feature_pointers(inner_values, n, h, inner_at, SV.chunk)
             own_pointers = feature_pointers(outer_values, n, h, own_at, SV.chunk)
             d, values = products_and_chunk(own_value, own_pointers, value_pointers, value_start, SV)
             d = dropped_out(d, keep, dropout, S, A)
-            if A.value:
+            if A.values:
                 weights = dropped_out(w, keep, dropout, S, A).to(values.dtype)
                 value += tl.dot(weights, values, input_precision=S.precision, out_dtype=S.acc)
     else:
@@ -97,13 +98,17 @@ def pass_tile(
         else:
             sums += tl.sum(w * d, 1)
     if A.field:
+        if A.split > 0:
+            d = tl.dot(own_field, tl.trans(field_features(v.field_inner, inner_place, A)), d, out_dtype=S.acc)
         ds = score_cotangent(d, w, log_weights, v, outer_place, outer.width, inner_place, inner.width, A)
         grad += tl.dot(ds.to(features.dtype), features, input_precision=S.precision, out_dtype=S.acc)
     if A.deferred:
         deferred_outer = tl.load(v.deferred_outer + outer_place)
         deferred_inner = tl.load(v.deferred_inner + inner_place)
         if A.scaled:  # given as exponentials
-            factor = w * deferred_inner[None, :] * deferred_outer[:, None]
+            factor = w * deferred_inner[None, :]
+            if A.round_inside:
+                factor *= deferred_outer[:, None]
         else:
             factor = factor_tile(log_weights, deferred_outer, deferred_inner)
         later += tl.dot(factor.to(features.dtype), features, input_precision=S.precision, out_dtype=S.acc)
@@ -116,7 +121,10 @@ def adjoint_pass(
     S: tl.constexpr, SV: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of outer lines over all heads (key heads where columns are outside); blocks of features."""
-    blocks = tl.cdiv(outer.size, S.outer)
+    OUTER: tl.constexpr = S.outer
+    CHUNK: tl.constexpr = S.chunk
+    VALUES: tl.constexpr = SV.chunk
+    blocks = tl.cdiv(outer.size, OUTER)
     program = tl.program_id(0)
     group = (program // blocks).to(tl.int64)
     share = outer.share if S.column else 1
@@ -134,31 +142,34 @@ def adjoint_pass(
     key_start, value_start = key_block * S.chunk, value_block * SV.chunk
     own = own_features(feature_pointers(outer, n, first_head, own_at, S.chunk), S)
     own_value = own
-    if (A.value or A.field) and A.dense == "":
+    if (A.values or A.field) and A.dense == "":
         own_value = own_features(feature_pointers(outer_values, n, first_head, own_at, SV.chunk), SV)
     factor = number(scale, S)
     none = tl.zeros([1, 1], dtype=S.acc)
-    grad = tl.zeros([S.outer, S.chunk], dtype=S.acc) if A.field else none
+    grad = tl.zeros([OUTER, CHUNK], dtype=S.acc) if A.field else none
     for g in range(share):
         h = first_head + g
         flat = n * heads + h
         outer_place = flat * outer.width + at
         live = tl.load(v.outer_live + outer_place)
         start, stop, safe_start, safe_stop = span(outer, inner, n, own_at, live > float("-inf"), S)
-        sums, image = tl.zeros([S.outer], dtype=S.acc), tl.zeros([S.outer], dtype=S.acc)
-        value = tl.zeros([S.outer, SV.chunk], dtype=S.acc) if A.value else none
-        later = tl.zeros([S.outer, S.chunk], dtype=S.acc) if A.deferred else none
+        sums, image = tl.zeros([OUTER], dtype=S.acc), tl.zeros([OUTER], dtype=S.acc)
+        value = tl.zeros([OUTER, VALUES], dtype=S.acc) if A.values else none
+        later = tl.zeros([OUTER, CHUNK], dtype=S.acc) if A.deferred else none
+        own_field = none
+        if A.field and A.split > 0:
+            own_field = field_features(v.field_outer, outer_place, A)
         for i in range(safe_start, safe_stop, S.inner):
             sums, image, value, grad, later = pass_tile(
-                i, sums, image, value, grad, later, own, own_value, outer, inner, outer_values, inner_values, mask,
-                dense, factor, v, dropout, n, h, flat, own_at, outer_place, live, key_start, value_start,
+                i, sums, image, value, grad, later, own, own_value, own_field, outer, inner, outer_values, inner_values,
+                mask, dense, factor, v, dropout, n, h, flat, own_at, outer_place, live, key_start, value_start,
                 False, S, SV, A,
             )  # fmt: skip
         for t in range(edge_tiles(start, stop, safe_start, safe_stop, S)):
             i = edge_tile(t, start, safe_start, safe_stop, S)
             sums, image, value, grad, later = pass_tile(
-                i, sums, image, value, grad, later, own, own_value, outer, inner, outer_values, inner_values, mask,
-                dense, factor, v, dropout, n, h, flat, own_at, outer_place, live, key_start, value_start,
+                i, sums, image, value, grad, later, own, own_value, own_field, outer, inner, outer_values, inner_values,
+                mask, dense, factor, v, dropout, n, h, flat, own_at, outer_place, live, key_start, value_start,
                 True, S, SV, A,
             )  # fmt: skip
         line = flat * outer.size + at
@@ -166,7 +177,7 @@ def adjoint_pass(
             if A.scaled and not A.plain:
                 image *= tl.exp2(tl.load(v.factor_outer + outer_place))
             tl.store(results.image + line, image, mask=exists & (block == 0))
-        if A.value:
+        if A.values:
             value_at = value_start + tl.arange(0, SV.chunk)
             if not A.sums:
                 own_chunk = own_value
@@ -183,15 +194,18 @@ def adjoint_pass(
                 value += tl.load(place, mask=own_part, other=0.0)
             tl.store(place, value, mask=own_part)
             tl.debug_barrier()  # the next head reads what this one wrote
-        if A.sums or A.value:
+        if A.sums or A.values:
             part = 0 if A.sums else value_block
             total = (tl.num_programs(0) // blocks).to(tl.int64) * share * outer.size
             tl.store(results.sums + part * total + line, sums, mask=exists & (block == part))
         if A.deferred:  # its weight, of which the image is all that was unknown
             weight = tl.load(v.beside + outer_place) - image
-            if A.sums or A.value:
+            if A.sums or A.values:
                 weight += sums
-            grad -= (number(results.rho, S) * weight)[:, None] * later
+            weight *= number(results.rho, S)
+            if A.scaled and not A.round_inside:
+                weight *= tl.load(v.deferred_outer + outer_place)
+            grad -= weight[:, None] * later
     if A.field:
         key_at = key_start + tl.arange(0, S.chunk)
         place = results.grad + ((group * outer.size + at) * S.features)[:, None] + key_at[None, :]
@@ -260,7 +274,8 @@ def both(prepared: Prepared, riders: Riders) -> list[tuple[Vectors, Riders]]:
     """The launches of a pass: scaled and, where data decide, entry by entry."""
     terms = prepared.scaled.terms
     riders = riders._replace(terms=terms if terms <= UNROLLED else 0)
+    scaled = riders._replace(split=prepared.split, round_inside=prepared.round_inside)
     if prepared.entrywise is None:
-        return [(prepared.scaled, riders)]
-    riders = riders._replace(flagged=True)
-    return [(prepared.scaled, riders), (prepared.entrywise, riders._replace(scaled=False))]
+        return [(prepared.scaled, scaled)]
+    entrywise = riders._replace(flagged=True, scaled=False)
+    return [(prepared.scaled, scaled._replace(flagged=True)), (prepared.entrywise, entrywise)]

@@ -26,13 +26,15 @@ class Riders(NamedTuple):
     plain: bool = False
     scaled: bool = True
     flagged: bool = False  # whether the heads that are scaled are told by data
-    value: bool = False  # dV rides along
+    values: bool = False  # dV rides along
     field: bool = False  # dK (columns outside) or dQ does, and the field is known
     deferred: bool = False  # all but one factor of it is
     sums: bool = False  # sums of W * D' are taken entry by entry
     dense: str = ""  # "plan": D is a tensor, not <dO, V>; "log": P*D is
     dropout: bool = False
     terms: int = 0  # of the field, where they are few; 0: they are counted by `Vectors.terms`
+    split: int = 0  # features that a scaled field is told by (`Vectors.field_outer`); 0: by its terms, one by one
+    round_inside: bool = False  # whether a factor tile must be in range before its outer exponentials
 
 
 class Vectors(NamedTuple):
@@ -44,7 +46,7 @@ class Vectors(NamedTuple):
     weight: Tensor  # what the factor is multiplied with; scaled: exponentials of its own side included
     factor_outer: Tensor  # the factor's exponents
     factor_inner: Tensor
-    field_outer: Tensor  # weights of the field; scaled: exponentials included
+    field_outer: Tensor  # weights of the field; scaled: exponentials included; split: features `[N*H, width, split]`
     field_inner: Tensor
     field_outer_exponents: Tensor
     field_inner_exponents: Tensor
@@ -111,6 +113,13 @@ def factor_tile(log_weights, outer_exponents, inner_exponents):
 
 
 @triton.jit
+def field_features(features, place, A: tl.constexpr):
+    """A field's features on the lines at `place`, `[lines, split]`."""
+    SPLIT: tl.constexpr = A.split
+    return tl.load(features + (place * SPLIT)[:, None] + tl.arange(0, SPLIT)[None, :])
+
+
+@triton.jit
 def less_term(d, log_weights, v, outer_place, inner_place, A: tl.constexpr):
     """One term of the field subtracted: from D' where exponentials are outside, else from W * D'."""
     x, y = tl.load(v.field_outer + outer_place), tl.load(v.field_inner + inner_place)
@@ -131,6 +140,8 @@ def score_cotangent(d, w, log_weights, v, outer_place, outer_width, inner_place,
             field = less_field(field, log_weights, v, outer_place, outer_width, inner_place, inner_width, A)
             return d + w * field
         return less_field(d, log_weights, v, outer_place, outer_width, inner_place, inner_width, A)
+    if A.split > 0:  # is subtracted already
+        return w * d
     if A.scaled:
         return w * less_field(d, log_weights, v, outer_place, outer_width, inner_place, inner_width, A)
     return less_field(w * d, log_weights, v, outer_place, outer_width, inner_place, inner_width, A)
@@ -139,9 +150,10 @@ def score_cotangent(d, w, log_weights, v, outer_place, outer_width, inner_place,
 @triton.jit
 def less_field(d, log_weights, v, outer_place, outer_width, inner_place, inner_width, A: tl.constexpr):
     """All terms of the field subtracted."""
+    TERMS: tl.constexpr = A.terms
     outer_step, inner_step = v.stride.to(tl.int64) * outer_width, v.stride.to(tl.int64) * inner_width
-    if A.terms > 0:
-        for k in tl.static_range(A.terms):
+    if TERMS > 0:
+        for k in tl.static_range(TERMS):
             d = less_term(d, log_weights, v, outer_place + k * outer_step, inner_place + k * inner_step, A)
     else:
         for k in range(v.terms):

@@ -8,18 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.triton.layout import LOG2E, Layout
+from torch_sinkhorn_attn.engines.triton import interpreted
+from torch_sinkhorn_attn.engines.triton.layout import LOG2E, Layout, power_of_two
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import Vectors
 from torch_sinkhorn_attn.method.staircase import LARGEST_EXPONENT, Factor, Field
 
 
 class Prepared(NamedTuple):
     """Vectors for exponentials outside of the plan and, where data decide, for those formed entry by entry, with the
-    flags of the heads whose exponentials may be outside, `[N * Hk]`."""
+    flags of the heads whose exponentials may be outside, `[N * Hk]`; `split` and `round_inside` as in `Riders`."""
 
     scaled: Vectors
     entrywise: Vectors | None
     flags: Tensor
+    split: int
+    round_inside: bool
 
 
 class Reference(NamedTuple):
@@ -67,11 +70,20 @@ def prepared(layout: Layout, reference: Reference, given: Terms, column: bool) -
         changes, changes_scaled, more = _field(layout, reference, given.field, given.exact, column)
         exponents += more
         vectors, scaled = vectors._replace(**changes), scaled._replace(**changes_scaled)
+    kind, split = layout.rows.data.dtype, 0
+    if given.field is not None and kind in (torch.float16, torch.bfloat16) and reference.shift is not None:
+        split = _width(count)
+    if split:
+        signs = (1, -1) if column else (-1, 1)
+        outer, inner = scaled.field_outer, scaled.field_inner
+        scaled = scaled._replace(
+            field_outer=_split(signs[0] * outer, split, True), field_inner=_split(signs[1] * inner, split, False)
+        )
     if not exponents:
-        return Prepared(scaled, None, none)
+        return Prepared(scaled, None, none, split, False)
     largest = torch.stack([x.amax((0, -1) if x.dim() == 3 else -1) for x in exponents]).amax(0)
     safe = (largest <= LARGEST_EXPONENT[layout.dtype] * LOG2E).view(layout.num, -1, layout.cols.share)
-    return Prepared(scaled, vectors, safe.all(-1).to(torch.int32))
+    return Prepared(scaled, vectors, safe.all(-1).to(torch.int32), split, kind == torch.float16)
 
 
 def _exponents(layout: Layout, reference: Reference, factor: Factor, column: bool) -> tuple[Tensor, Tensor]:
@@ -109,3 +121,24 @@ def _stacked(layout: Layout, x: Tensor, column: bool) -> Tensor:
     found = x.new_zeros(x.shape[-1], layout.num, layout.heads, side.width)
     found[..., : side.size] = x.movedim(-1, 0)[..., : side.size]
     return found.flatten(1, 2)
+
+
+MOST_SPLIT = 128  # features
+PARTS = 3  # products of halves that a term takes
+
+
+def _width(terms: int) -> int:
+    """Features that a field of 16-bit problems is told by; 0: too many."""
+    width = power_of_two(PARTS * terms)
+    return width if width <= MOST_SPLIT else 0
+
+
+def _split(x: Tensor, width: int, outer: bool) -> Tensor:
+    """Terms `[K, N*H, lines]` as features `[N*H, lines, width]` in bfloat16, whose products over outer and inner lines
+    are those of the terms to 17 bits: x y = x_high y_high + x_high y_low + x_low y_high."""
+    high = x.to(torch.bfloat16)
+    low = (x - high).to(torch.bfloat16)
+    parts = torch.stack((high, high, low) if outer else (high, low, high)).flatten(0, 1)
+    found = parts.new_zeros(*x.shape[1:], width)
+    found[..., : parts.shape[0]] = parts.movedim(0, -1)
+    return found.float() if interpreted() else found  # whose products of bfloat16 are wrong
