@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.adjoint import AdjointPasses, adjoint_field, score_gradients
+from torch_sinkhorn_attn.engines.tiled.adjoint import AdjointPasses, adjoint_field, score_gradients
 from torch_sinkhorn_attn.engines.tiled.engine import TiledPasses
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method.dustbin_vectors import Vectors

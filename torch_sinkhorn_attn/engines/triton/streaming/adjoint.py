@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.adjoint import AdjointPasses, OutputCotangent, Plan
+from torch_sinkhorn_attn.engines.tiled.adjoint import AdjointPasses, OutputCotangent
+from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
 from torch_sinkhorn_attn.engines.triton.layout import LARGEST_CHUNK, Layout, Number, power_of_two
 from torch_sinkhorn_attn.engines.triton.streaming import adjoint_pass, mask_gradient
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_pass import Cotangents, Results
@@ -30,7 +31,7 @@ class StreamingPasses(AdjointPasses):
     grad_mask: Tensor | None = None
     sums: Tensor | None = None  # [parts, N, H, S]
 
-    def __init__(self, plan: Plan, layout: Layout, cotangent: OutputCotangent, wants_mask: bool):
+    def __init__(self, plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent, wants_mask: bool):
         super().__init__(plan)
         self.layout, self.wants_mask = layout, wants_mask
         self.row_sums, self.bins = cotangent.row_sums, cotangent.bins
@@ -46,10 +47,9 @@ class StreamingPasses(AdjointPasses):
         first = self.sums is None
         if not first and field is None:
             return self.plan.column_pass(x, factor)
-        dustbin, size, found = self.plan.dustbin, self.layout.cols.size, None
-        if dustbin is not None:
-            bins = dustbin.times_exp(self.plan.log_dustbin_plan, factor)
-            found = dustbin.complete_cols(x.new_zeros(*x.shape[:2], size), bins, x)
+        size, found = self.layout.cols.size, None
+        if self.plan.dustbin is not None:
+            found = self.plan.complete_cols(x.new_zeros(*x.shape[:2], size), x, factor)
         beside = None
         if deferred is not None:
             beside = x.new_zeros(*x.shape[:2], size) if found is None else -found[..., :size]
@@ -76,10 +76,7 @@ class StreamingPasses(AdjointPasses):
         riders = self.riders._replace(image=self.tail and not softmax, field=True)
         exact = self.plain_row and self.tail and softmax
         image, _ = self._pass(riders, Terms(y, self._told(factor, exact), field, exact=exact), column=False)
-        dustbin = self.plan.dustbin
-        if dustbin is None:
-            return image
-        return dustbin.complete_rows(image, dustbin.times_exp(self.plan.log_dustbin_plan, factor), y)
+        return self.plan.complete_rows(image, y, factor)
 
     def real_column_sums(self) -> Tensor:
         assert self.sums is not None
@@ -125,13 +122,13 @@ class StreamingPasses(AdjointPasses):
         return image, sums
 
 
-def _reference(plan: Plan, layout: Layout, shift: Tensor | None) -> Reference:
+def _reference(plan: AugmentedPlan, layout: Layout, shift: Tensor | None) -> Reference:
     dead = [x == -torch.inf for x in plan.problem.marginals.augmented]
     u = plan.u if shift is None else plan.u - shift
     return Reference(layout.live(u, dead[0], False), layout.live(plan.v, dead[1], True), shift)
 
 
-def _of_output(plan: Plan, layout: Layout, cotangent: OutputCotangent) -> Cotangents:
+def _of_output(plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent) -> Cotangents:
     """D' = <dO, V>, dropped out."""
     problem, inputs = plan.problem, plan.inputs
     assert inputs.value is not None and layout.values is not None

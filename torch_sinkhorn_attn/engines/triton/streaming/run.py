@@ -17,7 +17,7 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
 
 
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
-    from torch_sinkhorn_attn.engines.adjoint import OutputCotangent, attention_gradients
+    from torch_sinkhorn_attn.engines.tiled.adjoint import OutputCotangent, attention_gradients
     from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
     from torch_sinkhorn_attn.engines.triton.layout import Layout
     from torch_sinkhorn_attn.engines.triton.streaming.adjoint import StreamingPasses

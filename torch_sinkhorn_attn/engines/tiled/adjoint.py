@@ -1,54 +1,22 @@
 """The adjoint of attention as every engine in Python runs it, whoever makes the tiles: cotangents set up, the passes of
 `method.staircase` or of the implicit gradient called, cotangents gathered, the dustbin beside.
 
-An engine brings a `Plan` (its passes) and a subclass of `AdjointPasses` (passes in which cotangents ride).
+An engine brings an `AugmentedPlan` (its passes) and a subclass of `AdjointPasses` (passes in which cotangents ride).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
+from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
 from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
-from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem
+from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials
 from torch_sinkhorn_attn.problem.segments import components, mass_of
-
-
-class Plan(Protocol):
-    """The augmented plan of a problem at potentials u `[N, H, L(+G)]` and v `[N, H, S(+G)]`."""
-
-    u: Tensor
-    v: Tensor
-
-    @property
-    def inputs(self) -> Inputs: ...
-
-    @property
-    def problem(self) -> Problem: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def dustbin(self) -> DustbinPlan | None: ...
-
-    @property
-    def log_dustbin_plan(self) -> Vectors: ...
-
-    @property
-    def dustbin_plan(self) -> Vectors: ...
-
-    def row_pass(self, y: Tensor) -> Tensor:
-        """P y."""
-
-    def column_pass(self, x: Tensor) -> Tensor:
-        """P^T x."""
 
 
 class OutputCotangent:
@@ -59,7 +27,7 @@ class OutputCotangent:
     from_bin: Tensor | None = None
     bins: Vectors | None = None  # P*D there
 
-    def __init__(self, plan: Plan, output: Tensor, grads: OutputGrads):
+    def __init__(self, plan: AugmentedPlan, output: Tensor, grads: OutputGrads):
         self.log_mass = plan.problem.marginals.log_row_mass
         inactive = self.log_mass == -torch.inf
         self.output = grads.output.to(plan.dtype).masked_fill(inactive[..., None], 0.0)  # dO [N, H, L, Ev]
@@ -91,7 +59,7 @@ class AdjointPasses(ABC):
     row_sums: Tensor
     bins: Vectors | None = None  # P*D on the dustbin
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: AugmentedPlan):
         self.plan = plan
 
     @abstractmethod
