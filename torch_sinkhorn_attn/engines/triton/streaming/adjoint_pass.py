@@ -1,6 +1,6 @@
-"""One kernel for the passes of the adjoint in which cotangents ride: with columns outside the factor's transpose times a
-vector, dV and dK, with rows outside the factor times a vector and dQ. Nothing is added atomically: a program has its own
-outer lines, of all query heads that read one key head where columns are outside, and its own block of features.
+"""One kernel for the passes of the adjoint in which cotangents ride: with columns outside the factor's transpose times
+a vector, dV and dK, with rows outside the factor times a vector and dQ. Nothing is added atomically: a program has its
+own outer lines, of all query heads that read one key head where columns are outside, and its own block of features.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Results(NamedTuple):
 
 @triton.jit
 def pass_tile(
-    first, sums, image, value, grad, later, own, own_value, own_field, outer, inner, outer_values, inner_values, mask, dense,
-    scale, v, dropout, n, h, flat, own_at, outer_place, live, key_start, value_start,
+    first, sums, image, value, grad, later, own, own_value, own_field, outer, inner, outer_values, inner_values, mask,
+    dense, scale, v, dropout, n, h, flat, own_at, outer_place, live, key_start, value_start,
     TEST: tl.constexpr, S: tl.constexpr, SV: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """One tile's part of all sums."""

@@ -38,8 +38,8 @@ class Riders(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Vectors of an adjoint kernel, `[N*H, Lines.width]` each, those of a field `[K, N*H, width]`; exponents are to base
-    2. Any tensor stands for what is not there."""
+    """Vectors of an adjoint kernel, `[N*H, Lines.width]` each, those of a field `[K, N*H, width]`; exponents are to
+    base 2. Any tensor stands for what is not there."""
 
     outer_live: Tensor  # the live vectors of W
     inner_live: Tensor

@@ -1,9 +1,9 @@
-"""The vectors of a pass of the adjoint, brought to the kernels' form: padded, exponents to base 2, and, where data decide
-whether exponentials may be applied outside of the plan, both ways and the flags that tell which."""
+"""The vectors of a pass of the adjoint, brought to the kernels' form: padded, exponents to base 2, and, where data
+decide whether exponentials may be applied outside of the plan, both ways and the flags that tell which."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +49,12 @@ class Terms(NamedTuple):
 def prepared(layout: Layout, reference: Reference, given: Terms, column: bool) -> Prepared:
     """The vectors of a pass; `column`: columns are outside."""
     none = reference.row_live
-    lives = (reference.col_live, reference.row_live) if column else (reference.row_live, reference.col_live)
+    outer, inner = (reference.col_live, reference.row_live) if column else (reference.row_live, reference.col_live)
     weight = layout.padded(given.x, not column)
     count = 0 if given.field is None else given.field.row_terms.shape[-1]
-    vectors = Vectors(*lives, weight, *(none for _ in range(9)), count, layout.num * layout.heads)
+    lives = {"outer_live": outer, "inner_live": inner, "weight": weight}
+    fields: dict[str, Any] = {**dict.fromkeys(Vectors._fields, none), **lives}
+    vectors = Vectors(**fields | {"terms": count, "stride": layout.num * layout.heads})
     if given.beside is not None:
         vectors = vectors._replace(beside=layout.padded(given.beside, column))
     scaled, exponents = vectors, list[Tensor]()
@@ -95,7 +97,7 @@ def _exponents(layout: Layout, reference: Reference, factor: Factor, column: boo
 
 def _field(
     layout: Layout, reference: Reference, field: Field, exact: bool, column: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
     """What a field replaces in `Vectors`, entry by entry and scaled, and its exponents."""
     x, y = _stacked(layout, field.row_terms, False), _stacked(layout, field.col_terms, True)
     shift = reference.shift
@@ -110,7 +112,7 @@ def _field(
     return raw, _by_side(x * r.exp2(), y * c.exp2(), column, ""), [r, c]
 
 
-def _by_side(row: Tensor, col: Tensor, column: bool, suffix: str) -> dict[str, Tensor]:
+def _by_side(row: Tensor, col: Tensor, column: bool, suffix: str) -> dict[str, Any]:
     outer, inner = (col, row) if column else (row, col)
     return {f"field_outer{suffix}": outer, f"field_inner{suffix}": inner}
 

@@ -1,11 +1,15 @@
 """The gradient of a float mask: dS summed over what the mask broadcast, over its own entries' tiles.
 
-A program has a tile of the mask (one line or one entry where it broadcasts) and walks over all that shares it in a fixed
-order: nothing is added atomically, and no memory is taken but the gradient's.
+A program has a tile of the mask (one line or one entry where it broadcasts) and walks over what shares it in a fixed
+order. Where a mask has few tiles, several programs share one, and their parts are added afterwards, in order: nothing
+is added atomically, and no memory is taken but the gradient's and a constant number of tiles.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,13 +23,21 @@ from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import (
     field_features,
     given_cotangent,
     kept_entries,
-    products_and_chunk,
     score_cotangent,
 )
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_vectors import Prepared
-from torch_sinkhorn_attn.engines.triton.tiles import clamped, feature_pointers, number, own_features, scores, span
+from torch_sinkhorn_attn.engines.triton.tiles import (
+    clamped,
+    feature_pointers,
+    number,
+    own_features,
+    products,
+    scores,
+    span,
+)
 
 BLOCKS = Blocks(64, 64, 4, 2)
+PROGRAMS = 1024  # about so many share the work
 
 
 @triton.jit
@@ -43,24 +55,20 @@ def mask_tile(
         own_at, inner_at = clamped(at, rows), clamped(first + tl.arange(0, S.inner), cols)
         outer_place = flat * rows.width + at
         live = tl.load(v.outer_live + outer_place)
-        start, stop, safe_start, safe_stop = span(rows, cols, n, own_at, live > float("-inf"), S)
+        start, stop, _, _ = span(rows, cols, n, own_at, live > float("-inf"), S)
         if (first < stop) & (first + S.inner > start):
             inner_place = flat * cols.width + first + tl.arange(0, S.inner)
             inner_live = tl.load(v.inner_live + inner_place)
             own_pointers = feature_pointers(rows, n, h, own_at, S.chunk)
             own = own_features(own_pointers, S)
-            dots, features = products_and_chunk(
-                own, own_pointers, feature_pointers(cols, n, h, inner_at, S.chunk), 0, S
-            )
+            dots = products(own, own_pointers, feature_pointers(cols, n, h, inner_at, S.chunk), S)
             x = scores(dots, scale, rows, cols, mask, n, h, own_at, first, inner_live, True, S)
             log_weights = x + live[:, None] + inner_live[None, :]
             w = tl.exp2(log_weights)
             if A.dense == "":
                 own_pointers = feature_pointers(outputs, n, h, own_at, SV.chunk)
-                own_value = own_features(own_pointers, SV)
-                d, other = products_and_chunk(
-                    own_value, own_pointers, feature_pointers(values, n, h, inner_at, SV.chunk), 0, SV
-                )
+                inner_pointers = feature_pointers(values, n, h, inner_at, SV.chunk)
+                d = products(own_features(own_pointers, SV), own_pointers, inner_pointers, SV)
                 if A.dropout:
                     d = dropped_out(d, kept_entries(dropout, flat, own_at, inner_at, S), dropout, S, A)
             else:
@@ -77,30 +85,35 @@ def mask_tile(
 @triton.jit
 def mask_gradient(
     rows, cols, outputs, values, mask, dense, scale, v, dropout, flags, found, num, heads,
-    mask_num, mask_heads, mask_rows, mask_cols, ADD: tl.constexpr,
+    mask_num, mask_heads, mask_rows, mask_cols, each, ADD: tl.constexpr,
     S: tl.constexpr, SV: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of the mask, over its batch elements and heads. `ADD`: to what `found` holds."""
+    """Grid: tiles of the mask, over its batch elements and heads; parts of what shares one, of `each` tiles. `ADD`: to
+    what `found` `[parts, *mask]` holds."""
     OUTER: tl.constexpr = S.outer
     INNER: tl.constexpr = S.inner
     row_blocks, col_blocks = tl.cdiv(mask_rows, OUTER), tl.cdiv(mask_cols, INNER)
-    program = tl.program_id(0)
+    program, part = tl.program_id(0), tl.program_id(1)
     head = (program // (row_blocks * col_blocks)).to(tl.int64)
     rest = program % (row_blocks * col_blocks)
     own_row, own_col = rest // col_blocks * OUTER, rest % col_blocks * INNER
     own_n, own_h = head // mask_heads, head % mask_heads
+    shared_nums, shared_heads = tl.where(mask_num == 1, num, 1), tl.where(mask_heads == 1, heads, 1)
+    shared_rows = tl.where(mask_rows == 1, tl.cdiv(rows.size, OUTER), 1)
+    shared_cols = tl.where(mask_cols == 1, tl.cdiv(cols.size, INNER), 1)
     factor = number(scale, S)
     total = tl.zeros([OUTER, INNER], dtype=S.acc)
-    for n in range(own_n, tl.where(mask_num == 1, num, own_n + 1)):
-        for h in range(own_h, tl.where(mask_heads == 1, heads, own_h + 1)):
-            for row in range(own_row, tl.where(mask_rows == 1, rows.size, own_row + 1), OUTER):
-                for col in range(own_col, tl.where(mask_cols == 1, cols.size, own_col + 1), INNER):
-                    total = mask_tile(
-                        total, n.to(tl.int64), h.to(tl.int64), row, col, rows, cols, outputs, values, mask, dense,
-                        factor, v, dropout, flags, heads, S, SV, A,
-                    )  # fmt: skip
+    last = shared_nums * shared_heads * shared_rows * shared_cols
+    for t in range(part * each, tl.minimum((part + 1) * each, last)):
+        col, line = own_col + t % shared_cols * INNER, t // shared_cols
+        row, other = own_row + line % shared_rows * OUTER, line // shared_rows
+        n, h = own_n + other // shared_heads, own_h + other % shared_heads
+        total = mask_tile(
+            total, n, h, row, col, rows, cols, outputs, values, mask, dense, factor, v, dropout, flags, heads, S, SV, A
+        )
     row_at, col_at = own_row + tl.arange(0, OUTER), own_col + tl.arange(0, INNER)
-    place = found + head * mask_rows * mask_cols
+    heads_of_part = tl.num_programs(0) // (row_blocks * col_blocks)
+    place = found + (part.to(tl.int64) * heads_of_part + head) * mask_rows * mask_cols
     if (mask_rows == 1) & (mask_cols == 1):
         store(place, tl.sum(total), True, ADD)
     elif mask_rows == 1:
@@ -120,19 +133,24 @@ def store(place, x, inside, ADD: tl.constexpr):
 
 
 def run(layout: Layout, cotangents: Cotangents, prepared: Prepared, riders: Riders, mask: Tensor) -> Tensor:
-    """The gradient `[N', H', L', S']` of the mask, in the dtype of the sums. Where data tell which heads are scaled, one
-    launch for either way: each adds its own heads."""
+    """The gradient `[N', H', L', S']` of the mask, in the dtype of the sums. Where data tell which heads are scaled,
+    one launch for either way: each adds its own heads."""
     direction = layout.direction(False, BLOCKS.outer, BLOCKS.inner)
     values_static = cotangents.static._replace(column=False, outer=BLOCKS.outer, inner=BLOCKS.inner)
     outputs, values, dense = cotangents.sides(False)
     num, heads, rows, cols = mask.shape
-    found = mask.new_zeros(mask.shape, dtype=layout.dtype)
-    grid = (num * heads * -(-rows // BLOCKS.outer) * -(-cols // BLOCKS.inner),)
+    tiles = num * heads * -(-rows // BLOCKS.outer) * -(-cols // BLOCKS.inner)
+    blocks = -(-layout.rows.size // BLOCKS.outer), -(-layout.cols.size // BLOCKS.inner)
+    shared = [x for x, size in zip((layout.num, layout.heads, *blocks), mask.shape) if size == 1]
+    walked = math.prod(shared)
+    each = max(1, -(-walked * tiles // PROGRAMS))
+    parts = max(1, -(-walked // each))
+    found = torch.zeros((parts, *mask.shape), dtype=layout.dtype, device=mask.device)
     for i, (vectors, some) in enumerate(both(prepared, riders)):
         launch(
-            mask_gradient, grid, direction.outer, direction.inner, outputs, values, direction.mask, dense,
+            mask_gradient, (tiles, parts), direction.outer, direction.inner, outputs, values, direction.mask, dense,
             direction.scale, vectors, cotangents.dropout, prepared.flags, found, layout.num, layout.heads,
-            num, heads, rows, cols,
+            num, heads, rows, cols, each,
             ADD=i > 0, S=direction.static, SV=values_static, A=some, num_warps=BLOCKS.warps, num_stages=BLOCKS.stages,
         )  # fmt: skip
-    return found
+    return found[0] if parts == 1 else found.sum(0)
