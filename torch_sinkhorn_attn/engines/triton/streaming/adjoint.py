@@ -22,7 +22,7 @@ from torch_sinkhorn_attn.problem.problem import Inputs
 
 
 class StreamingPasses(AdjointPasses):
-    """The passes over the attention of a problem."""
+    """The passes, and what rides in them; where D comes from a subclass says."""
 
     may_scale = False  # the host does not know
     grad_value: Tensor | None = None  # [N, Hk, S, Ev]
@@ -31,15 +31,15 @@ class StreamingPasses(AdjointPasses):
     grad_mask: Tensor | None = None
     sums: Tensor | None = None  # [parts, N, H, S]
 
-    def __init__(self, plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent, wants_mask: bool):
+    def __init__(self, plan: AugmentedPlan, layout: Layout, cotangents: Cotangents, riders: Riders, wants_mask: bool):
+        """The tile of reference is W for D' = <dO, V>, and P where D is given."""
         super().__init__(plan)
-        self.layout, self.wants_mask = layout, wants_mask
-        self.row_sums, self.bins = cotangent.row_sums, cotangent.bins
-        log_a = plan.problem.marginals.augmented[0].to(plan.dtype)
-        self.reference = _reference(plan, layout, log_a.masked_fill(log_a == -torch.inf, 0.0))
-        self.cotangents = _of_output(plan, layout, cotangent)
-        self.riders = Riders(dropout=plan.problem.dropout_seed is not None)
-        self.plain_row = plan.problem.solver.rho_row == 1.0  # A^R is W then
+        self.layout, self.cotangents, self.riders, self.wants_mask = layout, cotangents, riders, wants_mask
+        shift = None if riders.dense else plan.log_a.masked_fill(plan.row_dead, 0.0)
+        u = plan.u if shift is None else plan.u - shift
+        lives = layout.live(u, plan.row_dead, False), layout.live(plan.v, plan.col_dead, True)
+        self.reference = Reference(*lives, shift)
+        self.plain_row = shift is not None and plan.problem.solver.rho_row == 1.0  # A^R is W then
 
     def column(self, x: Tensor, factor: Factor, field: Field | None = None, deferred: Factor | None = None) -> Tensor:
         """factor^T x; dV rides in the first pass, dK in the one with a field. A `deferred` factor's weight is minus rho
@@ -122,10 +122,13 @@ class StreamingPasses(AdjointPasses):
         return image, sums
 
 
-def _reference(plan: AugmentedPlan, layout: Layout, shift: Tensor | None) -> Reference:
-    dead = [x == -torch.inf for x in plan.problem.marginals.augmented]
-    u = plan.u if shift is None else plan.u - shift
-    return Reference(layout.live(u, dead[0], False), layout.live(plan.v, dead[1], True), shift)
+class OutputPasses(StreamingPasses):
+    """The passes for the cotangent of the output."""
+
+    def __init__(self, plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent, wants_mask: bool):
+        riders = Riders(dropout=plan.problem.dropout_seed is not None)
+        super().__init__(plan, layout, _of_output(plan, layout, cotangent), riders, wants_mask)
+        self.row_sums, self.bins = cotangent.row_sums, cotangent.bins
 
 
 def _of_output(plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent) -> Cotangents:
@@ -138,7 +141,12 @@ def _of_output(plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent) 
     )
     features = inputs.value.shape[-1]
     static = layout.static._replace(features=features, chunk=min(LARGEST_CHUNK, power_of_two(features)))
-    p = 0.0 if problem.dropout_seed is None else problem.solver.dropout_p
-    seed = plan.u if problem.dropout_seed is None else problem.dropout_seed
-    dropout = Dropout(seed, int(p * 2**32), Number.of(1 / (1 - p) if p < 1 else 0.0))
+    dropout = no_dropout(plan)
+    if problem.dropout_seed is not None:
+        p = problem.solver.dropout_p
+        dropout = Dropout(problem.dropout_seed, int(p * 2**32), Number.of(1 / (1 - p) if p < 1 else 0.0))
     return Cotangents(outputs, layout.values, static, Dense(plan.u, 0, 0, 0, 0), dropout)
+
+
+def no_dropout(plan: AugmentedPlan) -> Dropout:
+    return Dropout(plan.u, 0, Number.of(1.0))

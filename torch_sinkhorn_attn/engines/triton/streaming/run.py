@@ -20,9 +20,20 @@ def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Poten
     from torch_sinkhorn_attn.engines.tiled.adjoint import OutputCotangent, attention_gradients
     from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
     from torch_sinkhorn_attn.engines.triton.layout import Layout
-    from torch_sinkhorn_attn.engines.triton.streaming.adjoint import StreamingPasses
+    from torch_sinkhorn_attn.engines.triton.streaming.adjoint import OutputPasses
 
     plan = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
     cotangent = OutputCotangent(plan, output, grads)
-    passes = StreamingPasses(plan, Layout.of(inputs, problem), cotangent, grads.mask)
+    passes = OutputPasses(plan, Layout.of(inputs, problem), cotangent, grads.mask)
     return attention_gradients(passes, cotangent, potentials)
+
+
+def plan_backward(
+    inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool, log: bool = False
+) -> Gradients:
+    from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
+    from torch_sinkhorn_attn.engines.triton.layout import Layout
+    from torch_sinkhorn_attn.engines.triton.streaming.plan_adjoint import plan_gradients
+
+    plan = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
+    return plan_gradients(plan, Layout.of(inputs, problem), potentials, grad_plan, mask_grad, log)
