@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.tiled.adjoint import AdjointPasses, OutputCotangent
-from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
-from torch_sinkhorn_attn.engines.triton.layout import LARGEST_CHUNK, Layout, Number, power_of_two
+from torch_sinkhorn_attn.engines.triton.layout import LARGEST_CHUNK, Number, power_of_two
 from torch_sinkhorn_attn.engines.triton.streaming import adjoint_pass, mask_gradient
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_pass import Cotangents, Results
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import Dense, Dropout, Riders
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_vectors import Reference, Terms, prepared
+from torch_sinkhorn_attn.engines.triton.streaming.lines import StreamedPlan
 from torch_sinkhorn_attn.method.staircase import Factor, Field
 from torch_sinkhorn_attn.problem.problem import Inputs
 
@@ -31,10 +31,11 @@ class StreamingPasses(AdjointPasses):
     grad_mask: Tensor | None = None
     sums: Tensor | None = None  # [parts, N, H, S]
 
-    def __init__(self, plan: AugmentedPlan, layout: Layout, cotangents: Cotangents, riders: Riders, wants_mask: bool):
+    def __init__(self, plan: StreamedPlan, cotangents: Cotangents, riders: Riders, wants_mask: bool):
         """The tile of reference is W for D' = <dO, V>, and P where D is given."""
         super().__init__(plan)
-        self.layout, self.cotangents, self.riders, self.wants_mask = layout, cotangents, riders, wants_mask
+        self.layout, layout = plan.layout, plan.layout
+        self.cotangents, self.riders, self.wants_mask = cotangents, riders, wants_mask
         shift = None if riders.dense else plan.log_a.masked_fill(plan.row_dead, 0.0)
         u = plan.u if shift is None else plan.u - shift
         lives = layout.live(u, plan.row_dead, False), layout.live(plan.v, plan.col_dead, True)
@@ -125,15 +126,15 @@ class StreamingPasses(AdjointPasses):
 class OutputPasses(StreamingPasses):
     """The passes for the cotangent of the output."""
 
-    def __init__(self, plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent, wants_mask: bool):
+    def __init__(self, plan: StreamedPlan, cotangent: OutputCotangent, wants_mask: bool):
         riders = Riders(dropout=plan.problem.dropout_seed is not None)
-        super().__init__(plan, layout, _of_output(plan, layout, cotangent), riders, wants_mask)
+        super().__init__(plan, _of_output(plan, cotangent), riders, wants_mask)
         self.row_sums, self.bins = cotangent.row_sums, cotangent.bins
 
 
-def _of_output(plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent) -> Cotangents:
+def _of_output(plan: StreamedPlan, cotangent: OutputCotangent) -> Cotangents:
     """D' = <dO, V>, dropped out."""
-    problem, inputs = plan.problem, plan.inputs
+    problem, inputs, layout = plan.problem, plan.inputs, plan.layout
     assert inputs.value is not None and layout.values is not None
     grad = cotangent.output.to(inputs.query.dtype).contiguous()
     outputs = layout.rows._replace(
@@ -148,5 +149,5 @@ def _of_output(plan: AugmentedPlan, layout: Layout, cotangent: OutputCotangent) 
     return Cotangents(outputs, layout.values, static, Dense(plan.u, 0, 0, 0, 0), dropout)
 
 
-def no_dropout(plan: AugmentedPlan) -> Dropout:
+def no_dropout(plan: StreamedPlan) -> Dropout:
     return Dropout(plan.u, 0, Number.of(1.0))

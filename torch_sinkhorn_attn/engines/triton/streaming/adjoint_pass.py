@@ -152,7 +152,7 @@ def adjoint_pass(
         flat = n * heads + h
         outer_place = flat * outer.width + at
         live = tl.load(v.outer_live + outer_place)
-        start, stop, safe_start, safe_stop = span(outer, inner, n, own_at, live > float("-inf"), S)
+        start, stop, safe_start, safe_stop = span(outer, inner, n, own_at, live != float("-inf"), S)
         sums, image = tl.zeros([OUTER], dtype=S.acc), tl.zeros([OUTER], dtype=S.acc)
         value = tl.zeros([OUTER, VALUES], dtype=S.acc) if A.values else none
         later = tl.zeros([OUTER, CHUNK], dtype=S.acc) if A.deferred else none

@@ -55,7 +55,7 @@ def mask_tile(
         own_at, inner_at = clamped(at, rows), clamped(first + tl.arange(0, S.inner), cols)
         outer_place = flat * rows.width + at
         live = tl.load(v.outer_live + outer_place)
-        start, stop, _, _ = span(rows, cols, n, own_at, live > float("-inf"), S)
+        start, stop, _, _ = span(rows, cols, n, own_at, live != float("-inf"), S)
         if (first < stop) & (first + S.inner > start):
             inner_place = flat * cols.width + first + tl.arange(0, S.inner)
             inner_live = tl.load(v.inner_live + inner_place)

@@ -1,5 +1,5 @@
-"""The adjoint of the plan, or of its logarithm, by the passes of the attention's: D, or P*D, is the cotangent itself, read
-tile by tile."""
+"""The adjoint of the plan, or of its logarithm, by the passes of the attention's: D, or P*D, is the cotangent itself,
+read tile by tile."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.tiled.adjoint import adjoint_field, score_gradients
-from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
-from torch_sinkhorn_attn.engines.triton.layout import Layout
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint import StreamingPasses, no_dropout
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_pass import Cotangents
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import Dense, Riders
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_vectors import Terms
+from torch_sinkhorn_attn.engines.triton.streaming.lines import StreamedPlan
 from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.problem.problem import Gradients, Potentials
 
 
-def plan_gradients(
-    plan: AugmentedPlan, layout: Layout, potentials: Potentials, grad: Tensor, wants_mask: bool, log: bool
-) -> Gradients:
+def plan_gradients(plan: StreamedPlan, potentials: Potentials, grad: Tensor, wants_mask: bool, log: bool) -> Gradients:
     """`Engine.plan_backward` for the cotangent `[N, H, L, S]`, `[N, H, L+1, S+1]` with a dustbin."""
-    passes = PlanPasses(plan, layout, grad, wants_mask, log)
+    passes = PlanPasses(plan, grad, wants_mask, log)
     field, dropped = adjoint_field(passes, potentials)
     return Gradients(score_gradients(passes, field), dropped)
 
@@ -31,11 +28,12 @@ class PlanPasses(StreamingPasses):
 
     gathers_value = False
 
-    def __init__(self, plan: AugmentedPlan, layout: Layout, grad: Tensor, wants_mask: bool, log: bool):
+    def __init__(self, plan: StreamedPlan, grad: Tensor, wants_mask: bool, log: bool):
+        layout = plan.layout
         n, h, row, col = grad.stride()
         given = Dense(grad, n, h, col, row)
         cotangents = Cotangents(layout.rows, layout.cols, layout.static, given, no_dropout(plan))
-        super().__init__(plan, layout, cotangents, Riders(dense="log" if log else "plan"), wants_mask)
+        super().__init__(plan, cotangents, Riders(dense="log" if log else "plan"), wants_mask)
         if plan.dustbin is not None:
             self.bins = _weighted_bins(plan, grad.to(plan.dtype), log)
         self.row_sums = self.complete_row_sums(self._sums(column=False)[0])
@@ -51,7 +49,7 @@ class PlanPasses(StreamingPasses):
         return self._pass(self.riders._replace(image=False, sums=True), Terms(vector, None), column)[1]
 
 
-def _weighted_bins(plan: AugmentedPlan, grad: Tensor, log: bool) -> Vectors:
+def _weighted_bins(plan: StreamedPlan, grad: Tensor, log: bool) -> Vectors:
     """P*D on the dustbins, whose rows and columns the cotangent holds summed to one each."""
     given = grad[..., : plan.length, plan.size], grad[..., plan.length, : plan.size], grad[..., -1:, -1]
     if not log:
