@@ -43,5 +43,5 @@ def value_blocks(outer: int, features: int, value_features: int, bytes_each: int
     if interpreted():
         return INTERPRETED
     wide = max(features, value_features) * bytes_each > 256
-    found = Blocks(64, 32, 4, 2) if wide else Blocks(64, 64, 4, 3)
+    found = Blocks(64, 64, 4, 2) if wide else Blocks(128, 64, 4, 3)
     return found._replace(outer=min(found.outer, power_of_two(outer)))
