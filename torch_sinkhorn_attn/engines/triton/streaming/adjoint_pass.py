@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.triton.launch import launch
+from torch_sinkhorn_attn.engines.triton.launch import chip_of, launch
 from torch_sinkhorn_attn.engines.triton.layout import Layout, Lines, Number, Static
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import (
     UNROLLED,
@@ -28,6 +28,7 @@ from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import (
     score_cotangent,
 )
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_vectors import Prepared
+from torch_sinkhorn_attn.engines.triton.streaming.blocks import Blocks, adjoint_blocks
 from torch_sinkhorn_attn.engines.triton.tiles import (
     clamped,
     edge_tile,
@@ -236,25 +237,11 @@ class Cotangents(NamedTuple):
         return self.outputs, self.values, turned
 
 
-class Blocks(NamedTuple):
-    """How a pass is cut."""
-
-    outer: int
-    inner: int
-    warps: int
-    stages: int
-
-
-def blocks_of(static: Static, values: Static, riders: Riders) -> Blocks:
-    """By what has to lie in registers."""
-    return Blocks(64, 64, 4, 2)
-
-
 def run(
     layout: Layout, cotangents: Cotangents, prepared: Prepared, results: Results, riders: Riders, column: bool
 ) -> None:
     """Launch a pass; where data tell which heads are scaled, both kernels, each for its own heads."""
-    blocks = blocks_of(layout.static, cotangents.static, riders)
+    blocks = blocks_of(layout, cotangents, column, riders.deferred)
     direction = layout.direction(column, blocks.outer, blocks.inner)
     outer, static = direction.outer, direction.static
     values = cotangents.static._replace(column=column, outer=blocks.outer, inner=blocks.inner)
@@ -268,6 +255,13 @@ def run(
             direction.scale, vectors, cotangents.dropout, results, prepared.flags, layout.heads,
             S=static, SV=values, A=some, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
+
+
+def blocks_of(layout: Layout, cotangents: Cotangents, column: bool, deferred: bool) -> Blocks:
+    """How a pass is cut."""
+    side, features = layout.cols if column else layout.rows, max(layout.static.features, cotangents.static.features)
+    shared = chip_of(side.data.device).shared
+    return adjoint_blocks(side.size, features, side.data.element_size(), deferred, shared)
 
 
 def both(prepared: Prepared, riders: Riders) -> list[tuple[Vectors, Riders]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.engines.triton.launch import launch
 from torch_sinkhorn_attn.engines.triton.layout import Layout
-from torch_sinkhorn_attn.engines.triton.streaming.adjoint_pass import Blocks, Cotangents, both
+from torch_sinkhorn_attn.engines.triton.streaming.adjoint_pass import Cotangents, blocks_of, both
 from torch_sinkhorn_attn.engines.triton.streaming.adjoint_tiles import (
     Riders,
     dropped_out,
@@ -36,7 +36,6 @@ from torch_sinkhorn_attn.engines.triton.tiles import (
     span,
 )
 
-BLOCKS = Blocks(64, 64, 4, 2)
 PROGRAMS = 1024  # about so many share the work
 
 
@@ -135,13 +134,14 @@ def store(place, x, inside, ADD: tl.constexpr):
 def run(layout: Layout, cotangents: Cotangents, prepared: Prepared, riders: Riders, mask: Tensor) -> Tensor:
     """The gradient `[N', H', L', S']` of the mask, in the dtype of the sums. Where data tell which heads are scaled,
     one launch for either way: each adds its own heads."""
-    direction = layout.direction(False, BLOCKS.outer, BLOCKS.inner)
-    values_static = cotangents.static._replace(column=False, outer=BLOCKS.outer, inner=BLOCKS.inner)
+    blocks = blocks_of(layout, cotangents, False, True)
+    direction = layout.direction(False, blocks.outer, blocks.inner)
+    values_static = cotangents.static._replace(column=False, outer=blocks.outer, inner=blocks.inner)
     outputs, values, dense = cotangents.sides(False)
     num, heads, rows, cols = mask.shape
-    tiles = num * heads * -(-rows // BLOCKS.outer) * -(-cols // BLOCKS.inner)
-    blocks = -(-layout.rows.size // BLOCKS.outer), -(-layout.cols.size // BLOCKS.inner)
-    shared = [x for x, size in zip((layout.num, layout.heads, *blocks), mask.shape) if size == 1]
+    tiles = num * heads * -(-rows // blocks.outer) * -(-cols // blocks.inner)
+    walk = -(-layout.rows.size // blocks.outer), -(-layout.cols.size // blocks.inner)
+    shared = [x for x, size in zip((layout.num, layout.heads, *walk), mask.shape) if size == 1]
     walked = math.prod(shared)
     each = max(1, -(-walked * tiles // PROGRAMS))
     parts = max(1, -(-walked // each))
@@ -151,6 +151,6 @@ def run(layout: Layout, cotangents: Cotangents, prepared: Prepared, riders: Ride
             mask_gradient, (tiles, parts), direction.outer, direction.inner, outputs, values, direction.mask, dense,
             direction.scale, vectors, cotangents.dropout, prepared.flags, found, layout.num, layout.heads,
             num, heads, rows, cols, each,
-            ADD=i > 0, S=direction.static, SV=values_static, A=some, num_warps=BLOCKS.warps, num_stages=BLOCKS.stages,
+            ADD=i > 0, S=direction.static, SV=values_static, A=some, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return found[0] if parts == 1 else found.sum(0)
