@@ -34,6 +34,7 @@ for _name, _value in {
     "TPU_ACCELERATOR_TYPE": "v6e-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    "TRITON_INTERPRET": "1",  # the GPU kernels, on CPU tensors
 }.items():
     os.environ.setdefault(_name, _value)
 

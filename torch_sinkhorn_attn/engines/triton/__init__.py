@@ -74,6 +74,19 @@ class TritonEngine(Engine):
 
         return choice.kernels(inputs, problem, adjoint=True).backward(inputs, problem, output, potentials, grads)
 
+    def plan_backward(
+        self,
+        inputs: Inputs,
+        problem: Problem,
+        potentials: Potentials,
+        grad_plan: Tensor,
+        mask_grad: bool,
+        log: bool = False,
+    ) -> Gradients:
+        from torch_sinkhorn_attn.engines.triton.streaming import run
+
+        return run.plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
+
 
 @cache
 def _missing() -> str | None:
