@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.base import Engine
+from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
 from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
@@ -63,7 +64,7 @@ class TiledEngine(Engine):
 ENGINE = TiledEngine()
 
 
-def iterate(tiles: Tiles) -> Potentials:
+def iterate(tiles: AugmentedPlan) -> Potentials:
     """T stopped and R kept iterations: the stacked duals."""
     problem = tiles.problem
     stopped, kept = problem.solver.stopped, problem.solver.kept
@@ -81,7 +82,7 @@ def iterate(tiles: Tiles) -> Potentials:
     return Potentials(torch.stack(rows), torch.stack(cols))
 
 
-def attention_output(tiles: Tiles) -> Tensor:
+def attention_output(tiles: AugmentedPlan) -> Tensor:
     """O_i = (1/a_i) sum_j P_ij V_j, the dustbin's value included. Balanced rows of P sum to a_i exactly, so they are
     divided by their own sum: that cancels the rounding of scores that are large."""
     mass, row_sums = tiles.value_pass()
@@ -95,7 +96,7 @@ def attention_output(tiles: Tiles) -> Tensor:
     return mass / divisor[..., None]
 
 
-def marginal_errors(tiles: Tiles, scale: MassScale | None = None) -> tuple[Tensor, Tensor]:
+def marginal_errors(tiles: AugmentedPlan, scale: MassScale | None = None) -> tuple[Tensor, Tensor]:
     """(P 1 - a, P^T 1 - b), augmented: `[N, H, L(+G)]`, `[N, H, S(+G)]`; in the caller's unit of mass, given the
     problem's."""
     sums = tiles.row_pass(torch.ones_like(tiles.v)), tiles.column_pass(torch.ones_like(tiles.u))

@@ -74,6 +74,11 @@ class TritonEngine(Engine):
 
         return choice.kernels(inputs, problem).forward(inputs, problem, residuals)
 
+    def plan(self, inputs: Inputs, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
+        from torch_sinkhorn_attn.engines.triton.streaming import run
+
+        return run.plan(inputs, problem, log)
+
     def backward(
         self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
     ) -> Gradients:

@@ -73,7 +73,9 @@ class Static(NamedTuple):
     banded: bool
     widen: bool  # features to float32 before products
     precision: str  # of float32 products: "ieee", "tf32x3" or "tf32"
-    acc: Any  # tl.float32 or tl.float64
+    acc: Any  # tl.float32 or tl.float64: sums, and what vectors are
+    product: Any  # type of plan tiles and of what they are multiplied with
+    plan_precision: str  # of those products
 
 
 class Direction(NamedTuple):
@@ -124,6 +126,8 @@ class Layout:
             widen=interpreted() and query.dtype == torch.bfloat16,  # whose products its interpreter gets wrong
             precision=precision(),
             acc=ACCUMULATOR[dtype],
+            product=tl.bfloat16 if query.dtype == torch.bfloat16 and not interpreted() else ACCUMULATOR[dtype],
+            plan_precision=half_precision() if query.dtype == torch.float16 else precision(),
         )
         value = None if inputs.value is None else _features(inputs.value)
         share = heads // max(1, key.shape[1])
@@ -155,7 +159,7 @@ class Layout:
         """The live vector `[N*H, width]` of a potential `[N, H, lines(+G)]` in natural units."""
         side = self.cols if column else self.rows
         found = potential.new_full((self.num * self.heads, side.width), -torch.inf)
-        inside = (potential * LOG2E).masked_fill(dead, -torch.inf)[..., : side.size]
+        inside = (potential[..., : side.size] * LOG2E).masked_fill(dead[..., : side.size], -torch.inf)
         found.view(self.num, self.heads, side.width)[..., : side.size] = inside
         return found
 
@@ -169,9 +173,17 @@ class Layout:
 
 def precision() -> str:
     """How float32 products are made: as torch is told to make its own."""
+    if torch.version.hip is not None:
+        return "ieee"
     if torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+
+
+def half_precision() -> str:
+    """How float16's products with plan tiles are made: entries of a plan leave the range of float16, but TF32 has its
+    digits."""
+    return "ieee" if torch.version.hip is not None else "tf32"
 
 
 def power_of_two(x: int) -> int:

@@ -41,7 +41,13 @@ def clamped(index, lines):
 @triton.jit
 def number(x, S: tl.constexpr):
     """A `layout.Number` in the type of the sums."""
-    return x.high.to(S.acc) + x.low.to(S.acc)
+    return tl.full([], x.high, S.acc) + tl.full([], x.low, S.acc)
+
+
+@triton.jit
+def constant(VALUE: tl.constexpr, S: tl.constexpr):
+    """A number of the kernel's own in the type of the sums: written out, it would be one of float32."""
+    return tl.full([], VALUE, S.acc)
 
 
 # Features
@@ -161,10 +167,10 @@ def scores(dots, scale, outer, inner, mask, n, h, outer_at, first, live, TEST: t
         else:
             entry = entry.to(S.acc)
             keep = (entry > S.limit) | (entry != entry)  # NaN stays, to be seen
-            keep = keep & (live > float("-inf"))[None, :]
-            x = tl.where(keep, x + entry * LOG2E, float("-inf"))
+            keep = keep & (live != float("-inf"))[None, :]
+            x = tl.where(keep, x + entry * constant(LOG2E, S), float("-inf"))
     if TEST:
-        keep = (live > float("-inf"))[None, :]
+        keep = (live != float("-inf"))[None, :]
         if S.banded:
             keep = keep & in_interval(outer, inner, n, outer_at, inner_at, S)
         x = tl.where(keep, x, float("-inf"))

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch_sinkhorn_attn.engines.triton.tiles import (
     LN2,
     clamped,
+    constant,
     edge_tile,
     edge_tiles,
     feature_pointers,
@@ -68,7 +69,7 @@ def half_step(
     outer_pointers = feature_pointers(outer, n, h, at, S.chunk)
     own = own_features(outer_pointers, S)
     old = tl.load(own_live + flat * outer.width + index)
-    alive = old > float("-inf")
+    alive = old != float("-inf")
     start, stop, safe_start, safe_stop = span(outer, inner, n, at, alive, S)
     edges = edge_tiles(start, stop, safe_start, safe_stop, S)
     line = live + flat * inner.width
@@ -117,12 +118,12 @@ def half_step(
     lse = tl.log2(total) + top
     place = found + flat * stride + index
     if not FINISH:
-        tl.store(place, tl.where(total == 0.0, float("-inf"), lse * LN2), mask=inside)
+        tl.store(place, tl.where(total == 0.0, float("-inf"), lse * constant(LN2, S)), mask=inside)
     else:
         mass = tl.load(log_mass + flat * outer.width + index)
         new = number(rho, S) * (mass - lse)
         if RELAX:
             new = (1 - number(omega, S)) * old + number(omega, S) * new
         new = tl.where(total == 0.0, 0.0, new)
-        tl.store(place, tl.where(alive, new * LN2, 0.0), mask=inside)
+        tl.store(place, tl.where(alive, new * constant(LN2, S), 0.0), mask=inside)
         tl.store(own_live + flat * outer.width + index, tl.where(alive, new, float("-inf")), mask=inside)
