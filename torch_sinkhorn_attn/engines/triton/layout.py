@@ -233,3 +233,9 @@ def _sides(problem: Problem) -> tuple[Reach, Reach]:
     exact = inside == reaching
     safe = torch.where(exact, col_lo, length), torch.where(exact, col_hi, 0)
     return (lo, hi, lo, hi), (col_lo, col_hi, *safe)
+
+
+def lines_of(x: Tensor, like: Lines) -> Lines:
+    """Another tensor `[N, H, lines, features]` on the lines of a side."""
+    x = _features(x)
+    return like._replace(data=x, stride_n=x.stride(0), stride_h=x.stride(1), stride_l=x.stride(2), share=1)
