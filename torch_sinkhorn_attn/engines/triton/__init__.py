@@ -84,7 +84,8 @@ class TritonEngine(Engine):
     ) -> Gradients:
         from torch_sinkhorn_attn.engines.triton import choice
 
-        return choice.kernels(inputs, problem, adjoint=True).backward(inputs, problem, output, potentials, grads)
+        kernels = choice.kernels(inputs, problem, adjoint=True, mask_grad=grads.mask)
+        return kernels.backward(inputs, problem, output, potentials, grads)
 
 
 @cache

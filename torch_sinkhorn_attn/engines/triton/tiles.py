@@ -39,11 +39,8 @@ def clamped(index, lines):
 
 
 @triton.jit
-def number(x, S: tl.constexpr = None):
-    """A `layout.Number` in the type of the sums; without `S` float32 when compiled, and Python's own, with all its
-    digits, when interpreted."""
-    if S is None:
-        return x.high + x.low
+def number(x, S: tl.constexpr):
+    """A `layout.Number` in the type of the sums."""
     return tl.full([], x.high, S.acc) + tl.full([], x.low, S.acc)
 
 

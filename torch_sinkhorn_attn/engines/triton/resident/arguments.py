@@ -92,6 +92,7 @@ class Case(NamedTuple):
     centre: bool
     components: bool  # the support may have more than one
     differentiated: bool  # R > 0
+    terms: int  # of the adjoint's field, max(2 R, 1); 0 for the forward, which is compiled for any R
     dropout: bool
     output: bool
     residuals: bool
@@ -182,6 +183,7 @@ def prepare(inputs: Inputs, problem: Problem, residuals: bool = False, adjoint: 
         centre=base and solver.balanced,
         components=base and solver.balanced and outline.banded and not problem.has_dustbin,
         differentiated=solver.kept > 0,
+        terms=max(2 * solver.kept, 1) if adjoint else 0,
         dropout=problem.dropout_seed is not None,
         output=inputs.value is not None,
         residuals=residuals,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +33,8 @@ class Adjoint(NamedTuple):
     limit: Number  # largest exponent applied to vectors, base 2
     feature_scale: Number  # scale / epsilon
     score_scale: Number  # 1 / epsilon
+    row_terms: Tensor  # scratch for the field's terms: [N*H, max(2 R, 1), ROWS] and COLS
+    col_terms: Tensor
     query: Tensor  # results: [N, H, L, E]
     key: Tensor  # of each query head, [N, H, S, E]
     value: Tensor  # of each query head, [N, H, S, Ev]
@@ -45,11 +46,10 @@ class Adjoint(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Which cotangents there are, and whether products are of float16."""
+    """Which cotangents of the dustbin's masses there are."""
 
     to_bin: bool
     from_bin: bool
-    half: bool
 
 
 @triton.jit(do_not_specialize=["kept", "threshold"])
@@ -57,17 +57,27 @@ def backward_kernel(A, G, kept, seed, threshold, S: tl.constexpr, V: tl.constexp
     flat = tl.program_id(0).to(tl.int64)
     n, h = flat // A.heads, flat % A.heads
     log_a = solve.row_mass(A, flat, C)
-    m = solve.scores_of(A, n, h, flat, log_a, 0, S, C)
-    m = (m + row_dual(A, flat, kept, C)[:, None]) + col_dual(A, flat, kept, C)[None, :]
-    weighted = plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
-    p = solve.exp2(m, C.fast)
+    p = solve.exp2(log_plan(A, n, h, flat, log_a, kept, S, C), C.fast)
     write_value(A, G, n, h, flat, log_a, p, seed, threshold, V, C)
-    weighted = p * weighted
+    weighted = p * plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
+    z, sums = tl.sum(weighted, 1), tl.sum(weighted, 0)
     if safe_exponents(A, G, flat, log_a, kept, C):
-        grad = tail_adjoint(A, G, flat, log_a, p, weighted, kept, True, C)
-    else:
-        grad = tail_adjoint(A, G, flat, log_a, m, weighted, kept, False, C)
-    write_scores(A, G, n, h, flat, grad, S, C, IF)
+        passes(A, G, flat, log_a, p, z, sums, kept, True, C)
+        grad = plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
+        grad = p * less_field(A, G, flat, log_a, p, grad, kept, True, C)
+    else:  # rare: the plan's logarithm is made again
+        p = log_plan(A, n, h, flat, log_a, kept, S, C)
+        passes(A, G, flat, log_a, p, z, sums, kept, False, C)
+        grad = plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V, C, IF)
+        grad = less_field(A, G, flat, log_a, p, solve.exp2(p, C.fast) * grad, kept, False, C)
+    write_scores(A, G, n, h, flat, grad, S, C)
+
+
+@triton.jit
+def log_plan(A, n, h, flat, log_a, kept, S: tl.constexpr, C: tl.constexpr):
+    """S + u^R + v^R."""
+    x = solve.scores_of(A, n, h, flat, log_a, 0, S, C)
+    return (x + row_dual(A, flat, kept, C)[:, None]) + col_dual(A, flat, kept, C)[None, :]
 
 
 @triton.jit
@@ -93,7 +103,7 @@ def row_factor(A, flat, log_a, r, kept, C: tl.constexpr):
     """Exponents of A^r: u^r / rho_r - log a - u^R and v^r - v^R."""
     row = row_dual(A, flat, r, C)
     if C.relaxed:
-        row = row / number(A.rho_row)
+        row = row / number(A.rho_row, C)
     row = tl.where(log_a == float("-inf"), 0.0, row - log_a - row_dual(A, flat, kept, C))
     return row, col_dual(A, flat, r, C) - col_dual(A, flat, kept, C)
 
@@ -103,7 +113,7 @@ def column_factor(A, flat, r, kept, C: tl.constexpr):
     """Exponents of B^r: u^(r-1) - u^R and v^r / rho_c - log b - v^R."""
     log_b, col = solve.col_mass(A, flat, C), col_dual(A, flat, r, C)
     if C.relaxed:
-        col = col / number(A.rho_col)
+        col = col / number(A.rho_col, C)
     col = tl.where(log_b == float("-inf"), 0.0, col - log_b - col_dual(A, flat, kept, C))
     return row_dual(A, flat, r - 1, C) - row_dual(A, flat, kept, C), col
 
@@ -117,13 +127,24 @@ def none_beyond(x, limit):
 def safe_exponents(A, G, flat, log_a, kept, C: tl.constexpr):
     """Whether every factor may be written as P times exponentials of rows and columns."""
     row, col = row_factor(A, flat, log_a, kept, kept, C)
-    safe = none_beyond(row, number(G.limit))
+    safe = none_beyond(row, number(G.limit, C))
     for r in range(1, kept + 1):
         row, col = row_factor(A, flat, log_a, r, kept, C)
-        safe = safe & none_beyond(row, number(G.limit)) & none_beyond(col, number(G.limit))
+        safe = safe & none_beyond(row, number(G.limit, C)) & none_beyond(col, number(G.limit, C))
         row, col = column_factor(A, flat, r, kept, C)
-        safe = safe & none_beyond(row, number(G.limit)) & none_beyond(col, number(G.limit))
+        safe = safe & none_beyond(row, number(G.limit, C)) & none_beyond(col, number(G.limit, C))
     return safe
+
+
+@triton.jit
+def term_factor(A, flat, log_a, k, kept, C: tl.constexpr):
+    """Exponents of the k-th factor: A^R, B^R, A^(R-1), ...; for R = 0 that of the one row half-step."""
+    r = kept - k // 2
+    row, col = row_factor(A, flat, log_a, r, kept, C)
+    if C.differentiated:
+        if k % 2 == 1:
+            row, col = column_factor(A, flat, r, kept, C)
+    return row, col
 
 
 @triton.jit
@@ -135,33 +156,64 @@ def applied(m, row, col, SCALED: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def tail_adjoint(A, G, flat, log_a, m, grad, kept, SCALED: tl.constexpr, C: tl.constexpr):
-    """dS from `grad` = P * D, and the dropped cotangent written. m is P, or its logarithm if not `SCALED`."""
+def row_term(A, G, flat, k, C: tl.constexpr):
+    """Where the row weights of the k-th term of the field lie."""
+    return G.row_terms + (flat * C.terms + k) * C.rows + tl.arange(0, C.rows)
+
+
+@triton.jit
+def col_term(A, G, flat, k, C: tl.constexpr):
+    return G.col_terms + (flat * C.terms + k) * C.cols + tl.arange(0, C.cols)
+
+
+@triton.jit
+def passes(A, G, flat, log_a, m, z, sums, kept, SCALED: tl.constexpr, C: tl.constexpr):
+    """The weights of the field's terms, to their places, and the dropped cotangent. m is P, or its logarithm if not
+    `SCALED`; z and `sums` are the row and column sums of P * D."""
     i, j = tl.arange(0, C.rows), tl.arange(0, C.cols)
     length, size = A.rows.size + C.dustbin, A.cols.size + C.dustbin
-    z, sums = tl.sum(grad, 1), tl.sum(grad, 0)
     if C.differentiated:
+        tl.store(col_term(A, G, flat, 0, C), sums)
+        tl.debug_barrier()
         for step in range(kept):
-            r = kept - step
-            row, col = row_factor(A, flat, log_a, r, kept, C)
+            row, col = row_factor(A, flat, log_a, kept - step, kept, C)
             tile, row, col = applied(m, row, col, SCALED, C)
-            row = row * z * number(A.rho_row)
-            w = sums - tl.sum(tile * row[:, None], 0) * col
-            grad -= tile * (row[:, None] * col[None, :])
-            row, col = column_factor(A, flat, r, kept, C)
+            row = row * z * number(A.rho_row, C)
+            w = -tl.sum(tile * row[:, None], 0) * col
+            w += tl.load(col_term(A, G, flat, 0, C), mask=(j >= 0) & (step == 0), other=0.0)
+            tl.debug_barrier()
+            tl.store(row_term(A, G, flat, 2 * step, C), row)
+            tl.store(col_term(A, G, flat, 2 * step, C), col)
+            row, col = column_factor(A, flat, kept - step, kept, C)
             tile, row, col = applied(m, row, col, SCALED, C)
-            col = col * w * number(A.rho_col)
+            col = col * w * number(A.rho_col, C)
             z = -tl.sum(tile * col[None, :], 1) * row
-            grad -= tile * (row[:, None] * col[None, :])
-            sums = sums * 0
+            tl.store(row_term(A, G, flat, 2 * step + 1, C), row)
+            tl.store(col_term(A, G, flat, 2 * step + 1, C), col)
         tl.store(G.dropped + flat * length + i, z, mask=i < length)
     else:
         row, col = row_factor(A, flat, log_a, 0, 0, C)
         tile, row, col = applied(m, row, col, SCALED, C)
-        row = row * z * number(A.rho_row)
+        row = row * z * number(A.rho_row, C)
+        tl.store(row_term(A, G, flat, 0, C), row)
+        tl.store(col_term(A, G, flat, 0, C), col)
         w = sums - tl.sum(tile * row[:, None], 0) * col
-        grad -= tile * (row[:, None] * col[None, :])
         tl.store(G.dropped + flat * size + j, w, mask=j < size)
+    tl.debug_barrier()
+
+
+@triton.jit
+def less_field(A, G, flat, log_a, m, grad, kept, SCALED: tl.constexpr, C: tl.constexpr):
+    """D less the field from D; if not `SCALED`, P * D less P times the field from P * D, and m is log P."""
+    terms = tl.where(kept == 0, 1, 2 * kept)
+    for k in range(terms):
+        row, col = tl.load(row_term(A, G, flat, k, C)), tl.load(col_term(A, G, flat, k, C))
+        if SCALED:
+            grad -= row[:, None] * col[None, :]
+        else:
+            row_exponent, col_exponent = term_factor(A, flat, log_a, k, kept, C)
+            tile, _, _ = applied(m, row_exponent, col_exponent, SCALED, C)
+            grad -= tile * (row[:, None] * col[None, :])
     return grad
 
 
@@ -188,7 +240,7 @@ def dropped_out(A, flat, x, seed, threshold, C: tl.constexpr):
     if C.dropout:
         i, j = tl.arange(0, C.rows), tl.arange(0, C.cols)
         keep = tiles.keep_tile(seed, flat, i[:, None], j[None, :], threshold)
-        x = tl.where(keep, x * number(A.keep_scale), 0.0)
+        x = tl.where(keep, x * number(A.keep_scale, C), 0.0)
     return x
 
 
@@ -205,7 +257,8 @@ def plan_cotangent(A, G, n, h, flat, log_a, seed, threshold, V: tl.constexpr, C:
     for e in range(0, V.features, V.chunk):
         value = tiles.load_features(pointers, e, V.features, V.chunk, V.widen)
         x = output_cotangent(A, G, n, h, log_a, e, V, C)
-        d += tl.dot(x.to(value.dtype), tl.trans(value), input_precision=V.precision, out_dtype=C.acc)
+        value = tl.trans(value.to(V.product))
+        d += tl.dot(x.to(V.product), value, input_precision=V.plan_precision, out_dtype=C.acc)
         if C.bin_value:
             feature = e + tl.arange(0, V.chunk)
             learned = tl.load(A.bin_value + flat * V.features + feature, mask=feature < V.features, other=0.0)
@@ -238,47 +291,39 @@ def write_value(A, G, n, h, flat, log_a, p, seed, threshold, V: tl.constexpr, C:
         if C.bin_value:
             place = G.bin_value + flat * V.features + feature
             tl.store(place, tl.sum(to_bin[:, None] * x, 0), mask=feature < V.features)
-        if V.widen:
-            found = tl.dot(tl.trans(p), x, input_precision=V.precision, out_dtype=C.acc)
-        else:
-            kind = A.value.data.dtype.element_ty
-            found = tl.dot(tl.trans(p).to(kind), x.to(kind), input_precision=V.precision, out_dtype=C.acc)
+        found = tl.dot(tl.trans(p.to(V.product)), x.to(V.product), input_precision=V.plan_precision, out_dtype=C.acc)
         place = G.value + (flat * size + j)[:, None] * V.features + feature[None, :]
         tl.store(place, found, mask=(j < size)[:, None] & (feature < V.features)[None, :])
 
 
 @triton.jit
-def write_scores(A, G, n, h, flat, grad, S: tl.constexpr, C: tl.constexpr, IF: tl.constexpr):
+def write_scores(A, G, n, h, flat, grad, S: tl.constexpr, C: tl.constexpr):
     """Cotangents of what the scores are made of, from dS: dQ = dS K, dK = dS^T Q, and the dustbin's line and column."""
     i, j = tl.arange(0, C.rows), tl.arange(0, C.cols)
     length, size = A.rows.size, A.cols.size
     if C.dustbin:
         last_row, last_col = (i == length)[:, None], (j == size)[None, :]
-        column = tl.sum(tl.where(last_col, grad, 0.0), 1) * number(G.score_scale)
+        column = tl.sum(tl.where(last_col, grad, 0.0), 1) * number(G.score_scale, C)
         tl.store(G.row_score + flat * length + i, column, mask=i < length)
         tl.store(G.corner_score + flat, tl.sum(tl.where(i == length, column, 0.0), 0))
-        line = tl.sum(tl.where(last_row, grad, 0.0), 0) * number(G.score_scale)
+        line = tl.sum(tl.where(last_row, grad, 0.0), 0) * number(G.score_scale, C)
         tl.store(G.col_score + flat * size + j, line, mask=j < size)
         grad = tl.where(last_row | last_col, 0.0, grad)
-    largest = tl.full([], 1.0, C.acc)
-    if IF.half:  # so that nothing is lost below its smallest number
-        top = tl.max(tl.max(tl.abs(grad), 1), 0)
-        largest = tl.where(top > 0, top, largest)
-        grad = grad / largest
+    grad = grad.to(S.product)
     rows = tiles.feature_pointers(A.rows, n, h, tiles.clamped(i, A.rows), S.chunk)
     cols = tiles.feature_pointers(A.cols, n, h, tiles.clamped(j, A.cols), S.chunk)
     for e in range(0, S.features, S.chunk):
         feature = e + tl.arange(0, S.chunk)
         x = tiles.load_features(cols, e, S.features, S.chunk, S.widen)
-        found = tl.dot(grad.to(x.dtype), x, input_precision=S.precision, out_dtype=C.acc)
+        found = tl.dot(grad, x.to(S.product), input_precision=S.plan_precision, out_dtype=C.acc)
         place = G.query + (flat * length + i)[:, None] * S.features + feature[None, :]
         inside = (i < length)[:, None] & (feature < S.features)[None, :]
-        tl.store(place, found * (largest * number(G.feature_scale)), mask=inside)
+        tl.store(place, found * number(G.feature_scale, C), mask=inside)
         x = tiles.load_features(rows, e, S.features, S.chunk, S.widen)
-        found = tl.dot(tl.trans(grad.to(x.dtype)), x, input_precision=S.precision, out_dtype=C.acc)
+        found = tl.dot(tl.trans(grad), x.to(S.product), input_precision=S.plan_precision, out_dtype=C.acc)
         place = G.key + (flat * size + j)[:, None] * S.features + feature[None, :]
         inside = (j < size)[:, None] & (feature < S.features)[None, :]
-        tl.store(place, found * (largest * number(G.feature_scale)), mask=inside)
+        tl.store(place, found * number(G.feature_scale, C), mask=inside)
 
 
 def backward(inputs: Inputs, problem: Problem, potentials: Potentials, grads: OutputGrads) -> Gradients:
@@ -304,6 +349,8 @@ def backward(inputs: Inputs, problem: Problem, potentials: Potentials, grads: Ou
         limit=Number.of(LARGEST_EXPONENT[dtype] * LOG2E.value),
         feature_scale=Number.of(solver.scale / solver.epsilon),
         score_scale=Number.of(1 / solver.epsilon),
+        row_terms=new(num * heads, case.terms, case.rows),
+        col_terms=new(num * heads, case.terms, case.cols),
         query=new(num, heads, length, query.shape[-1]),
         key=new(num, heads, size, key.shape[-1]),
         value=new(num, heads, size, value.shape[-1]),
@@ -327,7 +374,7 @@ def backward(inputs: Inputs, problem: Problem, potentials: Potentials, grads: Ou
         query if problem.dropout_seed is None else problem.dropout_seed,
         threshold(solver.dropout_p),
         **constants,
-        IF=Given(grads.to_bin is not None, grads.from_bin is not None, query.dtype == torch.float16),
+        IF=Given(grads.to_bin is not None, grads.from_bin is not None),
         num_warps=warps(case.rows, case.cols, 2),
         num_stages=1,
     )

@@ -77,18 +77,18 @@ def tail(A, n, h, flat, log_a, u, p, a, b, formed, kept, S: tl.constexpr, B: tl.
         for r in range(1, kept + 1):
             v = solve.absorbed_v(A, flat, C)
             sums = solve.column_sums(p, x)
-            new = tl.where(b == 0, 0.0, number(A.rho_col) * ((solve.col_mass(A, flat, C) + v) - tl.log2(sums)))
+            new = tl.where(b == 0, 0.0, number(A.rho_col, C) * ((solve.col_mass(A, flat, C) + v) - tl.log2(sums)))
             y = tl.exp2(new - v)
             safe = safe & solve.sums_in_range(sums, y, b)
             write_col(A, flat, r, new, C)
             sums = solve.row_sums(p, y)
-            new_u = tl.where(a == 0, 0.0, number(A.rho_row) * ((log_a + u) - tl.log2(sums)))
+            new_u = tl.where(a == 0, 0.0, number(A.rho_row, C) * ((log_a + u) - tl.log2(sums)))
             x = tl.exp2(new_u - u)
             safe = safe & solve.sums_in_range(sums, x, a)
             write_row(A, flat, r, new_u, C)
     else:
         sums = solve.row_sums(p, y)
-        new_u = tl.where(a == 0, 0.0, number(A.rho_row) * ((log_a + u) - tl.log2(sums)))
+        new_u = tl.where(a == 0, 0.0, number(A.rho_row, C) * ((log_a + u) - tl.log2(sums)))
         x = tl.exp2(new_u - u)
         safe = safe & solve.sums_in_range(sums, x, a)
         write_row(A, flat, 0, new_u, C)
@@ -96,13 +96,13 @@ def tail(A, n, h, flat, log_a, u, p, a, b, formed, kept, S: tl.constexpr, B: tl.
         tl.debug_barrier()
         for r in range(1, kept + 1):
             lse = solve.column_lse(A, n, h, flat, log_a, u, B, C)
-            v = solve.potential(lse, solve.col_mass(A, flat, C), number(A.rho_col), C.relaxed)
+            v = solve.potential(lse, solve.col_mass(A, flat, C), number(A.rho_col, C), C.relaxed)
             solve.absorb_v(A, flat, v, C)
             write_col(A, flat, r, v, C)
-            u = solve.potential(solve.row_lse(A, n, h, flat, log_a, B, C), log_a, number(A.rho_row), C.relaxed)
+            u = solve.potential(solve.row_lse(A, n, h, flat, log_a, B, C), log_a, number(A.rho_row, C), C.relaxed)
             write_row(A, flat, r, u, C)
         if not C.differentiated:
-            u = solve.potential(solve.row_lse(A, n, h, flat, log_a, B, C), log_a, number(A.rho_row), C.relaxed)
+            u = solve.potential(solve.row_lse(A, n, h, flat, log_a, B, C), log_a, number(A.rho_row, C), C.relaxed)
             write_row(A, flat, 0, u, C)
         p, a, b = solve.absorbed(A, n, h, flat, log_a, u, S, C)
         x, y = tl.where(a == 0, 1.0, 1.0).to(C.acc), tl.where(b == 0, 1.0, 1.0).to(C.acc)
@@ -133,13 +133,13 @@ def write_output(A, n, h, flat, log_a, p, seed, threshold, S: tl.constexpr, V: t
     p = p * (1.0 / divisor)[:, None]
     if C.dropout:
         keep = tiles.keep_tile(seed, flat, i[:, None], j[None, :], threshold)
-        p = tl.where(keep, p * number(A.keep_scale), 0.0)
+        p = tl.where(keep, p * number(A.keep_scale, C), 0.0)
     pointers = tiles.feature_pointers(A.value, n, h, tiles.clamped(j, A.value), V.chunk)
     place = A.output + (flat * length + i)[:, None] * V.features
     for e in range(0, V.features, V.chunk):
         value = tiles.load_features(pointers, e, V.features, V.chunk, V.widen)
         feature = e + tl.arange(0, V.chunk)
-        out = tl.dot(p.to(value.dtype), value, input_precision=V.precision, out_dtype=C.acc)
+        out = tl.dot(p.to(V.product), value.to(V.product), input_precision=V.plan_precision, out_dtype=C.acc)
         if C.bin_value:
             learned = tl.load(A.bin_value + flat * V.features + feature, mask=feature < V.features, other=0.0)
             out += (to_bin / divisor)[:, None] * learned.to(C.acc)[None, :]

@@ -16,7 +16,7 @@ LARGEST_ESTIMATE = tl.constexpr(0.9)
 def over_relaxed(A, plain, old, dead, C: tl.constexpr):
     """(1 - omega) old + omega plain."""
     if C.over_relaxed:
-        plain = tl.where(dead, 0.0, (1 - number(A.omega)) * old + number(A.omega) * plain)
+        plain = tl.where(dead, 0.0, (1 - number(A.omega, C)) * old + number(A.omega, C) * plain)
     return plain
 
 
@@ -27,8 +27,8 @@ def still(A, t, plain, v, C: tl.constexpr):
         return t < 0
     change = tl.abs(plain - v)
     if C.over_relaxed:
-        change = change / number(A.omega)
-    return (tl.max(tl.where(change <= number(A.tolerance), 0, 1), 0) == 0) & (t > 0)
+        change = change / number(A.omega, C)
+    return (tl.max(tl.where(change <= number(A.tolerance, C), 0, 1), 0) == 0) & (t > 0)
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def any_base(A, n, h, flat, log_a, u, v, stopped, S: tl.constexpr, B: tl.constex
     log_b = solve.col_mass(A, flat, C)
     before = v
     omega, log_change = tl.full([], 1.0, C.acc), tl.full([], 0.0, C.acc)
-    lam = omega * number(A.contraction)
+    lam = omega * number(A.contraction, C)
     t, done, formed = 0, False, False
     while (t < stopped) & (not done):
         lse = solve.column_lse(A, n, h, flat, log_a, u, B, C)
         dead = (lse == float("-inf")) | (log_b == float("-inf"))
-        plain = over_relaxed(A, solve.potential(lse, log_b, number(A.rho_col), C.relaxed), v, dead, C)
+        plain = over_relaxed(A, solve.potential(lse, log_b, number(A.rho_col, C), C.relaxed), v, dead, C)
         done = still(A, t, plain, v, C)
         if not done:
             old = v
@@ -88,14 +88,14 @@ def any_base(A, n, h, flat, log_a, u, v, stopped, S: tl.constexpr, B: tl.constex
             solve.absorb_v(A, flat, v, C)
             lse = solve.row_lse(A, n, h, flat, log_a, B, C)
             dead = (lse == float("-inf")) | (log_a == float("-inf"))
-            u = over_relaxed(A, solve.potential(lse, log_a, number(A.rho_row), C.relaxed), u, dead, C)
+            u = over_relaxed(A, solve.potential(lse, log_a, number(A.rho_row, C), C.relaxed), u, dead, C)
             t += 1
             k, a, b = solve.absorbed(A, n, h, flat, log_a, u, S, C)
             from_u, safe = u, True
             while safe & (t < stopped) & (not done):
                 from_v = solve.absorbed_v(A, flat, C)
                 sums = solve.column_sums(k, tl.exp2(u - from_u))
-                plain = tl.where(b == 0, 0.0, number(A.rho_col) * ((log_b + from_v) - tl.log2(sums)))
+                plain = tl.where(b == 0, 0.0, number(A.rho_col, C) * ((log_b + from_v) - tl.log2(sums)))
                 plain = over_relaxed(A, plain, v, b == 0, C)
                 end = still(A, t, plain, v, C)
                 new_v, new_change, new_lam, new_omega = advance(
@@ -104,7 +104,7 @@ def any_base(A, n, h, flat, log_a, u, v, stopped, S: tl.constexpr, B: tl.constex
                 y = tl.exp2(new_v - from_v)
                 safe = solve.sums_in_range(sums, y, b)
                 sums = solve.row_sums(k, y)
-                new_u = tl.where(a == 0, 0.0, number(A.rho_row) * ((log_a + from_u) - tl.log2(sums)))
+                new_u = tl.where(a == 0, 0.0, number(A.rho_row, C) * ((log_a + from_u) - tl.log2(sums)))
                 new_u = over_relaxed(A, new_u, u, a == 0, C)
                 safe = safe & solve.sums_in_range(sums, tl.exp2(new_u - from_u), a)
                 done = safe & end

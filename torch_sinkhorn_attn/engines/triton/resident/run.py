@@ -7,10 +7,10 @@ from torch import Tensor
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 LARGEST = 128  # lines of a side, the dustbin's among them
-LONGEST_TAIL = 3  # iterations whose adjoint is unrolled
+LONGEST_TAIL = 8  # iterations whose adjoint it takes: as many would be as cheap by tiles
 
 
-def refusal(inputs: Inputs, problem: Problem, adjoint: bool = False) -> str | None:
+def refusal(inputs: Inputs, problem: Problem, adjoint: bool = False, mask_grad: bool = False) -> str | None:
     """Why they cannot take a problem; None if they can. Shapes and options decide, never data."""
     num, heads, length, size = problem.sizes
     bins = problem.num_dustbins
@@ -25,6 +25,8 @@ def refusal(inputs: Inputs, problem: Problem, adjoint: bool = False) -> str | No
         return "the implicit gradient solves a linear system of its own"
     if adjoint and problem.solver.kept > LONGEST_TAIL:
         return f"{problem.solver.kept} iterations are differentiated: the resident adjoint takes up to {LONGEST_TAIL}"
+    if adjoint and mask_grad:
+        return "the cotangent of a mask is summed over the heads that share it"
     return None
 
 

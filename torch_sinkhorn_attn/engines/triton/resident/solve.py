@@ -81,15 +81,11 @@ def scores_of(A, n, h, flat, log_a, first, S: tl.constexpr, C: tl.constexpr):
     left = tiles.feature_pointers(rows, n, h, at, S.chunk)
     right = tiles.feature_pointers(cols, n, h, tiles.clamped(j, cols), S.chunk)
     dots = tiles.products(tiles.own_features(left, S), left, right, S)
-    x = tiles.scores(dots, number(A.scale), rows, cols, A.mask, n, h, at, first, log_b, True, S)
+    x = tiles.scores(dots, number(A.scale, C), rows, cols, A.mask, n, h, at, first, log_b, True, S)
     if C.dustbin:
-        row = tl.load(A.row_score + flat * rows.size + i, mask=i < rows.size, other=0.0).to(C.acc) * number(
-            A.dustbin_scale
-        )
-        col = tl.load(A.col_score + flat * cols.size + j, mask=j < cols.size, other=0.0).to(C.acc) * number(
-            A.dustbin_scale
-        )
-        corner = tl.load(A.corner_score + flat).to(C.acc) * number(A.dustbin_scale)
+        row = tl.load(A.row_score + flat * rows.size + i, mask=i < rows.size, other=0.0).to(C.acc) * number(A.dustbin_scale, C)
+        col = tl.load(A.col_score + flat * cols.size + j, mask=j < cols.size, other=0.0).to(C.acc) * number(A.dustbin_scale, C)
+        corner = tl.load(A.corner_score + flat).to(C.acc) * number(A.dustbin_scale, C)
         x = tl.where((j == cols.size)[None, :], tl.where(i == rows.size, corner, row)[:, None], x)
         x = tl.where((i == rows.size)[:, None] & (j < cols.size)[None, :], col[None, :], x)
         x = tl.where((log_b > float("-inf"))[None, :], x, float("-inf"))
