@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_sinkhorn_attn.engines.triton import tiles
 from torch_sinkhorn_attn.engines.triton.launch import launch
 from torch_sinkhorn_attn.engines.triton.resident import options, solve
-from torch_sinkhorn_attn.engines.triton.resident.arguments import prepare, threshold, warps
+from torch_sinkhorn_attn.engines.triton.resident.arguments import Arguments, prepare, threshold, warps
 from torch_sinkhorn_attn.engines.triton.tiles import LN2, LOG2E, number
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result
 
@@ -20,6 +20,7 @@ def forward_kernel(
     A, stopped, kept, seed, threshold, S: tl.constexpr, B: tl.constexpr, V: tl.constexpr, C: tl.constexpr
 ):
     """The base, the tail, and what is made of the plan, which is in registers from the first iteration on."""
+    A = Arguments(*A)  # triton 3.5 forgets the ones among the numbers of nested tuples, in loops, unless it made them
     flat = tl.program_id(0).to(tl.int64)
     n, h = flat // A.heads, flat % A.heads
     log_a = solve.row_mass(A, flat, C)
