@@ -15,6 +15,11 @@ from pathlib import Path
 
 import pytest
 
+if not any(
+    Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")
+):  # no GPU: Triton's kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch does
+
 try:
     import torch
 except ImportError:  # where JAX is alone, whose tests need no torch

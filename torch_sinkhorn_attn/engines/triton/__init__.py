@@ -87,6 +87,19 @@ class TritonEngine(Engine):
         kernels = choice.kernels(inputs, problem, adjoint=True, mask_grad=grads.mask)
         return kernels.backward(inputs, problem, output, potentials, grads)
 
+    def plan_backward(
+        self,
+        inputs: Inputs,
+        problem: Problem,
+        potentials: Potentials,
+        grad_plan: Tensor,
+        mask_grad: bool,
+        log: bool = False,
+    ) -> Gradients:
+        from torch_sinkhorn_attn.engines.triton.streaming import run
+
+        return run.plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
+
 
 @cache
 def _missing() -> str | None:

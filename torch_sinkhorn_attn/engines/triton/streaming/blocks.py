@@ -23,6 +23,7 @@ class Blocks(NamedTuple):
 
 OVERRIDE: Blocks | None = None
 INTERPRETED = Blocks(32, 64, 4, 1)
+LARGEST_LINE = 512  # bytes of a line's features that a tile takes at once
 
 
 def half_step_blocks(outer: int, features: int, bytes_each: int) -> Blocks:
@@ -43,5 +44,33 @@ def value_blocks(outer: int, features: int, value_features: int, bytes_each: int
     if interpreted():
         return INTERPRETED
     wide = max(features, value_features) * bytes_each > 256
-    found = Blocks(64, 32, 4, 2) if wide else Blocks(64, 64, 4, 3)
+    found = Blocks(64, 64, 4, 2) if wide else Blocks(128, 64, 4, 3)
     return found._replace(outer=min(found.outer, power_of_two(outer)))
+
+
+def adjoint_blocks(outer: int, features: int, bytes_each: int, deferred: bool, shared: int) -> Blocks:
+    """For passes of the adjoint, which hold two tiles and up to three products with features. `features`: E or Ev,
+    whichever is more; `deferred`: a factor of dK has a sum of its own; `shared`: bytes of shared memory."""
+    if OVERRIDE is not None:
+        return OVERRIDE
+    if interpreted():
+        return INTERPRETED
+    line = power_of_two(features) * bytes_each
+    if line <= 128:
+        found = Blocks(128, 64, 8, 2)
+    elif bytes_each == 2:
+        found = Blocks(128, 32 if deferred else 64, 8, 2)
+    else:
+        found = Blocks(64, 32, 8, 2)
+    found = found._replace(outer=min(found.outer, power_of_two(outer)))
+    line = 2 * min(line, LARGEST_LINE)  # two sides
+    while (found.outer + found.stages * found.inner) * line > 0.9 * shared:
+        if found.stages > 1:
+            found = found._replace(stages=1)
+        elif found.inner > 16:
+            found = found._replace(inner=found.inner // 2)
+        elif found.outer > 16:
+            found = found._replace(outer=found.outer // 2)
+        else:
+            break
+    return found
