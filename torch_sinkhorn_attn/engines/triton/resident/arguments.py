@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -122,7 +121,7 @@ def prepare(inputs: Inputs, problem: Problem, residuals: bool = False, adjoint: 
     if outline.banded:
         static = static._replace(banded=True)
         rows = rows._replace(lo=support.row_lo.contiguous(), hi=support.row_hi.contiguous())
-    num, heads, length, size = problem.sizes
+    _, heads, length, size = problem.sizes
     bins = problem.num_dustbins
     sides = power_of_two(length + bins), power_of_two(size + bins)
     chunk = min(LARGEST_CHUNK, static.chunk)
@@ -194,8 +193,3 @@ def prepare(inputs: Inputs, problem: Problem, residuals: bool = False, adjoint: 
 def threshold(dropout_p: float) -> int:
     """The smallest number of 32 bits that keeps an entry, as in `method.dropout`."""
     return int(dropout_p * 2**32)
-
-
-def launches(problem: Problem) -> int:
-    """Programs of a launch."""
-    return math.prod(problem.sizes[:2])

@@ -142,9 +142,8 @@ def term_factor(A, flat, log_a, k, kept, C: tl.constexpr):
     """Exponents of the k-th factor: A^R, B^R, A^(R-1), ...; for R = 0 that of the one row half-step."""
     r = kept - k // 2
     row, col = row_factor(A, flat, log_a, r, kept, C)
-    if C.differentiated:
-        if k % 2 == 1:
-            row, col = column_factor(A, flat, r, kept, C)
+    if k % 2 == 1:  # never for R = 0
+        row, col = column_factor(A, flat, r, kept, C)
     return row, col
 
 

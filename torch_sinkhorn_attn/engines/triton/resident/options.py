@@ -46,7 +46,7 @@ def advance(A, t, v, plain, before, log_change, lam, omega, log_b, C: tl.constex
     """`acceleration.step`: v^(t+1), log_change, lambda and omega."""
     if not C.accelerated:
         return plain, log_change, lam, omega
-    if C.measured:
+    if C.measured:  # noqa: SIM102 (it is decided by the compiler, the next one by the chip)
         if (t == 1) | (t == 2):
             now = log_norm(plain - v, log_b)
             nothing = log_change == float("-inf")

@@ -1,4 +1,4 @@
-"""The solve of one problem by one program: scalings of a plan in registers, and logarithms where those leave their range.
+"""The solve of one problem by one program: scalings of a plan in registers, logarithms where those leave their range.
 
 In the scaled form the plan is diag(x) K diag(y), K = exp(S + u + v) of the potentials (u, v) that were *absorbed* last,
 and an iteration is two products, y = b / (K^T x), x = a / (K y), without an exponential. In the logarithmic form a
@@ -7,12 +7,12 @@ iteration, absorbs it, and goes on scaled; where scalings leave their range they
 by logarithms. (Absorption: B. Schmitzer, Stabilized sparse scaling algorithms for entropy regularized transport
 problems, SIAM J. Sci. Comput. 41(3), 2019.)
 
-Vectors are `[ROWS]` and `[COLS]`, powers of two, with the dustbin's line after the last token; logarithms are to base 2.
-The absorbed column potential lies in memory, for registers are full: `[COLS]` numbers behind `A.scratch`, and as many
+Vectors are `[ROWS]` and `[COLS]`, powers of two, with the dustbin's line after the last token; logarithms are to base
+2. The absorbed column potential lies in memory, for registers are full: `[COLS]` numbers behind `A.scratch`, and as many
 behind them for what comes of a walk over blocks. A line's mass a or b is 0 where it has no support.
 
-What every function takes: `A` (`arguments.Arguments`), the head as n, h and flat = n H + h, and what is known when it is
-compiled, `S` (tiles of the whole problem) and `B` (blocks of its columns), both `layout.Static`, and `C`
+What every function takes: `A` (`arguments.Arguments`), the head as n, h and flat = n H + h, and what is known when it
+is compiled, `S` (tiles of the whole problem) and `B` (blocks of its columns), both `layout.Static`, and `C`
 (`arguments.Case`).
 """
 
@@ -83,8 +83,12 @@ def scores_of(A, n, h, flat, log_a, first, S: tl.constexpr, C: tl.constexpr):
     dots = tiles.products(tiles.own_features(left, S), left, right, S)
     x = tiles.scores(dots, number(A.scale, C), rows, cols, A.mask, n, h, at, first, log_b, True, S)
     if C.dustbin:
-        row = tl.load(A.row_score + flat * rows.size + i, mask=i < rows.size, other=0.0).to(C.acc) * number(A.dustbin_scale, C)
-        col = tl.load(A.col_score + flat * cols.size + j, mask=j < cols.size, other=0.0).to(C.acc) * number(A.dustbin_scale, C)
+        row = tl.load(A.row_score + flat * rows.size + i, mask=i < rows.size, other=0.0).to(C.acc) * number(
+            A.dustbin_scale, C
+        )
+        col = tl.load(A.col_score + flat * cols.size + j, mask=j < cols.size, other=0.0).to(C.acc) * number(
+            A.dustbin_scale, C
+        )
         corner = tl.load(A.corner_score + flat).to(C.acc) * number(A.dustbin_scale, C)
         x = tl.where((j == cols.size)[None, :], tl.where(i == rows.size, corner, row)[:, None], x)
         x = tl.where((i == rows.size)[:, None] & (j < cols.size)[None, :], col[None, :], x)
