@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
+from torch_sinkhorn_attn.engines.triton.launch import launch
 from torch_sinkhorn_attn.engines.triton.layout import Layout, Number, power_of_two
 from torch_sinkhorn_attn.engines.triton.streaming import blocks, passes
 from torch_sinkhorn_attn.engines.triton.streaming.half_step import half_step
@@ -126,7 +127,9 @@ class StreamedPlan(AugmentedPlan):
         if not grid or not inner:
             return
         live = self._held_live(other, not column)
-        half_step[(grid,)](
+        launch(
+            half_step,
+            (grid,),
             *sides,
             live,
             own,
@@ -158,7 +161,9 @@ class StreamedPlan(AugmentedPlan):
         *sides, static = self.layout.direction(column, table.outer, table.inner)
         grid = self.layout.programs(column, table.outer)
         if grid and inner:
-            passes.weighted_pass[(grid,)](
+            launch(
+                passes.weighted_pass,
+                (grid,),
                 *sides,
                 live,
                 own,
@@ -183,7 +188,9 @@ class StreamedPlan(AugmentedPlan):
         grid = self.layout.programs(False, table.outer), max(1, -(-width // chunk))
         if grid[0] and self.size:
             p = self.problem.solver.dropout_p
-            passes.value_pass[grid](
+            launch(
+                passes.value_pass,
+                grid,
                 *sides,
                 values,
                 self.live_v,
@@ -210,7 +217,9 @@ class StreamedPlan(AugmentedPlan):
         *sides, static = self.layout.direction(False, table.outer, table.inner)
         grid = self.layout.programs(False, table.outer)
         if grid and self.size:
-            passes.write_plan[(grid,)](
+            launch(
+                passes.write_plan,
+                (grid,),
                 *sides,
                 self.live_v,
                 self.live_u,
