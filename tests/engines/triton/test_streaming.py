@@ -22,7 +22,7 @@ from torch_sinkhorn_attn.engines.triton.streaming import blocks
 
 pytestmark = pytest.mark.skipif(not engine.interpreted(), reason="the kernels run on the device here")
 triton_interpreter.quicken()
-CHUNK = 5
+CHUNK = 3
 LARGEST = 24  # programs of a problem, roughly: what the interpreter does in a quarter of a second
 
 
@@ -44,7 +44,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, outer: int, inner: int) -> None
     monkeypatch.setattr(blocks, "OVERRIDE", blocks.Blocks(outer, inner, 4, 1))
 
 
-@pytest.mark.parametrize("chunk", slow_after(1, range(60), exhaustive=range(6, 60)))
+@pytest.mark.parametrize("chunk", slow_after(1, range(100), exhaustive=range(8, 100)))
 def test_random_problems(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few lines in every other chunk, so that several are walked."""
     if chunk % 2 == 0:
