@@ -17,13 +17,24 @@ import triton_interpreter
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.engines import triton as engine
-from torch_sinkhorn_attn.engines.triton import layout
-from torch_sinkhorn_attn.engines.triton.streaming import blocks
+from torch_sinkhorn_attn.engines.base import Engine
+from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.engines.triton import choice, layout
+from torch_sinkhorn_attn.engines.triton.streaming import blocks, run
 
 pytestmark = pytest.mark.skipif(not engine.interpreted(), reason="the kernels run on the device here")
 triton_interpreter.quicken()
 CHUNK = 3
 LARGEST = 24  # programs of a problem, roughly: what the interpreter does in a quarter of a second
+
+
+@pytest.fixture(autouse=True)
+def streaming_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and plan by the streaming kernels, whatever else would be chosen; backward, which is another file's, by
+    the tiled engine and the dense definition."""
+    both = SimpleNamespace(solve=run.solve, forward=run.forward, backward=tiled.ENGINE.backward)
+    monkeypatch.setattr(choice, "kernels", lambda *args, **options: both)
+    monkeypatch.setattr(engine.TritonEngine, "plan_backward", Engine.plan_backward)
 
 
 def cheap(start: int, count: int) -> Iterator[problems.Call]:
