@@ -134,14 +134,16 @@ def edge_tile(t, start, safe_start, safe_stop, S: tl.constexpr):
 
 @triton.jit
 def in_interval(outer, inner, n, outer_at, inner_at, S: tl.constexpr):
-    """Whether the row's interval holds the column, `[OUTER, INNER]`."""
+    """Whether the row's interval holds the column, `[OUTER, INNER]`: one unsigned comparison of column - lo."""
     if S.column:
         offset = n * inner.size + inner_at
-        column, lo, hi = outer_at[:, None], tl.load(inner.lo + offset)[None, :], tl.load(inner.hi + offset)[None, :]
+        lo, hi = tl.load(inner.lo + offset).to(tl.int32), tl.load(inner.hi + offset).to(tl.int32)
+        place, width = outer_at[:, None] - lo[None, :], (hi - lo)[None, :]
     else:
         offset = n * outer.size + outer_at
-        column, lo, hi = inner_at[None, :], tl.load(outer.lo + offset)[:, None], tl.load(outer.hi + offset)[:, None]
-    return (column >= lo) & (column < hi)
+        lo, hi = tl.load(outer.lo + offset).to(tl.int32), tl.load(outer.hi + offset).to(tl.int32)
+        place, width = inner_at[None, :] - lo[:, None], (hi - lo)[:, None]
+    return place.to(tl.uint32) < width.to(tl.uint32)
 
 
 # Scores
@@ -157,7 +159,9 @@ def scores(dots, scale, outer, inner, mask, n, h, outer_at, first, live, TEST: t
     they are -inf on dead inner lines, NaN or not.
     """
     x = dots * scale
-    inner_at = clamped(first + tl.arange(0, S.inner), inner)
+    inner_at = first + tl.arange(0, S.inner)
+    if TEST:
+        inner_at = clamped(inner_at, inner)
     if S.mask != "none":
         place = mask.data + n * mask.stride_n + h * mask.stride_h
         place = place + outer_at.to(tl.int64)[:, None] * mask.stride_outer

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.triton import tiles
+from torch_sinkhorn_attn.engines.triton.launch import launch
 from torch_sinkhorn_attn.engines.triton.layout import Lines, Number, lines_of
 from torch_sinkhorn_attn.engines.triton.resident import solve
-from torch_sinkhorn_attn.engines.triton.resident.arguments import prepare, threshold, warps
+from torch_sinkhorn_attn.engines.triton.resident.arguments import Arguments, prepare, threshold, warps
 from torch_sinkhorn_attn.engines.triton.tiles import LOG2E, number
 from torch_sinkhorn_attn.method.staircase import LARGEST_EXPONENT
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem
@@ -53,6 +54,7 @@ class Given(NamedTuple):
 
 @triton.jit(do_not_specialize=["kept", "threshold"])
 def backward_kernel(A, G, kept, seed, threshold, S: tl.constexpr, V: tl.constexpr, C: tl.constexpr, IF: tl.constexpr):
+    A, G = Arguments(*A), Adjoint(*G)  # as in `forward_kernel`
     flat = tl.program_id(0).to(tl.int64)
     n, h = flat // A.heads, flat % A.heads
     log_a = solve.row_mass(A, flat, C)
@@ -363,7 +365,9 @@ def backward(inputs: Inputs, problem: Problem, potentials: Potentials, grads: Ou
     )
     constants = prepared.constants
     del constants["B"]
-    backward_kernel[(num * heads,)](
+    launch(
+        backward_kernel,
+        (num * heads,),
         arguments,
         adjoint,
         solver.kept,

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.triton import tiles
+from torch_sinkhorn_attn.engines.triton.launch import launch
 from torch_sinkhorn_attn.engines.triton.resident import options, solve
-from torch_sinkhorn_attn.engines.triton.resident.arguments import prepare, threshold, warps
+from torch_sinkhorn_attn.engines.triton.resident.arguments import Arguments, prepare, threshold, warps
 from torch_sinkhorn_attn.engines.triton.tiles import LN2, LOG2E, number
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result
 
@@ -19,6 +20,7 @@ def forward_kernel(
     A, stopped, kept, seed, threshold, S: tl.constexpr, B: tl.constexpr, V: tl.constexpr, C: tl.constexpr
 ):
     """The base, the tail, and what is made of the plan, which is in registers from the first iteration on."""
+    A = Arguments(*A)  # triton 3.5 forgets the ones among the numbers of nested tuples, in loops, unless it made them
     flat = tl.program_id(0).to(tl.int64)
     n, h = flat // A.heads, flat % A.heads
     log_a = solve.row_mass(A, flat, C)
@@ -177,7 +179,9 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
             results["col_residual"].fill_(torch.nan)
     arguments = prepared.arguments._replace(**results)
     seed = inputs.query if problem.dropout_seed is None else problem.dropout_seed
-    forward_kernel[(num * heads,)](
+    launch(
+        forward_kernel,
+        (num * heads,),
         arguments,
         solver.stopped,
         solver.kept,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.engines.tiled.adjoint import OutputCotangent, attention_gradients
 from torch_sinkhorn_attn.engines.tiled.engine import attention_output, iterate, marginal_errors
+from torch_sinkhorn_attn.engines.triton.streaming.adjoint import OutputPasses
 from torch_sinkhorn_attn.engines.triton.streaming.lines import StreamedPlan
+from torch_sinkhorn_attn.engines.triton.streaming.plan_adjoint import plan_gradients
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.problem.segments import largest
@@ -36,7 +38,18 @@ def result(plan: StreamedPlan, potentials: Potentials, residuals: bool) -> Resul
 
 
 def backward(inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Gradients:
-    return tiled.ENGINE.backward(inputs, problem, output, potentials, grads)
+    with torch.cuda.device_of(inputs.query):
+        plan = StreamedPlan(inputs, problem).at(potentials.row[-1], potentials.col[-1])
+        cotangent = OutputCotangent(plan, output, grads)
+        return attention_gradients(OutputPasses(plan, cotangent, grads.mask), cotangent, potentials)
+
+
+def plan_backward(
+    inputs: Inputs, problem: Problem, potentials: Potentials, grad_plan: Tensor, mask_grad: bool, log: bool = False
+) -> Gradients:
+    with torch.cuda.device_of(inputs.query):
+        plan = StreamedPlan(inputs._replace(value=None), problem).at(potentials.row[-1], potentials.col[-1])
+        return plan_gradients(plan, potentials, grad_plan, mask_grad, log)
 
 
 def plan(inputs: Inputs, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
