@@ -92,6 +92,15 @@ def launches(case: Case, chip: Chip) -> list[Launch]:
     return found
 
 
+def distinct(found: list[Launch]) -> list[Launch]:
+    """One of each that the compiler can tell apart."""
+    known: dict[str, Launch] = {}
+    for launch in found:
+        source = {name: x for name, x in launch.source().items() if name != "fn"}
+        known.setdefault(f"{launch.kernel.__name__} {source} {launch.options}", launch)
+    return list(known.values())
+
+
 def _run(verb: str, inputs: Any, problem: Any) -> None:
     if verb == "plan":
         plan, potentials = ENGINE.plan(inputs._replace(value=None), problem)

@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
-from torch_sinkhorn_attn.engines.triton.launch import Chip, Launch, chip_of
+from torch_sinkhorn_attn.engines.triton.launch import Chip, chip_of
 
-from .gpu_launches import Case, bool_mask, dustbin, float_mask, launches, lengths, segments
+from .gpu_launches import Case, bool_mask, distinct, dustbin, float_mask, launches, lengths, segments
 
 TINY = Case("tiny", length=40, num=1, heads=2, width=16)
 
@@ -25,7 +25,8 @@ def cases() -> list[Case]:
         Case("long", length=1024, num=8, heads=16),
         Case("band", length=16384, num=1, heads=8, numbers=window),
     ]
-    shapes = [("short", 100, half), ("long", 1024, half), ("short, float32", 100, torch.float32)]
+    full = torch.float32
+    shapes = [("short", 100, half), ("long", 1024, half), ("short, float32", 100, full), ("long, float32", 1024, full)]
     options = {
         "plain": {}, "window": {"numbers": window}, "implicit": {"numbers": {"gradient": "implicit"}},
         "dropout": {"numbers": {"dropout_p": 0.1}}, "tolerance": {"numbers": {"tolerance": 1e-2}},
@@ -39,15 +40,6 @@ def cases() -> list[Case]:
         for name, option in options.items()
     ]
     return timed + each
-
-
-def distinct(found: list[Launch]) -> list[Launch]:
-    """One of each that the compiler can tell apart."""
-    known: dict[str, Launch] = {}
-    for launch in found:
-        source = {name: x for name, x in launch.source().items() if name != "fn"}
-        known.setdefault(f"{launch.kernel.__name__} {source} {launch.options}", launch)
-    return list(known.values())
 
 
 def compile_case(case: Case, chip: Chip) -> str:
