@@ -156,7 +156,13 @@ def test_dropout_keeps_the_same_entries_as_every_engine(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("seed", slow_after(1, range(6)))
 def test_float32_is_as_exact_as_plain_float32_pytorch(seed: int) -> None:
     """Within 2x (values) and 3x (gradients) of the reference's own float32 error, plus two roundings."""
-    seeds = (x for x in range(seed * 100, 10000) if problems.make(x).query.shape[:-2].numel() <= 3)
+
+    def telling(at: int) -> bool:
+        """Few heads, and lines enough that no gradient is 0 but for rounding."""
+        shape = problems.make(at).query.shape
+        return shape[:-2].numel() <= 3 and min(shape[-2], problems.make(at).key.shape[-2]) >= 3
+
+    seeds = (x for x in range(seed * 100, 10000) if telling(x))
     options = {"dropout": False, "base_options": False}
     at = next(seeds)
     truth_call, single = problems.make(at, **options), problems.make(at, torch.float32, **options)
