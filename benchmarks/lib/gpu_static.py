@@ -26,12 +26,13 @@ TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA", "v_mfma")  # tensor-cor
 EXPONENTIAL = ("MUFU.EX2", "v_exp_f32")
 ARITHMETIC = ("FFMA", "FADD", "FMUL", "FMNMX", "v_fma", "v_add_f32", "v_mul_f32", "v_pk")
 LOCAL = ("LDL", "STL", "scratch_load", "scratch_store")
-ENOUGH = 1 / 3  # the shortest loop with so much of the most work that any loop has
+ENOUGH = 0.9  # of the work that the scores of one turn need; the shortest loop that has it is the one of a usual turn
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes; `loop` holds the instructions of the loop that was chosen."""
+    """What one kernel takes; `loop` holds the instructions of the loop that was chosen, one turn of which is `scores`
+    scores."""
 
     name: str
     target: str
@@ -42,18 +43,21 @@ class Compiled:
     warps: int
     lanes: int  # of a warp
     tensor: int  # tensor-core instructions in all the code
+    scores: int
     loop: tuple[str, ...]
 
-    def per_score(self, scores: float) -> float:
-        """Instructions of the loop, of which one turn is about `scores` scores, for each score."""
-        return len(self.loop) * self.warps * self.lanes / scores
+    @property
+    def per_score(self) -> float:
+        """Instructions of the loop for each score."""
+        return len(self.loop) * self.warps * self.lanes / self.scores
 
-    def opcodes(self, scores: float, most: int = 8) -> dict[str, float]:
+    def opcodes(self, most: int = 8) -> dict[str, float]:
         """The most frequent instructions of the loop, each per score."""
         count = collections.Counter(x.split()[0].split(".")[0] for x in self.loop)
-        return {name: round(n * self.warps * self.lanes / scores, 2) for name, n in count.most_common(most)}
+        return {name: round(n * self.warps * self.lanes / self.scores, 2) for name, n in count.most_common(most)}
 
-    def products(self, scores: float) -> float | None:
+    @property
+    def products(self) -> float | None:
         """Multiply-adds of the loop's tensor-core instructions, for each score: 64 for each product over 64 features,
         so that an unrolled loop shows. None where the instructions do not say their shape (sm_100, AMD)."""
         total = 0
@@ -64,14 +68,14 @@ class Compiled:
                 total += int(found[1]) * int(found[2]) * int(found[3]) * self.warps
             elif x.startswith(TENSOR):
                 return None
-        return total / scores if total else None
+        return total / self.scores if total else None
 
 
-def compiled(launch: Launch, chip: Chip, work: str = "exp2", trips: int = 1) -> Compiled:
+def compiled(launch: Launch, chip: Chip, scores: int, work: str = "exp2", trips: int = 1) -> Compiled:
     """Compiles a launch for a chip.
 
-    `work` says which loop matters: "exp2", the one that makes tiles of the plan, or "vector", the one with the
-    arithmetic, for kernels that hold the plan. Loops inside it are taken `trips` times a turn.
+    `work` says which loop matters: "exp2", the one that makes tiles of the plan, `scores` scores a turn, or "vector",
+    the one with the arithmetic, for kernels that hold the plan. Loops inside it are taken `trips` times a turn.
     """
     hip = chip.backend == "hip"
     target = GPUTarget(chip.backend, chip.arch, 64 if hip else 32)
@@ -96,25 +100,33 @@ def compiled(launch: Launch, chip: Chip, work: str = "exp2", trips: int = 1) -> 
         warps=built.metadata.num_warps,
         lanes=target.warp_size,
         tensor=sum(x.startswith(TENSOR) for x in code),
-        loop=tuple(_loop(code, labels, EXPONENTIAL if work == "exp2" else ARITHMETIC, trips)),
+        scores=scores,
+        loop=tuple(
+            _loop(code, labels, work == "vector", scores / (built.metadata.num_warps * target.warp_size), trips)
+        ),
     )
 
 
-def _loop(code: list[str], labels: dict[str, int], wanted: tuple[str, ...], trips: int) -> list[str]:
-    """The innermost loop that does the work, by backward branches: a kernel may have others for what is rare."""
+def _loop(code: list[str], labels: dict[str, int], vector: bool, scores: float, trips: int) -> list[str]:
+    """The shortest loop, by backward branches, that does the work of so many scores of a lane: a kernel may have others
+    for what is rare."""
     ends: dict[int, int] = {}
     for end, instruction in enumerate(code):
         for label in re.findall(r"\.L\w+", instruction) if re.match(r"BRA|s_c?branch", instruction) else ():
             if labels.get(label, end) < end:
                 ends[labels[label]] = max(end, ends.get(labels[label], 0))
-    amount = {start: sum(x.startswith(wanted) for x in code[start : end + 1]) for start, end in ends.items()}
-    able = [start for start, n in amount.items() if n and n >= ENOUGH * max(amount.values())]
+    able = []
+    for first, end in ends.items():
+        loop = code[first : end + 1]
+        others = vector and any(x.startswith((*EXPONENTIAL, *TENSOR)) for x in loop)
+        if not others and sum(x.startswith(ARITHMETIC if vector else EXPONENTIAL) for x in loop) >= ENOUGH * scores:
+            able.append((end - first, first, end))
     if not able:
         return []
-    first = min(able, key=lambda start: ends[start] - start)
-    loop = code[first : ends[first] + 1]
+    _, first, last = min(able)
+    loop = code[first : last + 1]
     for start, end in ends.items():
-        if first < start and end < ends[first]:
+        if first < start and end < last:
             loop += (trips - 1) * code[start : end + 1]
     return loop
 

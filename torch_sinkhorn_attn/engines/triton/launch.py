@@ -130,7 +130,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         found.launches.append(Launch(kernel, grid, args, meta))
         return
     device = next(x.device for x in args if isinstance(x, Tensor))
-    if device.type == "cuda":  # triton launches on the current device, whatever the tensors lie on
+    if device.type == "cuda" and device.index != torch.cuda.current_device():  # where triton would launch
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)
     else:
