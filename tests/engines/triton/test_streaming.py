@@ -167,8 +167,9 @@ def test_float32_is_as_exact_as_plain_float32_pytorch(seed: int) -> None:
     for name, y in truth.items():
         if "residual" in name:
             continue
-        allowed = (3 if "gradient" in name else 2) * relative_error(plain[name].double(), y) + 2e-6
-        assert relative_error(found[name].double(), y) <= allowed, (name, single)
+        floor = 1.0 if "potential" in name else 1e-3  # an exponent, whose error is that of the plan
+        allowed = (3 if "gradient" in name else 2) * relative_error(plain[name].double(), y, floor) + 2e-6
+        assert relative_error(found[name].double(), y, floor) <= allowed, (name, single)
 
 
 @pytest.mark.slow
