@@ -85,7 +85,7 @@ def half_step(
         dots = products(own, outer_pointers, pointers, S)
         x = scores(dots, scale2, outer, inner, mask, n, h, at, j, potential, False, S)
         sums += tl.exp2(x + (potential + shift)[None, :])
-        pointers += INNER * inner.stride_l
+        pointers += tl.full([], INNER, tl.int64) * inner.stride_l
     for t in tl.range(0, edges, num_stages=1):
         j = edge_tile(t, start, safe_start, safe_stop, S)
         potential = tl.load(line + j + offset)

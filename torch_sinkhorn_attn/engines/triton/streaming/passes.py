@@ -57,7 +57,7 @@ def weighted_pass(outer, inner, mask, scale, heads, live, own_live, weights, fou
         x = scores(dots, scale2, outer, inner, mask, n, h, at, j, other, False, S)
         x = tl.exp2((x + other[None, :]) + potential[:, None])
         sums += x * tl.load(weights + line + j)[None, :]
-        pointers += INNER * inner.stride_l
+        pointers += tl.full([], INNER, tl.int64) * inner.stride_l
     for t in tl.range(0, edges, num_stages=1):
         j = edge_tile(t, start, safe_start, safe_stop, S)
         other = tl.load(live + line + j)
@@ -125,8 +125,8 @@ def value_pass(
             x = tl.where(keep_tile(seed, flat, at[:, None], (j + offset)[None, :], threshold), x, 0.0)
         value = load_features(value_pointers, feature, FEATURES, CHUNK, False).to(S.product)
         mass += tl.dot(x.to(S.product), value, input_precision=S.plan_precision, out_dtype=S.acc)
-        pointers += INNER * inner.stride_l
-        value_pointers += INNER * values.stride_l
+        pointers += tl.full([], INNER, tl.int64) * inner.stride_l
+        value_pointers += tl.full([], INNER, tl.int64) * values.stride_l
     for t in tl.range(0, edges, num_stages=1):
         j = edge_tile(t, start, safe_start, safe_stop, S)
         other = tl.load(line + j + offset)
