@@ -46,7 +46,8 @@ def test_it_is_the_definition(
 
 def test_softmax(script: Any) -> None:
     scores = torch.randn(5, 3, dtype=torch.float64)
-    found = json.loads(script.eval(f"JSON.stringify(Transport.softmax({json.dumps(scores.tolist())}, {{epsilon: 0.5}}))"))
+    call = f"JSON.stringify(Transport.softmax({json.dumps(scores.tolist())}, {{epsilon: 0.5}}))"
+    found = json.loads(script.eval(call))
     assert torch.allclose(torch.tensor(found, dtype=torch.float64), (scores / 0.5).softmax(-1), rtol=1e-12)
 
 
