@@ -47,7 +47,8 @@ _SOURCE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?!docs/)[^)]*\)")
 
 def _without_links_to_sources(app: Sphinx, page: str, text: list[str]) -> None:
     """Links to files of the repository lead nowhere from a site: their words stay."""
-    text[0] = _SOURCE.sub(r"\1", text[0])
+    if "/" not in page:  # notebooks stand deeper, and their links lead to pages
+        text[0] = _SOURCE.sub(r"\1", text[0])
 
 
 def _as_written(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
