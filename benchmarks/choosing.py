@@ -22,7 +22,7 @@ from torch_sinkhorn_attn import choose_settings, residual_history, sinkhorn_atte
 
 EPSILONS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.05)
 HEAD = ("kind", "epsilon", "plain", "accelerated", "gap R=2", "R=8", "chosen", "time")
-WIDTHS = (12, 8, 6, 12, 8, 8, 34, 6)
+WIDTHS = (-14, 7, 6, 11, 8, 8, -82, 6)
 MOST = 320
 
 
@@ -85,7 +85,7 @@ def main() -> None:
             gaps = [f"{100 * found[x]:.2g} %" if x in found else "-" for x in ("gap 2", "gap 8")]
             counts = [str(found[x] or "> 320") for x in ("plain", "accelerated")]
             rows.append([kind, f"{epsilon:g}", *counts, *gaps, found["chosen"], f"{found['time']:.2f}"])
-    print_rows(HEAD, rows, WIDTHS)
+    print_rows([HEAD, *rows], WIDTHS)
     if arguments.out:
         arguments.out.write_text(json.dumps({"tokens": arguments.tokens, "kinds": table}, indent=1) + "\n")
 
