@@ -55,7 +55,7 @@ def _as_written(app: Sphinx, what: str, name: str, obj: object, options: object,
     """Docstrings are plain text: bars and stars are characters, but for the markers of lists and fields."""
     for i, line in enumerate(lines):
         parts = line.split("`")  # what stands in backticks stays
-        parts[::2] = [x.replace("|", r"\|").replace("*", r"\*") if not x.lstrip().startswith(":") else x for x in parts[::2]]
+        parts[::2] = [x.replace("|", r"\|").replace("*", r"\*") for x in parts[::2]]
         lines[i] = "`".join(parts)
 
 

@@ -26,7 +26,8 @@ def animate(shown: Input, path: Path) -> None:
         for axis in axes[0]:
             axis.clear()
         style.draw(axes[0, 0], shown, weights)
-        axes[0, 0].set_title("softmax" if FRAMES[k] == 0 else f"after {FRAMES[k]} iteration{'s' * (FRAMES[k] > 1)}", fontsize=9)
+        after = f"after {FRAMES[k]} iteration{'s' * (FRAMES[k] > 1)}"
+        axes[0, 0].set_title(after if FRAMES[k] else "softmax", fontsize=9)
         received = weights.sum(0) / share
         axes[0, 1].bar(range(len(received)), np.minimum(received, 5), color=style.TRANSPORT, alpha=0.8)
         axes[0, 1].axhline(1, color=style.KEY, linewidth=1)

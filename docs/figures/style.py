@@ -23,15 +23,13 @@ LABELS_UP_TO = 16
 
 def figure(rows: int, cols: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """A grid of pictures of `size` inches each."""
-    made, axes = plt.subplots(
-        rows, cols, figsize=(cols * size[0], rows * size[1]), layout="constrained", squeeze=False
-    )
+    made, axes = plt.subplots(rows, cols, figsize=(cols * size[0], rows * size[1]), layout="constrained", squeeze=False)
     made.patch.set_facecolor("white")
     return made, axes
 
 
 def draw(axes: Axes, shown: Input, weights: np.ndarray) -> None:
-    """Weights [L, S] (or [L+1, S+1], the dustbin last): lines where tokens are points, colours for ink, else a matrix."""
+    """Weights [L, S], or [L+1, S+1] with the dustbin last: lines between points, colours for ink, else a matrix."""
     if shown.name == "digits":
         draw_ink(axes, shown, weights)
     elif shown.row_places is not None:
@@ -68,7 +66,7 @@ def draw_lines(axes: Axes, shown: Input, weights: np.ndarray) -> None:
 
 
 def draw_ink(axes: Axes, shown: Input, weights: np.ndarray) -> None:
-    """The first digit in colours by place; the second in those that its pixels receive, as large as what they receive."""
+    """The first digit in colours by place; the second in those that its pixels receive, and as large."""
     assert shown.row_places is not None and shown.col_places is not None
     a, b = shown.row_places, shown.col_places
     x, y = ((a[:, k] - a[:, k].min()) / np.ptp(a[:, k]) for k in (0, 1))
