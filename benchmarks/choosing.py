@@ -3,9 +3,9 @@
     python benchmarks/choosing.py [--tokens 256] [--threads 2] [--out docs/figures/choosing.json]
 
 Gaussian queries and keys of 32 features. `iterations` is T + R until no column is off by more than 1 % of its share,
-plain and accelerated; `gap` is ||tail - implicit|| / ||implicit|| of the gradients of query and key, R = 2 and 8, at that
-many iterations; `time` is forward and backward of the chosen setting, in those of softmax attention over all pairs, of one
-run. docs/choosing.md shows it.
+plain and accelerated; `gap` is ||tail - implicit|| / ||implicit|| of the gradients of query and key at that many, R = 2
+and 8; `time` is forward and backward of the chosen setting, in those of softmax attention over all pairs, of one run.
+docs/choosing.md shows it.
 """
 
 from __future__ import annotations

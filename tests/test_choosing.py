@@ -92,7 +92,7 @@ def test_bad_input(options: dict[str, Any], words: str) -> None:
 
 
 def test_a_target_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="target=0.0 must be positive"):
+    with pytest.raises(ValueError, match=r"target=0\.0 must be positive"):
         choose_settings(*tokens(), target=0.0)
 
 
