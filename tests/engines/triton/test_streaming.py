@@ -1,8 +1,9 @@
-"""The streaming kernels against the definition, interpreted on CPU tensors: in float64 to 1e-10, whatever the options."""
+"""The streaming kernels against the definition, interpreted on CPU tensors: in float64 to 1e-10."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import problems
@@ -16,13 +17,24 @@ import triton_interpreter
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.engines import triton as engine
-from torch_sinkhorn_attn.engines.triton.layout import Layout
-from torch_sinkhorn_attn.engines.triton.streaming import blocks
+from torch_sinkhorn_attn.engines.base import Engine
+from torch_sinkhorn_attn.engines.tiled import engine as tiled
+from torch_sinkhorn_attn.engines.triton import choice, layout
+from torch_sinkhorn_attn.engines.triton.streaming import blocks, run
 
 pytestmark = pytest.mark.skipif(not engine.interpreted(), reason="the kernels run on the device here")
 triton_interpreter.quicken()
-CHUNK = 5
+CHUNK = 3
 LARGEST = 24  # programs of a problem, roughly: what the interpreter does in a quarter of a second
+
+
+@pytest.fixture(autouse=True)
+def streaming_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and plan by the streaming kernels, whatever else would be chosen; backward, which is another file's, by
+    the tiled engine and the dense definition."""
+    both = SimpleNamespace(solve=run.solve, forward=run.forward, backward=tiled.ENGINE.backward)
+    monkeypatch.setattr(choice, "kernels", lambda *args, **options: both)
+    monkeypatch.setattr(engine.TritonEngine, "plan_backward", Engine.plan_backward)
 
 
 def cheap(start: int, count: int) -> Iterator[problems.Call]:
@@ -43,7 +55,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, outer: int, inner: int) -> None
     monkeypatch.setattr(blocks, "OVERRIDE", blocks.Blocks(outer, inner, 4, 1))
 
 
-@pytest.mark.parametrize("chunk", slow_after(1, range(60), exhaustive=range(6, 60)))
+@pytest.mark.parametrize("chunk", slow_after(1, range(100), exhaustive=range(8, 100)))
 def test_random_problems(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few lines in every other chunk, so that several are walked."""
     if chunk % 2 == 0:
@@ -144,7 +156,13 @@ def test_dropout_keeps_the_same_entries_as_every_engine(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("seed", slow_after(1, range(6)))
 def test_float32_is_as_exact_as_plain_float32_pytorch(seed: int) -> None:
     """Within 2x (values) and 3x (gradients) of the reference's own float32 error, plus two roundings."""
-    seeds = (x for x in range(seed * 100, 10000) if problems.make(x).query.shape[:-2].numel() <= 3)
+
+    def telling(at: int) -> bool:
+        """Few heads, and lines enough that no gradient is 0 but for rounding."""
+        shape = problems.make(at).query.shape
+        return shape[:-2].numel() <= 3 and min(shape[-2], problems.make(at).key.shape[-2]) >= 3
+
+    seeds = (x for x in range(seed * 100, 10000) if telling(x))
     options = {"dropout": False, "base_options": False}
     at = next(seeds)
     truth_call, single = problems.make(at, **options), problems.make(at, torch.float32, **options)
@@ -155,8 +173,9 @@ def test_float32_is_as_exact_as_plain_float32_pytorch(seed: int) -> None:
     for name, y in truth.items():
         if "residual" in name:
             continue
-        allowed = (3 if "gradient" in name else 2) * relative_error(plain[name].double(), y) + 2e-6
-        assert relative_error(found[name].double(), y) <= allowed, (name, single)
+        floor = 1.0 if "potential" in name else 1e-3  # an exponent, whose error is that of the plan
+        allowed = (3 if "gradient" in name else 2) * relative_error(plain[name].double(), y, floor) + 2e-6
+        assert relative_error(found[name].double(), y, floor) <= allowed, (name, single)
 
 
 @pytest.mark.slow
@@ -178,10 +197,12 @@ def test_scores_of_ten_thousand_stay_finite(window: tuple[int, int] | None, monk
     query, key, value = (x.detach() for x in call.leaves)
     for epsilon in (1e-3, 1.0):
         o = {**call.options, "window": window, "epsilon": epsilon}
-        out, aux = sinkhorn_attention(70 * query, 70 * key, value, engine="triton", return_aux=True, **o)
-        truth = sinkhorn_attention(*(x.double() for x in (70 * query, 70 * key, value)), engine="reference", **o)
+        single = 70 * query, 70 * key, value
+        out, aux = sinkhorn_attention(*single, engine="triton", return_aux=True, **o)
+        plain = sinkhorn_attention(*single, engine="reference", **o)
+        truth = sinkhorn_attention(*(x.double() for x in single), engine="reference", **o)
         assert all(torch.isfinite(x).all() for x in (out, *aux[:4]))
-        assert relative_error(out.double(), truth) < 0.02
+        assert relative_error(out.double(), truth) < 3 * relative_error(plain.double(), truth) + 1e-3
 
 
 def test_the_plan_and_its_logarithm() -> None:
@@ -215,23 +236,19 @@ def test_reruns_are_bitwise_equal() -> None:
 
 
 def test_columns_are_safe_only_where_their_interval_counts_no_stranger() -> None:
-    """Rows 0 and 2 reach column 0, row 1 does not: its interval [0, 3) holds a row that must be asked."""
-    seen: list[Layout] = []
-    from torch_sinkhorn_attn.engines.triton.streaming import lines
-
-    class Spy(lines.StreamedPlan):
-        def __init__(self, *args: Any):
-            super().__init__(*args)
-            seen.append(self.layout)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_sinkhorn_attn.engines.triton.streaming.run.StreamedPlan", Spy)
-        x = torch.randn(1, 1, 3, 4, dtype=torch.float64)
-        centers = torch.tensor([[0, 2, 0]])
-        o: dict[str, Any] = {"base_iters": 0, "tail_iters": 1, "relaxation": 1.0, "window": (0, 0)}
-        out = sinkhorn_attention(x, x, x, engine="triton", window_centers=centers, **o)
-        truth = sinkhorn_attention(x, x, x, engine="reference", window_centers=centers, **o)
-    cols = seen[0].cols
-    assert cols.lo[0].tolist()[0] == 0 and cols.hi[0].tolist()[0] == 3
-    assert cols.safe_lo[0].tolist()[0] >= cols.safe_hi[0].tolist()[0]
-    assert relative_error(out, truth) < 1e-12
+    """Rows 0 and 2 reach column 0, row 1 does not: it must be asked for its interval, unless it is dead."""
+    for dead, safe in ((False, False), (True, True)):
+        mass = torch.zeros(1, 2, 3).index_fill(-1, torch.tensor([1]), -torch.inf if dead else 0.0)
+        rows = torch.tensor([[0, 1, 0]]), torch.tensor([[1, 2, 1]])
+        cols = torch.tensor([[0, 1]]), torch.tensor([[3, 2]])
+        support, outline = SimpleNamespace(), SimpleNamespace(banded=True)
+        support.row_lo, support.row_hi, support.col_lo, support.col_hi = *rows, *cols
+        problem = SimpleNamespace(
+            support=support,
+            outline=outline,
+            marginals=SimpleNamespace(log_row_mass=mass),
+            sizes=(1, 2, 3, 2),
+        )
+        _, (_, _, safe_lo, safe_hi) = layout.sides(problem)
+        assert bool(safe_lo[0, 0] < safe_hi[0, 0]) == safe
+        assert safe_lo[0, 1] < safe_hi[0, 1] or dead

@@ -28,7 +28,6 @@ OLDEST = (8, 0)  # compute capability: the first with bfloat16 tensor cores
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@constant_in_programs
 def interpreted() -> bool:
     """Whether triton was asked to interpret kernels, which then run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -51,16 +50,7 @@ class TritonEngine(Engine):
 
     def refusal(self, inputs: Inputs, problem: Problem) -> str | None:
         """triton is missing, the tensors are elsewhere or float64, or the chip is too old."""
-        device = inputs.query.device
-        if (missing := _missing()) is not None:
-            return missing
-        if device.type == "cpu" and interpreted():
-            return None
-        if device.type != self.device:
-            return f"it takes CUDA and ROCm tensors, and query is on {device}"
-        if inputs.query.dtype not in TYPES:
-            return f"its kernels compute in float32, and query is {inputs.query.dtype}"
-        return _too_old(str(device))
+        return _refusal(inputs.query.device, inputs.query.dtype)
 
     def solve(self, inputs: Inputs, problem: Problem) -> Potentials:
         from torch_sinkhorn_attn.engines.triton import choice
@@ -99,27 +89,28 @@ class TritonEngine(Engine):
         return run.plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
 
 
-# What is asked while a program is traced, which has no other way to it.
-
-
-@constant_in_programs
-def _missing() -> str | None:
-    return None if _installed() else "triton is not installed; it comes with torch on Linux"
-
-
 @cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch on Linux"
+    return None
 
 
 @constant_in_programs
-def _too_old(device: str) -> str | None:
-    if torch.version.hip is not None or not torch.cuda.is_available():
+def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if (missing := _missing()) is not None:
+        return missing
+    if device.type == "cpu" and interpreted():
         return None
-    found = torch.cuda.get_device_capability(device)
-    if found >= OLDEST:
-        return None
-    return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and {device} has {found[0]}.{found[1]}"
+    if device.type != TritonEngine.device:
+        return f"it takes CUDA and ROCm tensors, and query is on {device}"
+    if dtype not in TYPES:
+        return f"its kernels compute in float32, and query is {dtype}"
+    if torch.version.hip is None and torch.cuda.is_available():
+        found = torch.cuda.get_device_capability(device)
+        if found < OLDEST:
+            return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and {device} has {found[0]}.{found[1]}"
+    return None
 
 
 ENGINE = TritonEngine()

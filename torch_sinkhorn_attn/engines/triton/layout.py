@@ -19,6 +19,7 @@ from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
 LOG2E = 1.4426950408889634
 PADDING = 256  # live vectors end at a multiple of it: no smaller than any block of lines
 LARGEST_CHUNK = 128  # features that a tile's product takes at once
+EXACT_CHUNK = 16  # where it is not made by tensor cores: more of them spill registers
 ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -72,10 +73,15 @@ class Static(NamedTuple):
     limit: float  # entries of a float mask at or below it are dropped
     banded: bool
     widen: bool  # features to float32 before products
-    precision: str  # of float32 products: "ieee", "tf32x3" or "tf32"
+    precision: str  # of float32 products: "ieee" or "tf32"
     acc: Any  # tl.float32 or tl.float64: sums, and what vectors are
     product: Any  # type of plan tiles and of what they are multiplied with
     plan_precision: str  # of those products
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are float32's own, on no tensor core: their tiles are written out, so they must be small."""
+        return self.precision == "ieee" and self.product != tl.bfloat16 and self.plan_precision == "ieee"
 
 
 class Direction(NamedTuple):
@@ -108,9 +114,10 @@ class Layout:
     def of(inputs: Inputs, problem: Problem) -> Layout:
         num, heads, length, size = problem.sizes
         query, key = _features(inputs.query), _features(inputs.key)
-        rows, cols = _sides(problem)
+        rows, cols = sides(problem)
         dtype = compute_dtype(query.dtype)
         width = query.shape[-1]
+        largest = EXACT_CHUNK if query.dtype == torch.float32 and precision() == "ieee" else LARGEST_CHUNK
         mask = inputs.mask
         kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
         floats = () if mask is None or kind == "bool" else (torch.finfo(mask.dtype).min, torch.finfo(dtype).min)
@@ -119,7 +126,7 @@ class Layout:
             outer=0,
             inner=0,
             features=width,
-            chunk=min(LARGEST_CHUNK, power_of_two(width)),
+            chunk=min(largest, power_of_two(width)),
             mask=kind,
             limit=max(floats) / 2 if floats else 0.0,
             banded=problem.outline.banded,
@@ -172,12 +179,9 @@ class Layout:
 
 
 def precision() -> str:
-    """How float32 products are made: as torch is told to make its own."""
-    if torch.version.hip is not None:
-        return "ieee"
-    if torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    """How float32 products are made: as torch is told to make its own on a GPU (its "high" and "medium" are one)."""
+    told = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if told == "tf32" and torch.version.hip is None else "ieee"
 
 
 def half_precision() -> str:
@@ -210,7 +214,7 @@ def _mask(mask: Tensor | None, other: Tensor, column: bool) -> Mask:
 Reach = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _sides(problem: Problem) -> tuple[Reach, Reach]:
+def sides(problem: Problem) -> tuple[Reach, Reach]:
     """lo, hi, safe_lo and safe_hi of rows and of columns.
 
     A row's interval says all. A column's is the smallest that holds its rows, and may hold rows that do not reach it:

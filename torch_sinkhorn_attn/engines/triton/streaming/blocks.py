@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch_sinkhorn_attn.engines.triton import interpreted
-from torch_sinkhorn_attn.engines.triton.layout import power_of_two
+from torch_sinkhorn_attn.engines.triton.layout import Static, power_of_two
 
 
 class Blocks(NamedTuple):
@@ -26,25 +26,27 @@ INTERPRETED = Blocks(32, 64, 4, 1)
 LARGEST_LINE = 512  # bytes of a line's features that a tile takes at once
 
 
-def half_step_blocks(outer: int, features: int, bytes_each: int) -> Blocks:
+def half_step_blocks(outer: int, static: Static) -> Blocks:
     """For `outer` lines outside: half-steps and sums of the plan, which multiply nothing but features."""
     if OVERRIDE is not None:
         return OVERRIDE
     if interpreted():
         return INTERPRETED
-    wide = features * bytes_each > 256  # bytes of a line's features
-    found = Blocks(64, 64, 4, 2) if wide else Blocks(64, 128, 4, 3)
+    small = static.exact or static.features > 128
+    found = Blocks(64, 64, 4, 2) if small else Blocks(64, 128, 4, 3)
     return found._replace(outer=min(found.outer, power_of_two(outer)))
 
 
-def value_blocks(outer: int, features: int, value_features: int, bytes_each: int) -> Blocks:
+def value_blocks(outer: int, static: Static, value_features: int) -> Blocks:
     """For the output, which multiplies plan tiles with values as well."""
     if OVERRIDE is not None:
         return OVERRIDE
     if interpreted():
         return INTERPRETED
-    wide = max(features, value_features) * bytes_each > 256
-    found = Blocks(64, 64, 4, 2) if wide else Blocks(128, 64, 4, 3)
+    if static.exact:
+        found = Blocks(64, 16, 4, 2)
+    else:
+        found = Blocks(64, 64, 4, 2) if max(static.features, value_features) > 64 else Blocks(128, 64, 4, 3)
     return found._replace(outer=min(found.outer, power_of_two(outer)))
 
 

@@ -121,7 +121,7 @@ class StreamedPlan(AugmentedPlan):
         column: bool,
     ) -> None:
         outer, inner = (self.size, self.length) if column else (self.length, self.size)
-        table = blocks.half_step_blocks(outer, self.layout.static.features, self.inputs.query.element_size())
+        table = blocks.half_step_blocks(outer, self.layout.static)
         *sides, static = self.layout.direction(column, table.outer, table.inner)
         grid = self.layout.programs(column, table.outer)
         if not grid or not inner:
@@ -157,7 +157,7 @@ class StreamedPlan(AugmentedPlan):
     def _weighted(self, weights: Tensor, live: Tensor, own: Tensor, column: bool) -> Tensor:
         outer, inner = (self.size, self.length) if column else (self.length, self.size)
         found = weights.new_zeros(self.num, self.heads, outer)
-        table = blocks.half_step_blocks(outer, self.layout.static.features, self.inputs.query.element_size())
+        table = blocks.half_step_blocks(outer, self.layout.static)
         *sides, static = self.layout.direction(column, table.outer, table.inner)
         grid = self.layout.programs(column, table.outer)
         if grid and inner:
@@ -182,10 +182,9 @@ class StreamedPlan(AugmentedPlan):
         width = values.data.shape[-1]
         out = self._u.new_zeros(self.num, self.heads, self.length, width)
         sums = self._u.new_zeros(self.num, self.heads, self.length)
-        features, each = self.layout.static.features, self.inputs.query.element_size()
-        table = blocks.value_blocks(self.length, features, width, each)
+        table = blocks.value_blocks(self.length, self.layout.static, width)
         *sides, static = self.layout.direction(False, table.outer, table.inner)
-        chunk = min(LARGEST_VALUE_CHUNK, power_of_two(width))
+        chunk = min(64 if static.exact else LARGEST_VALUE_CHUNK, power_of_two(width))
         grid = self.layout.programs(False, table.outer), max(1, -(-width // chunk))
         if grid[0] and self.size:
             p = self.problem.solver.dropout_p
@@ -214,7 +213,7 @@ class StreamedPlan(AugmentedPlan):
     def dense(self, found: Tensor, log: bool = False) -> None:
         """Write the plan of real pairs, or its logarithm, into `found [N, H, L, S]`, a view whose last stride is 1 and
         whose first two dimensions are one."""
-        table = blocks.half_step_blocks(self.length, self.layout.static.features, self.inputs.query.element_size())
+        table = blocks.half_step_blocks(self.length, self.layout.static)
         *sides, static = self.layout.direction(False, table.outer, table.inner)
         grid = self.layout.programs(False, table.outer)
         if grid and self.size:
