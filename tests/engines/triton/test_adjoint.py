@@ -84,7 +84,7 @@ def cheap(start: int, count: int) -> Iterator[problems.Call]:
             yield call
 
 
-@pytest.mark.parametrize("chunk", slow_after(1, range(40), exhaustive=range(5, 40)))
+@pytest.mark.parametrize("chunk", slow_after(1, range(40), exhaustive=range(3, 40)))
 def test_random_problems(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few lines in every other chunk, so that several are walked."""
     if chunk % 2:
@@ -123,10 +123,11 @@ def test_tails_over_many_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert_agrees(call, "triton", plan=False)
 
 
-MASKS = list(itertools.product((1, 2), (1, 2), (1, 11), (1, 9)))
+MASKS = [(2, 1, 1, 9), (1, 2, 11, 9)]
+MASKS += [x for x in itertools.product((1, 2), (1, 2), (1, 11), (1, 9)) if x not in MASKS]
 
 
-@pytest.mark.parametrize("shape", slow_after(2, sorted(MASKS, key=lambda x: x not in ((2, 1, 1, 9), (1, 2, 11, 9)))))
+@pytest.mark.parametrize("shape", slow_after(1, MASKS, exhaustive=MASKS[1::2]))
 def test_every_broadcast_of_a_float_mask(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch, 8, 8)
     monkeypatch.setattr(mask_gradient, "PROGRAMS", 5)  # two parts or more, and parts of several tiles

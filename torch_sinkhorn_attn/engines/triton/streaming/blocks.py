@@ -63,7 +63,7 @@ def adjoint_blocks(outer: int, features: int, bytes_each: int, deferred: bool, s
     elif bytes_each == 2:
         found = Blocks(128, 32 if deferred else 64, 8, 2)
     else:
-        found = Blocks(64, 32, 8, 2)
+        found = Blocks(32 if deferred or line > 256 else 64, 32 if line <= 256 else 16, 8, 2)
     found = found._replace(outer=min(found.outer, power_of_two(outer)))
     line = 2 * min(line, LARGEST_LINE)  # two sides
     while (found.outer + found.stages * found.inner) * line > 0.9 * shared:
