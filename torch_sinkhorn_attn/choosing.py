@@ -97,18 +97,18 @@ def choose_settings(
         count, acceleration = faster, "chebyshev"
     for tail in TAILS:
         base = max(count - tail, 1)
-        chosen = {**kept, "base_iters": base, "tail_iters": tail, "acceleration": acceleration}
-        error = _worst(call, chosen)[-1].item()
-        while error > target and chosen["base_iters"] < MOST:  # the last iterations are plain
-            chosen["base_iters"] += -(-chosen["base_iters"] // 5)
+        while True:  # the last iterations are plain, so accelerated ones may need a few more
+            chosen = {**kept, "base_iters": base, "tail_iters": tail, "acceleration": acceleration}
             error = _worst(call, chosen)[-1].item()
-        found = (chosen["base_iters"], tail, acceleration)
+            if error <= target or base >= MOST:
+                break
+            base += -(-base // 5)
         if error > target:
-            return Settings(*found, "tail", error, False, None)
+            return Settings(base, tail, acceleration, "tail", error, False, None)
         gap = _gap(call, chosen)
         if gap <= gradient_within:
-            return Settings(*found, "tail", error, True, gap)
-    return Settings(found[0] + TAILS[-1] - TAILS[0], TAILS[0], acceleration, "implicit", error, True, 0.0)
+            return Settings(base, tail, acceleration, "tail", error, True, gap)
+    return Settings(base, tail, acceleration, "implicit", error, True, 0.0)
 
 
 Call = tuple[Tensor, Tensor | None, Tensor | None]
@@ -134,7 +134,10 @@ def _gap(call: Call, options: dict[str, Any]) -> float:
     found: list[Tensor] = []
     for gradient in ("tail", "implicit"):
         leaves = [x.detach().requires_grad_() for x in (query, key) if x is not None]
-        output = sinkhorn_attention(*(*leaves, None)[:2], value, mask, gradient=gradient, **options)
+        output = sinkhorn_attention(
+            leaves[0], None if key is None else leaves[1], value, mask, gradient=gradient, **options
+        )
+        assert isinstance(output, Tensor)
         grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
         found.append(torch.cat([x.flatten() for x in torch.autograd.grad(output, leaves, grad)]).double())
     tail, implicit = found
