@@ -84,6 +84,7 @@ class BandPasses(TiledPasses):
         place = self.first[..., None] + torch.arange(width, device=self.first.device)
         place = place.clamp(0, max(0, t.size - 1)).flatten(-2)[:, None].expand(t.num, t.heads, -1)
         sums = self.weighted.new_zeros(t.num, t.heads, t.size).scatter_add(-1, place, self.weighted.flatten(-2))
+        sums = t.complete_sums(sums)
         if t.dustbin is None or self.bins is None:
             return sums
         return torch.cat([sums + self.bins.row, t.dustbin.sum_rows(self.bins.column)], -1)

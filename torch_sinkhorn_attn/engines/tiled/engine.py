@@ -20,7 +20,7 @@ from torch_sinkhorn_attn.method.reference import stopped_base
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
-from torch_sinkhorn_attn.problem.segments import centre_gauge, components, largest, mass_of
+from torch_sinkhorn_attn.problem.segments import centre_gauge, largest, mass_of
 
 
 class TiledEngine(Engine):
@@ -39,16 +39,7 @@ class TiledEngine(Engine):
 
     def forward(self, inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
         assert inputs.value is not None
-        scores = Tiles(inputs, problem)
-        potentials = iterate(scores)
-        u, v = potentials.row[-1], potentials.col[-1]
-        tiles = scores.at(u, v)
-        to_bin, from_bin, _ = tiles.dustbin_plan
-        if residuals:
-            row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
-        else:
-            row_residual, col_residual = (u.new_full(u.shape[:2], torch.nan) for _ in range(2))
-        return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
+        return attend(Tiles(inputs, problem), residuals)
 
     def backward(
         self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
@@ -56,20 +47,32 @@ class TiledEngine(Engine):
         """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the
         query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
-        passes = TiledPasses(tiles, output, grads)
-        return _gather(passes, *adjoint_field(passes, potentials))
+        return gradients(TiledPasses(tiles, output, grads), potentials)
 
 
 ENGINE = TiledEngine()
+
+
+def attend(scores: Tiles, residuals: bool) -> Result:
+    """Forward over the tiles of the scores."""
+    potentials = iterate(scores)
+    u, v = potentials.row[-1], potentials.col[-1]
+    tiles = scores.at(u, v)
+    to_bin, from_bin, _ = tiles.dustbin_plan
+    if residuals:
+        row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
+    else:
+        row_residual, col_residual = (u.new_full(u.shape[:2], torch.nan) for _ in range(2))
+    return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
 
 
 def iterate(tiles: Tiles) -> Potentials:
     """T stopped and R kept iterations: the stacked duals."""
     problem = tiles.problem
     stopped, kept = problem.solver.stopped, problem.solver.kept
-    u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem)
+    u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem, tiles.own)
     if problem.solver.balanced and stopped:
-        u, v = centre_gauge(u, v, tiles.log_a, tiles.log_b, components(problem))
+        u, v = centre_gauge(u, v, tiles.log_a, tiles.log_b, tiles.parts)
     rows, cols = [u], [v]
     for _ in range(kept):
         v = tiles.column_half_step(u)
@@ -197,7 +200,7 @@ class TiledPasses:
         """<dV_j, V_j> and the dustbin's part."""
         t = self.tiles
         assert self.grad_value is not None and t.inputs.value is not None
-        sums = (t.by_group(self.grad_value) * t.per_head(t.inputs.value)).sum(-1).flatten(1, 2)
+        sums = t.complete_sums((t.by_group(self.grad_value) * t.per_head(t.inputs.value)).sum(-1).flatten(1, 2))
         if t.dustbin is None or self.d.to_bin is None or self.d.from_bin is None:
             return sums
         to_bin, from_bin, _ = t.dustbin_plan
@@ -240,13 +243,16 @@ def adjoint_field(passes: TiledPasses, potentials: Potentials) -> tuple[Field, T
     zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
     if passes.gathers_value:
         passes.column(zero.row, zero)
-    field = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, components(problem))
+    sums = passes.row_sums, passes.column_sums()
+    field = implicit_field(tiles, *sums, problem, tiles.parts, tiles.own)
     passes.column(zero.row, zero, field)
     passes.row(zero.col, zero, field)
     return field, zero.row
 
 
-def _gather(passes: TiledPasses, field: Field, dropped: Tensor) -> Gradients:
+def gradients(passes: TiledPasses, potentials: Potentials) -> Gradients:
+    """The adjoint, from its passes."""
+    field, dropped = adjoint_field(passes, potentials)
     found = score_gradients(passes, field)
     t = passes.tiles
     assert passes.grad_value is not None

@@ -21,6 +21,7 @@ from torch_sinkhorn_attn.method.staircase import Factor, Field, subtract_field
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
+from torch_sinkhorn_attn.problem.segments import Components, components, segments
 from torch_sinkhorn_attn.problem.support import window_ranks
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
@@ -77,7 +78,7 @@ class Tiles:
         self.block = block_size(self.num * self.heads, left + right + 1 if min(left, right) >= 0 else None)
         self.row_blocks = [slice(i, min(i + self.block, self.length)) for i in range(0, self.length, self.block)]
         self.col_blocks = [slice(j, min(j + self.block, self.size)) for j in range(0, self.size, self.block)]
-        self.dustbin = DustbinPlan(inputs, problem, problem.solver.epsilon, self.dtype) if self.bins else None
+        self.dustbin = self._dustbin() if self.bins else None
         self._scores, self._plans = _Kept(), _Kept()
 
     def at(self, u: Tensor, v: Tensor) -> Tiles:
@@ -94,28 +95,61 @@ class Tiles:
     def _live(potential: Tensor, dead: Tensor) -> Tensor:
         return potential.masked_fill(dead, -torch.inf)
 
+    # What other devices may have a share in: `distributed.tiles` overrides these
+
+    def _dustbin(self) -> DustbinPlan:
+        return DustbinPlan(self.inputs, self.problem, self.problem.solver.epsilon, self.dtype)
+
+    @cached_property
+    def own(self) -> Components:
+        """The problem that each line belongs to."""
+        return segments(self.problem)
+
+    @cached_property
+    def parts(self) -> Components:
+        """The connected component of each line."""
+        return components(self.problem)
+
+    def complete_lse(self, partial: Tensor) -> Tensor:
+        """The log sum exp over all rows, `[N, H, S]`, from that over the rows here."""
+        return partial
+
+    def complete_sums(self, partial: Tensor) -> Tensor:
+        """The sums over all rows, `[N, H, S]`, from those over the rows here."""
+        return partial
+
+    def _keep(self, tile: Tensor, i: int, j: int) -> Tensor:
+        """What dropout keeps of a tile, as 0/1."""
+        return keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
+
     # Which tiles
 
     @cached_property
     def _spans(self) -> list[tuple[int, int, int, int]]:
         """For each row block the columns [lo, hi) some row reaches, and [inner_lo, inner_hi) every row reaches."""
-        problem = self.problem
         if self.num * self.heads == 0:
             return [(0, 0, 0, 0)] * len(self.row_blocks)
-        if can_look(problem.support.row_lo):
-            lo, hi = problem.support.row_lo, problem.support.row_hi
-        elif problem.outline.uniform and problem.outline.banded:
-            n, m = (torch.tensor(x, device="cpu") for x in (self.length, self.size))
-            rank = torch.arange(self.length, device="cpu")
-            lo, hi = window_ranks(rank, n, m, problem.outline.window_left, problem.outline.window_right)
-        else:  # elsewhere intervals are data, and reading them would force a synchronisation: visit every tile
-            return [(0, self.size, 0, 0 if problem.outline.banded else self.size) for _ in self.row_blocks]
+        intervals = self._intervals()
+        if intervals is None:  # visit every tile
+            return [(0, self.size, 0, 0 if self.problem.outline.banded else self.size) for _ in self.row_blocks]
+        lo, hi = intervals
         spans: list[tuple[int, int, int, int]] = []
         for rows in self.row_blocks:
             low, high = lo[..., rows], hi[..., rows]
             outer = torch.where(low < high, low, self.size).min(), high.max()
             spans.append((int(outer[0]), int(outer[1]), int(low.max()), int(high.min())))
         return spans
+
+    def _intervals(self) -> tuple[Tensor, Tensor] | None:
+        """Those of the rows, on the CPU; None where they are data that to read would force a synchronisation."""
+        problem = self.problem
+        if can_look(problem.support.row_lo):
+            return problem.support.row_lo, problem.support.row_hi
+        if not (problem.outline.uniform and problem.outline.banded):
+            return None
+        n, m = (torch.tensor(x, device="cpu") for x in (self.length, self.size))
+        rank = torch.arange(self.length, device="cpu")
+        return window_ranks(rank, n, m, problem.outline.window_left, problem.outline.window_right)
 
     def columns(self, i: int) -> range:
         """Indices of the column blocks that row block i touches."""
@@ -208,8 +242,7 @@ class Tiles:
         """The tile after dropout: entries kept and scaled by 1 / (1 - p), or zeroed."""
         if self.problem.dropout_seed is None:
             return tile
-        keep = keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
-        return tile * keep / (1 - self.problem.solver.dropout_p)
+        return tile * self._keep(tile, i, j) / (1 - self.problem.solver.dropout_p)
 
     def weights_cotangent(self, grad: Tensor, i: int, j: int) -> Tensor:
         """D_ij = <grad_i, V_j> on the tile, dropout applied."""
@@ -297,6 +330,7 @@ class Tiles:
             for i in self.rows(j):
                 tile = self.scores(i, j) + live[..., self.row_blocks[i], None]
                 lse[..., cols] = torch.logaddexp(lse[..., cols], logsumexp_(tile, -2))
+        lse = self.complete_lse(lse)
         if self.dustbin is not None:
             lse = self.dustbin.column_lse(lse, live)
         return potential(lse, self.log_b, self.problem.solver.rho_col, old, self.problem.solver.over_relaxation)
@@ -373,6 +407,8 @@ class Tiles:
         return real if self.dustbin is None else self.dustbin.complete_rows(real, self._dustbin_factor(factor), y)
 
     def complete_cols(self, real: Tensor, x: Tensor, factor: Factor | None = None) -> Tensor:
+        """The augmented P^T x (or factor's) from its real part over the rows here."""
+        real = self.complete_sums(real)
         return real if self.dustbin is None else self.dustbin.complete_cols(real, self._dustbin_factor(factor), x)
 
 
