@@ -28,7 +28,7 @@ OF_ROWS = ("query_segment_ids", "window_centers", "row_mass")
 OF_COLS = ("key_segment_ids", "col_mass")
 
 
-def start(rank: int, size: int, store: str, seconds: float = 60) -> None:
+def start(rank: int, size: int, store: str, seconds: float = 20) -> None:
     """Join the group."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -117,6 +117,9 @@ def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
         mine: Any = results(call, group, counts)
     except ValueError as error:
         mine = str(error)
+        if os.environ.get("SHOW"):
+            import traceback
+            traceback.print_exc()
     every: list[Any] = [None] * size
     dist.all_gather_object(every, mine, group=group)
     if not compare:

@@ -259,6 +259,11 @@ class _MaskReader:
 class _SharedMask(DenseMask):
     wire: Wire
 
+    def level(self) -> Tensor:
+        if self.lines.length:
+            return super().level()
+        return self.mask.new_full((self.num, self.heads, self.lines.groups), -torch.inf, dtype=self.dtype)
+
     def across(self, marked: Tensor) -> Tensor:
         return self.wire.maximum(marked.to(torch.uint8)) > 0
 

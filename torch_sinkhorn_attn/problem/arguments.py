@@ -162,7 +162,7 @@ def prepare(
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
     rows = Side(given.masses[0], row_active, row_segment)
     cols = Side(given.masses[1], col_active, col_segment)
-    free = uniform and whole and window is None and not causal and of_pairs is None  # any such problem has a plan
+    free = uniform and whole and window is None and not causal and scan is None  # any such has a plan
     if free:
         each = (1.0, length / size) if length and size else (0.0, 0.0)
         a = torch.full((num, heads, length), each[0], dtype=mass_dtype, device=query.device)
