@@ -184,7 +184,7 @@ def sinkhorn_attention(
     """
     if value is None:
         raise TypeError("value must be a tensor, got None; for the plan itself there is sinkhorn_plan.")
-    group = context.group_of(sequence_group)
+    group = context.group_of(sequence_group) if type(query) is Tensor else context.group_of(sequence_group, query)
     options: Keywords = dict(
         scale=scale, epsilon=epsilon, window=window, window_centers=window_centers,
         query_lengths=query_lengths, key_lengths=key_lengths,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.compat.once import differentiable_once
 from torch_sinkhorn_attn.distributed import context
+from torch_sinkhorn_attn.distributed.dtensors import local, sharding_of, wrapped
 from torch_sinkhorn_attn.distributed.preparation import prepare_shard
 from torch_sinkhorn_attn.distributed.tiles import Share
 from torch_sinkhorn_attn.distributed.wire import Wire
@@ -35,6 +36,10 @@ def sharded_attention(
     return_aux: bool,
 ) -> Tensor | tuple[Tensor, SinkhornAux]:
     """`sinkhorn_attention` of this rank's shards; residuals and status are those of the whole problem."""
+    sharding = sharding_of(query, group)
+    if sharding is not None:
+        query, value = local("query", query, sharding), local("value", value, sharding)
+        key = local("key", key, sharding)
     prepared, share = prepare_shard(Wire(group), query, key, value, attn_mask, keywords)
     inputs = prepared.inputs
     output, row, col, *rest = _Attention.apply(share, return_aux, *inputs)
@@ -46,7 +51,12 @@ def sharded_attention(
 
     with context.sequence_parallel(None):
         result = in_callers_unit(share.owned_only(prepared), Result(output, potentials, *residuals, *bins), return_aux, errors)
-        return given_back(prepared, result, return_aux)
+        found = given_back(prepared, result, return_aux)
+    if sharding is None:
+        return found
+    if isinstance(found, Tensor):
+        return wrapped(found, sharding)
+    return wrapped(found[0], sharding), found[1]
 
 
 class _Attention(torch.autograd.Function):

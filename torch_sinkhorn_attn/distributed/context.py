@@ -36,9 +36,16 @@ def sequence_parallel(mesh_or_group: Any) -> Iterator[None]:
         _active = before
 
 
-def group_of(sequence_group: Any) -> Any:
-    """The process group of a call: the one given, or that of the context; None without."""
-    return _active if sequence_group is None else as_group(sequence_group)
+def group_of(sequence_group: Any, query: Any = None) -> Any:
+    """The process group of a call: the one given, or that over which the query's tokens are sharded, or that of the
+    context; None without."""
+    group = _active if sequence_group is None else as_group(sequence_group)
+    if type(query).__name__ != "DTensor":
+        return group
+    from torch_sinkhorn_attn.distributed.dtensors import sharding_of
+
+    sharding = sharding_of(query, group)
+    return group if sharding is None else sharding.group
 
 
 def as_group(given: Any) -> Any:
