@@ -1,10 +1,11 @@
-"""What a rank of a group does in a test, by name: `python tests/distributed/programs.py NAME RANK SIZE STORE`.
-
-The last line that a rank prints is what the test reads.
+"""What a rank of a group does in tests, by name: `python tests/distributed/programs.py RANK SIZE STORE SECONDS NAME ...`,
+one group of processes for all tests of its size. `problems:FIRST:COUNT` are random problems; collectives time out after so
+many seconds. Each program prints a line: its name, and what it found as JSON.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_sinkhorn_attn import SinkhornMultiheadAttention, sinkhorn_attention
-from torch_sinkhorn_attn.distributed import sequence_parallel
+from torch_sinkhorn_attn.distributed import sequence_parallel, wire
+
+TOKENS, HEADS, WINDOW = 24, 2, 3  # of the programs that count what is sent; tokens of each rank
 
 PROGRAMS: dict[str, Callable[[int, int], Any]] = {}
 
@@ -90,7 +93,7 @@ def dead(rank: int, size: int) -> str:
     begun = time.monotonic()
     error = said(lambda: sinkhorn_attention(q, k, v, sequence_group=dist.group.WORLD))
     took = time.monotonic() - begun
-    print(json.dumps(f"{took:.1f} s: {error}"), flush=True)
+    report("dead", f"{took:.1f} s: {error}")
     os._exit(0)  # the group cannot be left in order any more
 
 
@@ -101,7 +104,7 @@ def absent(rank: int, size: int) -> str:
     if rank == size - 1:
         time.sleep(8)
         os._exit(0)
-    print(json.dumps(said(lambda: sinkhorn_attention(q, k, v, sequence_group=dist.group.WORLD))), flush=True)
+    report("absent", said(lambda: sinkhorn_attention(q, k, v, sequence_group=dist.group.WORLD)))
     os._exit(0)
 
 
@@ -212,11 +215,35 @@ class _Block(torch.nn.Module):
         return x + self.linear(self.attention(x, x, x, need_weights=False)[0])
 
 
-def main(name: str, rank: int, size: int, store: str, seconds: float) -> None:
+@program
+def traffic(rank: int, size: int) -> dict[str, float]:
+    """Bytes and messages of one half-step of the columns, from two calls that differ in one iteration."""
+    g = torch.Generator().manual_seed(rank)
+    q, k, v = (torch.randn(1, HEADS, TOKENS, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    found = {}
+    for name, options in (("band", {"window": (WINDOW, WINDOW)}), ("full", {})):
+        sent = []
+        for base_iters in (3, 4):
+            before = dataclasses.replace(wire.traffic)
+            sinkhorn_attention(q, k, v, base_iters=base_iters, sequence_group=dist.group.WORLD, **options)
+            sent.append((wire.traffic.bytes - before.bytes, wire.traffic.messages - before.messages))
+        found |= {f"{name} bytes": round(sent[1][0] - sent[0][0]), f"{name} messages": sent[1][1] - sent[0][1]}
+    return found
+
+
+def report(name: str, found: Any) -> None:
+    print(f"FOUND {name} {json.dumps(found)}", flush=True)
+
+
+def main(rank: int, size: int, store: str, seconds: float, names: list[str]) -> None:
     ranks.start(rank, size, store, seconds)
-    print(json.dumps(PROGRAMS[name](rank, size)), flush=True)
+    for name in names:
+        if name.startswith("problems:"):
+            report("problems", ranks.disagreements(rank, size, *map(int, name.split(":")[1:])))
+        else:
+            report(name, PROGRAMS[name](rank, size))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5:])

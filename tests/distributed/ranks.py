@@ -1,15 +1,12 @@
 """One rank of a group: random problems of `problems.make`, their sequence in ragged blocks, against one device.
 
-    python tests/distributed/ranks.py RANK SIZE STORE FIRST COUNT
-
 Every rank makes the whole problem and takes its shards out of the whole leaves, so that the leaves' gradients, summed
-over ranks, are those of the whole call. Rank seed % SIZE compares. What disagrees is printed, a line each, then the count.
+over ranks, are those of the whole call. Rank seed % size compares.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any
@@ -117,9 +114,6 @@ def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
         mine: Any = results(call, group, counts)
     except ValueError as error:
         mine = str(error)
-        if os.environ.get("SHOW"):
-            import traceback
-            traceback.print_exc()
     every: list[Any] = [None] * size
     dist.all_gather_object(every, mine, group=group)
     if not compare:
@@ -147,20 +141,13 @@ def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
     return None
 
 
-def main(rank: int, size: int, store: str, first: int, count: int) -> None:
-    start(rank, size, store)
-    refused = 0
+def disagreements(rank: int, size: int, first: int, count: int) -> tuple[list[str], int]:
+    """What differs in problems `first`, ...; and how many both refuse."""
+    wrong, refused = [], 0
     for seed in range(first, first + count):
         call = problems.make(seed, largest=20)
-        compare = seed % size == rank
-        wrong = disagreement(call, dist.group.WORLD, compare)
-        if wrong == "refused":
-            refused += 1
-        elif wrong is not None:
-            print(f"{wrong} in {call}", flush=True)
-    print(f"rank {rank}: {count} problems, {refused} refused", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        found = disagreement(call, dist.group.WORLD, compare=seed % size == rank)
+        refused += found == "refused"
+        if found not in (None, "refused"):
+            wrong.append(f"{found} in {call}")
+    return wrong, refused
