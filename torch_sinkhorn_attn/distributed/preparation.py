@@ -155,11 +155,16 @@ def _along(local: _Local) -> dict[str, tuple[Tensor, bool]]:
 
 
 def _share(wire: Wire, local: _Local, agreed: Agreed) -> Sharded:
-    batch, heads = local.query.shape[:-3], local.query.shape[-3]
+    batch, heads, key_heads = local.query.shape[:-3], local.query.shape[-3], local.key.shape[-3]
     length, size = sum(agreed.rows), sum(agreed.cols)
     keywords, capacities = _gathered(wire, local, agreed)
     zero = local.query.detach().new_zeros(())
-    query, key = zero.expand(*batch, heads, length, 1), zero.expand(*batch, local.key.shape[-3], size, 1)
+    alike = local.mask is None and not any(isinstance(x, Tensor) for x in (*keywords.values(), *capacities.values()))
+    if alike and keywords.get("initial_potentials") is None:  # one problem stands for all, in vectors of its own size
+        batch_of, heads_of = (1,), (1, 1)
+    else:
+        batch_of, heads_of = batch, (heads, key_heads)
+    query, key = (zero.expand(*batch_of, h, n, 1) for h, n in zip(heads_of, (length, size), strict=True))
     own, whole, reader = _mask(wire, local, agreed, (*batch, heads, length, size))
     if local.keywords.get("dustbin") is not None:
         keywords["dustbin"] = Dustbin(0.0, 0.0, **capacities)
@@ -173,10 +178,10 @@ def _share(wire: Wire, local: _Local, agreed: Agreed) -> Sharded:
     seed = prepared.problem.dropout_seed
     if seed is not None:
         prepared = prepared._replace(problem=replace(prepared.problem, dropout_seed=wire.stacked(seed)[0]))
-    share = _cut(wire, prepared.problem, agreed)
+    share = _cut(wire, prepared.problem, agreed, (math.prod(batch), heads))
     inputs = Inputs(*flat, own, *local.dustbin)  # type: ignore[arg-type]
     prepared = prepared._replace(inputs=inputs, problem=share.problem, headless=local.headless, active=None)
-    return Sharded(prepared._replace(dtype=local.query.dtype), share)
+    return Sharded(prepared._replace(batch=batch, dtype=local.query.dtype), share)
 
 
 def _gathered(wire: Wire, local: _Local, agreed: Agreed) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -281,8 +286,8 @@ def _without_inactive(
     return without_inactive(flat, *here, by_head, look=False)
 
 
-def _cut(wire: Wire, problem: Problem, agreed: Agreed) -> Share:
-    """A rank's rows of the whole problem, and the columns it holds."""
+def _cut(wire: Wire, problem: Problem, agreed: Agreed, heads: tuple[int, int]) -> Share:
+    """A rank's rows of the whole problem, and the columns it holds, for (N, H) `heads`."""
     support, marginals = problem.support, problem.marginals
     start, end = blocks(agreed.rows)[wire.rank]
     reached, intervals = None, None
@@ -305,12 +310,12 @@ def _cut(wire: Wire, problem: Problem, agreed: Agreed) -> Share:
 
     length, size = sum(agreed.rows), sum(agreed.cols)
     log_a, log_b = part(marginals.log_row_mass, rows, length), part(marginals.log_col_mass, cols, size)
-    assert log_a is not None and log_b is not None
+    segment = part(support.row_segment, rows, length), part(support.col_segment, cols, size)
+    of_tokens = (None if x is None else x.expand(heads[0], -1) for x in (lo, hi, first, last, *segment))
+    masses = (log_a, log_b, marginals.log_row_capacity, marginals.log_col_capacity)
     own = Problem(
-        Intervals(
-            lo, hi, first, last, part(support.row_segment, rows, length), part(support.col_segment, cols, size)
-        ),
-        Marginals(log_a, log_b, marginals.log_row_capacity, marginals.log_col_capacity),
+        Intervals(*of_tokens),  # type: ignore[arg-type]
+        Marginals(*(None if x is None else x.expand(*heads, -1) for x in masses)),  # type: ignore[arg-type]
         part(problem.initial_row, rows, length),
         part(problem.initial_col, cols, size),
         problem.dropout_seed,
