@@ -2,16 +2,16 @@
 
     python benchmarks/scale.py [--ranks 1 2 4] [--tokens 4096] [--window 256] [--full 512] [--rounds 3]
 
-First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per rank
-on full support. "x one" is the time of an iteration over that of one process, which with more processes than cores cannot
-stay 1: compare "x cores", the same divided by how many processes share a core. Messages and bytes are those that the
-busiest rank sends in one iteration. Strong scaling: a band of `--tokens` times the most ranks in all, and what a training
-step keeps between forward and backward, and adds to the process at its peak, on each rank.
+First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per
+rank on full support. "x one" is the time of an iteration over that of one process, which with more processes than
+cores cannot stay 1: compare "x cores", the same divided by how many processes share a core. Messages and bytes are
+those that the busiest rank sends in one iteration. Strong scaling: a band of `--tokens` times the most ranks in all,
+and what a training step keeps between forward and backward, and adds to the process at its peak, on each rank.
 
 Then a PROJECTION, which measures nothing: what an iteration of a band over `--length` tokens would take on 8 to 4096
-devices, from `--entries` score entries a second and device, and `--latency` and `--bandwidth` of the interconnect; beside
-softmax by ring attention at the same length, whose keys and values go round all devices, in full, and hidden behind the
-matrix products where those take longer. These inputs are assumptions: replace them by your own.
+devices, from `--entries` score entries a second and device, and `--latency` and `--bandwidth` of the interconnect;
+beside softmax by ring attention at the same length, whose keys and values go round all devices, in full, and hidden
+behind the matrix products where those take longer. These inputs are assumptions: replace them by your own.
 """
 
 from __future__ import annotations
@@ -132,9 +132,7 @@ def measured(arguments: argparse.Namespace) -> float:
         kept, peak = (max(x["strong"][y] for x in ranks) for y in ("kept", "peak"))
         first = first or (kept * size, peak * size)
         ratios = [f"{x / y:.3f}" for x, y in zip((kept, peak), first, strict=True)]
-        print_rows(
-            [(str(size), f"{kept / 2**20:.2f}", ratios[0], f"{peak / 2**20:.1f}", ratios[1])], (6, 10, 8, 10, 8)
-        )
+        print_rows([(str(size), f"{kept / 2**20:.2f}", ratios[0], f"{peak / 2**20:.1f}", ratios[1])], (6, 10, 8, 10, 8))
     return one["band"]
 
 
@@ -142,8 +140,10 @@ def projected(arguments: argparse.Namespace) -> None:
     length, entry = arguments.length, arguments.entries
     latency, bandwidth, halo = arguments.latency, arguments.bandwidth, arguments.halo
     print(
-        f"\nPROJECTION, not a measurement: {length:,} tokens, window ({halo}, {halo}), {HEADS} heads of {WIDTH}. Assumed: "
-        f"{entry:.3g} score entries/s a device, latency {latency:.3g} s, {bandwidth:.3g} bytes/s a link and direction,\n"
+        f"\nPROJECTION, not a measurement: {length:,} tokens, window ({halo}, {halo}), {HEADS} heads of "
+        f"{WIDTH}. Assumed: "
+        f"{entry:.3g} score entries/s a device, latency {latency:.3g} s, {bandwidth:.3g} bytes/s a link and "
+        f"direction,\n"
         f"bfloat16 keys and values, float32 vectors, T + R = {arguments.iterations}; softmax at {arguments.flops:.3g} "
         "multiply-adds/s a device. Efficiency: what part of the time is not the wire's."
     )
@@ -173,7 +173,8 @@ def projected(arguments: argparse.Namespace) -> None:
             widths,
         )  # fmt: skip
     print(
-        "band bytes and full bytes: sent by a device in one iteration, in the band and on full support. ring bytes: in one "
+        "band bytes and full bytes: sent by a device in one iteration, in the band and on full support. ring "
+        "bytes: in one "
         "forward of softmax, all of it."
     )
 

@@ -2,7 +2,8 @@
 
     python -m examples.long_sequence [--ranks 2] [--tokens 2048] [--steps 32]
 
-With `torchrun --nproc-per-node N -m examples.long_sequence` the processes are torchrun's, over NCCL where there are GPUs.
+With `torchrun --nproc-per-node N -m examples.long_sequence` the processes are torchrun's, over NCCL where there are
+GPUs.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from torch_sinkhorn_attn import SinkhornMultiheadAttention
 class Encoder(nn.Module):
     """Tokens `[N, L]` at positions `[L]` to logits of the four bases `[N, L, 4]`."""
 
+    rates: Tensor
+
     def __init__(self, width: int = 32, heads: int = 4, layers: int = 2, window: int = 128):
         super().__init__()
         self.embed = nn.Embedding(MASKED + 1, width)

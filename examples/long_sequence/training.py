@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.multiprocessing.spawn import spawn
 
 from examples.long_sequence.genome import genome, masked
 from examples.long_sequence.model import Encoder
@@ -55,7 +55,7 @@ def _rank(rank: int, size: int, folder: str, tokens: int, steps: int) -> None:
 def spread(ranks: int, tokens: int, steps: int) -> list[float]:
     """The losses of so many processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (ranks, folder, tokens, steps), nprocs=ranks)
+        spawn(_rank, (ranks, folder, tokens, steps), nprocs=ranks)
         found: list[float] = torch.load(Path(folder) / "losses.pt")
     return found
 

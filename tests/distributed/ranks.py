@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import conformance
@@ -43,7 +44,7 @@ def split(total: int, parts: int, seed: int) -> list[int]:
         return [total * (r + 1) // parts - total * r // parts for r in range(parts)]
     g = torch.Generator().manual_seed(seed)
     ends = [0, *torch.randint(0, total + 1, (parts - 1,), generator=g).sort().values.tolist(), total]
-    return [b - a for a, b in zip(ends, ends[1:])]
+    return [b - a for a, b in pairwise(ends)]
 
 
 def _cut(x: Any, total: int, at: tuple[int, int], dim: int = -1) -> Any:
@@ -67,7 +68,10 @@ def shard(call: problems.Call, rows: tuple[int, int], cols: tuple[int, int]) -> 
         for side, total, at in (("row", length, rows), ("col", size, cols)):
             bins |= {f"{side}_{x}": _cut(bins[f"{side}_{x}"], total, at) for x in ("score", "capacity")}
         options["dustbin"] = Dustbin(bins.pop("row_score"), bins.pop("col_score"), bins.pop("corner_score"), **bins)
-    tokens = [_cut(x, n, at, -2) for x, n, at in ((call.query, length, rows), (call.key, size, cols), (call.value, size, cols))]
+    tokens = [
+        _cut(x, n, at, -2)
+        for x, n, at in ((call.query, length, rows), (call.key, size, cols), (call.value, size, cols))
+    ]
     return [*tokens, _cut(call.mask, length, rows, -2)], options
 
 

@@ -1,4 +1,5 @@
-"""Sequence-parallel transport in real processes over gloo: equal to one device, agreeing, and told when a rank is lost."""
+"""Sequence-parallel transport in real processes over gloo: equal to one device, agreeing, and told when a rank is
+lost."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import HEADS, TOKENS, WINDOW
 
 HERE = Path(__file__).parent
 SECONDS = 120  # until a rank gives up on the others
@@ -87,7 +87,9 @@ def test_every_rank_is_told_both_values_of_what_they_disagree_on(of_three: dict[
         assert "query=float64[1, 2, tokens, 4] on rank 0, query=float32[1, 2, tokens, 4] on rank 2" in found["dtype"]
         assert "query=float64[1, 2, tokens, 4] on rank 0, query=float64[1, 1, tokens, 4] on rank 2" in found["heads"]
         assert "with grad on rank 2" in found["grad"]
-        assert found["own"].startswith("ValueError: " + ("key has 3" if rank == 2 else "Rank 2 of the sequence's group"))
+        assert found["own"].startswith(
+            "ValueError: " + ("key has 3" if rank == 2 else "Rank 2 of the sequence's group")
+        )
         assert "a shard, a shard, one value" in found["mass"]
         assert "local rows by all 9 keys" in found["mask"]
         assert found["engine"].startswith("ValueError: engine='cpu'")
@@ -128,9 +130,11 @@ def test_a_half_step_sends_the_same_in_a_band_whatever_the_number_of_ranks(
     of_three: dict[str, list[Any]], of_four: dict[str, list[Any]]
 ) -> None:
     """An inner rank has two neighbours; each shares two halos of W columns with it, in both directions."""
+    heads, tokens, window = (of_three["traffic"][0][x] for x in ("heads", "tokens", "window"))
     three, four = (max(found["band bytes"] for found in x["traffic"]) for x in (of_three, of_four))
-    assert three == four == 2 * 2 * WINDOW * HEADS * 8
+    assert three == four == 2 * 2 * window * heads * 8
     assert all(found["band messages"] in (1, 2) for x in (of_three, of_four) for found in x["traffic"])
     for size, x in ((3, of_three), (4, of_four)):  # of an all-reduce of one number for each column
-        assert x["traffic"][0]["full bytes"] == pytest.approx(2 * (size - 1) / size * HEADS * TOKENS * size * 8, rel=1e-9)
+        expected = 2 * (size - 1) / size * heads * tokens * size * 8
+        assert x["traffic"][0]["full bytes"] == pytest.approx(expected, rel=1e-9)
         assert x["traffic"][0]["full messages"] == 2

@@ -61,8 +61,10 @@ def agree(
     for name, of_ranks in zip(layouts, zip(*(x[4:] for x in every), strict=True), strict=True):
         if WRONG in of_ranks or {SHARDED, WHOLE} <= {*of_ranks}:
             raise ValueError(
-                f"{name}: every rank passes its shard along the sequence, or all pass one value (size 1) for all tokens; "
-                f"the ranks have {_words(of_ranks)}, with {[x[2] for x in every]} queries and {[x[3] for x in every]} keys."
+                f"{name}: every rank passes its shard along the sequence, or all pass one value (size 1) for all "
+                f"tokens; "
+                f"the ranks have {_words(of_ranks)}, with {[x[2] for x in every]} queries and {[x[3] for x in every]} "
+                f"keys."
             )
         sharded[name] = SHARDED in of_ranks or (EITHER in of_ranks and WHOLE not in of_ranks)
     return Agreed([x[2] for x in every], [x[3] for x in every], sharded)
@@ -83,9 +85,13 @@ def _raise(every: Sequence[tuple[Mapping[str, str], str]], error: Exception | No
     for rank, (other, _) in enumerate(every):
         differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if differing:
-            pairs = (f"{x}={first.get(x, 'absent')} on rank 0, {x}={other.get(x, 'absent')} on rank {rank}" for x in differing)
+            pairs = (
+                f"{x}={first.get(x, 'absent')} on rank 0, {x}={other.get(x, 'absent')} on rank {rank}"
+                for x in differing
+            )
             raise ValueError(
-                f"The ranks of the sequence's group disagree: {'; '.join(pairs)}. All must make the same call, on their "
+                f"The ranks of the sequence's group disagree: {'; '.join(pairs)}. All must make the same call, on "
+                f"their "
                 "own shards."
             )
     raise AssertionError("digests differ where descriptions do not")

@@ -1,5 +1,5 @@
-"""`sinkhorn_attention` over a process group: one Function for the whole of it, whose state between forward and backward is
-that of the rank's rows and owned columns."""
+"""`sinkhorn_attention` over a process group: one Function for the whole of it, whose state between forward and
+backward is that of the rank's rows and owned columns."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from torch_sinkhorn_attn.problem.problem import Inputs, OutputGrads, Potentials,
 from torch_sinkhorn_attn.problem.status import SinkhornAux
 
 FIRST_ONLY = (
-    "Sequence-parallel attention has no derivative beyond the first: its backward talks to the other ranks. Compute what "
+    "Sequence-parallel attention has no derivative beyond the first: its backward talks to the other "
+    "ranks. Compute what "
     "needs second derivatives on one device."
 )
 
 
+@torch.compiler.disable
 def sharded_attention(
     group: Any,
     query: Tensor,
@@ -50,7 +52,9 @@ def sharded_attention(
         return share.errors(inputs, potentials, scale)
 
     with context.sequence_parallel(None):
-        result = in_callers_unit(share.owned_only(prepared), Result(output, potentials, *residuals, *bins), return_aux, errors)
+        result = in_callers_unit(
+            share.owned_only(prepared), Result(output, potentials, *residuals, *bins), return_aux, errors
+        )
         found = given_back(prepared, result, return_aux)
     if sharding is None:
         return found
@@ -75,9 +79,9 @@ class _Attention(torch.autograd.Function):
         inputs, share = Inputs(*tensors), ctx.share
         wanted = ctx.needs_input_grad[2:]
         mask = inputs.mask is not None and wanted[Inputs._fields.index("mask")]
-        bins = grads[5:] if share.problem.has_dustbin else (None, None)
+        to_bin, from_bin = grads[5:] if share.problem.has_dustbin else (None, None)
         with torch.no_grad(), full_precision(output.device):
-            found = share.gradients(inputs, output, Potentials(row, col), OutputGrads(grads[0], *bins, mask))
+            found = share.gradients(inputs, output, Potentials(row, col), OutputGrads(grads[0], to_bin, from_bin, mask))
         given = [
             g.to(x.dtype) if x is not None and g is not None and want else None
             for g, x, want in zip(found, inputs, wanted, strict=True)

@@ -1,7 +1,8 @@
 """The columns that a rank holds, and how vectors over them are completed.
 
-A rank *owns* its block of keys and *holds* those that its queries reach: all of them, or, in a band, its block and halos
-as wide as the window. Vectors over held columns `[..., held]` are the same bits on every rank that holds a column.
+A rank *owns* its block of keys and *holds* those that its queries reach: all of them, or, in a band, its block and
+halos as wide as the window. Vectors over held columns `[..., held]` are the same bits on every rank that holds a
+column.
 
     rank 0   o o o h . . .
     rank 1   . h o o h . .        o owned, h halo
@@ -79,8 +80,8 @@ class AllColumns(Columns):
 
 
 class BandColumns(Columns):
-    """Every rank holds a span, and meets those whose spans overlap with its own: with a window no wider than a block the
-    two beside it. One message to each of them for a half-step, whatever the number of ranks."""
+    """Every rank holds a span, and meets those whose spans overlap with its own: with a window no wider than a block
+    the two beside it. One message to each of them for a half-step, whatever the number of ranks."""
 
     def __init__(self, wire: Wire, counts: Sequence[int], held: Sequence[Span]):
         super().__init__(wire, counts, held[wire.rank])

@@ -14,7 +14,7 @@ _active: Any = None  # of the process, not of a thread: recomputation runs in th
 
 @contextmanager
 def sequence_parallel(mesh_or_group: Any) -> Iterator[None]:
-    """Within it, `sinkhorn_attention`, `sinkhorn_plan`, `certify` and `SinkhornMultiheadAttention` take local shards
+    """Within it, `sinkhorn_attention` and `SinkhornMultiheadAttention` take local shards
     along the sequence and give local shards: rank r holds the r-th block of queries and the r-th block of keys and
     values.
 
@@ -76,6 +76,6 @@ def refuse_local() -> None:
     if _active is not None:
         raise ValueError(
             "Within sequence_parallel this function would see the local shard alone, which is another problem. "
-            "sinkhorn_attention, sinkhorn_plan, certify and SinkhornMultiheadAttention know the other ranks; to compute "
+            "sinkhorn_attention and SinkhornMultiheadAttention know the other ranks; to compute "
             "on the shard alone, call it within sequence_parallel(None)."
         )

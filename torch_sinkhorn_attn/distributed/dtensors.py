@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,13 +30,15 @@ def sharding_of(query: Any, sequence_group: Any) -> Sharding | None:
         return None
     if len(sequence) > 1 or any(x.is_shard(query.ndim - 1) or x.is_partial() for x in query.placements):
         raise ValueError(
-            f"query is a DTensor with placements {query.placements}; its tokens may be sharded over one dimension of the "
+            f"query is a DTensor with placements {query.placements}; its tokens may be sharded over one dimension "
+            f"of the "
             "mesh, batch and heads over others, and its features must be whole."
         )
     group = query.device_mesh.get_group(sequence[0])
     if sequence_group is not None and sequence_group is not group:
         raise ValueError(
-            "sequence_group is not the group over which the DTensor's tokens are sharded; leave it out, it is read from "
+            "sequence_group is not the group over which the DTensor's tokens are sharded; leave it out, it is "
+            "read from "
             "the DTensor."
         )
     return Sharding(query.device_mesh, tuple(query.placements), group, tuple(query.shape))
@@ -61,5 +64,10 @@ def wrapped(output: Tensor, sharding: Sharding) -> Tensor:
     for dim in range(len(shape) - 2, -1, -1):
         stride[dim] = stride[dim + 1] * shape[dim + 1]
     return DTensor.from_local(
-        output.contiguous(), sharding.mesh, sharding.placements, run_check=False, shape=shape, stride=tuple(stride)
+        output.contiguous(),
+        sharding.mesh,
+        sharding.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(stride),
     )

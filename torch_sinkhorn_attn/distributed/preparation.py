@@ -1,8 +1,8 @@
 """From the shards that a rank was given to its share of the problem.
 
-The problem is prepared whole on every rank, from vectors gathered along the sequence (lengths, segments, masses, centres,
-potentials) and from stand-ins for query and key, and then cut: counts of active tokens, windows, default masses, balance
-and feasibility are those of the whole. Queries, keys, values and dense masks stay where they are.
+The problem is prepared whole on every rank, from vectors gathered along the sequence (lengths, segments, masses,
+centres, potentials) and from stand-ins for query and key, and then cut: counts of active tokens, windows, default
+masses, balance and feasibility are those of the whole. Queries, keys, values and dense masks stay where they are.
 """
 
 from __future__ import annotations
@@ -123,10 +123,14 @@ def _agree(wire: Wire, local: _Local | None, error: Exception | None, device: to
     for name, x in local.keywords.items():
         if name == "initial_potentials" and isinstance(x, (tuple, list)):
             for side, y, n in zip(("initial_row", "initial_col"), x, (rows, cols), strict=False):
-                description[side] = f"{_kind(y, -1)} and {y.shape[-1] - n} dustbins" if isinstance(y, Tensor) else repr(y)
+                description[side] = (
+                    f"{_kind(y, -1)} and {y.shape[-1] - n} dustbins" if isinstance(y, Tensor) else repr(y)
+                )
         elif name == "dustbin" and x is not None:
             for part, y in vars(x).items():
-                description[f"dustbin.{part}"] = dims.get(part) or (_kind(y, None) if isinstance(y, Tensor) else repr(y))
+                description[f"dustbin.{part}"] = dims.get(part) or (
+                    _kind(y, None) if isinstance(y, Tensor) else repr(y)
+                )
         elif isinstance(x, Tensor):
             description[name] = dims.get(name) or _kind(x, None)
         elif x is not None:
@@ -161,7 +165,7 @@ def _share(wire: Wire, local: _Local, agreed: Agreed) -> Sharded:
     zero = local.query.detach().new_zeros(())
     alike = local.mask is None and not any(isinstance(x, Tensor) for x in (*keywords.values(), *capacities.values()))
     if alike and keywords.get("initial_potentials") is None:  # one problem stands for all, in vectors of its own size
-        batch_of, heads_of = (1,), (1, 1)
+        batch_of, heads_of = torch.Size([1]), (1, 1)
     else:
         batch_of, heads_of = batch, (heads, key_heads)
     query, key = (zero.expand(*batch_of, h, n, 1) for h, n in zip(heads_of, (length, size), strict=True))
@@ -169,7 +173,7 @@ def _share(wire: Wire, local: _Local, agreed: Agreed) -> Sharded:
     if local.keywords.get("dustbin") is not None:
         keywords["dustbin"] = Dustbin(0.0, 0.0, **capacities)
     keywords |= {"scale": local.scale, "engine": None}
-    prepared = prepare(query, key, None, whole, mask_reader=reader, **keywords)  # type: ignore[arg-type]
+    prepared = prepare(query, key, None, whole, mask_reader=reader, **keywords)
     rows, cols = blocks(agreed.rows)[wire.rank], blocks(agreed.cols)[wire.rank]
     tokens = local.query, local.key, local.value
     flat = [None if x is None else x.reshape(math.prod(batch), *x.shape[len(batch) :]) for x in tokens]
@@ -179,7 +183,7 @@ def _share(wire: Wire, local: _Local, agreed: Agreed) -> Sharded:
     if seed is not None:
         prepared = prepared._replace(problem=replace(prepared.problem, dropout_seed=wire.stacked(seed)[0]))
     share = _cut(wire, prepared.problem, agreed, (math.prod(batch), heads))
-    inputs = Inputs(*flat, own, *local.dustbin)  # type: ignore[arg-type]
+    inputs = Inputs(*flat, own, *local.dustbin)  # type: ignore[arg-type, call-arg]
     prepared = prepared._replace(inputs=inputs, problem=share.problem, headless=local.headless, active=None)
     return Sharded(prepared._replace(batch=batch, dtype=local.query.dtype), share)
 
@@ -194,9 +198,7 @@ def _gathered(wire: Wire, local: _Local, agreed: Agreed) -> tuple[dict[str, Any]
         counts = agreed.rows if of_rows else agreed.cols
         along[name] = wire.gathered(x, counts, -1) if agreed.sharded[name] else x
     keywords |= {name: x for name, x in along.items() if name in _ALONG}
-    capacities = {
-        name: along.get(name, getattr(dustbin, name, None)) for name in ("row_capacity", "col_capacity")
-    }
+    capacities = {name: along.get(name, getattr(dustbin, name, None)) for name in ("row_capacity", "col_capacity")}
     initial = keywords.get("initial_potentials")
     if isinstance(initial, (tuple, list)) and len(initial) == 2 and all(isinstance(x, Tensor) for x in initial):
         keywords["initial_potentials"] = tuple(
@@ -220,7 +222,8 @@ def _mask(
     mask, rows = local.mask, agreed.sharded["attn_mask"]
     if mask.ndim and mask.shape[-1] not in (1, shape[-1]):
         raise ValueError(
-            f"attn_mask has {mask.shape[-1]} columns on rank {wire.rank}; local rows by all {shape[-1]} keys are needed "
+            f"attn_mask has {mask.shape[-1]} columns on rank {wire.rank}; local rows by all {shape[-1]} keys are "
+            f"needed "
             "(or one column). Padding and packing are said without a mask: by lengths, or by segment ids, in shards."
         )
     local_shape = (*shape[:-2], agreed.rows[wire.rank] if rows else 1, shape[-1])
@@ -273,9 +276,7 @@ class _SharedMask(DenseMask):
         return self.wire.maximum(marked.to(torch.uint8)) > 0
 
 
-def _without_inactive(
-    flat: list[Tensor | None], prepared: Prepared, rows: Span, cols: Span
-) -> list[Tensor | None]:
+def _without_inactive(flat: list[Tensor | None], prepared: Prepared, rows: Span, cols: Span) -> list[Tensor | None]:
     """As `without_inactive`, deciding by all tokens whether grouped keys need a copy for each head."""
     assert prepared.active is not None and flat[0] is not None and flat[1] is not None
     row_active, col_active, by_head = prepared.active

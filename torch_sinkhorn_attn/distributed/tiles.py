@@ -81,7 +81,7 @@ class Share:
         real = self.columns.spread(col[..., : col.shape[-1] - bins], -1)
         return torch.cat([real, col[..., col.shape[-1] - bins :]], -1) if bins else real
 
-    def tiles(self, local: Inputs, potentials: Potentials) -> SharedTiles:
+    def tiles(self, local: Inputs, potentials: Potentials) -> Tiles:
         """At the last of the potentials that `solve` gave."""
         col = self.held(potentials.col)
         return SharedTiles(self.gathered(local), self).at(potentials.row[-1], col[-1])
@@ -145,12 +145,12 @@ class SharedTiles(Tiles):
         seed, solver = self.problem.dropout_seed, self.problem.solver
         assert seed is not None
         rows, cols = self.row_blocks[i], self.col_blocks[j]
-        place = (
+        place = [
             torch.arange(at.start + first, at.stop + first, device=tile.device)
             for at, first in ((rows, self.share.first_row), (cols, self.share.columns.start))
-        )
+        ]
         head = torch.arange(self.num * self.heads, device=tile.device).view(self.num, self.heads)
-        return keep_tile(seed, head, *place, solver.dropout_p).to(tile.dtype)
+        return keep_tile(seed, head, place[0], place[1], solver.dropout_p).to(tile.dtype)
 
 
 class SharedPasses(TiledPasses):

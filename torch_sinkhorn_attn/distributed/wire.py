@@ -108,10 +108,8 @@ class Wire:
             self._done(lambda: dist.all_to_all_single(out, raw, *sizes, group=self.group))
         return out.view(self.size, own, *raw.shape[1:]).view(x.dtype).movedim(1, dim + 1 if dim >= 0 else dim)
 
-    def swapped(
-        self, parts: dict[int, Tensor], shapes: dict[int, tuple[int, ...]], like: Tensor
-    ) -> dict[int, Tensor]:
-        """Point to point: `parts[r]` goes to rank r, what comes from rank r has shape `shapes[r]`; all are as `like`."""
+    def swapped(self, parts: dict[int, Tensor], shapes: dict[int, tuple[int, ...]], like: Tensor) -> dict[int, Tensor]:
+        """Point to point: `parts[r]` goes to rank r, what comes from it has shape `shapes[r]`; all are as `like`."""
         sent = {r: _raw(x) for r, x in parts.items() if x.numel()}
         found = {r: like.new_empty(shape) for r, shape in shapes.items()}
         into = {r: _raw(x) for r, x in found.items() if x.numel()}
@@ -129,8 +127,8 @@ class Wire:
             return collective()
         except RuntimeError as error:
             raise RuntimeError(
-                f"Sequence-parallel transport: rank {self.rank} of {self.size} waited for the others in vain. One of them "
-                f"has ended, raised, or runs another program; the group's own words: {error}"
+                f"Sequence-parallel transport: rank {self.rank} of {self.size} waited for the others in vain. One of "
+                f"them has ended, raised, or runs another program; the group's own words: {error}"
             ) from error
 
 

@@ -112,9 +112,7 @@ def prepare(
     without `check_data` no data is looked at, whatever `set_checks` says. `mask_reader` scans a mask that is not here
     whole, in place of `attn_mask`; whether it leaves a plan is not asked then."""
     refuse_local()
-    query, key, value, attn_mask, scores, keywords, headless = canonical_tokens(
-        query, key, value, attn_mask, keywords
-    )
+    query, key, value, attn_mask, scores, keywords, headless = canonical_tokens(query, key, value, attn_mask, keywords)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
     o = options(keywords)
@@ -215,7 +213,9 @@ def prepare(
     return Prepared(inputs, problem, batch, kind, o.engine, existence, unit, headless, active)
 
 
-MaskReader = Callable[[Support, bool, torch.dtype, "float | None", bool], MaskScan]  # packed, dtype, floor, softmax mode
+MaskReader = Callable[
+    [Support, bool, torch.dtype, "float | None", bool], MaskScan
+]  # packed, dtype, floor, softmax mode
 
 
 def canonical_tokens(
