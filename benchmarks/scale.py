@@ -152,10 +152,10 @@ def projected(arguments: argparse.Namespace) -> None:
     print_rows([head], widths)
     for devices in DEVICES:
         tokens = length // devices
-        neighbours = 2 * max(1, -(-halo // tokens))
-        sent = 2 * 2 * halo * HEADS * 4  # both neighbours, or as many as the halos reach: their sizes add up to this
+        overlaps = range(2 * halo, 0, -tokens)  # columns shared with the next rank on a side, the one after, ...
+        sent = 2 * sum(overlaps) * HEADS * 4
         column_and_row = 2 * tokens * (2 * halo + 1) * HEADS / entry
-        wire = neighbours / 2 * latency + sent / 2 / bandwidth
+        wire = len(overlaps) * latency + sent / 2 / bandwidth  # the two sides at once
         full = 2 * (devices - 1) / devices * length * HEADS * 4
         ring_bytes = 2 * tokens * HEADS * WIDTH * 2 * (devices - 1)
         ring_step = 2 * tokens * tokens * HEADS * WIDTH / arguments.flops

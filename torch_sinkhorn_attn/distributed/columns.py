@@ -80,7 +80,7 @@ class AllColumns(Columns):
 
 
 class BandColumns(Columns):
-    """Every rank holds a span, and meets those whose spans overlap with its own: with a window no wider than a block
+    """Every rank holds a span, and meets those whose spans overlap with its own: with two halos no wider than a block
     the two beside it. One message to each of them for a half-step, whatever the number of ranks."""
 
     def __init__(self, wire: Wire, counts: Sequence[int], held: Sequence[Span]):
