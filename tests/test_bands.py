@@ -68,7 +68,7 @@ def windowed(start: int, stop: int) -> list[problems.Call]:
 
 @everywhere
 @pytest.mark.parametrize("log", slow_after(1, [False, True]))
-@pytest.mark.parametrize("start", slow_after(1, range(0, 600, 60)))
+@pytest.mark.parametrize("start", slow_after(1, range(0, 600, 60), range(180, 600)))
 def test_random_problems(start: int, log: bool, engine: str) -> None:
     calls = windowed(start, start + 60)
     assert len(calls) > 10
@@ -194,8 +194,7 @@ def test_compiled_and_mapped(engine: str) -> None:
     assert relative_error(each, gradient) < 1e-12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_after(0, ENGINES, set(ENGINES) - {"cpu"}))
 def test_opcheck(engine: str) -> None:
     from torch_sinkhorn_attn.boundary import ops
     from torch_sinkhorn_attn.problem.arguments import prepare

@@ -16,7 +16,7 @@ CHUNK = 40
 
 
 @engines
-@pytest.mark.parametrize("start", slow_after(1, range(0, 400, CHUNK)))
+@pytest.mark.parametrize("start", slow_after(1, range(0, 400, CHUNK), range(200, 400)))
 def test_random_problems(engine: str, start: int) -> None:
     refused = 0
     for seed in range(start, start + CHUNK):
@@ -28,9 +28,8 @@ def test_random_problems(engine: str, start: int) -> None:
     assert refused <= 2
 
 
-@pytest.mark.slow
 @engines
-@pytest.mark.parametrize("start", range(1000, 1400, CHUNK))
+@pytest.mark.parametrize("start", slow_after(0, range(1000, 1400, CHUNK), range(1200, 1400)))
 def test_random_problems_over_many_tiles(engine: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "block_size", lambda heads, reach=None: 4)
     test_random_problems(engine, start)

@@ -20,9 +20,9 @@ from torch_sinkhorn_attn.compat import releases
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command, cwd, path=()):
+def run(*command, cwd, path=(), **variables):
     """The output of a Python command that must succeed, with nothing but `path` on PYTHONPATH."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
     arguments = [sys.executable, *map(str, command)]
     done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +45,8 @@ def distributions(tmp_path_factory):
     for name in source_files():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    run("-m", "build", "--no-isolation", "--outdir", dist, source, cwd=source)
+    portable = {"TORCH_SINKHORN_ATTN_PORTABLE": "1"}  # one instruction set: a third of the compiling
+    run("-m", "build", "--no-isolation", "--outdir", dist, source, cwd=source, **portable)
     return next(dist.glob("*.tar.gz")), next(dist.glob("*.whl"))
 
 
@@ -188,7 +189,7 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdl
 
 def test_init_is_short():
     lines = (ROOT / "torch_sinkhorn_attn/__init__.py").read_text().splitlines()
-    assert len(lines) <= 62  # every name stands there three times
+    assert len(lines) <= 64  # every name stands there three times
 
 
 def test_citation_names_this_version():

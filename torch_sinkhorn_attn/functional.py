@@ -147,11 +147,11 @@ def sinkhorn_attention(
             and, when packed, segment) is inactive, as if they were -inf. None keeps every finite entry, however large
             the bias. Softmax mode has no need of it and ignores it. Default -1e3.
         engine: None takes the fastest that can: "cpu", C++ kernels for CPU tensors, where they were built
-            (`python -m torch_sinkhorn_attn.engines` tells, and a warning where they are missed), "xla" for tensors of
-            torch_xla and "torchtpu" for those of torch_tpu (TPUs), else "tiled", plain PyTorch on any device; all
-            O(n + m) memory. "reference" is the dense definition, which ONNX gets. Derivatives beyond the first, and
-            forward mode, are taken densely (L x S memory) on every engine; the implicit gradient has none, and
-            programs of `torch.export` have no forward mode.
+            (`python -m torch_sinkhorn_attn.engines` tells, and a warning where they are missed), "triton" for CUDA and
+            ROCm tensors but float64, "xla" for tensors of torch_xla and "torchtpu" for those of torch_tpu (TPUs), else
+            "tiled", plain PyTorch on any device; all O(n + m) memory. "reference" is the dense definition, which ONNX
+            gets. Derivatives beyond the first, and forward mode, are taken densely (L x S memory) on every engine; the
+            implicit gradient has none, and programs of `torch.export` have no forward mode.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass); its `verdict()` says in words whether
             the plan has converged, or none exists.
         sequence_group: a process group, or a `DeviceMesh` of one dimension: the sequence is sharded over it, rank r

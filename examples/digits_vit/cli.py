@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from examples.common.devices import add_device, open_device
 from examples.common.files import REPORT, prepare_folder, set_aside
 from examples.common.settings import add_quiet, add_setting, add_threads, given, set_threads, settings_of
 from examples.common.start import exit_status
@@ -35,12 +37,13 @@ def _run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     set_threads(options)
     settings = Settings(**given(options, Settings), dustbin=options.dustbin)
+    device = open_device(options.device)
     folder, progress = Path(options.out), not options.quiet
     prepare_folder(folder)
     split = load_split()
     set_aside(folder)
     print(split.summary())
-    models, outcomes = _train_all(settings, split, progress)
+    models, outcomes = _train_all(settings, split, device, progress)
     report = write_report(settings, split, outcomes)
     # The report comes first: it is what marks the folder as a run's.
     (folder / REPORT).write_text(report + "\n")
@@ -50,16 +53,18 @@ def _run(options: argparse.Namespace) -> None:
     print(f"done in {time.perf_counter() - began:.0f} s")
 
 
-def _train_all(settings: Settings, split: Split, progress: bool) -> tuple[dict[str, Learner], dict[str, list[Outcome]]]:
+def _train_all(
+    settings: Settings, split: Split, device: torch.device, progress: bool
+) -> tuple[dict[str, Learner], dict[str, list[Outcome]]]:
     """The trained models of seed 0, and the outcomes of every seed, both under the attentions' names."""
     kept: dict[str, Learner] = {}
     outcomes: dict[str, list[Outcome]] = {}
-    warm_up(settings, split)
+    warm_up(settings, split, device)
     total = settings.seeds * settings.epochs * steps_per_epoch(settings, split)
     with tqdm(total=total, unit="step", disable=not progress) as bar:
         for seed in range(settings.seeds):
             bar.set_description(f"seed {seed + 1} of {settings.seeds}")
-            learners = train(settings, split, seed, bar)
+            learners = train(settings, split, seed, bar, device)
             for name, learner in learners.items():
                 outcomes.setdefault(name, []).append(measure(learner, split.test))
             kept = kept or learners
@@ -74,7 +79,7 @@ def _write_pictures(
         folder / f"{name}.png" for name in ("learning", "reading", "matrices", "class_token")
     )
     shown = first_of_each_class(test, _SHOWN)
-    weights = {name: attention_weights(learner.model, shown.images) for name, learner in learners.items()}
+    weights = {name: attention_weights(learner, shown.images) for name, learner in learners.items()}
     plot_learning(outcomes, learning)
     plot_reading(shown, {name: received(w) for name, w in weights.items()}, outcomes, reading)
     plot_matrices(shown.images[_CLOSER], {name: w[0, _CLOSER] for name, w in weights.items()}, matrices)
@@ -94,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="PATH", default=_FOLDER, help="folder for the tables and pictures (default: %(default)s)"
     )
+    add_device(parser)
     add_threads(parser, 1)
     add_quiet(parser)
     return parser

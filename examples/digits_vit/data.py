@@ -30,6 +30,10 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> Digits:
+        """The same digits there."""
+        return Digits(self.images.to(device), self.labels.to(device), self.positions.to(device))
+
 
 @dataclass(frozen=True)
 class Split:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .data import Digits
-from .model import VisionTransformer
 from .train import History, Learner, Score, score
 
 
@@ -35,16 +34,16 @@ class Outcome:
 
 def measure(learner: Learner, test: Digits) -> Outcome:
     """Score a trained model on the test digits."""
-    reading = received(attention_weights(learner.model, test.images))
+    reading = received(attention_weights(learner, test.images))
     parameters = sum(p.numel() for p in learner.model.parameters())
-    return Outcome(score(learner.model, test), learner.history, parameters, reading)
+    return Outcome(score(learner, test), learner.history, parameters, reading)
 
 
 @torch.no_grad()
-def attention_weights(model: VisionTransformer, images: Tensor) -> Tensor:
-    """The trained weights of every block on images [N, 8, 8]: [depth, N, heads, 17, 17], query by key."""
-    model.eval()
-    return model.attention_weights(images)
+def attention_weights(learner: Learner, images: Tensor) -> Tensor:
+    """The trained weights of every block on images [N, 8, 8]: [depth, N, heads, 17, 17], query by key; on the CPU."""
+    learner.model.eval()
+    return learner.model.attention_weights(images.to(learner.device)).cpu()
 
 
 def received(weights: Tensor) -> Tensor:

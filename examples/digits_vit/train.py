@@ -16,6 +16,7 @@ from .data import Digits, Split, shift
 from .model import VisionTransformer, attentions, build
 from .settings import Settings
 
+CPU = torch.device("cpu")
 _WEIGHT_DECAY, _WARMUP, _SHIFTED = 0.1, 50, 0.3
 
 
@@ -37,10 +38,11 @@ class History:
 
 
 class Learner:
-    """A model with its optimizer and its history."""
+    """A model with its optimizer and its history. Weights, batches and shifts are drawn on the CPU, so they are the
+    same wherever it computes."""
 
-    def __init__(self, model: VisionTransformer) -> None:
-        self.model, self.history = model, History()
+    def __init__(self, model: VisionTransformer, device: torch.device = CPU) -> None:
+        self.model, self.history, self.device = model.to(device), History(), device
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=_WEIGHT_DECAY)
 
     def step(self, images: Tensor, labels: Tensor, rate: float) -> None:
@@ -49,7 +51,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        loss = F.cross_entropy(self.model(images), labels)
+        loss = F.cross_entropy(self.model(images.to(self.device)), labels.to(self.device))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -63,15 +65,15 @@ def steps_per_epoch(settings: Settings, split: Split) -> int:
     return math.ceil(len(split.train) / settings.batch_size)
 
 
-def warm_up(settings: Settings, split: Split) -> None:
+def warm_up(settings: Settings, split: Split, device: torch.device = CPU) -> None:
     """A step of every attention that counts nowhere: the first one in a process takes a second more."""
     for attention in attentions(settings).values():
-        Learner(build(attention, 0)).step(split.train.images[:64], split.train.labels[:64], 0.0)
+        Learner(build(attention, 0), device).step(split.train.images[:64], split.train.labels[:64], 0.0)
 
 
-def train(settings: Settings, split: Split, seed: int, bar: tqdm) -> dict[str, Learner]:
+def train(settings: Settings, split: Split, seed: int, bar: tqdm, device: torch.device = CPU) -> dict[str, Learner]:
     """Train one model per attention, by name; ``bar`` moves by one whenever all have made a step."""
-    learners = {name: Learner(build(attention, seed)) for name, attention in attentions(settings).items()}
+    learners = {name: Learner(build(attention, seed), device) for name, attention in attentions(settings).items()}
     total = settings.epochs * steps_per_epoch(settings, split)
     generator = torch.Generator().manual_seed(seed)
     step = 0
@@ -83,7 +85,7 @@ def train(settings: Settings, split: Split, seed: int, bar: tqdm) -> dict[str, L
             step += 1
             bar.update()
         for learner in learners.values():
-            learner.history.validation.append(score(learner.model, split.validation))
+            learner.history.validation.append(score(learner, split.validation))
         latest = {name: learner.history.validation[-1].accuracy for name, learner in learners.items()}
         bar.set_postfix_str(", ".join(f"{name} {accuracy:.1%}" for name, accuracy in latest.items()))
     return learners
@@ -101,9 +103,10 @@ def learning_rate(peak: float, step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def score(model: VisionTransformer, digits: Digits) -> Score:
+def score(learner: Learner, digits: Digits) -> Score:
     """Accuracy and cross-entropy on all of ``digits``."""
-    model.eval()
-    scores = model(digits.images)
+    digits = digits.to(learner.device)
+    learner.model.eval()
+    scores = learner.model(digits.images)
     accuracy = (scores.argmax(1) == digits.labels).double().mean().item()
     return Score(accuracy, F.cross_entropy(scores, digits.labels).item())

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .data import Batch, Crop, collate
 from .model import FamilyClassifier
+from .training import device_of
 
 FloatArray = npt.NDArray[np.floating]
 FUSED = "aten::_transformer_encoder_layer_fwd"
@@ -53,12 +54,12 @@ def attention_maps(model: FamilyClassifier, crop: Crop) -> list[FloatArray]:
     """The weights [n + 1, n + 1] of every layer, averaged over heads, for one crop of n residues and its `START`."""
     training = model.training
     model.eval()
-    batch = collate([crop])
+    batch = collate([crop]).to(device_of(model))
     states, maps = model.embed(batch.tokens), []
     for layer in model.encoder.layers:
         assert isinstance(layer, nn.TransformerEncoderLayer)
         _, weights = layer.self_attn(states, states, states)  # post-norm: the attention sees the layer's input
-        maps.append(weights[0].numpy())
+        maps.append(weights[0].cpu().numpy())
         states = layer(states)
     model.train(training)
     return maps

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.common.devices import add_device, open_device
 from examples.common.files import REPORT, prepare_folder, set_aside
 from examples.common.settings import (
     Range,
@@ -55,10 +56,11 @@ def _run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     settings = Settings(**given(options, Settings))
     set_threads(options)
+    device = open_device(options.device)
     # torch says so whenever nn.TransformerEncoder packs a batch, which is what is wanted here.
     warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype stage")
     split = load_split()
-    model = load_model(options.checkpoint, len(split.names))
+    model = load_model(options.checkpoint, len(split.names)).to(device)
     prepare_folder(options.out)
     set_aside(options.out)
     result = run(
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         add_setting(parser, of)
     add("--checkpoint", default=str(CHECKPOINT), metavar="PATH", help="softmax weights (default: the shipped ones)")
     add("--out", default=_FOLDER, metavar="PATH", help="folder for report and pictures (default: %(default)s)")
+    add_device(parser)
     add_threads(parser, 1)
     add_quiet(parser)
     return parser

@@ -44,6 +44,10 @@ class Batch(NamedTuple):
     padding: Tensor
     families: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch there."""
+        return Batch(*(x.to(device) for x in self))
+
 
 @dataclass(frozen=True)
 class Split:

@@ -14,7 +14,7 @@ from torch_sinkhorn_attn import ReplacementReport, replace_attention, restore_at
 from .attention import FloatArray, attention_maps, operators
 from .data import TEST_CROPS, Batch, Crop, Split, collate, heldout_crops, training_batches
 from .model import FamilyClassifier
-from .training import Curve, Score, evaluate, fit
+from .training import Curve, Score, device_of, evaluate, fit
 
 LEARNING_RATE, WEIGHT_DECAY = 5e-4, 0.05
 UNIFORM_EPSILON = 1e6  # softmax of scores / epsilon
@@ -75,7 +75,7 @@ def run(
     control, uniform = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = _optimizer(model)  # made before the swap and used after it
     log(f"{split.summary()}; {len(crops)} test crops")
-    batch, crop = collate(crops[:8]), _picture_crop(crops)
+    batch, crop = collate(crops[:8]).to(device_of(model)), _picture_crop(crops)
     result = Result(split, crop, [], {}, {})
 
     def stage(name: str, curve: Curve | None = None, sinkhorn: bool = False, shown: bool = False) -> None:
@@ -128,7 +128,7 @@ def swap(model: FamilyClassifier, epsilon: float) -> ReplacementReport:
 
 def check_plain(model: FamilyClassifier, batch: Batch) -> None:
     """After `restore_attention`: the state_dict loads strictly into a new model, which then gives the same logits."""
-    fresh = FamilyClassifier(model.head.out_features)
+    fresh = FamilyClassifier(model.head.out_features).to(device_of(model))
     fresh.load_state_dict(model.state_dict(), strict=True)
     with torch.no_grad():
         same = torch.equal(fresh.eval()(*batch[:2]), copy.deepcopy(model).eval()(*batch[:2]))

@@ -34,6 +34,11 @@ class Curve:
     seconds: float = 0.0
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where it computes."""
+    return next(model.parameters()).device
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, crops: Sequence[Crop]) -> Score:
     """Score a model in evaluation mode, without gradients, on padded batches; its training flag is put back."""
@@ -41,6 +46,7 @@ def evaluate(model: nn.Module, crops: Sequence[Crop]) -> Score:
     model.eval()
     began, right, loss = time.perf_counter(), 0, 0.0
     for batch in batches(crops):
+        batch = batch.to(device_of(model))
         logits = model(batch.tokens, batch.padding)
         right += int((logits.argmax(-1) == batch.families).sum())
         loss += float(F.cross_entropy(logits, batch.families, reduction="sum"))
@@ -77,6 +83,7 @@ def fit(
         for epoch in range(epochs):
             began = time.perf_counter()
             for batch in training_batches(split, seed, epoch):
+                batch = batch.to(device_of(model))
                 loss = F.cross_entropy(model(batch.tokens, batch.padding), batch.families)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"{text}: the loss is {loss.item()} in epoch {epoch + 1}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow_after
 
 import torch_sinkhorn_attn
 from examples.pfam.aot import main as step_of_pfam
@@ -287,7 +288,7 @@ def test_a_table_that_the_compiler_contradicts_is_reported() -> None:
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("adjoint", slow_after(0, [True, False], {False}))
 def test_the_compiler_takes_no_more_than_the_estimate(adjoint: bool, tmp_path: Path) -> None:
     """One of the kernels that benchmarks/vmem.py asks about; the answer is kept."""
     configuration = {"length": 11 * 128, "heads": 4, "window": [128, 128], "features": 16}
@@ -303,6 +304,7 @@ def test_the_compiler_takes_no_more_than_the_estimate(adjoint: bool, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_libtpu
 def test_what_only_unfit_data_need_stands_apart() -> None:
     """Every loop of the resident kernel has its trips, also where a loop begins with another; what it falls back to
@@ -322,6 +324,7 @@ def test_what_only_unfit_data_need_stands_apart() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_libtpu
 def test_a_kernel_that_is_too_large() -> None:
     with pytest.raises(CompileError, match=r"VMEM overflow: (kernel|the program)"):

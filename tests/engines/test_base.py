@@ -10,13 +10,16 @@ import torch
 
 import torch_sinkhorn_attn
 from torch_sinkhorn_attn import engines
+from torch_sinkhorn_attn.engines import missing, triton
 from torch_sinkhorn_attn.engines.base import each_tensor
+from torch_sinkhorn_attn.engines.registry import choose
+from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.problem import Inputs
 
 ROOT = Path(torch_sinkhorn_attn.__file__).parent
 BINDINGS = {name for name, engine in engines.ENGINES.items() if engine.device not in (None, "cpu")}
 LIBRARIES = {"torch_xla", "torch_tpu"}
-DEVICES = {str(engines.ENGINES[name].device) for name in BINDINGS}
+DEVICES = {str(engines.ENGINES[name].device) for name in BINDINGS} - {"cuda"}  # torch's own, as "cpu" is
 ELSEWHERE = [  # the bindings themselves, and the planning of TPU runs, which compiles them
     *(ROOT / "engines" / name for name in BINDINGS),
     ROOT / "engines" / "tpu",
@@ -93,3 +96,13 @@ def test_tensors_of_a_tree() -> None:
     inputs, (flag, half) = each_tensor((Inputs(x, x), (True, x / 2)), lambda x: x + 1)
     assert isinstance(inputs, Inputs) and inputs.value is None and flag is True
     assert inputs.query.tolist() == [2, 2] and half.tolist() == [1.5, 1.5]
+
+
+def test_what_the_engine_of_a_device_refuses_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next engine that can takes it, and the reason is heard; other devices' engines are not even asked."""
+    monkeypatch.setattr(missing, "_said", set())
+    monkeypatch.setattr(triton.ENGINE, "device", "meta", raising=False)  # the kind of device that every machine has
+    prepared = prepare(*(torch.empty(1, 4, 3, device="meta", dtype=torch.float64) for _ in range(3)))
+    with pytest.warns(missing.MissingKernelsWarning, match="META tensors here.*'triton', which cannot") as said:
+        assert [choose(None, prepared.inputs, prepared.problem) for _ in range(2)] == ["tiled"] * 2
+    assert len(said) == 1

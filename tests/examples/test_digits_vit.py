@@ -146,7 +146,7 @@ def test_a_run_repeats_and_does_not_depend_on_its_neighbours(small: Split, bar: 
 
 def test_sinkhorn_reads_every_patch_equally_and_softmax_does_not(split: Split) -> None:
     makes = attentions(Settings())
-    weights = {name: attention_weights(build(make, 0), split.test.images[:20]) for name, make in makes.items()}
+    weights = {name: attention_weights(Learner(build(make, 0)), split.test.images[:20]) for name, make in makes.items()}
     for of_model in weights.values():
         assert of_model.shape == (2, 20, 4, 17, 17)
         assert torch.allclose(of_model.sum(-1), torch.ones(()), atol=1e-5)
@@ -173,7 +173,7 @@ def test_scores_count_right_answers(split: Split) -> None:
         def forward(self, images: Tensor) -> Tensor:
             return F.one_hot(torch.full((len(images),), 3), 10).float()
 
-    result = score(Constant(nn.MultiheadAttention), split.test)
+    result = score(Learner(Constant(nn.MultiheadAttention)), split.test)
     assert result.accuracy == pytest.approx((split.test.labels == 3).double().mean().item())
     learner = Learner(build(nn.MultiheadAttention, 0))
     learner.history.seconds = [1.0, 3.0, 2.0]

@@ -38,6 +38,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_xla
 def test_it_trains_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -79,7 +79,7 @@ def close(found: Any, truth: Any) -> bool:
 
 @pytest.mark.slow
 @options
-@pytest.mark.parametrize("make", [loss, plan_loss])
+@pytest.mark.parametrize("make", [loss, pytest.param(plan_loss, marks=pytest.mark.exhaustive)])
 def test_second_derivatives_are_the_references(make: Callable[..., Any], name: str) -> None:
     inputs = tuple(tensors())
     *found, truth = (torch.autograd.functional.hessian(make(engine, name), inputs) for engine in ENGINES)

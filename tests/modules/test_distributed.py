@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import slow_after
 
 PROGRAM = """
 import os, sys, warnings
@@ -85,7 +86,7 @@ def losses(kind: str, dustbin: bool, folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dustbin", [False, True])
+@pytest.mark.parametrize("dustbin", slow_after(1, [True, False], {False}))
 def test_losses_are_those_of_one_process(dustbin: bool, tmp_path: Path) -> None:
     truth = losses("one", dustbin, tmp_path)
     assert len(truth) == 6 and abs(truth[-1] - truth[0]) > 1e-2

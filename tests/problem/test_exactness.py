@@ -60,6 +60,7 @@ def test_windows_over_millions_of_tokens() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ten_million_tokens_are_exact() -> None:
     n = 10_000_000
     a, index = torch.ones(1, 1, n, dtype=D), torch.arange(n)[None, None]

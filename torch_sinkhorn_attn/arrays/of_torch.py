@@ -5,6 +5,8 @@ Those are of operations that XLA does right too: no cummax, cummin, searchsorted
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import (  # noqa: F401
     Tensor,
@@ -53,8 +55,20 @@ def max(x: Tensor, axis: int, keepdims: bool = False, initial: float = -torch.in
 def add_at(x: Tensor, index: Tensor, count: int) -> Tensor:
     """Entries of the last dimension with the same index added up, `[..., n]` to `[..., count]`; `index` broadcasts to
     `x`."""
+    if x.is_cuda:
+        return add_in_order(x, index, count)
     out = torch.zeros(*x.shape[:-1], count, dtype=x.dtype, device=x.device)
     return out.scatter_add(-1, index.expand_as(x), x)
+
+
+def add_in_order(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """`add_at` whose bits are the same on a rerun on GPUs too: scatter_add's atomics add in any order there, where
+    index_put sorts first."""
+    lines = math.prod(x.shape[:-1])
+    line = torch.arange(lines, device=x.device).view(*x.shape[:-1], 1)
+    out = torch.zeros(lines * count, dtype=x.dtype, device=x.device)
+    out = out.index_put(((line * count + index.expand_as(x)).flatten(),), x.flatten(), accumulate=True)
+    return out.view(*x.shape[:-1], count)
 
 
 def max_at(x: Tensor, index: Tensor, count: int) -> Tensor:

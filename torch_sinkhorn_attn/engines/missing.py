@@ -1,4 +1,4 @@
-"""A word, once, where CPU tensors are computed without the C++ kernels because these were not built."""
+"""A word, once for each kind of device, where the kernels made for it cannot take a call and a slower engine does."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import warnings
 
 from torch_sinkhorn_attn.compat.callers import users_level
 from torch_sinkhorn_attn.compat.releases import constant_in_programs
-from torch_sinkhorn_attn.engines import cpu
 
-_said = False
+_said: set[str] = set()  # types of devices
 
 
 class MissingKernelsWarning(UserWarning):
-    """CPU tensors are computed many times slower than they could be."""
+    """Tensors are computed many times slower than they could be."""
 
 
 @constant_in_programs  # said while a program is compiled
-def warn_once(taken: str) -> None:
-    """Warn, once in a process, that engine `taken` stands in for "cpu", and how to mend it or not to hear of it."""
-    global _said
-    reason = cpu.unavailable()
-    if _said or reason is None:
+def warn_once(device: str, own: str, reason: str, taken: str) -> None:
+    """Warn, once in a process for each type of `device`, that engine `taken` stands in for its `own`, which gives a
+    reason; and how not to hear of it."""
+    if device in _said:
         return
-    _said = True
+    _said.add(device)
+    kind = device.upper()
     warnings.warn(
-        f"engine={taken!r} computes CPU tensors here, some ten times slower than the C++ kernels of engine 'cpu', "
-        f"which are missing: {reason}. With engine={taken!r} given, or "
-        f"warnings.filterwarnings('ignore', message='engine=.* computes CPU tensors'), this is not said again.",
+        f"engine={taken!r} computes {kind} tensors here, some ten times slower than the kernels of engine {own!r}, "
+        f"which cannot: {reason}. With engine={taken!r} given, or "
+        f"warnings.filterwarnings('ignore', message='engine=.* computes {kind} tensors'), this is not said again.",
         MissingKernelsWarning,
         stacklevel=users_level("torch"),
     )

@@ -43,15 +43,18 @@ def choose(name: str | None, inputs: Inputs, problem: Problem) -> str:
         return REFERENCE  # a compiled op drops the tangents of forward mode; the definition is traced through
     if name is None and recording() and for_onnx():
         return REFERENCE
-    reasons = []
+    reasons, device = [], inputs.query.device.type
+    refused: tuple[str, str] | None = None  # the engine made for the device, and why it cannot
     for candidate in [name] if name else ENGINES:
         own = ENGINES[candidate].device
-        if name is None and own is not None and own != inputs.query.device.type:
+        if name is None and own not in (None, device):
             continue  # another device's: to be had by name alone
         reason = ENGINES[candidate].refusal(inputs, problem)
         if reason is None:
-            if name is None and inputs.query.device.type == "cpu" and candidate != cpu.NAME:
-                missing.warn_once(candidate)
+            if refused is not None:
+                missing.warn_once(device, *refused, candidate)
             return candidate
+        if name is None and own is not None:
+            refused = candidate, reason
         reasons.append(f"{candidate}: {reason}")
     raise ValueError(f"engine={name!r} cannot run this problem. " + "; ".join(reasons))

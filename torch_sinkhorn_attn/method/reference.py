@@ -98,7 +98,7 @@ def fold_dustbins(full: Tensor, problem: Problem, log: bool = False) -> Tensor:
     """Sum the G dustbin rows and columns of an augmented plan `[..., L+G, S+G]`, or of its logarithm, to one each."""
     if problem.num_dustbins <= 1:
         return full
-    total = _log_sum if log else torch.sum
+    total = log_sum if log else torch.sum
     length, size = problem.sizes[2:]
     rows = torch.cat([full[..., :length, :], total(full[..., length:, :], -2).unsqueeze(-2)], -2)
     return torch.cat([rows[..., :size], total(rows[..., size:], -1).unsqueeze(-1)], -1)
@@ -119,7 +119,7 @@ def unfold_dustbins(grad: Tensor, problem: Problem, log_plan: Tensor | None = No
     return wide * shares.masked_fill(log_plan == -torch.inf, 0.0)
 
 
-def _log_sum(x: Tensor, dim: int) -> Tensor:
+def log_sum(x: Tensor, dim: int) -> Tensor:
     """log sum exp, -inf with gradient 0 where all are -inf."""
     none = (x == -torch.inf).all(dim)
     return torch.logsumexp(x.masked_fill(none.unsqueeze(dim), 0.0), dim).masked_fill(none, -torch.inf)

@@ -218,7 +218,7 @@ def test_half_precision_numbers_are_read_exactly() -> None:
 
 def test_it_is_what_engine_none_takes() -> None:
     prepared = prepare(*(torch.randn(1, 4, 3) for _ in range(3)))
-    assert list(engines.ENGINES) == ["cpu", "xla", "torchtpu", "tiled"]
+    assert list(engines.ENGINES) == ["cpu", "triton", "xla", "torchtpu", "tiled"]
     assert choose(None, prepared.inputs, prepared.problem) == "cpu"
 
 
@@ -236,7 +236,7 @@ def test_a_missing_library_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch)
 def test_the_engines_say_what_they_are() -> None:
     command = [sys.executable, "-m", "torch_sinkhorn_attn.engines"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [line.split()[0] for line in said] == ["cpu", "xla", "torchtpu", "tiled", "reference"]
+    assert [line.split()[0] for line in said] == ["cpu", "triton", "xla", "torchtpu", "tiled", "reference"]
     assert f"{cpu.capability()} (of default" in said[0]
 
 

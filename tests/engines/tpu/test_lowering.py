@@ -39,7 +39,7 @@ def kernels(lowering: Lowering | None, platform: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", slow_after(0, [None, Lowering()], {Lowering()}))
+@pytest.mark.parametrize("lowering", slow_after(0, [None, Lowering()], {None, Lowering()}))
 def test_the_platform_decides_unless_a_shape_is_given(lowering: Lowering | None) -> None:
     assert kernels(lowering, "cpu") == kernels(Lowering("blockwise"), "tpu") == 0
     assert kernels(lowering, "tpu") == kernels(Lowering("auto"), "tpu") > 5
@@ -78,6 +78,7 @@ def test_an_interpreter_needs_a_kernel() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inside_shard_map_and_on_explicit_axes() -> None:
     script = Path(__file__).with_name("kernels_in_shards.py")
     flags = f"--xla_force_host_platform_device_count=2 {FAST}"
@@ -129,6 +130,7 @@ def test_a_base_in_bfloat16_takes_its_own_memory() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_is_said_once_and_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a chip without a bfloat16 vector unit the same bits as for float32; on others, not."""
     monkeypatch.setattr(low_base, "_said", set())

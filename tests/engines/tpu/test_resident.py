@@ -217,6 +217,7 @@ def test_empty_problems_keep_the_batch_in_range(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", slow_after(0, ["sharp", "steep"], {"steep"}))
 def test_what_leaves_the_range_or_the_strip_is_streamed(name: str) -> None:
     """Scores hundreds apart, and a slope the strip was not laid out for: the right answer all the same."""

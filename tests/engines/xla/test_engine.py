@@ -397,7 +397,7 @@ def test_the_kernels_are_the_users_choice(device: torch.device, asked: None) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "options"), [("streaming", "softmax"), ("auto", "window")])
+@pytest.mark.parametrize(("shape", "options"), [("auto", "window")])
 def test_an_interpreted_kernel_agrees_with_the_reference(
     shape: str, options: str, device: torch.device, asked: None
 ) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
-from torch_sinkhorn_attn.engines.tiled.engine import TiledPasses, adjoint_field, score_gradients
+from torch_sinkhorn_attn.engines.tiled.adjoint import AdjointPasses, adjoint_field, score_gradients
+from torch_sinkhorn_attn.engines.tiled.engine import TiledPasses
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.staircase import Field
@@ -64,12 +64,11 @@ class BandPasses(TiledPasses):
         mask: bool,
         log: bool,
     ):
+        AdjointPasses.__init__(self, tiles)
         self.tiles, self.first, self.wants_mask = tiles, first, mask
         grad, to_bin, from_bin = (None if x is None else x.to(tiles.dtype) for x in grads)
         assert grad is not None
         self.weighted = grad.masked_fill(values == -torch.inf, 0.0) if log else grad * values
-        self.row_sums = self.weighted.sum(-1)
-        self.bins: Vectors | None = None
         if tiles.dustbin is not None:
             column, row, corner = tiles.dustbin_plan
             self.bins = Vectors(
@@ -77,17 +76,13 @@ class BandPasses(TiledPasses):
                 _weighted(row, from_bin, tiles.log_dustbin_plan.row, log),
                 torch.zeros_like(corner),
             )
-            self.row_sums = torch.cat([self.row_sums + self.bins.column, tiles.dustbin.sum_cols(self.bins.row)], -1)
+        self.row_sums = self.complete_row_sums(self.weighted.sum(-1))
 
-    def column_sums(self) -> Tensor:
+    def real_column_sums(self) -> Tensor:
         t, width = self.tiles, self.weighted.shape[-1]
         place = self.first[..., None] + torch.arange(width, device=self.first.device)
         place = place.clamp(0, max(0, t.size - 1)).flatten(-2)[:, None].expand(t.num, t.heads, -1)
-        sums = self.weighted.new_zeros(t.num, t.heads, t.size).scatter_add(-1, place, self.weighted.flatten(-2))
-        sums = t.complete_sums(sums)
-        if t.dustbin is None or self.bins is None:
-            return sums
-        return torch.cat([sums + self.bins.row, t.dustbin.sum_rows(self.bins.column)], -1)
+        return self.weighted.new_zeros(t.num, t.heads, t.size).scatter_add(-1, place, self.weighted.flatten(-2))
 
     def score_cotangent(self, field: Field, i: int, j: int) -> Tensor:
         t, width = self.tiles, self.weighted.shape[-1]
@@ -97,10 +92,6 @@ class BandPasses(TiledPasses):
         index = place.clamp(0, width - 1).expand(t.num, t.heads, -1, -1)
         found = self.weighted[..., rows, :].gather(-1, index)
         return t.less_field(found.masked_fill_((place < 0) | (place >= width), 0.0), field, i, j)
-
-    def dustbin_cotangent(self, dustbin: DustbinPlan, field: Field) -> Vectors:
-        assert self.bins is not None
-        return dustbin.less_field(self.tiles.log_dustbin_plan, self.bins, field)
 
 
 def _weighted(plan: Tensor, grad: Tensor | None, log_plan: Tensor, log: bool) -> Tensor:

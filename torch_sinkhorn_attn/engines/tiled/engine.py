@@ -7,17 +7,15 @@ the tiles. float16 and bfloat16 inputs are widened tile by tile; potentials and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.engines.base import Engine
-from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
+from torch_sinkhorn_attn.engines.tiled.adjoint import AdjointPasses, OutputCotangent, attention_gradients
+from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
-from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.reference import stopped_base
-from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
+from torch_sinkhorn_attn.method.staircase import Factor, Field
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.problem.segments import centre_gauge, largest, mass_of
@@ -66,7 +64,12 @@ def attend(scores: Tiles, residuals: bool) -> Result:
     return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
 
 
-def iterate(tiles: Tiles) -> Potentials:
+def gradients(passes: TiledPasses, potentials: Potentials) -> Gradients:
+    """The adjoint of `attend`, from its passes."""
+    return attention_gradients(passes, passes.d, potentials)
+
+
+def iterate(tiles: AugmentedPlan) -> Potentials:
     """T stopped and R kept iterations: the stacked duals."""
     problem = tiles.problem
     stopped, kept = problem.solver.stopped, problem.solver.kept
@@ -84,7 +87,7 @@ def iterate(tiles: Tiles) -> Potentials:
     return Potentials(torch.stack(rows), torch.stack(cols))
 
 
-def attention_output(tiles: Tiles) -> Tensor:
+def attention_output(tiles: AugmentedPlan) -> Tensor:
     """O_i = (1/a_i) sum_j P_ij V_j, the dustbin's value included. Balanced rows of P sum to a_i exactly, so they are
     divided by their own sum: that cancels the rounding of scores that are large."""
     mass, row_sums = tiles.value_pass()
@@ -98,7 +101,7 @@ def attention_output(tiles: Tiles) -> Tensor:
     return mass / divisor[..., None]
 
 
-def marginal_errors(tiles: Tiles, scale: MassScale | None = None) -> tuple[Tensor, Tensor]:
+def marginal_errors(tiles: AugmentedPlan, scale: MassScale | None = None) -> tuple[Tensor, Tensor]:
     """(P 1 - a, P^T 1 - b), augmented: `[N, H, L(+G)]`, `[N, H, S(+G)]`; in the caller's unit of mass, given the
     problem's."""
     sums = tiles.row_pass(torch.ones_like(tiles.v)), tiles.column_pass(torch.ones_like(tiles.u))
@@ -109,41 +112,14 @@ def marginal_errors(tiles: Tiles, scale: MassScale | None = None) -> tuple[Tenso
     return sums[0] - masses[0], sums[1] - masses[1]
 
 
-class Cotangent(NamedTuple):
-    """D = dL/dP: <grad_i, V_j> (dropped out) on real pairs and a vector each for the dustbin column and row."""
-
-    grad: Tensor  # dO / a, [N, H, L, Ev]
-    to_bin: Tensor | None  # [N, H, L]
-    from_bin: Tensor | None  # [N, H, S]
-
-
-class TiledPasses:
-    """The passes of `staircase.tail_field` over tiles, gathering the cotangents of value, key, query and mask."""
-
-    may_scale = True
-    gathers_value = True
+class TiledPasses(AdjointPasses):
+    """The passes of the adjoint over tiles, gathering the cotangents of value, key, query and mask."""
 
     def __init__(self, tiles: Tiles, output: Tensor, grads: OutputGrads):
+        super().__init__(tiles)
         self.tiles, self.wants_mask = tiles, grads.mask
-        problem, inputs = tiles.problem, tiles.inputs
-        inactive = problem.marginals.log_row_mass == -torch.inf
-        grad_output = grads.output.to(tiles.dtype).masked_fill(inactive[..., None], 0.0)
-        self.row_sums = (grad_output * output).sum(-1)  # rowsum(P*D) without a pass
-        grad = grad_output / mass_of(problem.marginals.log_row_mass)[..., None]
-        self.d = Cotangent(grad, None, None)
-        if tiles.dustbin is not None:
-            to_bin, from_bin, _ = tiles.dustbin_plan
-            grad_to, grad_from = (
-                torch.zeros_like(p) if g is None else g.to(tiles.dtype)
-                for g, p in ((grads.to_bin, to_bin), (grads.from_bin, from_bin))
-            )
-            read = grad_to
-            if inputs.dustbin_value is not None:
-                read = grad_to + (grad * inputs.dustbin_value.to(tiles.dtype)[:, :, None]).sum(-1)
-            self.d = Cotangent(grad, read, grad_from)
-            self.row_sums = torch.cat(
-                [self.row_sums + to_bin * grad_to, tiles.dustbin.sum_cols(from_bin * grad_from)], -1
-            )
+        self.d = OutputCotangent(tiles, output, grads)
+        self.row_sums, self.bins = self.d.row_sums, self.d.bins
 
     grad_value: Tensor | None = None  # per query head, [N, H, S, Ev]
     grad_key: Tensor | None = None  # per query head, [N, H, S, E]
@@ -154,11 +130,6 @@ class TiledPasses:
     def score_cotangent(self, field: Field, i: int, j: int) -> Tensor:
         """dS on a tile."""
         return self.tiles.score_cotangent(self.d.grad, field, i, j)
-
-    def dustbin_cotangent(self, dustbin: DustbinPlan, field: Field) -> Vectors:
-        """dS on the dustbin's column, row and corner."""
-        assert self.d.to_bin is not None and self.d.from_bin is not None
-        return dustbin.score_cotangent(self.tiles.log_dustbin_plan, self.d.to_bin, self.d.from_bin, field)
 
     def column(self, x: Tensor, factor: Factor, field: Field | None = None, deferred: Factor | None = None) -> Tensor:
         """factor^T x; dV rides in the first pass, dK (all but the `deferred` factor) in the one with a field."""
@@ -196,15 +167,11 @@ class TiledPasses:
             return t.complete_cols(out, inner) * factor.col.exp()
         return t.complete_cols(out, x, factor)
 
-    def column_sums(self) -> Tensor:
-        """<dV_j, V_j> and the dustbin's part."""
+    def real_column_sums(self) -> Tensor:
+        """<dV_j, V_j>."""
         t = self.tiles
         assert self.grad_value is not None and t.inputs.value is not None
-        sums = t.complete_sums((t.by_group(self.grad_value) * t.per_head(t.inputs.value)).sum(-1).flatten(1, 2))
-        if t.dustbin is None or self.d.to_bin is None or self.d.from_bin is None:
-            return sums
-        to_bin, from_bin, _ = t.dustbin_plan
-        return torch.cat([sums + from_bin * self.d.from_bin, t.dustbin.sum_rows(to_bin * self.d.to_bin)], -1)
+        return (t.by_group(self.grad_value) * t.per_head(t.inputs.value)).sum(-1).flatten(1, 2)
 
     def row(self, y: Tensor, factor: Factor, field: Field | None = None) -> Tensor:
         """factor y; with the whole field, dQ and dmask ride along and dK is completed by its deferred factor."""
@@ -234,41 +201,9 @@ class TiledPasses:
             return t.complete_rows(out, inner) * factor.row.exp()
         return t.complete_rows(out, y, factor)
 
-
-def adjoint_field(passes: TiledPasses, potentials: Potentials) -> tuple[Field, Tensor]:
-    """The modifier field and the dropped cotangent, by all passes of the adjoint."""
-    tiles, problem = passes.tiles, passes.tiles.problem
-    if problem.solver.gradient != "implicit":
-        return tail_field(passes, potentials, problem)
-    zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
-    if passes.gathers_value:
-        passes.column(zero.row, zero)
-    sums = passes.row_sums, passes.column_sums()
-    field = implicit_field(tiles, *sums, problem, tiles.parts, tiles.own)
-    passes.column(zero.row, zero, field)
-    passes.row(zero.col, zero, field)
-    return field, zero.row
-
-
-def gradients(passes: TiledPasses, potentials: Potentials) -> Gradients:
-    """The adjoint, from its passes."""
-    field, dropped = adjoint_field(passes, potentials)
-    found = score_gradients(passes, field)
-    t = passes.tiles
-    assert passes.grad_value is not None
-    dustbin_value = None
-    if t.inputs.dustbin_value is not None:
-        dustbin_value = (t.dustbin_plan[0][..., None] * passes.d.grad).sum(-2)
-    return Gradients(found._replace(value=t.by_group(passes.grad_value).sum(2), dustbin_value=dustbin_value), dropped)
-
-
-def score_gradients(passes: TiledPasses, field: Field) -> Inputs:
-    """Cotangents of what the scores are made of, from what the passes gathered."""
-    t = passes.tiles
-    assert passes.grad_query is not None and passes.grad_key is not None
-    factor, epsilon = t.problem.solver.scale / t.problem.solver.epsilon, t.problem.solver.epsilon
-    found = Inputs(passes.grad_query * factor, t.by_group(passes.grad_key).sum(2) * factor, None, passes.grad_mask)
-    if t.dustbin is None:
-        return found
-    column, row, corner = passes.dustbin_cotangent(t.dustbin, field)
-    return found._replace(row_score=column / epsilon, col_score=row / epsilon, corner_score=corner.sum(-1) / epsilon)
+    def gathered(self, field: Field) -> Inputs:
+        t, solver = self.tiles, self.tiles.problem.solver
+        assert self.grad_query is not None and self.grad_key is not None
+        factor = solver.scale / solver.epsilon
+        value = None if self.grad_value is None else t.by_group(self.grad_value).sum(2)
+        return Inputs(self.grad_query * factor, t.by_group(self.grad_key).sum(2) * factor, value, self.grad_mask)

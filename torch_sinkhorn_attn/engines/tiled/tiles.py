@@ -1,27 +1,22 @@
 """Tiles of the scores and of the plan, and the passes over them that the tiled engine and the certificates are made of.
 
-Layout: a tile is `[N, H, rows, columns]`. Vectors are augmented by the dustbins where there are any: `[N, H, L(+G)]` on
-the row side, `[N, H, S(+G)]` on the column side; the dustbin's part of a pass is a few vector operations. Inactive
-tokens have potential 0 outside and -inf inside a pass, so their part of the plan is exactly 0.
+Layout: a tile is `[N, H, rows, columns]`. Vectors are those of `augmented.AugmentedPlan`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
+from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
 from torch_sinkhorn_attn.method.dropout import keep_mask
-from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.staircase import Factor, Field, subtract_field
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.masks.entries import kept
-from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
-from torch_sinkhorn_attn.problem.segments import Components, components, segments
+from torch_sinkhorn_attn.problem.problem import Inputs, Problem
 from torch_sinkhorn_attn.problem.support import window_ranks
 
 TILE_ELEMENTS = 1 << 20  # of one tile over all heads: 4 MiB in float32, near the last-level cache
@@ -58,69 +53,24 @@ class _Kept:
         return tile
 
 
-class Tiles:
+class Tiles(AugmentedPlan):
     """The scores of a problem by tiles, and half-steps over them; after `at(u, v)` the plan and its passes."""
 
-    u: Tensor
-    v: Tensor
-    _u: Tensor
-    _v: Tensor
+    _of_potentials = ("_finite",)
 
     def __init__(self, inputs: Inputs, problem: Problem):
-        self.inputs, self.problem = inputs, problem
-        self.dtype = compute_dtype(inputs.query.dtype)
-        self.num, self.heads, self.length = problem.marginals.log_row_mass.shape
-        self.size, self.bins = problem.marginals.log_col_mass.shape[-1], problem.num_dustbins
-        self.groups = inputs.key.shape[1]
-        self.log_a, self.log_b = (x.to(self.dtype) for x in problem.marginals.augmented)
-        self.row_dead, self.col_dead = self.log_a == -torch.inf, self.log_b == -torch.inf
+        super().__init__(inputs, problem)
         left, right = problem.outline.window_left, problem.outline.window_right
         self.block = block_size(self.num * self.heads, left + right + 1 if min(left, right) >= 0 else None)
         self.row_blocks = [slice(i, min(i + self.block, self.length)) for i in range(0, self.length, self.block)]
         self.col_blocks = [slice(j, min(j + self.block, self.size)) for j in range(0, self.size, self.block)]
-        self.dustbin = self._dustbin() if self.bins else None
         self._scores, self._plans = _Kept(), _Kept()
 
     def at(self, u: Tensor, v: Tensor) -> Tiles:
         """The same tiles with potentials, augmented: the plan exp(S + u + v). Kept scores are shared."""
-        other = copy.copy(self)
-        other.u, other.v = u, v
-        other._u, other._v = self._live(u, self.row_dead), self._live(v, self.col_dead)
+        other = super().at(u, v)
         other._plans = _Kept()
-        for name in ("log_dustbin_plan", "dustbin_plan", "_finite"):
-            other.__dict__.pop(name, None)
         return other
-
-    @staticmethod
-    def _live(potential: Tensor, dead: Tensor) -> Tensor:
-        return potential.masked_fill(dead, -torch.inf)
-
-    # What other devices may have a share in: `distributed.tiles` overrides these
-
-    def _dustbin(self) -> DustbinPlan:
-        return DustbinPlan(self.inputs, self.problem, self.problem.solver.epsilon, self.dtype)
-
-    @cached_property
-    def own(self) -> Components:
-        """The problem that each line belongs to."""
-        return segments(self.problem)
-
-    @cached_property
-    def parts(self) -> Components:
-        """The connected component of each line."""
-        return components(self.problem)
-
-    def complete_lse(self, partial: Tensor) -> Tensor:
-        """The log sum exp over all rows, `[N, H, S]`, from that over the rows here."""
-        return partial
-
-    def complete_sums(self, partial: Tensor) -> Tensor:
-        """The sums over all rows, `[N, H, S]`, from those over the rows here."""
-        return partial
-
-    def _keep(self, tile: Tensor, i: int, j: int) -> Tensor:
-        """What dropout keeps of a tile, as 0/1."""
-        return keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
 
     # Which tiles
 
@@ -244,6 +194,10 @@ class Tiles:
             return tile
         return tile * self._keep(tile, i, j) / (1 - self.problem.solver.dropout_p)
 
+    def _keep(self, tile: Tensor, i: int, j: int) -> Tensor:
+        """What dropout keeps of a tile, as 0/1."""
+        return keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
+
     def weights_cotangent(self, grad: Tensor, i: int, j: int) -> Tensor:
         """D_ij = <grad_i, V_j> on the tile, dropout applied."""
         tile = torch.bmm(self._grouped(grad, self.row_blocks[i]), self._value(self.col_blocks[j]).transpose(1, 2))
@@ -285,14 +239,6 @@ class Tiles:
         assert self.inputs.value is not None
         return self.inputs.value[..., cols, :].to(self.dtype).flatten(0, 1)
 
-    def per_head(self, x: Tensor) -> Tensor:
-        """Key-head tensors `[N, Hk, ...]` as a broadcast view over query heads, `[N, Hk, H/Hk, ...]`."""
-        return x.to(self.dtype)[:, :, None]
-
-    def by_group(self, x: Tensor) -> Tensor:
-        """`[N, H, ...]` as `[N, Hk, H/Hk, ...]`."""
-        return x.unflatten(1, (self.groups, self.heads // self.groups))
-
     def _merged(self, tile: Tensor) -> Tensor:
         """`[N, H, rows, s]` to `[N*Hk, (H/Hk) rows, s]`."""
         size = (self.heads // self.groups) * tile.shape[-2]
@@ -311,68 +257,41 @@ class Tiles:
         part = total[(..., *self._mask_slices(total, rows, cols))]
         part += tile.sum_to_size(part.shape)
 
-    # Half-steps
+    # Passes over real pairs
 
-    def initial_potentials(self) -> tuple[Tensor, Tensor]:
-        """u and v to start from: the warm start or 0."""
-        given = self.problem.initial_row, self.problem.initial_col
-        u, v = (
-            torch.zeros_like(mass) if x is None else x.to(self.dtype)
-            for x, mass in zip(given, (self.log_a, self.log_b), strict=True)
-        )
-        return u.masked_fill(self.row_dead, 0.0), v.masked_fill(self.col_dead, 0.0)
-
-    def column_half_step(self, u: Tensor, old: Tensor | None = None) -> Tensor:
-        """v = rho_c (log b - LSE_i(S + u)), augmented; over-relaxed where the old v is given."""
-        live = self._live(u, self.row_dead)
+    def real_column_lse(self, u: Tensor) -> Tensor:
         lse = u.new_full((self.num, self.heads, self.size), -torch.inf)
         for j, cols in enumerate(self.col_blocks):
             for i in self.rows(j):
-                tile = self.scores(i, j) + live[..., self.row_blocks[i], None]
+                tile = self.scores(i, j) + u[..., self.row_blocks[i], None]
                 lse[..., cols] = torch.logaddexp(lse[..., cols], logsumexp_(tile, -2))
-        lse = self.complete_lse(lse)
-        if self.dustbin is not None:
-            lse = self.dustbin.column_lse(lse, live)
-        return potential(lse, self.log_b, self.problem.solver.rho_col, old, self.problem.solver.over_relaxation)
+        return lse
 
-    def row_half_step(self, v: Tensor, old: Tensor | None = None) -> Tensor:
-        """u = rho_r (log a - LSE_j(S + v)), augmented; over-relaxed where the old u is given."""
-        live = self._live(v, self.col_dead)
+    def real_row_lse(self, v: Tensor) -> Tensor:
         lse = v.new_full((self.num, self.heads, self.length), -torch.inf)
         for i, rows in enumerate(self.row_blocks):
             for j in self.columns(i):
-                tile = self.scores(i, j) + live[..., None, self.col_blocks[j]]
+                tile = self.scores(i, j) + v[..., None, self.col_blocks[j]]
                 lse[..., rows] = torch.logaddexp(lse[..., rows], logsumexp_(tile, -1))
-        if self.dustbin is not None:
-            lse = self.dustbin.row_lse(lse, live)
-        return potential(lse, self.log_a, self.problem.solver.rho_row, old, self.problem.solver.over_relaxation)
+        return lse
 
-    # Passes of the plan
-
-    def row_pass(self, y: Tensor, factor: Factor | None = None) -> Tensor:
-        """P y, augmented; or a factor's."""
-        if factor is not None and factor.scaled:
-            return factor.row.exp() * self.row_pass(factor.col.exp() * y)
+    def real_row_pass(self, y: Tensor, factor: Factor | None = None) -> Tensor:
         out = y.new_zeros(self.num, self.heads, self.length)
         for i, rows in enumerate(self.row_blocks):
             for j in self.columns(i):
                 tile = self.plan(i, j) if factor is None else self.factor(factor, i, j)
                 out[..., rows] += (tile @ y[..., self.col_blocks[j], None])[..., 0]
-        return self.complete_rows(out, y, factor)
+        return out
 
-    def column_pass(self, x: Tensor, factor: Factor | None = None) -> Tensor:
-        """P^T x, augmented; or a factor's."""
-        if factor is not None and factor.scaled:
-            return factor.col.exp() * self.column_pass(factor.row.exp() * x)
+    def real_column_pass(self, x: Tensor, factor: Factor | None = None) -> Tensor:
         out = x.new_zeros(self.num, self.heads, self.size)
         for i, rows in enumerate(self.row_blocks):
             for j in self.columns(i):
                 tile = self.plan(i, j) if factor is None else self.factor(factor, i, j)
                 out[..., self.col_blocks[j]] += (x[..., None, rows] @ tile)[..., 0, :]
-        return self.complete_cols(out, x, factor)
+        return out
 
     def value_pass(self) -> tuple[Tensor, Tensor]:
-        """P V with dropout `[N, H, L, Ev]`, and the sums of P over real columns `[N, H, L]`."""
         assert self.inputs.value is not None
         out = self._u.new_zeros(self.num, self.heads, self.length, self.inputs.value.shape[-1])
         sums = self._u.new_zeros(self.num, self.heads, self.length)
@@ -382,43 +301,6 @@ class Tiles:
                 sums[..., rows] += tile.sum(-1)
                 out[..., rows, :] += self.times_value(self.dropped_out(tile, i, j), self.col_blocks[j])
         return out, sums
-
-    # The dustbin's part of the plan
-
-    @cached_property
-    def log_dustbin_plan(self) -> Vectors:
-        """log P on the dustbin's column `[N, H, L]`, row `[N, H, S]` and corner `[N, H, G]`; empty without one."""
-        if self.dustbin is None:
-            return Vectors(*(self._u.new_zeros(0) for _ in range(3)))
-        return self.dustbin.log_plan(self._u, self._v)
-
-    @cached_property
-    def dustbin_plan(self) -> Vectors:
-        """P there; empty without a dustbin."""
-        return Vectors(*(x.exp() for x in self.log_dustbin_plan))
-
-    def _dustbin_factor(self, factor: Factor | None) -> Vectors:
-        if factor is None or self.dustbin is None:
-            return self.dustbin_plan
-        return self.dustbin.times_exp(self.log_dustbin_plan, factor)
-
-    def complete_rows(self, real: Tensor, y: Tensor, factor: Factor | None = None) -> Tensor:
-        """The augmented P y (or factor's) from its real part."""
-        return real if self.dustbin is None else self.dustbin.complete_rows(real, self._dustbin_factor(factor), y)
-
-    def complete_cols(self, real: Tensor, x: Tensor, factor: Factor | None = None) -> Tensor:
-        """The augmented P^T x (or factor's) from its real part over the rows here."""
-        real = self.complete_sums(real)
-        return real if self.dustbin is None else self.dustbin.complete_cols(real, self._dustbin_factor(factor), x)
-
-
-def potential(lse: Tensor, log_mass: Tensor, rho: float, old: Tensor | None = None, omega: float = 1.0) -> Tensor:
-    """rho (log mass - LSE), over-relaxed from the old potential where given, 0 on inactive lines and on lines without
-    support."""
-    found = rho * (log_mass - lse)
-    if old is not None and omega != 1:
-        found = (1 - omega) * old + omega * found
-    return found.masked_fill((lse == -torch.inf) | (log_mass == -torch.inf), 0.0)
 
 
 def logsumexp_(x: Tensor, dim: int) -> Tensor:

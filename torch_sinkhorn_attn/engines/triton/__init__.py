@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.compat.releases import constant_in_programs
 from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
@@ -49,20 +50,7 @@ class TritonEngine(Engine):
 
     def refusal(self, inputs: Inputs, problem: Problem) -> str | None:
         """triton is missing, the tensors are elsewhere or float64, or the chip is too old."""
-        device = inputs.query.device
-        if (missing := _missing()) is not None:
-            return missing
-        if device.type == "cpu" and interpreted():
-            return None
-        if device.type != self.device:
-            return f"it takes CUDA and ROCm tensors, and query is on {device}"
-        if inputs.query.dtype not in TYPES:
-            return f"its kernels compute in float32, and query is {inputs.query.dtype}"
-        if torch.version.hip is None and torch.cuda.is_available():
-            found = torch.cuda.get_device_capability(device)
-            if found < OLDEST:
-                return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and {device} has {found[0]}.{found[1]}"
-        return None
+        return _refusal(inputs.query.device, inputs.query.dtype)
 
     def solve(self, inputs: Inputs, problem: Problem) -> Potentials:
         from torch_sinkhorn_attn.engines.triton import choice
@@ -74,18 +62,54 @@ class TritonEngine(Engine):
 
         return choice.kernels(inputs, problem).forward(inputs, problem, residuals)
 
+    def plan(self, inputs: Inputs, problem: Problem, log: bool = False) -> tuple[Tensor, Potentials]:
+        from torch_sinkhorn_attn.engines.triton.streaming import run
+
+        return run.plan(inputs, problem, log)
+
     def backward(
         self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
     ) -> Gradients:
         from torch_sinkhorn_attn.engines.triton import choice
 
-        return choice.kernels(inputs, problem, adjoint=True).backward(inputs, problem, output, potentials, grads)
+        kernels = choice.kernels(inputs, problem, adjoint=True, mask_grad=grads.mask)
+        return kernels.backward(inputs, problem, output, potentials, grads)
+
+    def plan_backward(
+        self,
+        inputs: Inputs,
+        problem: Problem,
+        potentials: Potentials,
+        grad_plan: Tensor,
+        mask_grad: bool,
+        log: bool = False,
+    ) -> Gradients:
+        from torch_sinkhorn_attn.engines.triton.streaming import run
+
+        return run.plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
 
 
 @cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch on Linux"
+    return None
+
+
+@constant_in_programs
+def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if (missing := _missing()) is not None:
+        return missing
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type != TritonEngine.device:
+        return f"it takes CUDA and ROCm tensors, and query is on {device}"
+    if dtype not in TYPES:
+        return f"its kernels compute in float32, and query is {dtype}"
+    if torch.version.hip is None and torch.cuda.is_available():
+        found = torch.cuda.get_device_capability(device)
+        if found < OLDEST:
+            return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, and {device} has {found[0]}.{found[1]}"
     return None
 
 

@@ -17,15 +17,16 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(inputs: Inputs, problem: Problem, adjoint: bool = False) -> Choice:
+def choose(inputs: Inputs, problem: Problem, adjoint: bool = False, mask_grad: bool = False) -> Choice:
     """What `forward` (or, with `adjoint`, `backward`) makes of a problem: resident kernels where they can, for they are
-    the fastest, else the streaming ones, which take everything."""
-    against = resident.refusal(inputs, problem, adjoint)
+    the fastest, else the streaming ones, which take everything. `mask_grad`: whether the adjoint is to have the
+    mask's cotangent."""
+    against = resident.refusal(inputs, problem, adjoint, mask_grad)
     if against is None:
         return Choice("resident", "the plan of a problem fits the registers of one program")
     return Choice("streaming", against)
 
 
-def kernels(inputs: Inputs, problem: Problem, adjoint: bool = False) -> ModuleType:
+def kernels(inputs: Inputs, problem: Problem, adjoint: bool = False, mask_grad: bool = False) -> ModuleType:
     """The module that runs it: it has `solve`, `forward` and `backward`, as `Engine` has."""
-    return resident if choose(inputs, problem, adjoint).shape == "resident" else streaming
+    return resident if choose(inputs, problem, adjoint, mask_grad).shape == "resident" else streaming
