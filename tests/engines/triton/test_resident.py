@@ -24,7 +24,7 @@ triton_interpreter.quicken()
 import triton.language as tl  # noqa: E402
 
 from torch_sinkhorn_attn.engines.triton import choice  # noqa: E402
-from torch_sinkhorn_attn.engines.triton.resident import arguments, run, solve  # noqa: E402
+from torch_sinkhorn_attn.engines.triton.resident import run, solve  # noqa: E402
 
 DOUBLE = torch.float64
 
@@ -61,12 +61,6 @@ SIZES = [(1, 1), (16, 17), (15, 64), (63, 1), (31, 33), (65, 32), (127, 100), (1
 @pytest.mark.parametrize("sizes", slow_after(3, SIZES))
 def test_every_size(sizes: tuple[int, int], ran: list[str]) -> None:
     assert_resident(call_of(*sizes, base_iters=10), ran)
-
-
-def test_products_as_a_batch_of_one(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on chips with tensor memory."""
-    monkeypatch.setattr(arguments, "tensor_memory", lambda device: True)
-    assert_resident(call_of(5, 20, width=70), ran)
 
 
 def block_mask(length: int, size: int) -> torch.Tensor:
@@ -249,5 +243,6 @@ def test_what_is_refused_and_why(
 
 
 def test_warps_by_the_table() -> None:
-    found = [arguments.warps(n, n, kind) for n in (128, 64, 32, 16) for kind in range(3)]
-    assert found == [4, 8, 8, 2, 4, 4, 1, 1, 1, 1, 1, 1]
+    from torch_sinkhorn_attn.engines.triton.resident.arguments import warps
+
+    assert [warps(n, n, kind) for n in (128, 64, 32, 16) for kind in range(3)] == [4, 8, 8, 2, 4, 4, 1, 1, 1, 1, 1, 1]

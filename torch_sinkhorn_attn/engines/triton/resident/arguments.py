@@ -77,7 +77,6 @@ class Case(NamedTuple):
     cols: int
     acc: Any  # tl.float32 or tl.float64
     fast: bool  # whether there is NVIDIA's assembly
-    batched: bool  # products as a batch of one
     dustbin: bool
     bin_value: bool
     relaxed: bool
@@ -169,7 +168,6 @@ def prepare(inputs: Inputs, problem: Problem, residuals: bool = False, adjoint: 
         cols=sides[1],
         acc=static.acc,
         fast=not interpreted() and torch.version.hip is None,
-        batched=tensor_memory(inputs.query.device),
         dustbin=problem.has_dustbin,
         bin_value=inputs.dustbin_value is not None,
         relaxed=not solver.balanced,
@@ -190,13 +188,6 @@ def prepare(inputs: Inputs, problem: Problem, residuals: bool = False, adjoint: 
         residuals=residuals,
     )
     return Prepared(arguments, whole, whole._replace(inner=block), values, case, layout.dtype)
-
-
-def tensor_memory(device: torch.device) -> bool:
-    """Whether the compiler would put products into the tensor memory of a chip, which Blackwell's have."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (10, 11)
 
 
 def threshold(dropout_p: float) -> int:

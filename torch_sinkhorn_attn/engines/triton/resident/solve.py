@@ -72,22 +72,6 @@ def col_mass(A, flat, C: tl.constexpr):
 
 
 @triton.jit
-def batched_products(left, right, S: tl.constexpr):
-    """`tiles.products` as a batch of one, which the compiler does not give to tensor memory: what comes from there has
-    a row to each thread, and sums over columns would be exchanges alone."""
-    OUTER: tl.constexpr = S.outer
-    INNER: tl.constexpr = S.inner
-    CHUNK: tl.constexpr = S.chunk
-    total = tl.zeros([1, OUTER, INNER], dtype=S.acc)
-    for e in range(0, S.features, S.chunk):
-        x = tiles.load_features(left, e, S.features, S.chunk, S.widen)
-        y = tiles.load_features(right, e, S.features, S.chunk, S.widen)
-        x, y = tl.reshape(x, (1, OUTER, CHUNK)), tl.reshape(tl.trans(y), (1, CHUNK, INNER))
-        total = tl.dot(x, y, total, input_precision=S.precision, out_dtype=S.acc)
-    return tl.reshape(total, (OUTER, INNER))
-
-
-@triton.jit
 def scores_of(A, n, h, flat, log_a, first, S: tl.constexpr, C: tl.constexpr):
     """S of the columns from `first` on, `[ROWS, S.inner]`, -inf off the support, the dustbin's lines among them."""
     rows, cols = A.rows, A.cols
@@ -96,10 +80,7 @@ def scores_of(A, n, h, flat, log_a, first, S: tl.constexpr, C: tl.constexpr):
     at = tiles.clamped(i, rows)
     left = tiles.feature_pointers(rows, n, h, at, S.chunk)
     right = tiles.feature_pointers(cols, n, h, tiles.clamped(j, cols), S.chunk)
-    if C.batched:
-        dots = batched_products(left, right, S)
-    else:
-        dots = tiles.products(tiles.own_features(left, S), left, right, S)
+    dots = tiles.products(tiles.own_features(left, S), left, right, S)
     x = tiles.scores(dots, number(A.scale, C), rows, cols, A.mask, n, h, at, first, log_b, True, S)
     if C.dustbin:
         row = tl.load(A.row_score + flat * rows.size + i, mask=i < rows.size, other=0.0).to(C.acc) * number(
