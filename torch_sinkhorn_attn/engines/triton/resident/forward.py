@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -163,7 +165,7 @@ def forward(inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
     def new(*shape: int) -> Tensor:
         return inputs.query.new_empty(shape, dtype=prepared.dtype)
 
-    results = {
+    results: dict[str, Any] = {
         "scratch": new(num * heads, 2, case.cols),
         "row_potential": new(duals, num, heads, length + bins),
         "col_potential": new(duals, num, heads, size + bins),
