@@ -8,7 +8,7 @@ PACKAGE := $(VENV)/.package-installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-all test-fast bench lint matrix sanitize sanitize-calls races wheel clean
+.PHONY: help demo test test-all test-fast bench docs lint matrix sanitize sanitize-calls races wheel clean
 
 help:
 	@echo "make demo    train and evaluate the protein aligner of examples/pfam (ARGS=... are passed on)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all  likewise, and further combinations of options on interpreted kernels"
 	@echo "make test-fast  the tests that are not marked slow, a few minutes on two cores (PYTEST_ARGS=... likewise)"
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
+	@echo "make docs    the site, into docs/_build (ARGS=... to sphinx-build)"
 	@echo "make lint    ruff and mypy"
 	@echo "make matrix  every torch from 2.9 on, each in an environment of its own: docs/releases.md (ARGS=... to nox; an hour)"
 	@echo "make sanitize the C++ kernels, instrumented, through the tests of engines (Linux, GCC; some minutes)"
@@ -30,6 +31,17 @@ demo: $(PACKAGE)
 
 bench: $(PACKAGE)
 	for b in benchmarks/*.py; do $(RUN) $$b $(ARGS) || [ $$? = 3 ] || exit 1; done  # 3: no such device here
+
+# The tools are installed once; building needs no network.
+docs: $(VENV)/.docs-installed
+	rm -rf docs/_build docs/_figures
+	$(RUN) -m docs.figures docs/_figures
+	$(RUN) -m sphinx -b html -W --keep-going $(ARGS) docs docs/_build
+	@echo "the site: docs/_build/index.html"
+
+$(VENV)/.docs-installed: $(PACKAGE) docs/requirements.txt
+	@$(RUN) -m pip install --quiet --requirement docs/requirements.txt
+	@touch $@
 
 test: lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not exhaustive" $(PYTEST_ARGS)

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 
-if not any(
-    Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")
-):  # no GPU: Triton's kernels are interpreted
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch does
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # no GPU: its kernels on CPU tensors; read when torch imports triton
 
 try:
     import torch
@@ -34,7 +32,6 @@ for _name, _value in {
     "TPU_ACCELERATOR_TYPE": "v6e-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "TRITON_INTERPRET": "1",  # the GPU kernels, on CPU tensors
 }.items():
     os.environ.setdefault(_name, _value)
 

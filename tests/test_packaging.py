@@ -189,7 +189,7 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdl
 
 def test_init_is_short():
     lines = (ROOT / "torch_sinkhorn_attn/__init__.py").read_text().splitlines()
-    assert len(lines) <= 62  # every name stands there three times
+    assert len(lines) <= 64  # every name stands there three times
 
 
 def test_citation_names_this_version():

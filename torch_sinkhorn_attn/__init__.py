@@ -10,6 +10,7 @@ from torch_sinkhorn_attn.compat import lazy, registration
 if TYPE_CHECKING:
     from torch_sinkhorn_attn.bands import PlanBand, sinkhorn_plan_band
     from torch_sinkhorn_attn.certificates import Certificate, certify
+    from torch_sinkhorn_attn.choosing import Settings, choose_settings
     from torch_sinkhorn_attn.convergence import iterations_used, residual_history
     from torch_sinkhorn_attn.cost import TransportCost, sinkhorn_cost
     from torch_sinkhorn_attn.divergence import sinkhorn_divergence, squared_distance_features
@@ -32,16 +33,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Certificate", "Dustbin", "Matches", "PlanBand", "ReplacementReport", "SinkhornAux", "SinkhornMultiheadAttention",
-    "Status", "TransformersReport", "TransportCost", "certify", "choose_layers", "iterations_used",
-    "register_transformers", "replace_attention", "replace_superglue", "residual_history", "restore_attention",
-    "restore_superglue", "scout_centers", "set_checks", "sinkhorn_attention", "sinkhorn_cost", "sinkhorn_divergence",
-    "sinkhorn_matches", "sinkhorn_plan", "sinkhorn_plan_band", "squared_distance_features", "transformers_report",
+    "Certificate", "Dustbin", "Matches", "PlanBand", "ReplacementReport", "Settings", "SinkhornAux",
+    "SinkhornMultiheadAttention", "Status", "TransformersReport", "TransportCost", "certify", "choose_layers",
+    "choose_settings", "iterations_used", "register_transformers", "replace_attention", "replace_superglue",
+    "residual_history", "restore_attention", "restore_superglue", "scout_centers", "set_checks", "sinkhorn_attention",
+    "sinkhorn_cost", "sinkhorn_divergence", "sinkhorn_matches", "sinkhorn_plan", "sinkhorn_plan_band",
+    "squared_distance_features", "transformers_report",
 ]  # fmt: skip
 
 _HOMES = {
     "bands": ("PlanBand", "sinkhorn_plan_band"),
     "certificates": ("Certificate", "certify"),
+    "choosing": ("Settings", "choose_settings"),
     "convergence": ("iterations_used", "residual_history"),
     "cost": ("TransportCost", "sinkhorn_cost"),
     "divergence": ("sinkhorn_divergence", "squared_distance_features"),

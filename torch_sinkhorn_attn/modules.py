@@ -81,8 +81,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
             `torch.nn.MultiheadAttention`. The keys added by `add_bias_kv` and `add_zero_attn` are keys like any other:
             visible to every query, with a share of the mass, and left to the dustbin at the head's
             `dustbin_col_score` where there is one. Outside softmax mode they cannot be combined with a window.
-        epsilon, window, base_iters, tail_iters, tolerance, over_relaxation, acceleration, contraction, relaxation,
-            gradient, mask_floor, engine: as `sinkhorn_attention`.
+        epsilon, window, base_iters, tail_iters, tolerance, over_relaxation: as `sinkhorn_attention`.
+        acceleration, contraction, relaxation, gradient, mask_floor, engine: as `sinkhorn_attention`.
         dustbin: give every head a learnable dustbin: parameters `dustbin_row_score` and `dustbin_col_score`,
             `[num_heads, 1]`, zeros at first. A state_dict without them (of `torch.nn.MultiheadAttention`, say) loads
             strictly and leaves them as they are.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torch_sinkhorn_attn.engines.triton.launch import chip_of
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
 
 LARGEST = 128  # lines of a side, the dustbin's among them
+LARGEST_WITH_TENSOR_MEMORY = 64  # where products come a row to a thread: of 128 lines half would spill
+TENSOR_MEMORY = range(100, 120)  # compute capabilities 10.x and 11.x
 LONGEST_TAIL = 8  # iterations whose adjoint it takes: as many would be as cheap by tiles
 
 
@@ -16,9 +19,10 @@ def refusal(inputs: Inputs, problem: Problem, adjoint: bool = False, mask_grad: 
     bins = problem.num_dustbins
     if 0 in (num, heads, length, size, inputs.query.shape[-1]):
         return "a side of the problem is empty"
-    if max(length, size) + bins > LARGEST:
+    most = LARGEST_WITH_TENSOR_MEMORY if chip_of(inputs.query.device).arch in TENSOR_MEMORY else LARGEST
+    if max(length, size) + bins > most:
         own = ", the dustbin among them" if bins else ""
-        return f"{length + bins} x {size + bins} lines{own}: registers hold the plan of {LARGEST} x {LARGEST}"
+        return f"{length + bins} x {size + bins} lines{own}: registers hold the plan of {most} x {most}"
     if problem.support.row_segment is not None:
         return "packed segments are several problems in one"
     if adjoint and problem.solver.gradient == "implicit":
