@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.boundary import autograd, direct
 from torch_sinkhorn_attn.compat.tracing import one_node
+from torch_sinkhorn_attn.distributed import context
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import REFERENCE, choose, cpu
 from torch_sinkhorn_attn.engines.tiled.engine import marginal_errors
@@ -58,6 +60,7 @@ def sinkhorn_attention(
     mask_floor: float | None = Options.mask_floor,
     engine: str | None = None,
     return_aux: bool = False,
+    sequence_group: Any = None,
 ) -> Tensor | tuple[Tensor, SinkhornAux]:
     r"""Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
 
@@ -151,6 +154,10 @@ def sinkhorn_attention(
             implicit gradient has none, and programs of `torch.export` have no forward mode.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass); its `verdict()` says in words whether
             the plan has converged, or none exists.
+        sequence_group: a process group, or a `DeviceMesh` of one dimension: the sequence is sharded over it, rank r
+            holds the r-th block of queries and the r-th of keys and values, of any lengths, and gets its block of the
+            output. Everything said of tokens comes in the same blocks, and positions are those of the whole sequence;
+            a dense attn_mask has local rows and all keys. None: that of `distributed.sequence_parallel`, if any.
 
     Returns:
         `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
@@ -177,8 +184,8 @@ def sinkhorn_attention(
     """
     if value is None:
         raise TypeError("value must be a tensor, got None; for the plan itself there is sinkhorn_plan.")
-    prepared = remembered.prepared(
-        query, key, value, attn_mask,
+    group = context.group_of(sequence_group) if type(query) is Tensor else context.group_of(sequence_group, query)
+    options: Keywords = dict(
         scale=scale, epsilon=epsilon, window=window, window_centers=window_centers,
         query_lengths=query_lengths, key_lengths=key_lengths,
         query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass, col_mass=col_mass,
@@ -187,9 +194,18 @@ def sinkhorn_attention(
         initial_potentials=initial_potentials,
         dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa, mask_floor=mask_floor, engine=engine,
     )  # fmt: skip
-    result = run(prepared, residuals=return_aux)
+    if group is not None:
+        from torch_sinkhorn_attn.distributed import attention
+
+        return attention.sharded_attention(group, query, key, value, attn_mask, options, return_aux)
+    prepared = remembered.prepared(query, key, value, attn_mask, **options)
+    return given_back(prepared, run(prepared, residuals=return_aux), return_aux)
+
+
+def given_back(prepared: Prepared, result: Result, with_aux: bool) -> Tensor | tuple[Tensor, SinkhornAux]:
+    """What a call returns."""
     output = prepared.returned(result.output)
-    return (output, _aux(prepared, result)) if return_aux else output
+    return (output, _aux(prepared, result)) if with_aux else output
 
 
 def run(prepared: Prepared, residuals: bool) -> Result:
@@ -204,12 +220,18 @@ def run(prepared: Prepared, residuals: bool) -> Result:
     else:
         results = autograd.attention(inputs, problem, engine, residuals)
         result = Result(results[0], Potentials(*results[1:3]), *results[3:])
+    return in_callers_unit(prepared, result, residuals)
+
+
+def in_callers_unit(
+    prepared: Prepared, result: Result, residuals: bool, errors: Callable[[MassScale], list[Tensor]] | None = None
+) -> Result:
+    """A result in the unit of mass that the call was in. `errors`: the residuals in it, where the tiles of `prepared`
+    are not all."""
+    inputs, problem, scale = prepared.inputs, prepared.problem, prepared.scale
     unbalanced.warn_once(result.potentials.col, problem.solver)
-    return result if prepared.scale is None else _in_callers_unit(prepared, prepared.scale, result, residuals)
-
-
-def _in_callers_unit(prepared: Prepared, scale: MassScale, result: Result, residuals: bool) -> Result:
-    inputs, problem = prepared.inputs, prepared.problem
+    if scale is None:
+        return result
     row, col = scale.restored(*result.potentials, *problem.marginals.augmented)
     bins = (x if x.numel() == 0 else scale.of_plan(x) for x in (result.row_dustbin, result.col_dustbin))
     found = Result(
@@ -218,9 +240,12 @@ def _in_callers_unit(prepared: Prepared, scale: MassScale, result: Result, resid
     )  # fmt: skip
     if residuals and not scale.even():
         with torch.no_grad(), full_precision(inputs.query.device):
-            at = Tiles(inputs, problem).at(*(x[-1].detach() for x in result.potentials))
-            row, col = marginal_errors(at, scale)
-        found = found._replace(row_residual=largest(row), col_residual=largest(col))
+            if errors is None:
+                at = Tiles(inputs, problem).at(*(x[-1].detach() for x in result.potentials))
+                row, col = (largest(x) for x in marginal_errors(at, scale))
+            else:
+                row, col = errors(scale)
+        found = found._replace(row_residual=row, col_residual=col)
     return found
 
 

@@ -13,6 +13,7 @@ from torch_sinkhorn_attn.bands import PlanBand, sinkhorn_plan_band
 from torch_sinkhorn_attn.compat.nested import pad, unpad
 from torch_sinkhorn_attn.compat.releases import same_memory
 from torch_sinkhorn_attn.compat.tracing import call_module, tracer_of
+from torch_sinkhorn_attn.distributed import context
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.functional import sinkhorn_attention, sinkhorn_plan
 from torch_sinkhorn_attn.options import OF_A_LAYER, Options, Relaxation, is_softmax
@@ -266,6 +267,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
         *,
         query_padding_mask: Tensor | None = None,
+        sequence_group: Any = None,
     ) -> tuple[Tensor, Any]:
         """Attend; arguments and results as `torch.nn.MultiheadAttention.forward`.
 
@@ -284,6 +286,9 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
                 self-attention outside softmax mode, else none. Self-attention is seen by `query is key`, or in eager
                 mode by both being the same memory; pass this where a wrapper copies its arguments (FSDP with input
                 casts around this very module, say).
+            sequence_group: as in `sinkhorn_attention`: tokens and their padding are local shards along the sequence,
+                and `attn_mask` has local rows and all keys. It needs `need_weights=False`. None: that of
+                `distributed.sequence_parallel`, if any.
 
         Returns:
             The output, shaped as the query with `embed_dim` features, and the weights `(N, L, S)`, `(N, H, L, S)`
@@ -299,11 +304,14 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
                 "torch.fx records SinkhornMultiheadAttention as one node, as nn.MultiheadAttention, and does not trace "
                 "into it: call it in a module of yours, not by its forward, and trace that."
             )
+        group = context.group_of(sequence_group)
         nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
+        if group is not None:
+            self._check_sharded(need_weights, any(nested))
         if not any(nested):
             return self._attend_dense(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
-                query_padding_mask,
+                query_padding_mask, group,
             )  # fmt: skip
         if not all(nested) or not self.batch_first:
             raise TypeError(
@@ -332,6 +340,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
         query_padding_mask: Tensor | None,
+        group: Any = None,
     ) -> tuple[Tensor, Tensor | PlanBand | None]:
         batch_first, softmax_mode = self.batch_first, self.softmax_mode
         unbatched = self._check_inputs(query, key, value)
@@ -350,11 +359,11 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         masks = convert(
             attn_mask, key_padding_mask, query_padding_mask, (q.shape[0], self.num_heads, q.shape[1], k.shape[1]),
             q, queries_as_keys=not softmax_mode and _same_tokens(query, key),
-            floor=None if softmax_mode else self.mask_floor,
+            floor=None if softmax_mode else self.mask_floor, all_keys=group is not None,
         )  # fmt: skip
         k, v, masks = self._extra_keys(k, v, masks, q.shape[1])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        output, weights = self._attend(q, k, v, masks, need_weights)
+        output, weights = self._attend(q, k, v, masks, need_weights, group)
         output = output.transpose(1, 2).flatten(-2)
         output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
         if unbatched:
@@ -369,7 +378,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         return output, weights[0] if unbatched else weights
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool | str
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool | str, group: Any
     ) -> tuple[Tensor, Tensor | PlanBand | None]:
         """Per-head attention: output `[N, H, L, D]` and weights `[N, H, L, S]`, as a band or None."""
         dustbin = None
@@ -384,12 +393,24 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         if not need_weights or need_weights == "band":
             band = sinkhorn_plan_band(q, k, masks.scores, **options) if need_weights else None  # masses are 1
-            output = sinkhorn_attention(q, k, v, masks.scores, dropout_p=dropout, **options)
+            output = sinkhorn_attention(q, k, v, masks.scores, dropout_p=dropout, sequence_group=group, **options)
             assert isinstance(output, Tensor)
             return output, band
         plan = sinkhorn_plan(q, k, masks.scores, **options)
         weights = F.dropout(plan[..., : q.shape[-2], : k.shape[-2]], dropout)  # masses are 1, so P/a = P
         return weights @ v.to(weights.dtype), weights
+
+    def _check_sharded(self, need_weights: bool | str, nested: bool) -> None:
+        """What does not go with a sequence that is sharded."""
+        refused = {
+            "need_weights": need_weights and "pass need_weights=False: weights of all keys would not be here",
+            "nested tensors": nested and "pad them and pass key_padding_mask in shards",
+            "add_bias_kv": self.bias_k is not None and "its key would be added on every rank",
+            "add_zero_attn": self.add_zero_attn and "its key would be added on every rank",
+        }
+        for name, reason in refused.items():
+            if reason:
+                raise ValueError(f"{name} does not go with a sequence sharded over a process group: {reason}.")
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Shapes; returns whether the inputs are unbatched."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.problem.looking import can_look
 from torch_sinkhorn_attn.problem.problem import Problem
-from torch_sinkhorn_attn.problem.segments import Components, by_segment, segment_sum, segments
+from torch_sinkhorn_attn.problem.segments import Components, by_segment, segments
 
 MAX_ITERS = 500  # where convergence can be looked at (eager CPU tensors); each iteration takes two passes
 FIXED_ITERS = 32  # elsewhere
@@ -78,7 +78,7 @@ class NormalPlan:
         self.r_inv = torch.where(r > 0, 1 / r, 0.0)
         self.root = c.clamp(min=0).sqrt()
         self.root_inv = torch.where(self.root > 0, 1 / self.root, 0.0)
-        mass = segment_sum(c, parts.col, parts.number)
+        mass = parts.col_sum(c)
         self.mass_inv = torch.where(mass > 0, 1 / mass, 0.0)
 
     def gram(self, s: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class NormalPlan:
         """s off the singular vectors of 1, where the problem is balanced; elsewhere s."""
         if not self.balanced:
             return s
-        share = segment_sum(self.root * s, self.parts.col, self.parts.number) * self.mass_inv
+        share = self.parts.col_sum(self.root * s) * self.mass_inv
         return s - self.root * by_segment(share, self.parts.col, s.shape[-1])
 
 
@@ -100,9 +100,15 @@ def augmented_sizes(problem: Problem) -> tuple[int, int]:
 
 
 def implicit_duals(
-    plan: PlanOperator, row_sums: Tensor, col_sums: Tensor, problem: Problem, parts: Components
+    plan: PlanOperator,
+    row_sums: Tensor,
+    col_sums: Tensor,
+    problem: Problem,
+    parts: Components,
+    own: Components | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x, y) of the adjoint system for right-hand sides `row_sums [N, H, L(+G)]`, `col_sums [N, H, S(+G)]` of P*D.
+    `own`: the problems that lines belong to; None: as `problem` has them.
 
     Lines without mass get 0. Where `checks.can_look` it stops at `TOLERANCE` or `MAX_ITERS`; elsewhere it runs
     `FIXED_ITERS` without asking, converged heads standing still.
@@ -111,15 +117,16 @@ def implicit_duals(
     normal = NormalPlan(plan, problem, parts)
     image = rho_r * plan.column_pass(normal.r_inv * row_sums)
     rhs, both = normal.root_inv * (col_sums - image), normal.root_inv * (col_sums.abs() + image.abs())
-    index, count = segments(problem)[1:]
+    own = segments(problem) if own is None else own
 
     def dot(x: Tensor, y: Tensor) -> Tensor:
-        return by_segment(segment_sum(x * y, index, count), index, x.shape[-1])
+        return by_segment(own.col_sum(x * y), own.col, x.shape[-1])
 
     def matrix(s: Tensor) -> Tensor:
         return s / rho_c - rho_r * normal.gram(s)
 
-    y = normal.root_inv * conjugate_gradients(matrix, normal.project(rhs), normal.project, dot, dot(both, both))
+    scale = dot(both, both)
+    y = normal.root_inv * conjugate_gradients(matrix, normal.project(rhs), normal.project, dot, scale, own.anywhere)
     return rho_r * normal.r_inv * (row_sums - plan.row_pass(y)), y
 
 
@@ -129,12 +136,14 @@ def conjugate_gradients(
     project: Callable[[Tensor], Tensor],
     dot: Callable[[Tensor, Tensor], Tensor],
     scale: Tensor,
+    anywhere: Callable[[Tensor], bool],
 ) -> Tensor:
     """Solve `matrix(s) = rhs` for every problem at once, `matrix` symmetric and positive off the projection.
 
     `dot` is the inner product of each problem, at each of its entries; `scale` is that of the terms `rhs` is the
     difference of, by which its rounding is judged: a right-hand side that is all rounding has the solution 0, and a
-    direction without curvature is a null vector, along which a step would be as long as rounding is small.
+    direction without curvature is a null vector, along which a step would be as long as rounding is small. `anywhere`
+    tells whether some problem is still marked.
     """
     rounding = ROUNDING * torch.finfo(rhs.dtype).eps
     tolerance = torch.maximum(TOLERANCE[rhs.dtype] ** 2 * dot(rhs, rhs), rounding**2 * scale)
@@ -144,7 +153,7 @@ def conjugate_gradients(
     may_look = can_look(rhs)
     for _ in range(MAX_ITERS if may_look else FIXED_ITERS):
         busy = energy > tolerance
-        if may_look and not busy.any():
+        if may_look and not anywhere(busy):
             break
         image = project(matrix(direction))
         curvature = dot(direction, image)

@@ -40,7 +40,6 @@ from torch_sinkhorn_attn.problem.segments import (
     components,
     largest,
     mass_of,
-    segment_max,
     segments,
 )
 
@@ -193,16 +192,18 @@ def log_plan_of(dense: Dense, u: Tensor, v: Tensor) -> Tensor:
 HalfStep = Callable[[Tensor, Tensor], Tensor]
 
 
-def stopped_base(u: Tensor, v: Tensor, column: HalfStep, row: HalfStep, problem: Problem) -> tuple[Tensor, Tensor]:
+def stopped_base(
+    u: Tensor, v: Tensor, column: HalfStep, row: HalfStep, problem: Problem, own: Components | None = None
+) -> tuple[Tensor, Tensor]:
     """T iterations v = column(u, v), u = row(v, u): half-steps, over-relaxed by omega from the potential they replace.
     With acceleration v moves on from there, by the momentum of `method.acceleration`.
 
     With a tolerance each problem (batch element, head, segment) ends at the first (u^t, v^t), t >= 1, from which the
     next column half-step, before over-relaxation and momentum, would move no v_j by more: max_j |v_plain_j - v_j| <=
     tolerance. It stands still from then on; the loop itself ends when all do, where looking costs nothing (eager CPU
-    tensors).
+    tensors). `own`: the problems that lines belong to; None: as `problem` has them.
     """
-    own, done, solver = segments(problem), None, problem.solver
+    own, done, solver = segments(problem) if own is None else own, None, problem.solver
     momentum = None
     if solver.acceleration is not None:
         log_b, momentum = problem.marginals.augmented[1].to(v.dtype), acceleration.start(v, own, solver.contraction)
@@ -212,7 +213,7 @@ def stopped_base(u: Tensor, v: Tensor, column: HalfStep, row: HalfStep, problem:
             next_v, momentum = acceleration.step(t, v, plain, momentum, log_b, own, solver.contraction)
         if t and solver.tolerance:
             change = (plain - v).abs() / solver.over_relaxation
-            small = segment_max(change, own.col, own.number) <= solver.tolerance
+            small = own.col_max(change) <= solver.tolerance
             done = small if done is None else done | small
             if can_look(done) and done.all():
                 break

@@ -176,10 +176,15 @@ class DensePasses:
 
 
 def implicit_field(
-    plan: PlanOperator, row_sums: Tensor, col_sums: Tensor, problem: Problem, parts: Components
+    plan: PlanOperator,
+    row_sums: Tensor,
+    col_sums: Tensor,
+    problem: Problem,
+    parts: Components,
+    own: Components | None = None,
 ) -> Field:
     """The field of the implicit gradient: D - x_i - y_j."""
-    x, y = implicit_duals(plan, row_sums, col_sums, problem, parts)
+    x, y = implicit_duals(plan, row_sums, col_sums, problem, parts, own)
     row_terms, col_terms = torch.stack([x, torch.ones_like(x)], -1), torch.stack([torch.ones_like(y), y], -1)
     return Field(row_terms, col_terms)
 

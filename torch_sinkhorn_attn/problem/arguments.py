@@ -6,12 +6,14 @@ Shape and type checks come first, then the canonical layout, then (where data ma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from torch_sinkhorn_attn.distributed.context import refuse_local
 from torch_sinkhorn_attn.dustbin import Dustbin
 from torch_sinkhorn_attn.engines import engine_of
 from torch_sinkhorn_attn.engines.cpu import Constants
@@ -31,6 +33,7 @@ from torch_sinkhorn_attn.problem.argument_checks import (
 from torch_sinkhorn_attn.problem.causal import causal_window
 from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 from torch_sinkhorn_attn.problem.looking import data_checks_enabled, has_data
+from torch_sinkhorn_attn.problem.masks.lines import MaskScan
 from torch_sinkhorn_attn.problem.masks.scan import extremes, keeps_all, scan_mask
 from torch_sinkhorn_attn.problem.mass_scale import MassScale, find_scale, in_units
 from torch_sinkhorn_attn.problem.masses import Side, dustbin_capacities, log_mass, marginal_masses
@@ -102,11 +105,14 @@ def prepare(
     attn_mask: Tensor | None = None,
     *,
     check_data: bool = True,
+    mask_reader: MaskReader | None = None,
     **keywords: Unpack[Keywords],
 ) -> Prepared:
     """Check and canonicalise; `value` is None when only the plan is wanted, `key` where `query` holds the scores, and
-    without `check_data` no data is looked at, whatever `set_checks` says."""
-    query, key, value, attn_mask, scores, keywords, headless = _tokens(query, key, value, attn_mask, keywords)
+    without `check_data` no data is looked at, whatever `set_checks` says. `mask_reader` scans a mask that is not here
+    whole, in place of `attn_mask`; whether it leaves a plan is not asked then."""
+    refuse_local()
+    query, key, value, attn_mask, scores, keywords, headless = canonical_tokens(query, key, value, attn_mask, keywords)
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
     o = options(keywords)
@@ -116,7 +122,8 @@ def prepare(
     uniform = solver.balanced and dustbin is None and _absent(given.masses)
     softmax_mode = uniform and o.base_iters == o.tail_iters == 0
     centered = given.centers is not None
-    window, causal = causal_window(o, attn_mask, length, size, whole, uniform, centered)
+    of_mask = attn_mask if mask_reader is None else mask_reader
+    window, causal = causal_window(o, of_mask, length, size, whole, uniform, centered)
     look = check_data and data_checks_enabled(query, key, value, *given.tensors())
     if look:
         data_checks.check_lengths(given.lengths[0], "query_lengths", length)
@@ -139,6 +146,9 @@ def prepare(
         if look and of_pairs.dtype != torch.bool:
             found = extremes(of_pairs, support, given.packed, dtype, scan)
             data_checks.check_mask(found, dtype, softmax_mode, of_scores=given.scores is not None)
+    split = mask_reader is not None
+    if mask_reader is not None:
+        scan = mask_reader(support, given.packed, dtype, floor, softmax_mode)
     row_active = (support.row_active[:, None] if scan is None else scan.row_active).expand(num, heads, length)
     col_active = (support.col_active[:, None] if scan is None else scan.col_active).expand(num, heads, size)
     row_segment, col_segment = (support.row_segment, support.col_segment) if given.packed else (None, None)
@@ -150,7 +160,7 @@ def prepare(
         data_checks.check_positive_mass("col_mass", given.masses[1], col_active)
     rows = Side(given.masses[0], row_active, row_segment)
     cols = Side(given.masses[1], col_active, col_segment)
-    free = uniform and whole and window is None and not causal and of_pairs is None  # any such problem has a plan
+    free = uniform and whole and window is None and not causal and scan is None  # any such has a plan
     if free:
         each = (1.0, length / size) if length and size else (0.0, 0.0)
         a = torch.full((num, heads, length), each[0], dtype=mass_dtype, device=query.device)
@@ -161,8 +171,9 @@ def prepare(
     existence, rho = None, (solver.rho_row, solver.rho_col)
     if not softmax_mode:
         existence = Existence(
-            rows, cols, given.capacities, dustbin, given.bins, groups, support, of_pairs, scan, rho,
-            given.packed or o.window is not None or o.is_causal, o.window, centered, o.is_causal, dtype, floor,
+            rows, cols, given.capacities, dustbin, given.bins, groups, support, of_pairs, None if split else scan, rho,
+            not split and (given.packed or o.window is not None or o.is_causal), o.window, centered, o.is_causal,
+            dtype, floor,
         )  # fmt: skip
         if look and not free:
             existence.check((a, b), capacities)
@@ -192,8 +203,8 @@ def prepare(
     problem = Problem(intervals, marginals, *initial, dropout_seed(o.dropout_p, query.device), solver, outline)
     flat = [None if x is None else x.reshape(num, *x.shape[len(batch) :]) for x in (query, key, value)]
     active = None
-    if of_pairs is not None or not outline.uniform:
-        active = row_active, col_active, of_pairs is not None and of_pairs.shape[1] > 1
+    if scan is not None or not outline.uniform:
+        active = row_active, col_active, scan is not None and scan.row_active.shape[1] > 1
         flat = without_inactive(flat, *active, look)
     inputs = Inputs(*flat, mask, *given.dustbin)  # type: ignore[arg-type, call-arg]
     if has_data(query):
@@ -202,7 +213,12 @@ def prepare(
     return Prepared(inputs, problem, batch, kind, o.engine, existence, unit, headless, active)
 
 
-def _tokens(
+MaskReader = Callable[
+    [Support, bool, torch.dtype, "float | None", bool], MaskScan
+]  # packed, dtype, floor, softmax mode
+
+
+def canonical_tokens(
     query: Tensor, key: Tensor | None, value: Tensor | None, attn_mask: Tensor | None, keywords: Keywords
 ) -> tuple[Tensor, Tensor, Tensor | None, Any, Tensor | None, Keywords, bool]:
     """Query, key, value, mask, scores `(..., H, L, S)` (without a key), keywords, and whether what is found has a head

@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.compat.releases import plain, undisturbed
+from torch_sinkhorn_attn.distributed.context import refuse_local
 from torch_sinkhorn_attn.engines import cpu
 from torch_sinkhorn_attn.engines.base import each_tensor
 from torch_sinkhorn_attn.options import Options
@@ -53,6 +54,7 @@ def prepared(
     **keywords: Unpack[Keywords],
 ) -> Prepared:
     """As `prepare`, from what is remembered if it is."""
+    refuse_local()
     if key is None:
         given = _as_tokens(query, value, attn_mask, keywords)
         signature = None if given is None else _signature(*given, {**keywords, "mask_floor": None}, True)

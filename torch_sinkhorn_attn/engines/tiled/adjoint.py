@@ -16,7 +16,7 @@ from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
 from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, tail_field
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials
-from torch_sinkhorn_attn.problem.segments import components, mass_of
+from torch_sinkhorn_attn.problem.segments import mass_of
 
 
 class OutputCotangent:
@@ -72,7 +72,7 @@ class AdjointPasses(ABC):
 
     @abstractmethod
     def real_column_sums(self) -> Tensor:
-        """colsum(P*D) over real rows `[N, H, S]`; asked for after the first column pass."""
+        """colsum(P*D) over the real rows here `[N, H, S]`; asked for after the first column pass."""
 
     @abstractmethod
     def gathered(self, field: Field) -> Inputs:
@@ -87,7 +87,7 @@ class AdjointPasses(ABC):
 
     def column_sums(self) -> Tensor:
         """colsum(P*D) `[N, H, S(+G)]`."""
-        sums, dustbin = self.real_column_sums(), self.plan.dustbin
+        sums, dustbin = self.plan.complete_sums(self.real_column_sums()), self.plan.dustbin
         if dustbin is None or self.bins is None:
             return sums
         return torch.cat([sums + self.bins.row, dustbin.sum_rows(self.bins.column) + self.bins.corner], -1)
@@ -101,7 +101,7 @@ def adjoint_field(passes: AdjointPasses, potentials: Potentials) -> tuple[Field,
     zero = Factor(torch.zeros_like(plan.u), torch.zeros_like(plan.v), scaled=True)
     if passes.gathers_value:
         passes.column(zero.row, zero)
-    field = implicit_field(plan, passes.row_sums, passes.column_sums(), problem, components(problem))
+    field = implicit_field(plan, passes.row_sums, passes.column_sums(), problem, plan.parts, plan.own)
     passes.column(zero.row, zero, field)
     passes.row(zero.col, zero, field)
     return field, zero.row

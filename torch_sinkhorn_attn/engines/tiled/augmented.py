@@ -19,6 +19,7 @@ from torch_sinkhorn_attn.engines.tiled.dustbin_plan import DustbinPlan
 from torch_sinkhorn_attn.method.dustbin_vectors import Vectors
 from torch_sinkhorn_attn.method.staircase import Factor
 from torch_sinkhorn_attn.problem.problem import Inputs, Problem, compute_dtype
+from torch_sinkhorn_attn.problem.segments import Components, components, segments
 
 P = TypeVar("P", bound="AugmentedPlan")
 
@@ -42,7 +43,7 @@ class AugmentedPlan(ABC):
         self.groups = inputs.key.shape[1]
         self.log_a, self.log_b = (x.to(self.dtype) for x in problem.marginals.augmented)
         self.row_dead, self.col_dead = self.log_a == -torch.inf, self.log_b == -torch.inf
-        self.dustbin = DustbinPlan(inputs, problem, problem.solver.epsilon, self.dtype) if self.bins else None
+        self.dustbin = self._dustbin() if self.bins else None
 
     def at(self: P, u: Tensor, v: Tensor) -> P:
         """The same scores with potentials, augmented: the plan exp(S + u + v)."""
@@ -58,6 +59,29 @@ class AugmentedPlan(ABC):
     @staticmethod
     def _live(potential: Tensor, dead: Tensor) -> Tensor:
         return potential.masked_fill(dead, -torch.inf)
+
+    # What other devices may have a share in: `distributed.tiles` overrides these
+
+    def _dustbin(self) -> DustbinPlan:
+        return DustbinPlan(self.inputs, self.problem, self.problem.solver.epsilon, self.dtype)
+
+    @cached_property
+    def own(self) -> Components:
+        """The problem that each line belongs to."""
+        return segments(self.problem)
+
+    @cached_property
+    def parts(self) -> Components:
+        """The connected component of each line."""
+        return components(self.problem)
+
+    def complete_lse(self, partial: Tensor) -> Tensor:
+        """The log sum exp over all rows, `[N, H, S]`, from that over the rows here."""
+        return partial
+
+    def complete_sums(self, partial: Tensor) -> Tensor:
+        """The sums over all rows, `[N, H, S]`, from those over the rows here."""
+        return partial
 
     # The subclass's: real pairs alone
 
@@ -105,7 +129,7 @@ class AugmentedPlan(ABC):
     def column_half_step(self, u: Tensor, old: Tensor | None = None) -> Tensor:
         """v = rho_c (log b - LSE_i(S + u)), augmented; over-relaxed where the old v is given."""
         live = self._live(u, self.row_dead)
-        lse = self.real_column_lse(live)
+        lse = self.complete_lse(self.real_column_lse(live))
         if self.dustbin is not None:
             lse = self.dustbin.column_lse(lse, live)
         return potential(lse, self.log_b, self.problem.solver.rho_col, old, self.problem.solver.over_relaxation)
@@ -156,6 +180,8 @@ class AugmentedPlan(ABC):
         return real if self.dustbin is None else self.dustbin.complete_rows(real, self._dustbin_factor(factor), y)
 
     def complete_cols(self, real: Tensor, x: Tensor, factor: Factor | None = None) -> Tensor:
+        """The augmented P^T x (or factor's) from its real part over the rows here."""
+        real = self.complete_sums(real)
         return real if self.dustbin is None else self.dustbin.complete_cols(real, self._dustbin_factor(factor), x)
 
 

@@ -18,7 +18,7 @@ from torch_sinkhorn_attn.method.reference import stopped_base
 from torch_sinkhorn_attn.method.staircase import Factor, Field
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
-from torch_sinkhorn_attn.problem.segments import centre_gauge, components, largest, mass_of
+from torch_sinkhorn_attn.problem.segments import centre_gauge, largest, mass_of
 
 
 class TiledEngine(Engine):
@@ -37,16 +37,7 @@ class TiledEngine(Engine):
 
     def forward(self, inputs: Inputs, problem: Problem, residuals: bool = True) -> Result:
         assert inputs.value is not None
-        scores = Tiles(inputs, problem)
-        potentials = iterate(scores)
-        u, v = potentials.row[-1], potentials.col[-1]
-        tiles = scores.at(u, v)
-        to_bin, from_bin, _ = tiles.dustbin_plan
-        if residuals:
-            row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
-        else:
-            row_residual, col_residual = (u.new_full(u.shape[:2], torch.nan) for _ in range(2))
-        return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
+        return attend(Tiles(inputs, problem), residuals)
 
     def backward(
         self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
@@ -54,20 +45,37 @@ class TiledEngine(Engine):
         """The adjoint: 2R passes for the tail (two for R = 0), the key cotangent riding in the last column pass and the
         query cotangent in the last row pass; conjugate gradients in between when the gradient is implicit."""
         tiles = Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1])
-        passes = TiledPasses(tiles, output, grads)
-        return attention_gradients(passes, passes.d, potentials)
+        return gradients(TiledPasses(tiles, output, grads), potentials)
 
 
 ENGINE = TiledEngine()
+
+
+def attend(scores: Tiles, residuals: bool) -> Result:
+    """Forward over the tiles of the scores."""
+    potentials = iterate(scores)
+    u, v = potentials.row[-1], potentials.col[-1]
+    tiles = scores.at(u, v)
+    to_bin, from_bin, _ = tiles.dustbin_plan
+    if residuals:
+        row_residual, col_residual = (largest(x) for x in marginal_errors(tiles))
+    else:
+        row_residual, col_residual = (u.new_full(u.shape[:2], torch.nan) for _ in range(2))
+    return Result(attention_output(tiles), potentials, row_residual, col_residual, to_bin, from_bin)
+
+
+def gradients(passes: TiledPasses, potentials: Potentials) -> Gradients:
+    """The adjoint of `attend`, from its passes."""
+    return attention_gradients(passes, passes.d, potentials)
 
 
 def iterate(tiles: AugmentedPlan) -> Potentials:
     """T stopped and R kept iterations: the stacked duals."""
     problem = tiles.problem
     stopped, kept = problem.solver.stopped, problem.solver.kept
-    u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem)
+    u, v = stopped_base(*tiles.initial_potentials(), tiles.column_half_step, tiles.row_half_step, problem, tiles.own)
     if problem.solver.balanced and stopped:
-        u, v = centre_gauge(u, v, tiles.log_a, tiles.log_b, components(problem))
+        u, v = centre_gauge(u, v, tiles.log_a, tiles.log_b, tiles.parts)
     rows, cols = [u], [v]
     for _ in range(kept):
         v = tiles.column_half_step(u)

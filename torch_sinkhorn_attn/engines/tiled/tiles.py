@@ -77,23 +77,29 @@ class Tiles(AugmentedPlan):
     @cached_property
     def _spans(self) -> list[tuple[int, int, int, int]]:
         """For each row block the columns [lo, hi) some row reaches, and [inner_lo, inner_hi) every row reaches."""
-        problem = self.problem
         if self.num * self.heads == 0:
             return [(0, 0, 0, 0)] * len(self.row_blocks)
-        if can_look(problem.support.row_lo):
-            lo, hi = problem.support.row_lo, problem.support.row_hi
-        elif problem.outline.uniform and problem.outline.banded:
-            n, m = (torch.tensor(x, device="cpu") for x in (self.length, self.size))
-            rank = torch.arange(self.length, device="cpu")
-            lo, hi = window_ranks(rank, n, m, problem.outline.window_left, problem.outline.window_right)
-        else:  # elsewhere intervals are data, and reading them would force a synchronisation: visit every tile
-            return [(0, self.size, 0, 0 if problem.outline.banded else self.size) for _ in self.row_blocks]
+        intervals = self._intervals()
+        if intervals is None:  # visit every tile
+            return [(0, self.size, 0, 0 if self.problem.outline.banded else self.size) for _ in self.row_blocks]
+        lo, hi = intervals
         spans: list[tuple[int, int, int, int]] = []
         for rows in self.row_blocks:
             low, high = lo[..., rows], hi[..., rows]
             outer = torch.where(low < high, low, self.size).min(), high.max()
             spans.append((int(outer[0]), int(outer[1]), int(low.max()), int(high.min())))
         return spans
+
+    def _intervals(self) -> tuple[Tensor, Tensor] | None:
+        """Those of the rows, on the CPU; None where they are data that to read would force a synchronisation."""
+        problem = self.problem
+        if can_look(problem.support.row_lo):
+            return problem.support.row_lo, problem.support.row_hi
+        if not (problem.outline.uniform and problem.outline.banded):
+            return None
+        n, m = (torch.tensor(x, device="cpu") for x in (self.length, self.size))
+        rank = torch.arange(self.length, device="cpu")
+        return window_ranks(rank, n, m, problem.outline.window_left, problem.outline.window_right)
 
     def columns(self, i: int) -> range:
         """Indices of the column blocks that row block i touches."""
@@ -186,8 +192,11 @@ class Tiles(AugmentedPlan):
         """The tile after dropout: entries kept and scaled by 1 / (1 - p), or zeroed."""
         if self.problem.dropout_seed is None:
             return tile
-        keep = keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
-        return tile * keep / (1 - self.problem.solver.dropout_p)
+        return tile * self._keep(tile, i, j) / (1 - self.problem.solver.dropout_p)
+
+    def _keep(self, tile: Tensor, i: int, j: int) -> Tensor:
+        """What dropout keeps of a tile, as 0/1."""
+        return keep_mask(self.problem, tile, self.row_blocks[i], self.col_blocks[j])
 
     def weights_cotangent(self, grad: Tensor, i: int, j: int) -> Tensor:
         """D_ij = <grad_i, V_j> on the tile, dropout applied."""

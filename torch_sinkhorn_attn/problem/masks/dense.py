@@ -106,19 +106,25 @@ class DenseMask:
                 anywhere = anywhere | within.any(-2)
             if hulls:
                 ends.append(_hull(b))
-        row_active, low = torch.cat(rows, -1), torch.zeros_like(high)
+        high = self.across(high)
+        row_active, low = torch.cat(rows, -1) if rows else high.new_zeros(*high.shape[:2], 0), torch.zeros_like(high)
         if self._width is not None:  # what the intervals do not hold is read only for lines that are not decided
             row_active = row_active | self._elsewhere(limit, t.row_active & ~row_active, False)
         if limits is not None:
             for b in self._blocks():
                 low = low | self._columns(b, b.inside & row_active[..., b.rows, None])
+            low = self.across(low)
         if self._width is not None:
             anywhere = self._elsewhere(limit, t.col_active & ~high & ~low, True)
-        col_active = high | (anywhere & ~low)
+        col_active = high | (self.across(anywhere) & ~low)
         if not hulls:
             return without_hulls(row_active, col_active)
         lo, hi = (torch.cat(x, -1) for x in zip(*ends, strict=True))
         return MaskScan(row_active, col_active, lo, hi, high)
+
+    def across(self, marked: Tensor) -> Tensor:
+        """Columns `[N, h, S]` marked here, or by rows that lie on other devices."""
+        return marked
 
     def _columns(self, b: _Block, marked: Tensor) -> Tensor:
         """`[N, h, S]`: columns with a marked entry in the block."""

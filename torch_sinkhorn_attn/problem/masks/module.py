@@ -32,12 +32,14 @@ def convert(
     query: Tensor,
     queries_as_keys: bool,
     floor: float | None,
+    all_keys: bool = False,
 ) -> Masks:
     """The module's three masks, True = ignore, for a problem of `shape` (N, H, L, S) on the device and in the dtype of
     `query`.
 
     `queries_as_keys`: without `query_padding`, the padded keys are inactive queries too. `floor`: as `mask_floor` of
     `sinkhorn_attention`; of a padding mask everything at or below it is padding, whatever its other values are.
+    `all_keys`: S counts the keys of this rank alone, and `attn_mask` has those of all.
     """
     if attn_mask is None and key_padding is None and query_padding is None:
         return Masks(None, None, None)
@@ -53,7 +55,8 @@ def convert(
             check_kind(name, mask)
         if isinstance(mask, Tensor) and mask.device != device:
             raise ValueError(f"{name} is on {mask.device} but the query on {device}; move it there.")
-    scores = _score_mask(attn_mask, shape)
+    wide = all_keys and isinstance(attn_mask, Tensor) and attn_mask.ndim > 0
+    scores = _score_mask(attn_mask, (*shape[:3], attn_mask.shape[-1]) if wide else shape)
     key_off, added = _padding("key_padding_mask", key_padding, num, size, dtype, floor)
     query_off, _ = _padding("query_padding_mask", query_padding, num, length, dtype, None)
     if query_off is None and queries_as_keys:

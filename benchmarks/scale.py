@@ -1,0 +1,211 @@
+"""A sequence sharded over processes: half-steps, messages, bytes and memory here, and a projection to many devices.
+
+    python benchmarks/scale.py [--ranks 1 2 4] [--tokens 4096] [--window 256] [--full 512] [--rounds 3]
+
+First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per
+rank on full support. "x one" is the time of an iteration over that of one process, which with more processes than
+cores cannot stay 1: compare "x cores", the same divided by how many processes share a core. Messages and bytes are
+those that the busiest rank sends in one iteration. Strong scaling: a band of `--tokens` times the most ranks in all,
+and what a training step keeps between forward and backward, and adds to the process at its peak, on each rank.
+
+Then a PROJECTION, which measures nothing: what an iteration of a band over `--length` tokens would take on 8 to 4096
+devices, from `--entries` score entries a second and device, and `--latency` and `--bandwidth` of the interconnect;
+beside softmax by ring attention at the same length, whose keys and values go round all devices, in full, and hidden
+behind the matrix products where those take longer. These inputs are assumptions: replace them by your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lib.measure import print_rows
+from lib.memory import grown
+
+from torch_sinkhorn_attn import sinkhorn_attention
+
+HEADS, WIDTH, FEW, MANY = 4, 64, 2, 6  # iterations of two calls whose difference tells of one
+DEVICES = (8, 64, 256, 1024, 4096)
+
+
+def own_tokens(count: int, grad: bool) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(dist.get_rank())
+    return [torch.randn(1, HEADS, count, WIDTH, generator=g).requires_grad_(grad) for _ in range(3)]
+
+
+def iteration(count: int, window: tuple[int, int] | None, rounds: int) -> dict[str, float]:
+    """Seconds, bytes and messages of one iteration of `count` tokens on each rank."""
+    from torch_sinkhorn_attn.distributed.wire import traffic
+
+    tokens, taken, sent = own_tokens(count, False), {FEW: [], MANY: []}, {}
+    for k in range(rounds + 1):
+        for iterations, times in taken.items():
+            before = replace(traffic)
+            dist.barrier()
+            start = time.perf_counter()
+            sinkhorn_attention(*tokens, window=window, base_iters=iterations, sequence_group=dist.group.WORLD)
+            if k:
+                times.append(time.perf_counter() - start)
+            sent[iterations] = traffic.bytes - before.bytes, traffic.messages - before.messages
+    seconds = (median(taken[MANY]) - median(taken[FEW])) / (MANY - FEW)
+    each = [(a - b) / (MANY - FEW) for a, b in zip(sent[MANY], sent[FEW], strict=True)]
+    return {"seconds": seconds, "bytes": each[0], "messages": each[1]}
+
+
+def memory(count: int, window: tuple[int, int]) -> dict[str, float]:
+    """What a training step keeps, and what the process grows by."""
+    kept: list[int] = []
+    tokens = own_tokens(count, True)
+
+    def step() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            out = sinkhorn_attention(*tokens, window=window, base_iters=3, sequence_group=dist.group.WORLD)
+        out.sum().backward()
+
+    small = [x[..., :64, :].detach().requires_grad_() for x in tokens]
+    sinkhorn_attention(*small, window=window, base_iters=3, sequence_group=dist.group.WORLD).sum().backward()
+    _, peak = grown(step)
+    return {"kept": sum(kept), "peak": float("nan") if peak is None else peak}
+
+
+def rank_main(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{arguments.store}"
+    dist.init_process_group("gloo", init_method=store, rank=arguments.rank, world_size=arguments.size)
+    window = (arguments.window, arguments.window)
+    found = {
+        "band": iteration(arguments.tokens, window, arguments.rounds),
+        "full": iteration(arguments.full, None, arguments.rounds),
+        "strong": memory(arguments.tokens * max(arguments.ranks) // arguments.size, window),
+    }
+    print("FOUND", json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+def group(size: int) -> list[dict[str, Any]]:
+    """What every rank of a group of processes found."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = [sys.executable, __file__, *sys.argv[1:], "--size", str(size), "--store", str(Path(folder) / "store")]
+        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
+        running = [
+            subprocess.Popen([*common, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+            for rank in range(size)
+        ]
+        outputs = [process.communicate()[0] for process in running]
+    return [json.loads(line[6:]) for out in outputs for line in out.splitlines() if line.startswith("FOUND ")]
+
+
+def measured(arguments: argparse.Namespace) -> float:
+    """Print what this machine does; seconds of an iteration of one process in a band."""
+    found = {size: group(size) for size in arguments.ranks}
+    print(f"{HEADS} heads of {WIDTH}, float32, {os.cpu_count()} cores; one iteration, weak scaling")
+    widths = (-6, 6, 10, 8, 8, 9, 12)
+    print_rows([("", "ranks", "ms", "x one", "x cores", "messages", "bytes")], widths)
+    one = {}
+    for kind in ("band", "full"):
+        for size, ranks in found.items():
+            seconds = max(x[kind]["seconds"] for x in ranks)
+            one.setdefault(kind, seconds)
+            ratio = seconds / one[kind]
+            work = 1 if kind == "band" else size  # on full support every row meets all columns
+            shared = work * max(1, size / (os.cpu_count() or 1))
+            messages, sent = (max(x[kind][y] for x in ranks) for y in ("messages", "bytes"))
+            row = (kind, str(size), f"{seconds * 1e3:.1f}", f"{ratio:.2f}", f"{ratio / shared:.2f}", f"{messages:.0f}")
+            print_rows([(*row, f"{sent:,.0f}")], widths)
+    total = arguments.tokens * max(arguments.ranks)
+    print(f"\nA training step of {total} tokens in a band, strong scaling: the largest rank")
+    print_rows([("ranks", "kept MiB", "x one", "peak MiB", "x one")], (6, 10, 8, 10, 8))
+    first = None
+    for size, ranks in found.items():
+        kept, peak = (max(x["strong"][y] for x in ranks) for y in ("kept", "peak"))
+        first = first or (kept * size, peak * size)
+        ratios = [f"{x / y:.3f}" for x, y in zip((kept, peak), first, strict=True)]
+        print_rows([(str(size), f"{kept / 2**20:.2f}", ratios[0], f"{peak / 2**20:.1f}", ratios[1])], (6, 10, 8, 10, 8))
+    return one["band"]
+
+
+def projected(arguments: argparse.Namespace) -> None:
+    length, entry = arguments.length, arguments.entries
+    latency, bandwidth, halo = arguments.latency, arguments.bandwidth, arguments.halo
+    print(
+        f"\nPROJECTION, not a measurement: {length:,} tokens, window ({halo}, {halo}), {HEADS} heads of "
+        f"{WIDTH}. Assumed: "
+        f"{entry:.3g} score entries/s a device, latency {latency:.3g} s, {bandwidth:.3g} bytes/s a link and "
+        f"direction,\n"
+        f"bfloat16 keys and values, float32 vectors, T + R = {arguments.iterations}; softmax at {arguments.flops:.3g} "
+        "multiply-adds/s a device. Efficiency: what part of the time is not the wire's."
+    )
+    widths = (8, 9, 12, 10, 10, 11, 13, 13, 11)
+    head = ("devices", "tokens", "band bytes", "ms", "efficient", "full bytes", "ring bytes", "ring ms", "efficient")
+    print_rows([head], widths)
+    for devices in DEVICES:
+        tokens = length // devices
+        overlaps = range(2 * halo, 0, -tokens)  # columns shared with the next rank on a side, the one after, ...
+        sent = 2 * sum(overlaps) * HEADS * 4
+        column_and_row = 2 * tokens * (2 * halo + 1) * HEADS / entry
+        wire = len(overlaps) * latency + sent / 2 / bandwidth  # the two sides at once
+        full = 2 * (devices - 1) / devices * length * HEADS * 4
+        ring_bytes = 2 * tokens * HEADS * WIDTH * 2 * (devices - 1)
+        ring_step = 2 * tokens * tokens * HEADS * WIDTH / arguments.flops
+        hop = latency + 2 * tokens * HEADS * WIDTH * 2 / bandwidth
+        ring = ring_step + (devices - 1) * max(ring_step, hop)
+        times = arguments.iterations * (column_and_row + wire)
+        print_rows(
+            [
+                (
+                    f"{devices:,}", f"{tokens:,}", f"{sent:,}", f"{times * 1e3:.3f}",
+                    f"{column_and_row / (column_and_row + wire):.3f}", f"{full:,.0f}", f"{ring_bytes:,}",
+                    f"{ring * 1e3:.3f}", f"{devices * ring_step / ring:.3f}",
+                )
+            ],
+            widths,
+        )  # fmt: skip
+    print(
+        "band bytes and full bytes: sent by a device in one iteration, in the band and on full support. ring "
+        "bytes: in one "
+        "forward of softmax, all of it."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--tokens", type=int, default=4096, help="of a rank, in a band")
+    parser.add_argument("--full", type=int, default=512, help="of a rank, on full support")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=1 << 20, help="projection: tokens in all")
+    parser.add_argument("--halo", type=int, default=512, help="projection: window on either side")
+    parser.add_argument("--iterations", type=int, default=22, help="projection: T + R")
+    parser.add_argument("--entries", type=float, default=1e11, help="projection: score entries a second and device")
+    parser.add_argument("--flops", type=float, default=2e14, help="projection: multiply-adds a second and device")
+    parser.add_argument("--latency", type=float, default=5e-6, help="projection: seconds a message")
+    parser.add_argument("--bandwidth", type=float, default=5e10, help="projection: bytes a second")
+    parser.add_argument("--projection-only", action="store_true")
+    for name in ("--rank", "--size"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    arguments, _ = parser.parse_known_args()
+    if arguments.rank is not None:
+        return rank_main(arguments)
+    if not arguments.projection_only:
+        seconds = measured(arguments)
+        pairs = 2 * arguments.tokens * (2 * arguments.window + 1) * HEADS / seconds
+        print(f"One process here: {pairs:.3g} score entries/s (--entries)")
+    projected(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What a rank of a group does in tests, by name: `python tests/distributed/programs.py RANK SIZE STORE SECONDS NAME
+...`, one group of processes for all tests of its size. `problems:FIRST:COUNT` are random problems; collectives time
+out after so many seconds. Each program prints a line: its name, and what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import ranks
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torch_sinkhorn_attn import SinkhornMultiheadAttention, sinkhorn_attention
+from torch_sinkhorn_attn.distributed import sequence_parallel, wire
+
+TOKENS, HEADS, WINDOW = 24, 2, 3  # of the programs that count what is sent; tokens of each rank
+
+PROGRAMS: dict[str, Callable[[int, int], Any]] = {}
+
+
+def program(function: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
+    PROGRAMS[function.__name__] = function
+    return function
+
+
+def tokens(length: int, heads: int = 2, width: int = 4, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query, key and value, the same on every rank."""
+    g = torch.Generator().manual_seed(3)
+    return [torch.randn(1, heads, length, width, generator=g, dtype=dtype) for _ in range(3)]
+
+
+def own(x: Tensor, rank: int, size: int, dim: int = -2) -> Tensor:
+    return x.tensor_split(size, dim)[rank]
+
+
+def said(function: Callable[[], Any]) -> str:
+    """The error a call raises."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@program
+def disagreements(rank: int, size: int) -> dict[str, str]:
+    """Ranks that pass different things: what each of them is told."""
+    group = dist.group.WORLD
+    q, k, v = (own(x, rank, size) for x in tokens(9))
+    last = rank == size - 1
+
+    def call(*given: Tensor, **options: Any) -> Callable[[], Any]:
+        given = given or (q, k, v)
+        return lambda: sinkhorn_attention(*given, sequence_group=group, **options)
+
+    found = {
+        "option": said(call(epsilon=0.5 if last else 1.0)),
+        "absent": said(call(**({"relaxation": 2.0} if last else {}))),
+        "dtype": said(call(*(x.float() if last else x for x in (q, k, v)))),
+        "heads": said(call(*(x[:, :1] if last else x for x in (q, k, v)))),
+        "grad": said(call(q.clone().requires_grad_(last), k, v)),
+        "own": said(call(q, k[..., :3] if last else k, v)),
+        "mass": said(call(row_mass=torch.ones(1 if last else q.shape[-2], dtype=q.dtype))),
+        "mask": said(call(attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool))),
+        "engine": said(call(engine="cpu")),
+        "balance": said(call(window=(2, 0))),
+        "scores": said(lambda: sinkhorn_attention(q @ k.mT, None, v, sequence_group=group)),
+    }
+    with sequence_parallel(group):
+        from torch_sinkhorn_attn import sinkhorn_matches
+
+        found["alone"] = said(lambda: sinkhorn_matches(q, k, 1))
+    again = call(window=(2, 2))()  # the group goes on
+    assert torch.isfinite(again).all()
+    return found
+
+
+@program
+def dead(rank: int, size: int) -> str:
+    """The last rank ends in the middle; the others are told within the timeout."""
+    q, k, v = (own(x, rank, size) for x in tokens(9))
+    sinkhorn_attention(q, k, v, sequence_group=dist.group.WORLD)
+    if rank == size - 1:
+        os._exit(0)
+    begun = time.monotonic()
+    error = said(lambda: sinkhorn_attention(q, k, v, sequence_group=dist.group.WORLD))
+    took = time.monotonic() - begun
+    report("dead", f"{took:.1f} s: {error}")
+    os._exit(0)  # the group cannot be left in order any more
+
+
+@program
+def absent(rank: int, size: int) -> str:
+    """The last rank never makes the call."""
+    q, k, v = (own(x, rank, size) for x in tokens(9))
+    if rank == size - 1:
+        time.sleep(8)
+        os._exit(0)
+    report("absent", said(lambda: sinkhorn_attention(q, k, v, sequence_group=dist.group.WORLD)))
+    os._exit(0)
+
+
+@program
+def module(rank: int, size: int) -> dict[str, float]:
+    """SinkhornMultiheadAttention in the context, padded, with a learned dustbin and dropout: output and gradients of
+    parameters, summed over ranks, against one process."""
+    length, found = 11, {}
+    group = dist.group.WORLD
+    for dustbin, masked in ((True, False), (False, True)):
+        torch.manual_seed(1)
+        attention = SinkhornMultiheadAttention(
+            8, 2, batch_first=True, dropout=0.2, dustbin=dustbin, base_iters=5, dtype=torch.float64, window=(8, 8)
+        )
+        x = torch.randn(2, length, 8, dtype=torch.float64, requires_grad=True)
+        padding = torch.arange(length) >= torch.tensor([[11], [9]])
+        mask = torch.rand(length, length) < 0.1 if masked else None
+
+        whole = _attended(attention, x, padding, mask)
+        wanted = torch.autograd.grad((whole**2).sum(), [x, *attention.parameters()])
+        shard = [None if y is None else own(y, rank, size, dim) for y, dim in ((x, 1), (padding, 1), (mask, 0))]
+        with sequence_parallel(group):
+            part = _attended(attention, *shard)
+            compiled = _attended(torch.compile(attention, backend="eager"), *shard)
+        assert torch.equal(part, compiled)
+        refused = said(partial(attention, x, x, x, sequence_group=group))
+        assert refused.startswith("ValueError: need_weights")
+        grads = torch.autograd.grad((part**2).sum(), [x, *attention.parameters()])
+        error = (part - own(whole, rank, size, 1)).abs().max().item() if part.numel() else 0.0
+        for grad, y in zip(grads, wanted, strict=True):
+            dist.all_reduce(grad)
+            error = max(error, (grad - y).abs().max().item() / max(1.0, y.abs().max().item()))
+        found[f"dustbin={dustbin}"] = error
+    return found
+
+
+def _attended(attention: SinkhornMultiheadAttention, x: Tensor, padding: Tensor, mask: Tensor | None) -> Tensor:
+    torch.manual_seed(5)  # of dropout
+    return attention(x, x, x, padding, need_weights=False, attn_mask=mask)[0]
+
+
+@program
+def dtensors(rank: int, size: int) -> list[float]:
+    """DTensors sharded along the sequence over one dimension of a mesh, the batch over the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "cp"))
+    g = torch.Generator().manual_seed(2)
+    whole = [torch.randn(2, 2, 9, 4, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    expected = sinkhorn_attention(*whole, window=(3, 3))
+    wanted = torch.autograd.grad((expected**2).sum(), whole)
+    given = [distribute_tensor(x.detach(), mesh, [Shard(0), Shard(2)]).requires_grad_() for x in whole]
+    found = sinkhorn_attention(*given, window=(3, 3))
+    assert found.shape == expected.shape and found.placements == given[0].placements
+    (found.to_local() ** 2).sum().backward()
+    errors = [(found.full_tensor() - expected).abs().max().item()]
+    errors += [(x.grad.full_tensor() - y).abs().max().item() for x, y in zip(given, wanted, strict=True)]
+    assert "placements" in said(
+        lambda: sinkhorn_attention(given[0].redistribute(mesh, [Shard(2), Shard(2)]), *given[1:])
+    )
+    plain = sinkhorn_attention(*(x.to_local() for x in given), window=(3, 3), sequence_group=mesh["cp"])
+    assert torch.equal(plain, found.to_local())
+    assert "2 dimensions" in said(lambda: sinkhorn_attention(*whole, sequence_group=mesh))
+    return errors
+
+
+@program
+def meshes(rank: int, size: int) -> dict[str, list[float]]:
+    """Losses of a small encoder on a mesh of data by sequence, under DDP and FSDP2, and those of one process."""
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "cp"))
+    g = torch.Generator().manual_seed(4)
+    data, target = (torch.randn(4, 14, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    mine = [own(own(x, rank // 2, 2, 0), rank % 2, 2, 1) for x in (data, target)]
+    losses = {}
+    for kind in ("one", "ddp", "fsdp"):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(*(_Block() for _ in range(2))).double()
+        if kind == "ddp":  # over all ranks: a replica for each shard of tokens as for each of samples
+            model = nn.parallel.DistributedDataParallel(model)
+        elif kind == "fsdp":
+            flat = mesh._flatten("all")
+            for block in model:
+                fully_shard(block, mesh=flat)
+            fully_shard(model, mesh=flat)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+        losses[kind] = []
+        x, y = (data, target) if kind == "one" else mine
+        for _ in range(4):
+            with sequence_parallel(None if kind == "one" else mesh["cp"]):
+                loss = (model(x) - y).square().mean()  # shards are of one size, so the mean of means is the mean
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total = loss.detach()
+            if kind != "one":
+                dist.all_reduce(total)
+                total /= size
+            losses[kind].append(total.item())
+    return losses
+
+
+class _Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SinkhornMultiheadAttention(8, 2, batch_first=True, window=(5, 5), dustbin=True, base_iters=5)
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.attention(x, x, x, need_weights=False)[0])
+
+
+@program
+def traffic(rank: int, size: int) -> dict[str, float]:
+    """Bytes and messages of one half-step of the columns, from two calls that differ in one iteration."""
+    g = torch.Generator().manual_seed(rank)
+    q, k, v = (torch.randn(1, HEADS, TOKENS, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    found: dict[str, float] = {"tokens": TOKENS, "heads": HEADS, "window": WINDOW}
+    for name, options in (("band", {"window": (WINDOW, WINDOW)}), ("full", {})):
+        sent = []
+        for base_iters in (3, 4):
+            before = dataclasses.replace(wire.traffic)
+            sinkhorn_attention(q, k, v, base_iters=base_iters, sequence_group=dist.group.WORLD, **options)
+            sent.append((wire.traffic.bytes - before.bytes, wire.traffic.messages - before.messages))
+        found |= {f"{name} bytes": round(sent[1][0] - sent[0][0]), f"{name} messages": sent[1][1] - sent[0][1]}
+    return found
+
+
+def report(name: str, found: Any) -> None:
+    print(f"FOUND {name} {json.dumps(found)}", flush=True)
+
+
+def main(rank: int, size: int, store: str, seconds: float, names: list[str]) -> None:
+    ranks.start(rank, size, store, seconds)
+    for name in names:
+        if name.startswith("problems:"):
+            report("problems", ranks.disagreements(rank, size, *map(int, name.split(":")[1:])))
+        else:
+            report(name, PROGRAMS[name](rank, size))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5:])
