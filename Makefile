@@ -30,7 +30,7 @@ demo: $(PACKAGE)
 	$(RUN) -m examples.pfam $(ARGS)
 
 bench: $(PACKAGE)
-	for b in benchmarks/*.py; do $(RUN) $$b $(ARGS) || exit 1; done
+	for b in benchmarks/*.py; do $(RUN) $$b $(ARGS) || [ $$? = 3 ] || exit 1; done  # 3: no such device here
 
 # The tools are installed once; building needs no network.
 docs: $(VENV)/.docs-installed

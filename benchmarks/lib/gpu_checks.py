@@ -113,10 +113,13 @@ def both(inputs: list[Tensor], engine: str, options: dict[str, Any]) -> list[Ten
     return [out.detach(), *torch.autograd.grad(out.float().sin().sum(), inputs)]
 
 
-def properties(device: torch.device, length: int = 100, long: int = 1024) -> list[str]:
-    """Agreement with the tiled engine, reruns, CUDA graphs and waiting, for each of `cases`: what is wrong."""
+def properties(device: torch.device, length: int, long: int, only: tuple[str, ...] = ()) -> list[str]:
+    """Agreement with the tiled engine, reruns, CUDA graphs and waiting, for each of `cases`, or `only` those named:
+    what is wrong."""
     wrong: list[str] = []
     for name, (shape, dtype, options) in cases(length, long).items():
+        if only and name not in only:
+            continue
         for what, check in CHECKS.items():
             if device.type != "cuda" and what in CUDA_ONLY:
                 continue

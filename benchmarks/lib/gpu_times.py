@@ -126,7 +126,7 @@ def table(
             continue
         ratio = found[name] / next(iter(found.values()))
         print_rows([(name, f"{found[name]:.3f}", f"{ratio:.2f}", f"{peak:.1f}", "")], WIDTHS)
-    if target is not None and target[0] in found and target[1] in found:
+    if clock.cuda and target is not None and target[0] in found and target[1] in found:
         ratio = found[target[0]] / found[target[1]]
         verdict = "reached" if ratio <= target[2] else "missed"
         print(f"  {target[0]} takes {ratio:.2f} times {target[1]} (target <= {target[2]:g}): {verdict}", flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[3]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -27,14 +27,19 @@ OPTIONS = ("window", "dustbin", "bool mask", "float mask", "lengths", "segments"
            "acceleration", "relaxation")  # fmt: skip
 
 
-def compiled(target: str, case: str, *kernels: str) -> list[dict[str, Any]]:
+def said(program: str, *arguments: str) -> str:
+    """The last line that a process of its own prints, in which triton compiles."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), target, case, *kernels]
+    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
+
+
+def compiled(target: str, case: str, *kernels: str) -> list[dict[str, Any]]:
+    return json.loads(said("compile_kernels.py", target, case, *kernels))
 
 
 def check(found: list[dict[str, Any]], tensor_cores: bool = True) -> None:
@@ -50,6 +55,12 @@ def check_loop(found: list[dict[str, Any]]) -> None:
     for x in found:
         assert x["per score"] is not None and x["spills in loop"] == 0, x
         assert x["per score"] <= PER_SCORE.get(x["kernel"], float("inf")), x
+
+
+@pytest.mark.slow
+def test_nothing_waits_and_what_is_noted_is_what_would_be_launched() -> None:
+    noted, compared = map(int, said("record_launches.py").split())
+    assert noted > 1000 and (compared > 100 or not triton.__version__.startswith("3.5"))
 
 
 def test_the_half_step_for_hopper() -> None:

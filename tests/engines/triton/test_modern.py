@@ -31,6 +31,7 @@ def inputs(*batch: int, length: int = 6, dtype: torch.dtype = torch.float32) -> 
     return [torch.randn(*batch, 2, length, 4, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_one_graph_computes_the_same() -> None:
     x = inputs(1)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")

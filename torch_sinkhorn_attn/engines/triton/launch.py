@@ -70,13 +70,15 @@ class Launch(NamedTuple):
         def described(x: Any, path: tuple[int, ...], constant: bool, plain: bool) -> Any:
             if constant or x is None or (type(x) is int and x == 1 and not plain):
                 constants[path] = x
+                words = [i for i, part in enumerate(x) if isinstance(part, str)] if isinstance(x, tuple) else []
+                attributes.update({(*path, i): [] for i in words})  # they mean nothing, and are in the cache's key
                 return "constexpr"
             if isinstance(x, tuple):
                 parts = [described(part, (*path, i), False, plain) for i, part in enumerate(x)]
                 return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
             start = x.storage_offset() * x.element_size() if isinstance(x, Tensor) else x
-            if type(start) is int and start % 16 == 0 and not plain:
-                attributes[path] = [["tt.divisibility", 16]]
+            if type(start) is int and not plain:
+                attributes[path] = [["tt.divisibility", 16]] if start % 16 == 0 else []
             return _type(x)
 
         signature = {
@@ -151,7 +153,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
-    torch.bool: "i1",
+    torch.bool: "u1",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
