@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from torch_sinkhorn_attn.arrays import Array, namespace
 from torch_sinkhorn_attn.options import plain_iterations
-from torch_sinkhorn_attn.problem.segments import Components, by_segment, segment_logsumexp, segment_max
+from torch_sinkhorn_attn.problem.segments import Components, by_segment
 
 LARGEST_ESTIMATE = 0.9
 
@@ -43,7 +43,7 @@ class Momentum(NamedTuple):
 
 def start(v: Array, own: Components, contraction: float) -> Momentum:
     """Before the first iteration. `contraction` is the lambda given; 0: it is estimated."""
-    zero = namespace(v).zeros_like(segment_max(v, own.col, own.number))
+    zero = namespace(v).zeros_like(own.col_max(v))
     return Momentum(v, zero, zero + contraction, zero + 1)
 
 
@@ -70,7 +70,7 @@ def log_norm(change: Array, log_b: Array, own: Components) -> Array:
     """log ||x||_b of each problem, `[N, H, S(+G)]` to `[N, H, G]`; -inf for 0. By logarithms, for the squares of
     potentials may leave the range of float32."""
     xp = namespace(change)
-    return segment_logsumexp(log_b + 2 * xp.log(xp.abs(change)), own.col, own.number) / 2
+    return own.col_logsumexp(log_b + 2 * xp.log(xp.abs(change))) / 2
 
 
 def estimate(log_change: Array, log_change_before: Array) -> Array:

@@ -39,14 +39,14 @@ class DustbinVectors:
         """LSE over rows `[N, H, S+G]` of the augmented scores + u, from its real part `[N, H, S]`."""
         xp, u_bin = namespace(u), u[..., self.length :]
         real = xp.logaddexp(real, self.col + self.at_cols(u_bin))
-        own = segment_logsumexp(self.row + u[..., : self.length], self.row_index, self.count)
+        own = self.lse_rows(self.row + u[..., : self.length])
         return xp.concat([real, xp.logaddexp(own, self.corner + u_bin)], -1)
 
     def row_lse(self, real: Array, v: Array) -> Array:
         """LSE over columns `[N, H, L+G]` of the augmented scores + v."""
         xp, v_bin = namespace(v), v[..., self.size :]
         real = xp.logaddexp(real, self.row + self.at_rows(v_bin))
-        own = segment_logsumexp(self.col + v[..., : self.size], self.col_index, self.count)
+        own = self.lse_cols(self.col + v[..., : self.size])
         return xp.concat([real, xp.logaddexp(own, self.corner + v_bin)], -1)
 
     # The plan, or another matrix exp(S + u + v)
@@ -87,3 +87,10 @@ class DustbinVectors:
 
     def sum_cols(self, x: Array) -> Array:
         return segment_sum(x, self.col_index, self.count)
+
+    def lse_rows(self, x: Array) -> Array:
+        """log sum exp likewise."""
+        return segment_logsumexp(x, self.row_index, self.count)
+
+    def lse_cols(self, x: Array) -> Array:
+        return segment_logsumexp(x, self.col_index, self.count)

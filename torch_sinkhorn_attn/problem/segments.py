@@ -13,11 +13,35 @@ from torch_sinkhorn_attn.arrays import Array, namespace
 
 
 class Components(NamedTuple):
-    """A partition of the lines, by labels that broadcast to `[N, H, L(+G)]` and `[N, H, S(+G)]`; None: all in one."""
+    """A partition of the lines, by labels that broadcast to `[N, H, L(+G)]` and `[N, H, S(+G)]`; None: all in one.
+
+    Its methods reduce vectors over each part, `[..., n]` to `[..., number]`. Where lines lie on several devices
+    (`distributed.lines`) they count those of all.
+    """
 
     row: Array | None
     col: Array | None
     number: int
+
+    def row_sum(self, x: Array) -> Array:
+        """Over rows."""
+        return segment_sum(x, self.row, self.number)
+
+    def col_sum(self, x: Array) -> Array:
+        """Over columns."""
+        return segment_sum(x, self.col, self.number)
+
+    def col_max(self, x: Array) -> Array:
+        """The largest over columns; -inf over none."""
+        return segment_max(x, self.col, self.number)
+
+    def col_logsumexp(self, x: Array) -> Array:
+        """log sum exp over columns; -inf over none."""
+        return segment_logsumexp(x, self.col, self.number)
+
+    def anywhere(self, marked: Array) -> bool:
+        """Whether any entry of what may be looked at is marked."""
+        return bool(marked.any())
 
 
 def segment_sum(x: Array, index: Array | None, count: int) -> Array:
@@ -114,8 +138,8 @@ def centre_gauge(u: Array, v: Array, log_a: Array, log_b: Array, parts: Componen
     """Subtract the mean of u over each component's active rows from u and add it to v: the plan does not change."""
     xp = namespace(u)
     row_active, col_active = (xp.astype(x > -math.inf, u.dtype) for x in (log_a, log_b))
-    size = xp.clip(segment_sum(row_active, parts.row, parts.number), 1)
-    mean = segment_sum(u * row_active, parts.row, parts.number) / size
+    size = xp.clip(parts.row_sum(row_active), 1)
+    mean = parts.row_sum(u * row_active) / size
     return (
         (u - by_segment(mean, parts.row, u.shape[-1])) * row_active,
         (v + by_segment(mean, parts.col, v.shape[-1])) * col_active,

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from torch_sinkhorn_attn.engines.tpu.method.low_base import not_in_bfloat16
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
@@ -18,7 +17,7 @@ from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint
 from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
 from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
-from torch_sinkhorn_attn.engines.tpu.streaming.spans import window_intervals
+from torch_sinkhorn_attn.engines.tpu.streaming.spans import joins
 from torch_sinkhorn_attn.engines.tpu.wavefront import fits as wavefront
 
 WIDEST = 32  # column blocks of a row block: what one loop body may hold
@@ -103,9 +102,7 @@ def window_joins(constants: Constants, statics: Statics) -> bool:
     if not statics.banded:
         return True
     length, size = constants.log_row_mass.shape[-1], constants.log_col_mass.shape[-1]
-    lo, hi = window_intervals(length, size, statics.window_left, statics.window_right, False)
-    some = lo < hi
-    return bool((lo[some][1:] < np.maximum.accumulate(hi[some])[:-1]).all())
+    return joins(length, size, statics.window_left, statics.window_right)
 
 
 def without_redundant_mask(inputs: Inputs) -> Inputs:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import sinkhorn, staircase
+from torch_sinkhorn_attn.engines.tpu.method import shared, sinkhorn, staircase
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import BlockwisePasses
 from torch_sinkhorn_attn.engines.tpu.method.low_base import warn_of_float32
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
@@ -84,6 +84,8 @@ def forward(
         ValueError: `lowering.shape` is "resident" or "wavefront" and its kernels cannot take the problem, with the
             reason.
     """
+    if statics.sequence is not None:
+        return shared.forward(inputs, constants, statics, lowering, residuals)
     if lowering.shape == "device":
         found: Result = _by_device("forward", inputs, constants, statics, lowering, residuals)
         return found
@@ -121,6 +123,9 @@ def backward(
         Cotangents of the inputs in the compute dtype, None where absent (the mask's unless `mask_grad`), and the
         dropped cotangent: z^0 `[N, H, L(+G)]`, w^0 `[N, H, S(+G)]` for R = 0, zeros when implicit.
     """
+    duals, bins = (row_potentials, col_potentials), (grad_to_bin, grad_from_bin)
+    if statics.sequence is not None:
+        return shared.backward(inputs, constants, statics, lowering, output, duals, grad_output, bins, mask_grad)
     if lowering.shape == "device":
         given = output, row_potentials, col_potentials, grad_output, grad_to_bin, grad_from_bin
         gradients: tuple[Inputs, Array] = _by_device(
@@ -128,7 +133,6 @@ def backward(
         )
         return gradients
     problem, used = _problem(inputs, constants, statics, lowering, adjoint=True, mask_grad=mask_grad)
-    duals, bins = (row_potentials, col_potentials), (grad_to_bin, grad_from_bin)
     if used.shape == "resident":
         from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident
 
