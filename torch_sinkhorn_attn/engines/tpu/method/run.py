@@ -84,11 +84,11 @@ def forward(
         ValueError: `lowering.shape` is "resident" or "wavefront" and its kernels cannot take the problem, with the
             reason.
     """
-    if statics.sequence is not None:
-        return shared.forward(inputs, constants, statics, lowering, residuals)
     if lowering.shape == "device":
         found: Result = _by_device("forward", inputs, constants, statics, lowering, residuals)
         return found
+    if statics.sequence is not None:
+        return shared.forward(inputs, constants, statics, lowering, residuals)
     problem, used = _problem(inputs, constants, statics, lowering)
     if lowering.base_dtype != "float32":
         warn_of_float32(inputs, statics, lowering, used.shape == "resident")
@@ -123,15 +123,15 @@ def backward(
         Cotangents of the inputs in the compute dtype, None where absent (the mask's unless `mask_grad`), and the
         dropped cotangent: z^0 `[N, H, L(+G)]`, w^0 `[N, H, S(+G)]` for R = 0, zeros when implicit.
     """
-    duals, bins = (row_potentials, col_potentials), (grad_to_bin, grad_from_bin)
-    if statics.sequence is not None:
-        return shared.backward(inputs, constants, statics, lowering, output, duals, grad_output, bins, mask_grad)
     if lowering.shape == "device":
         given = output, row_potentials, col_potentials, grad_output, grad_to_bin, grad_from_bin
         gradients: tuple[Inputs, Array] = _by_device(
             "backward", inputs, constants, statics, lowering, mask_grad, *given
         )
         return gradients
+    duals, bins = (row_potentials, col_potentials), (grad_to_bin, grad_from_bin)
+    if statics.sequence is not None:
+        return shared.backward(inputs, constants, statics, lowering, output, duals, grad_output, bins, mask_grad)
     problem, used = _problem(inputs, constants, statics, lowering, adjoint=True, mask_grad=mask_grad)
     if used.shape == "resident":
         from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident

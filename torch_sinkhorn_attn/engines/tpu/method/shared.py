@@ -201,7 +201,32 @@ def problem(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lo
         mask=inputs.mask if _narrow(inputs.mask) else sequence.held_of_all(inputs.mask),
         col_score=None if inputs.col_score is None else sequence.held(inputs.col_score),
     )
-    return SharedAugmented(inputs, constants, statics, BlockwisePasses(inputs, constants, statics), sequence)
+    return SharedAugmented(inputs, constants, statics, _passes(inputs, constants, statics, lowering), sequence)
+
+
+def _passes(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering) -> Passes:
+    """Those of the lowering.
+
+    Raises:
+        ValueError: kernels were asked for by name that cannot take the problem.
+    """
+    if lowering.shape == "blockwise":
+        return BlockwisePasses(inputs, constants, statics)
+    if statics.dropout_p:
+        if lowering.shape == "auto":
+            return BlockwisePasses(inputs, constants, statics)
+        raise ValueError(
+            f"shape={lowering.shape!r} cannot take this problem: with sequence_axis, dropout is counted in places of the "
+            "whole sequence, which no kernel knows. Use shape='auto' or 'blockwise'."
+        )
+    if lowering.shape == "wavefront":
+        raise ValueError(
+            "shape='wavefront' cannot take this problem: it takes all iterations of a row block before the next block, and "
+            "with sequence_axis neighbours wait for each of them. Use shape='auto'."
+        )
+    from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
+
+    return StreamingPasses(inputs, constants, statics, lowering)
 
 
 def _narrow(mask: Array | None) -> bool:
