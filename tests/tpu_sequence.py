@@ -22,12 +22,18 @@ WHOLE = {"attn_mask", "query_lengths", "key_lengths", "corner_score", "value_of_
 class Case:
     """A call: its options, and its arrays beside query, key and value, by name, with where they lie."""
 
-    def __init__(self, lengths: tuple[int, int] = (24, 24), heads: int = 2, key_heads: int = 0, seed: int = 0, **options: Any):
+    def __init__(
+        self, lengths: tuple[int, int] = (24, 24), heads: int = 2, key_heads: int = 0, seed: int = 0, **options: Any
+    ):
         self.length, self.size = lengths
         self.heads, self.key_heads, self.options = heads, key_heads or heads, options
         self.arrays: dict[str, tuple[jax.Array, P]] = {}
         self.key = jax.random.key(seed)
-        for name, head, n in (("query", heads, self.length), ("key", self.key_heads, self.size), ("value", self.key_heads, self.size)):
+        for name, head, n in (
+            ("query", heads, self.length),
+            ("key", self.key_heads, self.size),
+            ("value", self.key_heads, self.size),
+        ):
             self.add(name, self.normal(2, head, n, 4), 2)
 
     def normal(self, *shape: int) -> jax.Array:
@@ -49,6 +55,7 @@ class Case:
 
     def segments(self, ids: list[int], others: list[int] | None = None) -> Case:
         """The first batch element in these runs, the second in those backwards; keys have the same array, or others."""
+
         def both(x: list[int]) -> jax.Array:
             top = max(x)
             return jnp.array([x, [i if i < 0 else top - i for i in reversed(x)]])
@@ -60,21 +67,32 @@ class Case:
         self.add("corner_score", self.normal(self.heads))
         if scalar:
             return self.add("row_score", self.normal(1)[0]).add("col_score", self.normal(self.heads, 1))
-        self.add("row_score", self.normal(2, self.heads, self.length), 2).add("value_of_bin", self.normal(2, self.heads, 4))
+        self.add("row_score", self.normal(2, self.heads, self.length), 2).add(
+            "value_of_bin", self.normal(2, self.heads, 4)
+        )
         return self.add("col_score", self.normal(2, self.heads, self.size), 2)
 
     def start(self, bins: int = 0) -> Case:
         """A warm start; dustbins' potentials are everyone's."""
-        self.add("row_start", self.normal(2, self.heads, self.length), 2).add("col_start", self.normal(2, self.heads, self.size), 2)
-        return self.add("row_start_bins", self.normal(2, self.heads, bins)).add("col_start_bins", self.normal(2, self.heads, bins))
+        self.add("row_start", self.normal(2, self.heads, self.length), 2).add(
+            "col_start", self.normal(2, self.heads, self.size), 2
+        )
+        return self.add("row_start_bins", self.normal(2, self.heads, bins)).add(
+            "col_start_bins", self.normal(2, self.heads, bins)
+        )
 
     def call(self, arrays: Arrays, axis: str | None) -> Any:
         given, options = dict(arrays), dict(self.options)
         if "row_score" in given:
             scores = given.pop("row_score"), given.pop("col_score"), given.pop("corner_score")
-            options["dustbin"] = Dustbin(*scores, *options.pop("capacities", (None, None)), given.pop("value_of_bin", None))
+            options["dustbin"] = Dustbin(
+                *scores, *options.pop("capacities", (None, None)), given.pop("value_of_bin", None)
+            )
         if "row_start" in given:
-            row, col = (jnp.concatenate([given.pop(f"{side}_start"), given.pop(f"{side}_start_bins")], -1) for side in ("row", "col"))
+            row, col = (
+                jnp.concatenate([given.pop(f"{side}_start"), given.pop(f"{side}_start_bins")], -1)
+                for side in ("row", "col")
+            )
             options["initial_potentials"] = row, col
         for name in ("lengths", "segment_ids"):
             if f"query_{name}" in given and f"key_{name}" not in given:
@@ -132,7 +150,11 @@ def outcome(case: Case, call: Callable[[Arrays], Any]) -> Any:
     """Output, aux, and the gradients of all float arrays, of a loss that weighs every entry."""
     arrays = {name: x for name, (x, _) in case.arrays.items()}
     constant = ("row_mass", "col_mass", "window_centers", "_start")
-    moving = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating) and not n.endswith(constant) and "start" not in n}
+    moving = {
+        n: x
+        for n, x in arrays.items()
+        if jnp.issubdtype(x.dtype, jnp.floating) and not n.endswith(constant) and "start" not in n
+    }
 
     def loss(moving: Arrays) -> Any:
         output, aux = call({**arrays, **moving})

@@ -56,7 +56,7 @@ def banded(sequence: Sequence, outline: Outline) -> Sequence:
         return replace(sequence, joined=window is None and outline.plain)
     sequence = replace(sequence, joined=outline.plain and joins(length, size, *window))
     shared = cols + 2 * sum(window)  # numbers a device sends for a column half-step, and more beyond neighbours
-    if min(window) < 0 or shared >= size:
+    if min(window) < 0 or shared > size:
         return sequence
     return replace(sequence, halo=window)
 

@@ -13,7 +13,7 @@ from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 from torch_sinkhorn_attn.engines.tpu.method.tiles import tile_bytes
-from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, passes as resident
+from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, neighbours, passes as resident
 from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
 from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
@@ -91,10 +91,16 @@ def posed(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowe
     """The problem as the Pallas kernels take it, and the lowering with the base's dtype that the resident one uses."""
     connected = statics.uniform and inputs.mask is None and window_joins(constants, statics)
     inputs = without_redundant_mask(inputs)
-    if not_in_bfloat16(inputs, statics, lowering, resident=True) is not None:
-        lowering = replace(lowering, base_dtype="float32")
+    lowering = base_of(inputs, statics, lowering)
     passes = StreamingPasses(inputs, constants, statics, lowering)
     return Augmented(inputs, constants, statics, passes, connected), lowering
+
+
+def base_of(inputs: Inputs, statics: Statics, lowering: Lowering) -> Lowering:
+    """The lowering with the base's dtype that the resident kernel uses."""
+    if not_in_bfloat16(inputs, statics, lowering, resident=True) is None:
+        return lowering
+    return replace(lowering, base_dtype="float32")
 
 
 def window_joins(constants: Constants, statics: Statics) -> bool:
@@ -140,6 +146,11 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
         return "packed problems with a dustbin or a tolerance are worked on segment by segment"
     if not statics.scale / statics.epsilon > wavefront.SMALLEST_FACTOR:
         return f"scale/epsilon={statics.scale / statics.epsilon:.3g} is not above {wavefront.SMALLEST_FACTOR}"
+    if statics.sequence is not None:
+        if statics.dropout_p:
+            return "dropout is counted in places of the whole sequence"
+        if (reason := neighbours.refusal(statics, problem.dustbin is not None)) is not None:
+            return reason
     strip = strip_of(problem.length, problem.size, statics)
     if strip.width > WIDEST:
         return f"a block of {BLOCK} rows may reach {strip.columns} columns, and {WIDEST * BLOCK} are the most"

@@ -191,8 +191,15 @@ def _split(sequence: Sequence, x: Array) -> tuple[Array, Array]:
     return sequence.owned(x[..., :count]), x[..., count:]
 
 
-def problem(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering) -> SharedAugmented:
-    """The problem over the keys and values of the held columns, which the other devices send."""
+def problem(
+    inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering, adjoint: bool, mask_grad: bool = False
+) -> tuple[SharedAugmented, Lowering]:
+    """The problem over the keys and values of the held columns, which the other devices send, and the lowering, its
+    shape "blockwise", "streaming" or "resident".
+
+    Raises:
+        ValueError: kernels were asked for by name that cannot take the problem.
+    """
     sequence = statics.sequence
     assert sequence is not None
     inputs = inputs._replace(
@@ -201,32 +208,36 @@ def problem(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lo
         mask=inputs.mask if _narrow(inputs.mask) else sequence.held_of_all(inputs.mask),
         col_score=None if inputs.col_score is None else sequence.held(inputs.col_score),
     )
-    return SharedAugmented(inputs, constants, statics, _passes(inputs, constants, statics, lowering), sequence)
-
-
-def _passes(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering) -> Passes:
-    """Those of the lowering.
-
-    Raises:
-        ValueError: kernels were asked for by name that cannot take the problem.
-    """
-    if lowering.shape == "blockwise":
-        return BlockwisePasses(inputs, constants, statics)
-    if statics.dropout_p:
-        if lowering.shape == "auto":
-            return BlockwisePasses(inputs, constants, statics)
+    asked = lowering.shape
+    if statics.dropout_p and asked == "auto":
+        asked = "blockwise"
+    if asked == "blockwise":
+        passes = BlockwisePasses(inputs, constants, statics)
+        return SharedAugmented(inputs, constants, statics, passes, sequence), replace(lowering, shape=asked)
+    if statics.dropout_p or asked == "wavefront":
         raise ValueError(
-            f"shape={lowering.shape!r} cannot take this problem: with sequence_axis, dropout is counted in places of the "
-            "whole sequence, which no kernel knows. Use shape='auto' or 'blockwise'."
+            f"shape={asked!r} cannot take this problem: {_REASONS[asked == 'wavefront']}. Use shape='auto'."
         )
-    if lowering.shape == "wavefront":
-        raise ValueError(
-            "shape='wavefront' cannot take this problem: it takes all iterations of a row block before the next block, and "
-            "with sequence_axis neighbours wait for each of them. Use shape='auto'."
-        )
+    from torch_sinkhorn_attn.engines.tpu.method import choice
     from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
 
-    return StreamingPasses(inputs, constants, statics, lowering)
+    if not mask_grad:
+        inputs = choice.without_redundant_mask(inputs)
+    passes = StreamingPasses(inputs, constants, statics, lowering)
+    posed = SharedAugmented(inputs, constants, statics, passes, sequence)
+    lowering = choice.base_of(inputs, statics, lowering)
+    reason = None if asked == "streaming" else choice.refusal(posed, lowering, adjoint)
+    apart = adjoint and (statics.implicit or mask_grad)  # which the resident kernel has not
+    if asked == "resident" and reason is not None and not apart:
+        raise ValueError(f"shape='resident' cannot take this problem: {reason}. Use shape='auto' or 'streaming'.")
+    shape = "resident" if asked != "streaming" and reason is None and not apart else "streaming"
+    return posed, replace(lowering, shape=shape)
+
+
+_REASONS = (
+    "with sequence_axis, dropout is counted in places of the whole sequence, which no kernel knows",
+    "it takes all iterations of a row block before the next block, and with sequence_axis neighbours wait for each",
+)
 
 
 def _narrow(mask: Array | None) -> bool:
@@ -236,7 +247,12 @@ def _narrow(mask: Array | None) -> bool:
 
 def forward(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering, residuals: bool) -> Result:
     """`run.forward`."""
-    return sinkhorn.forward(problem(inputs, constants, statics, lowering), residuals)
+    posed, used = problem(inputs, constants, statics, lowering, adjoint=False)
+    if used.shape != "resident":
+        return sinkhorn.forward(posed, residuals)
+    from torch_sinkhorn_attn.engines.tpu.resident import passes as resident
+
+    return resident.forward(posed, used, residuals)
 
 
 def backward(
@@ -251,11 +267,17 @@ def backward(
     mask_grad: bool,
 ) -> tuple[Inputs, Array]:
     """`run.backward`: the cotangents of the tokens here."""
-    posed = problem(inputs, constants, statics, lowering)
+    posed, used = problem(inputs, constants, statics, lowering, True, mask_grad)
     sequence, (to_bin, from_bin) = posed.sequence, grad_bins
     if from_bin is not None:  # where a column is held, but not owned, nobody has asked for its mass
         from_bin = sequence.held(sequence.owned(from_bin))
-    found, dropped = staircase.backward(posed, output, potentials, grad_output, (to_bin, from_bin), mask_grad)
+    bins = to_bin, from_bin
+    if used.shape == "resident":
+        from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident
+
+        found, dropped = resident.backward(posed, used, output, potentials, grad_output, bins)
+    else:
+        found, dropped = staircase.backward(posed, output, potentials, grad_output, bins, mask_grad)
     assert found.value is not None
     return found._replace(
         key=sequence.home(found.key),
