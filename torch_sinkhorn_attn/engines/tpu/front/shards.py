@@ -34,8 +34,8 @@ def sequence_of(axis: Any, rows: int, cols: int) -> Sequence:
         size = lax.axis_size(axis)
     except NameError as error:
         raise ValueError(
-            f"sequence_axis={axis!r} is no axis of a surrounding jax.shard_map: call sinkhorn_attention inside one, its "
-            "in_specs with that axis at the tokens of query, key and value, or leave sequence_axis out."
+            f"sequence_axis={axis!r} is no axis of a surrounding jax.shard_map: call sinkhorn_attention inside one, "
+            "its in_specs with that axis at the tokens of query, key and value, or leave sequence_axis out."
         ) from error
     return Sequence(axis, size, rows, cols)
 

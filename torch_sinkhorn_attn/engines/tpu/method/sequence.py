@@ -1,4 +1,4 @@
-"""A sequence sharded over a named axis of devices, inside `jax.shard_map`, and what devices tell each other of it.
+"""A sequence sharded over a named axis of devices, inside `jax.shard_map`, and what devices tell each other.
 
 Device r of P *owns* rows r L/P.. and columns r S/P.. . It *holds* the columns that its rows reach: all S, or, in a band,
 its own and halos as wide as the window. Vectors over held columns are the same bits on every device that holds one.

@@ -1,9 +1,9 @@
-"""The solve and its adjoint where a problem's tokens lie on several devices: the passes of the rows here over the columns
-held, and their vectors of columns completed (`sequence`). Nothing else of the schedule differs.
+"""The solve and its adjoint where a problem's tokens lie on several devices: the passes of the rows here over the
+columns held, and their vectors of columns completed (`sequence`). Nothing else of the schedule differs.
 
 `Constants` are of the rows here and the columns held, `Inputs` of the tokens here, and `Result` is of rows here and
-columns held. What all devices have alike (corner, the dustbin's value, a mask's cotangent along broadcast rows) gets its
-cotangent in parts, one on each device.
+columns held. What all devices have alike (corner, the dustbin's value, a mask's cotangent along broadcast rows) gets
+its cotangent in parts, one on each device.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def refusal(statics: Statics, dustbin: bool) -> str | None:
     if dustbin or statics.tolerance or (statics.acceleration and not statics.contraction):
         return "a dustbin, a tolerance or an estimated contraction needs a number of all devices in every iteration"
     if any(n % BLOCK for n in (sequence.rows, sequence.cols, *sequence.halo)):
-        return f"blocks of {sequence.rows} rows and {sequence.cols} columns and a window {sequence.halo} are not in {BLOCK}s"
+        sizes = f"{sequence.rows} rows, {sequence.cols} columns and halos of {sequence.halo}"
+        return f"{sizes} are not in whole blocks of {BLOCK}"
     if sum(sequence.halo) > sequence.cols:
         return f"a window of {sequence.halo} reaches beyond the neighbours' blocks of {sequence.cols}"
     return None
