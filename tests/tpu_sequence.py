@@ -16,7 +16,6 @@ from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
 
 AXIS = "cp"
 Arrays = dict[str, jax.Array]
-WHOLE = {"attn_mask", "query_lengths", "key_lengths", "corner_score", "value_of_bin", "row_scores", "window_centers"}
 
 
 class Case:
@@ -138,9 +137,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "segments": lambda: Case(base_iters=3, tolerance=0.2).segments(IDS, [0] * 5 + [1] * 9 + [2] * 10),
     "segments, dustbin": lambda: Case(base_iters=3, gradient="implicit").segments(IDS).dustbin(),
     "band, segments, dustbin": lambda: band().segments(IDS).dustbin(),
-    "lengths": lambda: Case((24, 48), window=(9, 9), base_iters=3).add("query_lengths", jnp.array([24, 17])).add("key_lengths", jnp.array([30, 48])),
+    "lengths": lambda: (
+        Case((24, 48), window=(9, 9), base_iters=3)
+        .add("query_lengths", jnp.array([24, 17]))
+        .add("key_lengths", jnp.array([30, 48]))
+    ),
     "causal, dustbin": lambda: Case(is_causal=True, base_iters=3).dustbin(scalar=True),
-    "centres": lambda: Case(window=(6, 7), base_iters=3, relaxation=1.0).add("window_centers", jnp.arange(24.0) * 0.9, 0),
+    "centres": lambda: Case(window=(6, 7), base_iters=3, relaxation=1.0).add(
+        "window_centers", jnp.arange(24.0) * 0.9, 0
+    ),
     "softmax": lambda: Case(base_iters=0, tail_iters=0),
     "apart": lambda: band((0, 1), key_heads=1),
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """A sequence sharded over a named axis of devices, inside `jax.shard_map`, and what devices tell each other.
 
-Device r of P *owns* rows r L/P.. and columns r S/P.. . It *holds* the columns that its rows reach: all S, or, in a band,
-its own and halos as wide as the window. Vectors over held columns are the same bits on every device that holds one.
+Device r of P *owns* rows r L/P.. and columns r S/P.. . It *holds* the columns that its rows reach: all S, or, in a
+band, its own and halos as wide as the window. Vectors over held columns are the same bits on every device that holds
+one.
 
     device 0   h h o o o h h . . . .
     device 1   . . . h h o o o h h .        o owned, h halo; what lies before the first and after the last is nobody's
