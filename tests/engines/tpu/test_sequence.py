@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from marks import FAST
 
@@ -34,7 +35,8 @@ def in_a_process(script: str, *arguments: str, devices: int = 8) -> str:
     """What it prints, with so many virtual devices."""
     tests = Path(tpu_sequence.__file__).parent
     flags = f"--xla_force_host_platform_device_count={devices} {FAST}"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    path = f"{tests.parent}{os.pathsep}{tests}"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path, "NPROC": "16"}  # threads: kernels wait in theirs
     command = [sys.executable, str(tests / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -76,6 +78,54 @@ def test_halos_are_for_bands_that_are_narrower_than_all() -> None:
     assert halo(None) is halo((-1, 3)) is halo((3, 5), aligned=False) is halo((40, 40)) is None
     assert halo((1, 1), sequence=Sequence("cp", 1, 16, 16)) is None
     assert banded(whole, Outline((3, 5), True, True)).joined and not banded(whole, Outline((0, 0), True, True)).joined
+
+
+@pytest.mark.parametrize(("size", "cols", "halo"), [(4, 4, (2, 3)), (5, 3, (4, 2)), (3, 4, (0, 4)), (4, 3, None)])
+def test_what_devices_hold_and_complete(
+    size: int, cols: int, halo: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halos within a block, over several, on one side alone, and all columns; the devices are a mapped axis, over which
+    JAX has only permutations that leave nobody out."""
+
+    def permuted(x: jax.Array, axis: str, pairs: list[tuple[int, int]]) -> jax.Array:
+        source = np.full(size, -1)
+        source[[there for _, there in pairs]] = [here for here, _ in pairs]
+        mine = jnp.asarray(source)[jax.lax.axis_index(axis)]
+        return jnp.where(mine < 0, 0, jax.lax.all_gather(x, axis)[mine])
+
+    monkeypatch.setattr(jax.lax, "ppermute", permuted)
+    sequence, total = Sequence("cp", size, cols, cols, halo), size * cols
+    before, after = halo or (0, 0)
+    places = [range(r * cols - before, (r + 1) * cols + after) if halo else range(total) for r in range(size)]
+    whole = np.random.default_rng(0).normal(size=total)
+    partial = np.random.default_rng(1).normal(size=(size, sequence.held_count))
+
+    def at(vector: np.ndarray, fill: float) -> np.ndarray:
+        return np.array([[vector[j] if 0 <= j < total else fill for j in place] for place in places])
+
+    def over_devices(function: Any, x: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.jit(jax.vmap(function, axis_name="cp"))(x))
+
+    own = whole.reshape(size, cols)
+    np.testing.assert_allclose(over_devices(lambda x: sequence.held(x, fill=-7), own), at(whole, -7), rtol=1e-6)
+    np.testing.assert_allclose(over_devices(lambda x: sequence.owned(sequence.held(x)), own), own, rtol=1e-6)
+    known = at(np.ones(total), 0)
+    sums, exponentials = np.zeros(total), np.zeros(total)
+    for place, row, real in zip(places, partial, known, strict=True):
+        for j, x, there in zip(place, row, real, strict=True):
+            if there:
+                sums[j] += x
+                exponentials[j] += np.exp(x)
+    real, empty = np.where(known, partial, 0), np.where(known, partial, -np.inf)
+    np.testing.assert_allclose(over_devices(sequence.complete_sums, real), at(sums, 0), rtol=1e-5, atol=1e-6)
+    lse = over_devices(sequence.complete_lse, empty)
+    np.testing.assert_allclose(lse, at(np.log(exponentials), -np.inf), rtol=1e-5, atol=1e-6)
+    home = over_devices(lambda x: sequence.home(x[:, None])[:, 0], real)
+    np.testing.assert_allclose(home, sums.reshape(size, cols), rtol=1e-5, atol=1e-6)
+    spread = over_devices(lambda x: sequence.all_of_held(x), real).sum(0)
+    np.testing.assert_allclose(spread, sums, rtol=1e-5, atol=1e-6)
+    every = np.broadcast_to(whole, (size, total))
+    np.testing.assert_allclose(over_devices(lambda x: sequence.held_of_all(x, fill=2), every), at(whole, 2), rtol=1e-6)
 
 
 def sent(call: Any, devices: int) -> list[tuple[str, tuple[int, ...]]]:

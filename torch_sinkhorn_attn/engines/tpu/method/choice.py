@@ -168,7 +168,10 @@ def vmem(problem: Augmented, lowering: Lowering, adjoint: bool) -> int:
         operands, results, scratch = jax.eval_shape(call.operands), call.results(), call.scratch()
     moved = sum(tile_bytes(x.shape[-2:], x.dtype) for x in operands.values())
     moved += sum(tile_bytes(shape, problem.dtype) for shape in results.values())
-    return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + spilled(strip.width, adjoint)
+    workspace = sum(tile_bytes(*x) for x in scratch.values())
+    if (beside := neighbours.neighbours_of(problem.statics)) is not None:
+        workspace += beside.vmem(problem.dtype)
+    return 2 * moved + workspace + spilled(strip.width, adjoint)
 
 
 def _mebibytes(size: int) -> str:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
 from torch_sinkhorn_attn.engines.tpu.method.sequence import Sequence
+from torch_sinkhorn_attn.engines.tpu.method.tiles import tile_bytes
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK
 
 SCRATCH = "sent", "got", "send_done", "got_done", "turn"
@@ -37,6 +38,10 @@ class Neighbours(NamedTuple):
         """Columns that a device has in common with a neighbour."""
         assert self.sequence.halo is not None
         return sum(self.sequence.halo)
+
+    def vmem(self, dtype: Any) -> int:
+        """Bytes that messages take."""
+        return 8 * tile_bytes((1, self.shared), dtype)
 
     def scratch(self, dtype: Any) -> dict[str, Any]:
         """The kernel's, by the names of `SCRATCH`: messages `[slot, side, 1, shared]`, their semaphores, the number of
