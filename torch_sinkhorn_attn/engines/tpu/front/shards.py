@@ -75,7 +75,8 @@ def support_of_shard(
     row_ids, col_ids = ids
     if packed or centers is not None or whole:
         every = None if centers is None else sequence.gathered(centers)
-        found = build_support(*(sequence.gathered(x) for x in ids), window, packed, causal, every)
+        rows, cols = (sequence.gathered(x) for x in ids)
+        found = build_support(rows, cols, window, packed, causal, every)
         row_lo, row_hi, row_segment, row_active = (
             sequence.own_rows(x) for x in (found.row_lo, found.row_hi, found.row_segment, found.row_active)
         )

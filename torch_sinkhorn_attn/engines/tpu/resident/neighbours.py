@@ -91,7 +91,7 @@ class Exchange:
             self.r.turn[0] = 0
             barrier = pltpu.get_barrier_semaphore()
             for side in (BEFORE, AFTER):
-                pl.when(self._there(side))(lambda side=side: self._signal(barrier, side))  # type: ignore[misc]
+                pl.when(self._there(side))(lambda side=side: self._signal(barrier, side))
             for side in (BEFORE, AFTER):
                 pl.when(self._there(side))(lambda: pltpu.semaphore_wait(barrier, 1))
 
@@ -108,9 +108,9 @@ class Exchange:
         edges = own[:, :count], own[:, width - count :]
         for side, edge in enumerate(edges):
             r.sent[slot, side] = edge
-            pl.when(self._there(side))(lambda side=side: self._copy(slot, side, 1 - side).start())  # type: ignore[misc]
+            pl.when(self._there(side))(lambda side=side: self._copy(slot, side, 1 - side).start())
         for side in (BEFORE, AFTER):
-            pl.when(self._there(side))(lambda side=side: self._wait(slot, side))  # type: ignore[misc]
+            pl.when(self._there(side))(lambda side=side: self._wait(slot, side))
         first, last = (
             jnp.where(self._there(side), combine(edge, r.got[slot, side]), edge) for side, edge in enumerate(edges)
         )
