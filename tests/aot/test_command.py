@@ -19,7 +19,7 @@ from marks import slow_after
 
 import torch_sinkhorn_attn
 from examples.pfam.aot import main as step_of_pfam
-from torch_sinkhorn_attn.aot import attention, cli, environment, loops, report
+from torch_sinkhorn_attn.aot import attention, cli, environment, loops, report, slices
 from torch_sinkhorn_attn.aot.attention import Configuration, disagreements
 from torch_sinkhorn_attn.aot.child import CompileError, call
 from torch_sinkhorn_attn.aot.chips import GIB, parse_topology
@@ -365,3 +365,42 @@ def test_what_is_missing_is_named_whether_or_not_its_package_is_there() -> None:
     for name in ("no_such_module", "no_such_package.module", "json.no_such_module", "json.decoder.not_a_package"):
         assert f"{name} is not installed" in (environment.missing(name) or "")
     assert environment.missing("json", "json.decoder") is None
+
+
+def test_what_a_device_sends_is_counted_from_the_program() -> None:
+    text = """HloModule step
+%more (p: (s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(20)
+}
+%body (p: (s32[])) -> (s32[]) {
+  %sent = (f32[1,1,1024]{2,1,0:T(1,128)}, f32[1,1,1024]{2,1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
+  %done = f32[1,1,1024]{2,1,0} collective-permute-done(%sent)
+}
+ENTRY %main (p: bf16[4,64]) -> f32[4] {
+  %all = bf16[32,64]{1,0} all-gather(%p), replica_groups={}
+  %sums = f32[4]{0} all-reduce(%q), to_apply=%more
+  %own = f32[4]{0} reduce-scatter(%r), to_apply=%more
+  %loop = (s32[]) while(%t), condition=%more, body=%body
+}
+"""
+    found = {x.operation: (x.array, x.times, x.bytes) for x in slices.wire(text, shards=8)}
+    assert found == {
+        "collective-permute": ("f32[1,1,1024]", 20, 4096.0),
+        "all-gather": ("bf16[32,64]", 1, 7 / 8 * 4096),
+        "all-reduce": ("f32[4]", 1, 2 * 7 / 8 * 16),
+        "reduce-scatter": ("f32[4]", 1, 7 * 16.0),
+    }
+    table = report.wire({"wire": [vars(x) for x in slices.wire(text, shards=8)]}, half_steps=40)
+    assert "in all 85,644 bytes a step" in table, table
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@needs_libtpu
+def test_a_sequence_over_a_slice(capsys: pytest.CaptureFixture[str]) -> None:
+    """The resident strips of eight devices, which exchange their columns by remote copies, compile."""
+    command = "attention --shards 8 --topology v6e:2x4 --length 4096 --window 128 128 --base-iters 3 --features 16"
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out
+    assert "shape: resident" in printed and "copies of the kernel" in printed and "collective-permute" in printed
+    assert main(["attention", "--shards", "3"]) == 3 and "--length 8192 is not divided" in capsys.readouterr().out

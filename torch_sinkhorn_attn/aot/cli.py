@@ -59,6 +59,8 @@ def _attention(options: argparse.Namespace, topology: Topology) -> int:
         "shape": options.shape,
         "base_dtype": options.base_dtype,
     }
+    if options.shards > 1:
+        return _sharded(c, arguments, topology, options)
     target = "torch_sinkhorn_attn.aot.attention:compile_attention"
     found = _compiled(target, arguments, topology, options, python=options.python)
     if found is None:
@@ -66,6 +68,20 @@ def _attention(options: argparse.Namespace, topology: Topology) -> int:
     print(f"shape: {found['shape']}, {found['why']}", *found["disagreements"], sep="\n", end="\n\n")
     print(report.memory(found, topology), report.kernels(found, topology), sep="\n\n", end="\n\n")
     print(report.comparison(found, c.visited), report.projection(found, topology), sep="\n\n")
+    return _status(found, topology)
+
+
+def _sharded(c: Configuration, arguments: dict[str, Any], topology: Topology, options: argparse.Namespace) -> int:
+    """Memory and traffic of the step whose sequence lies over several devices: no listings, which are of one."""
+    print(f"its tokens over {options.shards} devices, {c.length // options.shards} queries each")
+    target, arguments = "torch_sinkhorn_attn.aot.slices:compile_sharded", {**arguments, "shards": options.shards}
+    quiet = {} if options.listings else {"LIBTPU_INIT_ARGS": ""}
+    found = _compiled(target, arguments, topology, options, python=options.python, environment=quiet)
+    if found is None:
+        return DOES_NOT_FIT
+    print(f"shape: {found['shape']}", report.memory(found, topology), sep="\n\n", end="\n\n")
+    kept = c.tail_iters + (c.base_iters if c.gradient == "unrolled" else 0)
+    print(report.wire(found, 2 * max(1, c.base_iters + c.tail_iters + kept)))
     return _status(found, topology)
 
 
@@ -151,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
             text = MEANINGS.get(field.name) or f"{numbers.get(field.name, '')} (default: {default})".strip()
             kind, metavar = (float, "X") if field.name in ("epsilon", "contraction") else (int, "N")
             attention.add_argument(option, type=kind, default=field.default, metavar=metavar, help=text)
+    text = "devices that the tokens lie over, each with an even block of queries and keys (default: %(default)s)"
+    attention.add_argument("--shards", type=int, default=1, metavar="P", help=text)
     base = ("float32", "bfloat16")
     text = "of the products of the stopped iterations, resident only (default: %(default)s)"
     attention.add_argument("--base-dtype", choices=base, default="float32", help=text)

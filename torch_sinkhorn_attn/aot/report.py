@@ -9,6 +9,7 @@ from torch_sinkhorn_attn.aot.chips import MIB, Topology
 from torch_sinkhorn_attn.aot.loops import Loop, weighted
 
 _BUSIEST = 3
+_OF_A_MATRIX = 3  # commas in its shape, [N, H, tokens, features]
 VECTOR = 8 * 128
 """Scores in a vector register."""
 
@@ -42,6 +43,23 @@ def memory(found: dict[str, Any], topology: Topology) -> str:
     )
     verdict = "fits" if total <= limit else "does not fit: HBM overflow"
     return f"{verdict}: {total / MIB:,.1f} of {limit / MIB:,.0f} MiB\n\n{body}"
+
+
+def wire(found: dict[str, Any], half_steps: int) -> str:
+    """What one device sends in a step of so many half-steps, those of the backward counted."""
+    every: dict[tuple[str, str, int | None], list[float]] = {}
+    for x in found["wire"]:
+        every.setdefault((x["operation"], x["array"], x["times"]), []).append(x["bytes"])
+    rows, total, vectors = [], 0.0, 0.0
+    for (operation, array, times), each in every.items():
+        sent = None if times is None else times * sum(each)
+        rows.append([operation, array, _count(times), str(len(each)), f"{sum(each):,.0f}", _count(sent)])
+        total += sent or 0
+        vectors += (sent or 0) if array.count(",") < _OF_A_MATRIX else 0
+    body = table(["sent by one device", "array", "runs", "of them", "bytes a run", "bytes a step"], rows)
+    return (
+        f"{body}\nin all {total:,.0f} bytes a step; vectors: {vectors / half_steps:,.0f} bytes a half-step of all heads"
+    )
 
 
 def kernels(found: dict[str, Any], topology: Topology) -> str:
@@ -145,8 +163,8 @@ def projection(found: dict[str, Any], topology: Topology) -> str:
     )
 
 
-def _count(value: int | None) -> str:
-    return "by data" if value is None else f"{value:,}"
+def _count(value: float | None) -> str:
+    return "by data" if value is None else f"{value:,.0f}"
 
 
 def _shortened(name: str) -> str:

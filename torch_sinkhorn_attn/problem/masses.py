@@ -13,11 +13,12 @@ Pair = tuple[Array | None, Array | None]  # a row side and a column side
 
 class Side(NamedTuple):
     """Rows or columns: the masses given `[N, H, n]` or None, who is active, and the segment of each token `[N, n]` or
-    None."""
+    None. Where tokens lie on several devices too, `shared` has their `total(x)` and `highest(x)` over devices."""
 
     given: Array | None
     active: Array
     segment: Array | None
+    shared: Any = None
 
     def labels(self) -> Array | None:  # a method: torch.compile does not trace properties of tuples
         """The segment, to be broadcast over heads."""
@@ -25,7 +26,13 @@ class Side(NamedTuple):
 
     def total(self, x: Array, groups: int) -> Array:
         """`[N, H, n]` summed over each problem, `[N, H, G]`."""
-        return segment_sum(x, self.labels(), groups)
+        found = segment_sum(x, self.labels(), groups)
+        return found if self.shared is None else self.shared.total(found)
+
+    def highest(self, x: Array, groups: int) -> Array:
+        """The highest of each problem likewise."""
+        found = segment_max(x, self.labels(), groups)
+        return found if self.shared is None else self.shared.highest(found)
 
     def spread(self, total: Array, on: Array) -> Array:
         """The mass `[N, H, G]` of each problem shared evenly by its active tokens; `on` is 1 where active, else 0."""
@@ -56,7 +63,7 @@ def dustbin_capacities(given: Pair, a: Array, b: Array, rows: Side, cols: Side, 
     xp = namespace(a)
     row_total, col_total = rows.total(a, bins), cols.total(b, bins)
     row, col = (
-        None if x is None else segment_max(xp.where(mass > 0, xp.astype(x, a.dtype), 0.0), side.labels(), bins)
+        None if x is None else side.highest(xp.where(mass > 0, xp.astype(x, a.dtype), 0.0), bins)
         for x, mass, side in ((given[0], a, rows), (given[1], b, cols))
     )
     if row is None:

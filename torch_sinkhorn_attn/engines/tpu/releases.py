@@ -96,8 +96,8 @@ def mark_varying(x: Any, axes: tuple[str, ...]) -> Any:
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
 
 
-def lowered_for_tpu(fn: Callable[..., Any], shapes: list[Any], device: Any) -> Any:
-    """`jax.jit(fn)` lowered for a TPU that need not be there.
+def lowered_for_tpu(fn: Callable[..., Any], shapes: list[Any], device: Any, mesh: Any = None) -> Any:
+    """`jax.jit(fn)` lowered for a TPU that need not be there, or for the mesh of several.
 
     0.7.1 writes kernels in a version that its libtpu 0.0.21 refuses; those of exported functions are in an older one.
     Later ones ask the device in use for the layout of a kernel's operands, and have to be told.
@@ -108,5 +108,5 @@ def lowered_for_tpu(fn: Callable[..., Any], shapes: list[Any], device: Any) -> A
 
         function = jax.jit(export.export(function, platforms=["tpu"])(*shapes).call, keep_unused=True)
         return function.trace(*shapes).lower(lowering_platforms=("tpu",))
-    with use_mesh(jax.sharding.Mesh([device], ("device",)).abstract_mesh):
+    with use_mesh((mesh or jax.sharding.Mesh([device], ("device",))).abstract_mesh):
         return function.trace(*shapes).lower(lowering_platforms=("tpu",))

@@ -16,6 +16,7 @@ from torch_sinkhorn_attn.engines.tpu.method import batching
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Result, Statics
+from torch_sinkhorn_attn.engines.tpu.method.shared import owned
 from torch_sinkhorn_attn.options import CONVERGED_WITHIN, Options, Relaxation
 from torch_sinkhorn_attn.problem.segments import with_dustbin
 
@@ -92,6 +93,7 @@ def sinkhorn_attention(
     lowering: Lowering | None = None,
     return_aux: bool = False,
     dropout_seed: Array | None = None,
+    sequence_axis: str | None = None,
 ) -> Array | tuple[Array, SinkhornAux]:
     r"""Balanced entropic optimal-transport attention: softmax attention whose columns are normalised too.
 
@@ -170,7 +172,13 @@ def sinkhorn_attention(
             by plain XLA elsewhere. `Lowering("blockwise")` is plain XLA everywhere.
         return_aux: also return `SinkhornAux` (its residuals cost one more pass).
         dropout_seed: a `jax.random.key`, or `[2]` uint32; needed with `dropout_p`. Entries are dropped by seed, head,
-            row and column: give each step its own, and inside shard_map each shard (`jax.random.fold_in`).
+            row and column: give each step its own, and inside shard_map each shard (`jax.random.fold_in`) but those
+            along `sequence_axis`.
+        sequence_axis: inside `jax.shard_map`, the mesh axis that the tokens lie along: query, key and value, ids,
+            centres, masses, scores of a dustbin and warm starts are those of this device's tokens, in even blocks.
+            Lengths count the tokens of all devices; attn_mask has local queries and all keys. The numbers are those of
+            one device with all tokens, and `aux` is of the tokens here. A band sends halos to its neighbours, anything
+            else gathers keys and values: see docs/jax.md. Plain XLA.
 
     Returns:
         `(..., H, L, Ev)` in the inputs' dtype, or that and a `SinkhornAux`.
@@ -202,6 +210,7 @@ def sinkhorn_attention(
         base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance, over_relaxation=over_relaxation,
         acceleration=acceleration, contraction=contraction, gradient=gradient,
         initial_potentials=initial_potentials, mask_floor=mask_floor, dropout_seed=dropout_seed,
+        sequence_axis=sequence_axis,
     )  # fmt: skip
     how = _How(statics, Lowering() if lowering is None else lowering, return_aux)
     result = _attention(how, *vary_together((inputs, constants)))
@@ -221,6 +230,10 @@ def sinkhorn_attention(
         fixed = (*unit.restored(*fixed[:2], log_a, log_b), unit.of_mass(fixed[2]), unit.of_mass(fixed[3]))
         row, col = (None if x is None else unit.of_plan(x) for x in masses)
         masses = row, col
+    if statics.sequence is not None:  # columns held, but not owned, are another's
+        col, col_mass = owned(statics.sequence, fixed[1]), masses[1]
+        fixed = (fixed[0], col, *fixed[2:])
+        masses = masses[0], None if col_mass is None else statics.sequence.owned(col_mass)
     bins = (None if x is None else shaped(x) for x in masses)
     return output, SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
 

@@ -7,6 +7,8 @@ not low: it stays, to be seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -15,21 +17,37 @@ from torch_sinkhorn_attn.engines.tpu.method.blockwise import kept
 from torch_sinkhorn_attn.problem.segments import by_segment, segment_max, segment_sum
 
 
+def _here(x: Array) -> Array:
+    return x
+
+
 def active_tokens(
-    mask: Array, support: Support, packed: bool, dtype: jnp.dtype, floor: float | None
+    mask: Array,
+    support: Support,
+    packed: bool,
+    dtype: jnp.dtype,
+    floor: float | None,
+    highest: Callable[[Array], Array] = _here,
+    number: int = 0,
 ) -> tuple[Array, Array]:
     """Rows `[N, h, L]` and columns `[N, h, S]` of which `mask [N or 1, h, L or 1, S or 1]`, added in `dtype`, keeps
-    some pair that is not low. One row (padding) is read in O(S), others in passes that XLA fuses."""
+    some pair that is not low. One row (padding) is read in O(S), others in passes that XLA fuses. Where the rows are
+    those of one device, of `number` tokens on all, `highest` is the maximum over devices."""
+
+    def some_row(x: Array) -> Array:
+        return highest(x.any(-2).astype(jnp.int32)) > 0
+
     keep = kept(mask, dtype)
     row_index, col_index = (x[:, None] if packed else None for x in (support.row_segment, support.col_segment))
     length, size = support.row_lo.shape[-1], support.col_lo.shape[-1]
-    groups = max(1, min(length, size)) if packed else 1
+    groups = max(1, min(number or length, size)) if packed else 1
     wants_limit = floor is not None and mask.dtype != jnp.bool_ and length > 0 and size > 0
     if mask.shape[-2] == 1:
         within = keep[..., 0, :] & support.col_active[:, None]
         if wants_limit:
             values = jnp.broadcast_to(mask[..., 0, :], within.shape).astype(dtype)
-            inside = within & (support.col_lo < support.col_hi)[:, None]
+            reached = highest((support.col_lo < support.col_hi).astype(jnp.int32)) > 0
+            inside = within & reached[:, None]
             level = segment_max(jnp.where(inside, values, -jnp.inf), col_index, groups)
             within &= ~(values <= by_segment(_limit(level, floor), col_index, size))
         some = by_segment(segment_sum(within.astype(jnp.int32), col_index, groups), row_index, length) > 0
@@ -38,14 +56,14 @@ def active_tokens(
     if packed:
         within &= support.row_segment[:, None, :, None] == support.col_segment[:, None, None, :]
     if not wants_limit:
-        return within.any(-1), within.any(-2)
+        return within.any(-1), some_row(within)
     column = jnp.arange(size, dtype=jnp.int32)
     inside = within & (column >= support.row_lo[:, None, :, None]) & (column < support.row_hi[:, None, :, None])
-    level = segment_max(jnp.where(inside, mask.astype(dtype), -jnp.inf).max(-1), row_index, groups)
+    level = highest(segment_max(jnp.where(inside, mask.astype(dtype), -jnp.inf).max(-1), row_index, groups))
     high = within & ~(mask.astype(dtype) <= by_segment(_limit(level, floor), row_index, length)[..., None])
     rows = high.any(-1)
     inside = inside & rows[..., None]
-    return rows, jnp.where(inside.any(-2), (inside & high).any(-2), high.any(-2))
+    return rows, jnp.where(some_row(inside), some_row(inside & high), some_row(high))
 
 
 def _limit(level: Array, floor: float | None) -> Array:

@@ -20,6 +20,14 @@ from torch_sinkhorn_attn.engines.tpu.front.checks import (
 )
 from torch_sinkhorn_attn.engines.tpu.front.mask_scan import active_tokens
 from torch_sinkhorn_attn.engines.tpu.front.scores import as_mask, tokens_of
+from torch_sinkhorn_attn.engines.tpu.front.shards import (
+    Outline,
+    banded,
+    extremes,
+    of_held,
+    sequence_of,
+    support_of_shard,
+)
 from torch_sinkhorn_attn.engines.tpu.front.support import build_support, token_ids
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics, compute_dtype
 from torch_sinkhorn_attn.options import CHECKS, Options, number, positive
@@ -58,7 +66,12 @@ class Prepared(NamedTuple):
 
 def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) -> Prepared:
     """Check by type and shape, and canonicalise; `options` are those of `sinkhorn_attention`, all of them."""
-    products = None
+    products, axis = None, options["sequence_axis"]
+    if key is None and axis is not None:
+        raise ValueError(
+            "key=None is not taken with sequence_axis: scores of local queries and all keys go as a float attn_mask, "
+            "beside a query and a key of zeros."
+        )
     if key is None:
         products = query
         query, key = tokens_of(query, value, options["enable_gqa"])
@@ -80,11 +93,14 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
         raise ValueError(
             "query_segment_ids and key_segment_ids belong together: pass both (the same array in self-attention)."
         )
+    sequence = None if axis is None else sequence_of(axis, length, size)
+    keys = size if sequence is None else sequence.size * size  # of all devices
+    least = min(length, size) if sequence is None else sequence.groups
     centers = positions("window_centers", options["window_centers"], batch, length)
     lengths = integers("query_lengths"), integers("key_lengths")
     packed = segments[0] is not None
-    bins = 0 if dustbin is None else (max(1, min(length, size)) if packed else 1)
-    mask = score_mask(attn_mask, batch, (heads, length, size))
+    bins = 0 if dustbin is None else (max(1, least) if packed else 1)
+    mask = score_mask(attn_mask, batch, (heads, length, keys))
     masses = tuple(
         flattened(name, options[name], "floating-point", batch, (heads, n))
         for name, n in (("row_mass", length), ("col_mass", size))
@@ -92,32 +108,48 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
     initial = _initial(options["initial_potentials"], batch, (heads, length + bins), (heads, size + bins), dtype)
     scores, given = _dustbin(dustbin, batch, heads, length, size, value.shape[-1], dtype)
 
+    first = (0, 0) if sequence is None else (sequence.first_row, sequence.place * size)
     ids = [
-        token_ids(num, n, count, segment) for n, count, segment in zip((length, size), lengths, segments, strict=True)
+        token_ids(num, n, count, segment, start)
+        for n, count, segment, start in zip((length, size), lengths, segments, first, strict=True)
     ]
     whole = not packed and lengths == (None, None)
     uniform = solver.balanced and dustbin is None and masses == (None, None)
     softmax_mode = uniform and o.base_iters == o.tail_iters == 0
-    window, causal = causal_window(o, attn_mask, length, size, whole, uniform, centers is not None)
-    support = build_support(ids[0], ids[1], window, packed, causal, centers)
+    shards = 1 if sequence is None else sequence.size
+    window, causal = causal_window(o, attn_mask, shards * length, keys, whole, uniform, centers is not None)
+    if sequence is None:
+        support = build_support(ids[0], ids[1], window, packed, causal, centers)
+    else:
+        same = _same_on_both_sides(options) and length == size
+        aligned = (whole or same) and not causal and centers is None
+        sequence = banded(sequence, Outline(window, aligned, not packed and mask is None))
+        support = support_of_shard(sequence, ids, window, packed, causal, centers, whole=mask is not None)
     row_active, col_active = support.row_active[:, None], support.col_active[:, None]
     low = None if softmax_mode else o.mask_floor
     if products is not None:
         products = jnp.asarray(products).reshape(num, heads, length, size)
         mask, low = as_mask(products, mask, support, packed, o, low), None
-    if mask is not None:
+    if mask is not None and sequence is None:
         row_active, col_active = active_tokens(lax.stop_gradient(mask), support, packed, dtype, low)
+    elif mask is not None and sequence is not None:
+        over = sequence.highest, sequence.size * length
+        row_active, col_active = active_tokens(lax.stop_gradient(mask), support, packed, dtype, low, *over)
+        col_active = jnp.broadcast_to(col_active, (*col_active.shape[:2], keys))
+        col_active = lax.dynamic_slice_in_dim(col_active, sequence.place * size, size, -1)
+        support = of_held(sequence, support)
     row_active = jnp.broadcast_to(row_active, (num, heads, length))
     col_active = jnp.broadcast_to(col_active, (num, heads, size))
     row_segment, col_segment = (support.row_segment, support.col_segment) if packed else (None, None)
-    groups = max(1, min(length, size)) if packed else 1
-    rows = Side(masses[0], row_active, row_segment)
-    cols = Side(masses[1], col_active, col_segment)
+    groups = max(1, least) if packed else 1
+    rows = Side(masses[0], row_active, row_segment, sequence)
+    cols = Side(masses[1], col_active, col_segment, sequence)
     a, b = marginal_masses(rows, cols, groups, dustbin is not None, dtype)
     capacities = dustbin_capacities(given, a, b, rows, cols, bins)
     scale = None
     if solver.balanced and any(x is not None for x in (*masses, *given)):
         every = [lax.stop_gradient(x) for x in (a, b, *capacities) if x is not None]
+        every = every if sequence is None else [extremes(sequence, x) for x in every]
         scale = find_scale(every, (1.0, 1.0), half_steps=o.base_iters + o.tail_iters > 0, look=False, dtype=dtype)
     if scale is not None:
         a, b = in_units(scale, a), in_units(scale, b)
@@ -127,13 +159,21 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
             initial = scale.shifted(*initial, back=True)
 
     left, right = window or (-1, -1)
-    banded = packed or window is not None or causal
-    aligned = whole and not causal and centers is None
-    statics = Statics.of(solver, banded=banded, window_left=left, window_right=right, uniform=aligned)
+    has_intervals = packed or window is not None or causal
+    aligned = whole and not causal and centers is None and sequence is None
+    statics = Statics.of(
+        solver, banded=has_intervals, window_left=left, window_right=right, uniform=aligned, sequence=sequence
+    )
+    log_b = jnp.log(b)
+    if sequence is not None:  # of the held
+        log_b = sequence.held(log_b, fill=-jnp.inf)
+        col_segment = None if col_segment is None else sequence.held(col_segment)
+        if initial[1] is not None:
+            initial = initial[0], jnp.concatenate([sequence.held(initial[1][..., :size]), initial[1][..., size:]], -1)
     log_capacities = [None if x is None else jnp.log(x) for x in capacities]
     constants = Constants(
         row_lo=support.row_lo, row_hi=support.row_hi, col_lo=support.col_lo, col_hi=support.col_hi,
-        log_row_mass=jnp.log(a), log_col_mass=jnp.log(b), row_segment=row_segment, col_segment=col_segment,
+        log_row_mass=jnp.log(a), log_col_mass=log_b, row_segment=row_segment, col_segment=col_segment,
         log_row_capacity=log_capacities[0], log_col_capacity=log_capacities[1],
         initial_row=initial[0], initial_col=initial[1], dropout_seed=_seed(options["dropout_seed"], o.dropout_p),
     )  # fmt: skip
@@ -142,6 +182,12 @@ def prepare(query: Any, key: Any, value: Any, attn_mask: Any, **options: Any) ->
         by_head = mask is not None and mask.shape[1] > 1
         flat = _without_inactive(flat, row_active, col_active, by_head)
     return Prepared(Inputs._make((*flat, mask, *scores)), lax.stop_gradient(constants), statics, batch, scale)
+
+
+def _same_on_both_sides(options: dict[str, Any]) -> bool:
+    """Whether queries and keys have one array of lengths, and one of segments."""
+    pairs = ("query_lengths", "key_lengths"), ("query_segment_ids", "key_segment_ids")
+    return all(options[one] is options[other] for one, other in pairs)
 
 
 def _without_inactive(tensors: list[Array], row_active: Array, col_active: Array, by_head: bool) -> list[Array]:

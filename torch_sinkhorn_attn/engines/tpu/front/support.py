@@ -6,6 +6,7 @@ Row i may attend to columns `[lo_i, hi_i)`. Lengths and ids are data, so nothing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,9 +30,12 @@ class Support(NamedTuple):
     col_active: Array
 
 
-def token_ids(batch: int, length: int, lengths: Array | None, segment_ids: Array | None) -> Array:
-    """`[batch, length]` int32: the id of the problem each token belongs to, -1 where it is inactive."""
-    position = jnp.arange(length, dtype=jnp.int32)
+def token_ids(
+    batch: int, length: int, lengths: Array | None, segment_ids: Array | None, first: Array | int = 0
+) -> Array:
+    """`[batch, length]` int32: the id of the problem each token belongs to, -1 where it is inactive. `first`: number of
+    the first of them."""
+    position = first + jnp.arange(length, dtype=jnp.int32)
     if segment_ids is None:
         ids = jnp.zeros((batch, length), jnp.int32)
     else:
@@ -83,6 +87,10 @@ def transpose_intervals(row_lo: Array, row_hi: Array, num_cols: int) -> tuple[Ar
     return col_lo, jnp.maximum(col_hi, col_lo)
 
 
+def _number(marked: Array) -> Array:
+    return marked.sum(-1, keepdims=True, dtype=jnp.int32)
+
+
 def build_support(
     row_ids: Array,
     col_ids: Array,
@@ -90,12 +98,18 @@ def build_support(
     packed: bool,
     causal: bool = False,
     centers: Array | None = None,
+    first: tuple[Array | int, Array | int] = (0, 0),
+    count: Callable[[Array], Array] = _number,
 ) -> Support:
     """The support of problems given by `row_ids [N, L]` and `col_ids [N, S]` (-1 = inactive).
 
     `packed` says that ids may differ or leave holes; without it the active tokens are prefixes of one problem, and no
     sort is needed. `causal` leaves to each query the keys of its problem whose rank is no higher than its own, and keys
     beyond the last query without a pair, inactive. `centers [N, L]`: of the window, in place of the aligned ones.
+
+    `first` and `count` are for prefixes of which these are the tokens of one device: the numbers of the first row and
+    column, and how many tokens `[N, n]` are marked on all. Row intervals are then of all columns, and those of columns,
+    of the rows here, mean nothing.
     """
     num_rows, num_cols = row_ids.shape[-1], col_ids.shape[-1]
     left, right = (-1, -1) if window is None or centers is not None else window
@@ -112,13 +126,13 @@ def build_support(
         lo = at
         row_segment, col_segment = _segment_index(row_ids, row_active), _segment_index(col_ids, col_active)
     else:
-        row_active, col_active = row_ids >= 0, col_ids >= 0
-        n, m = (x.sum(-1, keepdims=True, dtype=jnp.int32) for x in (row_active, col_active))
-        row_active, col_active = row_active & (m > 0), col_active & (n > 0)
-        rank = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32), row_ids.shape)
+        n, m = (count(x >= 0) for x in (row_ids, col_ids))
+        row_active, col_active = (row_ids >= 0) & (m > 0), (col_ids >= 0) & (n > 0)
+        rank = jnp.broadcast_to(first[0] + jnp.arange(num_rows, dtype=jnp.int32), row_ids.shape)
         lo, hi = window_ranks(rank, n, m, left, right)
         if causal:
-            hi, col_active = jnp.minimum(hi, rank + 1), col_active & (jnp.arange(num_cols, dtype=jnp.int32) < n)
+            place = first[1] + jnp.arange(num_cols, dtype=jnp.int32)
+            hi, col_active = jnp.minimum(hi, rank + 1), col_active & (place < n)
         nonempty = row_active & (lo < hi)
         row_segment, col_segment = jnp.zeros_like(row_ids), jnp.zeros_like(col_ids)
     if centers is not None and window is not None:

@@ -142,7 +142,10 @@ class BlockwisePasses(Passes):
         if self.constants.dropout_seed is None:
             return tile
         stream = dropout.head_streams(self.constants)[..., None, None]
-        keep = dropout.keep(stream, self.row.index(i)[:, None], self.col.index(j), self.statics.dropout_p)
+        row, col = self.row.index(i), self.col.index(j)
+        if (sequence := self.statics.sequence) is not None:
+            row, col = row + sequence.first_row, col + sequence.first_held
+        keep = dropout.keep(stream, row[:, None], col, self.statics.dropout_p)
         return jnp.where(keep, tile / (1 - self.statics.dropout_p), 0)
 
     def _score_cotangent(self, u: Array, v: Array, grad: Array, field: Field, i: Array, j: Array, fresh: str) -> Array:

@@ -7,18 +7,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from torch_sinkhorn_attn.engines.tpu.method.low_base import not_in_bfloat16
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Inputs, Statics
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 from torch_sinkhorn_attn.engines.tpu.method.tiles import tile_bytes
-from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, passes as resident
+from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident_adjoint, neighbours, passes as resident
 from torch_sinkhorn_attn.engines.tpu.resident.spills import spilled
 from torch_sinkhorn_attn.engines.tpu.resident.strip import BLOCK, strip_of
 from torch_sinkhorn_attn.engines.tpu.streaming.passes import StreamingPasses
-from torch_sinkhorn_attn.engines.tpu.streaming.spans import window_intervals
+from torch_sinkhorn_attn.engines.tpu.streaming.spans import joins
 from torch_sinkhorn_attn.engines.tpu.wavefront import fits as wavefront
 
 WIDEST = 32  # column blocks of a row block: what one loop body may hold
@@ -92,10 +91,16 @@ def posed(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowe
     """The problem as the Pallas kernels take it, and the lowering with the base's dtype that the resident one uses."""
     connected = statics.uniform and inputs.mask is None and window_joins(constants, statics)
     inputs = without_redundant_mask(inputs)
-    if not_in_bfloat16(inputs, statics, lowering, resident=True) is not None:
-        lowering = replace(lowering, base_dtype="float32")
+    lowering = base_of(inputs, statics, lowering)
     passes = StreamingPasses(inputs, constants, statics, lowering)
     return Augmented(inputs, constants, statics, passes, connected), lowering
+
+
+def base_of(inputs: Inputs, statics: Statics, lowering: Lowering) -> Lowering:
+    """The lowering with the base's dtype that the resident kernel uses."""
+    if not_in_bfloat16(inputs, statics, lowering, resident=True) is None:
+        return lowering
+    return replace(lowering, base_dtype="float32")
 
 
 def window_joins(constants: Constants, statics: Statics) -> bool:
@@ -103,9 +108,7 @@ def window_joins(constants: Constants, statics: Statics) -> bool:
     if not statics.banded:
         return True
     length, size = constants.log_row_mass.shape[-1], constants.log_col_mass.shape[-1]
-    lo, hi = window_intervals(length, size, statics.window_left, statics.window_right, False)
-    some = lo < hi
-    return bool((lo[some][1:] < np.maximum.accumulate(hi[some])[:-1]).all())
+    return joins(length, size, statics.window_left, statics.window_right)
 
 
 def without_redundant_mask(inputs: Inputs) -> Inputs:
@@ -143,6 +146,11 @@ def _unsuited(problem: Augmented, adjoint: bool) -> str | None:
         return "packed problems with a dustbin or a tolerance are worked on segment by segment"
     if not statics.scale / statics.epsilon > wavefront.SMALLEST_FACTOR:
         return f"scale/epsilon={statics.scale / statics.epsilon:.3g} is not above {wavefront.SMALLEST_FACTOR}"
+    if statics.sequence is not None:
+        if statics.dropout_p:
+            return "dropout is counted in places of the whole sequence"
+        if (reason := neighbours.refusal(statics, problem.dustbin is not None)) is not None:
+            return reason
     strip = strip_of(problem.length, problem.size, statics)
     if strip.width > WIDEST:
         return f"a block of {BLOCK} rows may reach {strip.columns} columns, and {WIDEST * BLOCK} are the most"
@@ -160,7 +168,10 @@ def vmem(problem: Augmented, lowering: Lowering, adjoint: bool) -> int:
         operands, results, scratch = jax.eval_shape(call.operands), call.results(), call.scratch()
     moved = sum(tile_bytes(x.shape[-2:], x.dtype) for x in operands.values())
     moved += sum(tile_bytes(shape, problem.dtype) for shape in results.values())
-    return 2 * moved + sum(tile_bytes(*x) for x in scratch.values()) + spilled(strip.width, adjoint)
+    workspace = sum(tile_bytes(*x) for x in scratch.values())
+    if (beside := neighbours.neighbours_of(problem.statics)) is not None:
+        workspace += beside.vmem(problem.dtype)
+    return 2 * moved + workspace + spilled(strip.width, adjoint)
 
 
 def _mebibytes(size: int) -> str:

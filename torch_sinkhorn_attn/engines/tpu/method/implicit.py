@@ -16,8 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from torch_sinkhorn_attn.engines.tpu.method.problem import Constants, Statics
-from torch_sinkhorn_attn.problem.segments import Components, by_segment, segment_sum, segments
+from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
+from torch_sinkhorn_attn.problem.segments import Components, by_segment
 
 MAX_ITERS = 500  # each iteration takes two passes
 TOLERANCE = {"float32": 1e-7, "float64": 1e-14}  # relative residual, both near the dtype's rounding
@@ -32,18 +32,19 @@ def implicit_duals(
     normal: Callable[[Array, Array], Array],
     row_sums: Array,
     col_sums: Array,
-    constants: Constants,
     statics: Statics,
     parts: Components,
+    own: Components,
+    anywhere: Callable[[Array], Array] = jnp.any,
 ) -> tuple[Array, Array]:
     """(x, y) of the adjoint system for the sums of P*D, `row_sums [N, H, L(+G)]` and `col_sums [N, H, S(+G)]`, and the
-    passes P y, P^T x and, of y and d, P^T (d * P y), in a problem of these components. Lines without mass get 0."""
+    passes P y, P^T x and, of y and d, P^T (d * P y), in problems `own` of these components. `anywhere` tells whether
+    some problem is marked. Lines without mass get 0."""
     rho_r, rho_c = statics.rho_row, statics.rho_col
-    own = segments(constants)
     r, c = row_pass(jnp.ones_like(col_sums)), column_pass(jnp.ones_like(row_sums))
     r_inv = _inverse(r)
     root = jnp.sqrt(jnp.maximum(c, 0))
-    root_inv, mass_inv = _inverse(root), _inverse(segment_sum(c, parts.col, parts.number))
+    root_inv, mass_inv = _inverse(root), _inverse(parts.col_sum(c))
 
     def matrix(s: Array) -> Array:
         return s / rho_c - rho_r * (root_inv * normal(root_inv * s, r_inv))
@@ -52,21 +53,26 @@ def implicit_duals(
         """s off the singular vectors of 1, where the problem is balanced."""
         if not statics.balanced:
             return s
-        share = segment_sum(root * s, parts.col, parts.number) * mass_inv
+        share = parts.col_sum(root * s) * mass_inv
         return s - root * by_segment(share, parts.col, s.shape[-1])
 
     def dot(x: Array, y: Array) -> Array:
         """The inner product of each problem, at each of its entries."""
-        return by_segment(segment_sum(x * y, own.col, own.number), own.col, x.shape[-1])
+        return by_segment(own.col_sum(x * y), own.col, x.shape[-1])
 
     image = rho_r * column_pass(r_inv * row_sums)
     rhs, both = root_inv * (col_sums - image), root_inv * (jnp.abs(col_sums) + jnp.abs(image))
-    y = root_inv * conjugate_gradients(matrix, project(rhs), project, dot, dot(both, both))
+    y = root_inv * conjugate_gradients(matrix, project(rhs), project, dot, dot(both, both), anywhere)
     return rho_r * r_inv * (row_sums - row_pass(y)), y
 
 
 def conjugate_gradients(
-    matrix: Pass, rhs: Array, project: Pass, dot: Callable[[Array, Array], Array], scale: Array
+    matrix: Pass,
+    rhs: Array,
+    project: Pass,
+    dot: Callable[[Array, Array], Array],
+    scale: Array,
+    anywhere: Callable[[Array], Array] = jnp.any,
 ) -> Array:
     """Solve `matrix(s) = rhs` for every problem at once, `matrix` symmetric and positive off the projection.
 
@@ -79,11 +85,10 @@ def conjugate_gradients(
     tolerance = jnp.maximum(TOLERANCE[str(rhs.dtype)] ** 2 * start, rounding**2 * scale)
 
     def more(state: Any) -> Array:
-        iteration, _, _, _, energy = state
-        return (iteration < MAX_ITERS) & jnp.any(energy > tolerance)
+        return (state[0] < MAX_ITERS) & state[-1]
 
     def iterate(state: Any) -> Any:
-        iteration, solution, residual, direction, energy = state
+        iteration, solution, residual, direction, energy, _ = state
         image = project(matrix(direction))
         curvature = dot(direction, image)
         busy = (energy > tolerance) & (curvature > rounding * dot(direction, direction))
@@ -92,9 +97,11 @@ def conjugate_gradients(
         residual = residual - step * image
         new_energy = dot(residual, residual)
         direction = project(residual + jnp.where(busy, new_energy / energy, 0) * direction)
-        return iteration + 1, solution, residual, direction, jnp.where(busy, new_energy, 0)
+        energy = jnp.where(busy, new_energy, 0)
+        return iteration + 1, solution, residual, direction, energy, anywhere(energy > tolerance)
 
-    return lax.while_loop(more, iterate, (jnp.int32(0), jnp.zeros_like(rhs), rhs, rhs, start))[1]
+    state = jnp.int32(0), jnp.zeros_like(rhs), rhs, rhs, start, anywhere(start > tolerance)
+    return lax.while_loop(more, iterate, state)[1]
 
 
 def _inverse(x: Array) -> Array:

@@ -24,3 +24,10 @@ def vary_together(tree: Any) -> Any:
         return mark_varying(x, missing)
 
     return jax.tree.map(mark, tree)
+
+
+def vary_like(x: jax.Array, source: jax.Array) -> jax.Array:
+    """x, marked as varying over the manual mesh axes that `source` varies over: what a reduction gives back to a loop
+    that carries it."""
+    missing = tuple(sorted(varying_axes(source) - varying_axes(x)))
+    return mark_varying(x, missing) if missing else x

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from torch_sinkhorn_attn.engines.tpu.method.sequence import Sequence
 from torch_sinkhorn_attn.options import Solver
 
 
@@ -60,6 +61,7 @@ class Statics:
     program.
 
     `stopped`, `kept`: iterations that are not, and that are, differentiated: (T, R), or (0, T + R) when unrolled.
+    `sequence`: how the tokens lie on several devices; None: all are here.
     """
 
     scale: float
@@ -78,6 +80,7 @@ class Statics:
     window_left: int = -1
     window_right: int = -1
     uniform: bool = True
+    sequence: Sequence | None = None
 
     @classmethod
     def of(cls, solver: Solver, **outline: Any) -> Statics:

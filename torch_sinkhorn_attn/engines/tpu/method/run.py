@@ -11,7 +11,7 @@ from typing import Any
 
 from jax import Array
 
-from torch_sinkhorn_attn.engines.tpu.method import sinkhorn, staircase
+from torch_sinkhorn_attn.engines.tpu.method import shared, sinkhorn, staircase
 from torch_sinkhorn_attn.engines.tpu.method.blockwise import BlockwisePasses
 from torch_sinkhorn_attn.engines.tpu.method.low_base import warn_of_float32
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
@@ -87,6 +87,8 @@ def forward(
     if lowering.shape == "device":
         found: Result = _by_device("forward", inputs, constants, statics, lowering, residuals)
         return found
+    if statics.sequence is not None:
+        return shared.forward(inputs, constants, statics, lowering, residuals)
     problem, used = _problem(inputs, constants, statics, lowering)
     if lowering.base_dtype != "float32":
         warn_of_float32(inputs, statics, lowering, used.shape == "resident")
@@ -127,8 +129,10 @@ def backward(
             "backward", inputs, constants, statics, lowering, mask_grad, *given
         )
         return gradients
-    problem, used = _problem(inputs, constants, statics, lowering, adjoint=True, mask_grad=mask_grad)
     duals, bins = (row_potentials, col_potentials), (grad_to_bin, grad_from_bin)
+    if statics.sequence is not None:
+        return shared.backward(inputs, constants, statics, lowering, output, duals, grad_output, bins, mask_grad)
+    problem, used = _problem(inputs, constants, statics, lowering, adjoint=True, mask_grad=mask_grad)
     if used.shape == "resident":
         from torch_sinkhorn_attn.engines.tpu.resident import adjoint as resident
 

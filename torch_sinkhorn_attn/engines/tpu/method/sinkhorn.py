@@ -28,7 +28,6 @@ from torch_sinkhorn_attn.problem.segments import (
     components,
     largest,
     mass_of,
-    segment_max,
     segments,
     with_dustbin,
 )
@@ -45,15 +44,38 @@ class Augmented:
         self.log_a = with_dustbin(constants.log_row_mass, constants.log_row_capacity).astype(self.dtype)
         self.log_b = with_dustbin(constants.log_col_mass, constants.log_col_capacity).astype(self.dtype)
         self.length, self.size = constants.log_row_mass.shape[-1], constants.log_col_mass.shape[-1]
-        self.dustbin = DustbinMatrix(inputs, constants, statics.epsilon, self.dtype) if constants.num_dustbins else None
+        self.dustbin = self._dustbin() if constants.num_dustbins else None
 
     def real(self, u: Array, v: Array) -> tuple[Array, Array]:
         """The tokens' part of potentials."""
         return u[..., : self.length], v[..., : self.size]
 
+    # What other devices may have a share in: `shared` overrides these
+
+    def _dustbin(self) -> DustbinMatrix:
+        return DustbinMatrix(self.inputs, self.constants, self.statics.epsilon, self.dtype)
+
+    def own(self) -> Components:
+        """The problem that each line belongs to."""
+        return segments(self.constants)
+
     def components(self) -> Components:
         """Those with a gauge of their own. To find them takes scatters over all tokens, which a TPU does one by one."""
         return Components(None, None, 1) if self.connected else components(self.constants, self.statics)
+
+    def complete_sums(self, partial: Array) -> Array:
+        """Sums over all rows `[N, H, S]`, from those over the rows here."""
+        return partial
+
+    def largest(self, error: Array) -> Array:
+        """The largest absolute value of a vector over lines, `[N, H]`."""
+        return largest(error)
+
+    def anywhere(self, marked: Array) -> Array:
+        """Whether any entry is marked."""
+        return jnp.any(marked)
+
+    # Half-steps and products
 
     def live(self, p: Array, q: Array) -> tuple[Array, Array]:
         """-inf on inactive lines, as the dustbin reads potentials."""
@@ -147,7 +169,7 @@ def stopped_base(problem: Augmented) -> tuple[Array, Array]:
     next column half-step, before over-relaxation and momentum, would move no v_j by more. It stands still from then
     on; the loop itself ends when all do.
     """
-    statics, own = problem.statics, segments(problem.constants)
+    statics, own = problem.statics, problem.own()
     u, v = problem.initial_potentials()
     if statics.stopped == 0:
         return u, v
@@ -174,7 +196,7 @@ def stopped_base(problem: Augmented) -> tuple[Array, Array]:
     def guarded(state: Any) -> Any:
         t, u, v, momentum, done = state
         plain = problem.column_half_step(u, v)
-        change = segment_max(jnp.abs(plain - v) / statics.over_relaxation, own.col, own.number)  # of the plain step
+        change = own.col_max(jnp.abs(plain - v) / statics.over_relaxation)  # of the plain step
         done = (t > 0) & (done | (change <= statics.tolerance))
         next_v, momentum = moved_on(t, v, plain, momentum)
         next_v = jnp.where(by_segment(done, own.col, v.shape[-1]), v, next_v)
@@ -215,8 +237,8 @@ def finish(
     u, v = (x[-1] for x in potentials)
     row_residual, col_residual = (jnp.full_like(u, jnp.nan, shape=u.shape[:2]) for _ in range(2))
     if row_sums is not None and col_sums is not None:
-        row_residual = largest(problem.complete_rows(row_sums, u, v, jnp.ones_like(v)) - jnp.exp(problem.log_a))
-        col_residual = largest(problem.complete_cols(col_sums, u, v, jnp.ones_like(u)) - jnp.exp(problem.log_b))
+        row_residual = problem.largest(problem.complete_rows(row_sums, u, v, jnp.ones_like(v)) - jnp.exp(problem.log_a))
+        col_residual = problem.largest(problem.complete_cols(col_sums, u, v, jnp.ones_like(u)) - jnp.exp(problem.log_b))
     to_bin = from_bin = None
     if problem.dustbin is not None:
         to_bin, from_bin, _ = problem.dustbin.matrix(*problem.live(u, v))

@@ -52,7 +52,7 @@ def backward(
     if statics.implicit:
         x, y = implicit_duals(
             lambda y: problem.rows(u, v, y), lambda x: problem.columns(u, v, x), partial(problem.normal, u, v),
-            d.row_sums, d.col_sums, problem.constants, statics, problem.components(),
+            d.row_sums, d.col_sums, statics, problem.components(), problem.own(), problem.anywhere,
         )  # fmt: skip
         field = Field(*(jnp.stack(z) for z in ((u, u), (v, v), (x, jnp.ones_like(x)), (jnp.ones_like(y), y))))
         dropped = jnp.zeros_like(u)
@@ -122,12 +122,13 @@ def plan_cotangent(
 
 
 def value_sums(problem: Augmented, grad_value: Array) -> Array:
-    """<dV_j, V_j>: the column sums of P*D on real pairs `[N, H, S(+G)]`, 0 at the dustbin, from dV per query head."""
+    """<dV_j, V_j>: the column sums of P*D on real pairs `[N, H, S(+G)]`, 0 at the dustbin, from dV per query head, of
+    the rows here."""
     value = problem.inputs.value
     assert value is not None
     by_group = _by_group(grad_value, value.shape[1])
     sums = (by_group * value.astype(grad_value.dtype)[:, :, None]).sum(-1).reshape(grad_value.shape[:-1])
-    return jnp.pad(sums, ((0, 0), (0, 0), (0, problem.constants.num_dustbins)))
+    return jnp.pad(problem.complete_sums(sums), ((0, 0), (0, 0), (0, problem.constants.num_dustbins)))
 
 
 def tail_field(problem: Augmented, potentials: tuple[Array, Array], d: Cotangent) -> tuple[Field, Array]:

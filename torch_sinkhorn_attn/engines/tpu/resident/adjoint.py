@@ -14,6 +14,7 @@ from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.problem import Inputs
 from torch_sinkhorn_attn.engines.tpu.resident.backward import AdjointStatics, field_parts, kernel
 from torch_sinkhorn_attn.engines.tpu.resident.launch import Scratch, Shapes, launch, resident_or_streamed
+from torch_sinkhorn_attn.engines.tpu.resident.neighbours import neighbours_of
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
     SUBLANES,
@@ -53,7 +54,7 @@ def backward(
     def resident() -> tuple[Inputs, Array]:
         return adjoint(problem, lowering, strip, first, exponents, *given)
 
-    return resident_or_streamed(fits & small, resident, streamed)
+    return resident_or_streamed(~problem.anywhere(~(fits & small)), resident, streamed)
 
 
 def staircase_exponents(problem: sinkhorn.Augmented, potentials: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -83,10 +84,11 @@ def adjoint(
     given = kernel_operands(problem, strip, d, u, v, exponents)
     width, low = given["value"].shape[2], given["value"].dtype
     parts = field_parts(statics.kept, low)
-    options = AdjointStatics(strip, statics, problem.dtype, width, parts, problem.dustbin is not None)
+    beside = neighbours_of(statics)
+    options = AdjointStatics(strip, statics, problem.dtype, width, parts, problem.dustbin is not None, beside)
     results, scratch = kernel_results(problem, strip, given), kernel_scratch(problem, strip, given)
     body = functools.partial(kernel, options)
-    out = launch("sinkhorn_resident_backward", body, problem, lowering, first, given, results, scratch)
+    out = launch("sinkhorn_resident_backward", body, problem, lowering, first, given, results, scratch, beside)
     z, w = (jnp.moveaxis(out[name], 2, 0) for name in ("z", "w"))
     z, w = z[..., :length], w[..., :size]
     if problem.dustbin is not None:

@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
+from torch_sinkhorn_attn.engines.tpu.resident.neighbours import Exchange, Neighbours
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     Strip,
     along_lanes,
@@ -50,6 +51,7 @@ class AdjointStatics(NamedTuple):
     value_width: int
     field_parts: int
     dustbin: bool
+    neighbours: Neighbours | None = None  # with whom columns are shared
 
 
 class Refs(NamedTuple):
@@ -86,6 +88,11 @@ class Refs(NamedTuple):
     grad_scores: Any  # [G, 128, C] their dS
     field_rows: Any  # [Ev+f, Lp] dO and the parts of X
     field_cols: Any  # [Ev+f, Sp] V and the parts of Y
+    sent: Any = None  # see `neighbours`
+    got: Any = None
+    send_done: Any = None
+    got_done: Any = None
+    turn: Any = None
 
 
 def kernel(o: AdjointStatics, names: tuple[str, ...], *refs: Any) -> None:
@@ -100,9 +107,11 @@ class Adjoint:
     def __init__(self, o: AdjointStatics, r: Refs):
         self.o, self.r, self.s, self.strip = o, r, o.statics, o.strip
         self.n, self.h = pl.program_id(0), pl.program_id(1)
+        self.exchange = Exchange(o.neighbours, r)
 
     def run(self) -> None:
         r, last = self.r, self.s.kept - 1
+        self.exchange.begin()
         r.z[0, 0, last + 1 :, :] = r.row_sums[0, 0]
         if self.o.dustbin:
             r.bin_z[0, 0, last + 1 :, :] = self.bin(1)
@@ -233,7 +242,7 @@ class Adjoint:
             from_rows = jnp.sum(r.plan_col[0, 0] * x, 1, keepdims=True) + self.bin(0) * z_bin
             r.bin_w[0, 0, at, :] = bin_own - s.rho_row * self.bin_factor(2, slot) * from_rows
             image = image + r.plan_row[0, 0] * z_bin[:, :1]
-        w = own - s.rho_row * r.col_a[0, 0, at, :] * image
+        w = self.exchange.complete(own - s.rho_row * r.col_a[0, 0, at, :] * image, jnp.add)
         r.w[0, 0, at, :] = w
         r.y[...] = jnp.broadcast_to(r.col_b[0, 0, at, :] * w, r.y.shape)
 

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_sinkhorn_attn.engines.tpu.method.problem import Statics
+from torch_sinkhorn_attn.engines.tpu.resident.neighbours import Exchange, Neighbours
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
     DEAD,
@@ -52,6 +53,7 @@ class SolveStatics(NamedTuple):
     dustbin: bool
     values: bool
     residuals: bool
+    neighbours: Neighbours | None = None  # with whom columns are shared
 
     @property
     def plain_rows(self) -> bool:
@@ -123,6 +125,11 @@ class Refs(NamedTuple):
     top_x: Any  # [8, 128]: the largest of them in any sweep, or 0
     plan: Any  # [G, 128, C] K y of a group of row blocks, for the matrix unit
     bin: Any  # [8, 128], the dustbin's scalars: see `Bin`
+    sent: Any = None  # see `neighbours`
+    got: Any = None
+    send_done: Any = None
+    got_done: Any = None
+    turn: Any = None
 
 
 class Bin:
@@ -152,6 +159,7 @@ class ColumnHalfStep:
     def __init__(self, o: SolveStatics, r: Refs):
         self.o, self.r, self.s, self.strip = o, r, o.statics, o.strip
         self.n, self.h = pl.program_id(0), pl.program_id(1)
+        self.exchange = Exchange(o.neighbours, r)
 
     def bin(self, row: int) -> Array:
         """A scalar of the dustbin, `[1, 128]`."""
@@ -182,6 +190,7 @@ class ColumnHalfStep:
     def update_columns(self, t: Any = None) -> None:
         """y from the column sums, which are taken, and whether it is in range. `t` counts the iterations of the base
         from 0; None in the tail."""
+        self._complete_sums()
         step = self._step(t)
         if self.o.plain_columns:
             self._divide_columns()
@@ -189,6 +198,14 @@ class ColumnHalfStep:
             self._move_columns(step)
         if self.o.dustbin:
             self._move_bin(step)
+
+    def _complete_sums(self) -> None:
+        """The column sums with the neighbours' parts, in the first sublane."""
+        if self.o.neighbours is None:
+            return
+        sums = self.r.sums
+        total = self.exchange.complete(jnp.sum(sums[...], 0, keepdims=True), jnp.add)
+        sums[...] = jnp.concatenate([total, jnp.zeros((SUBLANES - 1, total.shape[1]), self.o.dtype)], 0)
 
     def _step(self, t: Any) -> Step:
         r, s = self.r, self.s

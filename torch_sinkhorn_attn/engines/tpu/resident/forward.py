@@ -55,7 +55,7 @@ from torch_sinkhorn_attn.engines.tpu.resident.strip import (
 def kernel(o: SolveStatics, names: tuple[str, ...], *refs: Any) -> None:
     """The body of a grid step; `names` says which fields of `Refs` are there, in order."""
     present = dict(zip(names, refs, strict=True))
-    HeadSolve(o, Refs(*(present.get(name) for name in Refs._fields))).run()
+    HeadSolve(o, Refs(**{name: present.get(name) for name in Refs._fields})).run()
 
 
 class HeadSolve(ColumnHalfStep):
@@ -65,6 +65,7 @@ class HeadSolve(ColumnHalfStep):
 
     def run(self) -> None:
         s = self.s
+        self.exchange.begin()
         self.r.range[...] = jnp.ones_like(self.r.range)
         self.fill()
         if s.stopped:
@@ -126,7 +127,7 @@ class HeadSolve(ColumnHalfStep):
         r, o = self.r, self.o
         r.sums[...] = jnp.full_like(r.sums, DEAD)
         over_blocks(self.strip, self._fill_scores)
-        top = jnp.max(r.sums[...], 0, keepdims=True) / LOG2E
+        top = self.exchange.complete(jnp.max(r.sums[...], 0, keepdims=True), jnp.maximum) / LOG2E
         if o.dustbin:
             start_row, start_col = r.bins[0, 0, 3:4, :], r.bins[0, 0, 0:1, :]
             top = jnp.maximum(top, r.col_score[0, 0] + start_row[:, :1])

@@ -19,6 +19,7 @@ from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
 from torch_sinkhorn_attn.engines.tpu.method.sinkhorn import Augmented
 from torch_sinkhorn_attn.engines.tpu.method.unfit import of_unfit_data
 from torch_sinkhorn_attn.engines.tpu.releases import kernel_body, result_type
+from torch_sinkhorn_attn.engines.tpu.resident.neighbours import Neighbours
 
 OWN_DTYPE = {
     "query",
@@ -31,6 +32,7 @@ OWN_DTYPE = {
 }  # the other operands are in the compute dtype
 _BY_KEY_HEAD = {"key", "value"}
 _BY_BATCH = {"col_lo", "col_hi"}
+_COLLECTIVE_ID = 17  # of the semaphore by which kernels of several devices meet, one kernel after another
 
 Shapes = dict[str, tuple[int, ...]]
 Scratch = dict[str, tuple[tuple[int, ...], Any]]
@@ -45,6 +47,7 @@ def launch(
     operands: dict[str, Array],
     results: Shapes,
     scratch: Scratch,
+    neighbours: Neighbours | None = None,
 ) -> dict[str, Array]:
     """Run `body(names, *refs)` over all heads.
 
@@ -53,6 +56,7 @@ def launch(
         operands: `[N, H, ...]`, `[N, Hk, ...]` or `[N, ...]` by name, the last two dimensions in VMEM at once.
         results: shapes of one head's results, which come back as `[N, H, *shape]` in the compute dtype.
         scratch: shape and dtype of a head's workspace.
+        neighbours: devices whose kernels this one waits for: then heads are taken in one order on all.
     """
     num, heads = problem.constants.log_row_mass.shape[:2]
     group = np.int32(heads // problem.inputs.key.shape[1])
@@ -68,20 +72,23 @@ def launch(
             return pl.BlockSpec((1, *shape), lambda n, h, *_: (n, 0, 0))
         return pl.BlockSpec((1, 1, *shape), lambda n, h, *_: (n, h, 0, 0))
 
+    workspace = {name: pltpu.VMEM(*x) for name, x in scratch.items()}
+    together: dict[str, Any] = {"dimension_semantics": ("parallel", "parallel")}
+    if neighbours is not None:
+        workspace |= neighbours.scratch(problem.dtype)
+        together = {"dimension_semantics": ("arbitrary", "arbitrary"), "collective_id": _COLLECTIVE_ID}
     given = vary_together([*prefetched.values(), *operands.values()])
     run = pl.pallas_call(
-        kernel_body(functools.partial(body, (*prefetched, *operands, *results, *scratch))),
+        kernel_body(functools.partial(body, (*prefetched, *operands, *results, *workspace))),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(num, heads),
             in_specs=[block_of(key, x.shape[-2:]) for key, x in operands.items()],
             out_specs=[block_of(key, shape) for key, shape in results.items()],
-            scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()],
+            scratch_shapes=list(workspace.values()),
         ),
         out_shape=[result_type((num, heads, *shape), problem.dtype, given) for shape in results.values()],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=lowering.vmem_limit
-        ),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=lowering.vmem_limit, **together),
         interpret=lowering.interpret,
         name=name,
     )

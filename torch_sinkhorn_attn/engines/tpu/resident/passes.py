@@ -17,6 +17,7 @@ from torch_sinkhorn_attn.engines.tpu.method.problem import Result
 from torch_sinkhorn_attn.engines.tpu.resident.columns import SolveStatics
 from torch_sinkhorn_attn.engines.tpu.resident.forward import kernel
 from torch_sinkhorn_attn.engines.tpu.resident.launch import Scratch, Shapes, launch, resident_or_streamed
+from torch_sinkhorn_attn.engines.tpu.resident.neighbours import neighbours_of
 from torch_sinkhorn_attn.engines.tpu.resident.strip import (
     BLOCK,
     DEAD,
@@ -38,7 +39,7 @@ def forward(problem: sinkhorn.Augmented, lowering: Lowering, residuals: bool) ->
     first, fits = first_blocks(problem.constants, strip)
     found, in_range = solve_resident(problem, lowering, strip, first, residuals)
     streamed = functools.partial(sinkhorn.forward, problem, residuals)
-    return resident_or_streamed(fits & in_range, lambda: found, streamed)
+    return resident_or_streamed(~problem.anywhere(~(fits & in_range)), lambda: found, streamed)
 
 
 def solve_resident(
@@ -50,8 +51,9 @@ def solve_resident(
     options = call.o
     body = functools.partial(kernel, options)
     out = launch(
-        "sinkhorn_resident_forward", body, problem, lowering, first, call.operands(), call.results(), call.scratch()
-    )
+        "sinkhorn_resident_forward", body, problem, lowering, first, call.operands(), call.results(), call.scratch(),
+        options.neighbours,
+    )  # fmt: skip
     rows, cols = (jnp.moveaxis(out[name], 2, 0) for name in ("rows", "cols"))
     rows, cols = rows[..., :length], cols[..., :size]
     if problem.dustbin is not None:
@@ -67,7 +69,7 @@ def solve_resident(
     scale = out["scale"][:, :, 0, :length]
     mass = out["mass"][:, :, :length] * scale[..., None] if options.values else None
     row_sums = out["row_total"][:, :, 0, :length] * scale
-    col_sums = out["col_total"][:, :, 0, :size] if residuals else None
+    col_sums = problem.complete_sums(out["col_total"][:, :, 0, :size]) if residuals else None
     result = sinkhorn.finish(problem, (rows, cols), mass, row_sums, col_sums)
     return result, jnp.all(out["range"] > 0)
 
@@ -82,6 +84,7 @@ def call_of(problem: sinkhorn.Augmented, lowering: Lowering, strip: Strip, resid
         dustbin=problem.dustbin is not None,
         values=problem.inputs.value is not None,
         residuals=residuals,
+        neighbours=neighbours_of(problem.statics),
     )
     return Call(problem, options)
 

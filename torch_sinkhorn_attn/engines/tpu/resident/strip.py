@@ -77,8 +77,11 @@ def strip_of(length: int, size: int, statics: Statics) -> Strip:
     if not statics.banded or min(statics.window_left, statics.window_right) < 0:
         return Strip(rows, cols, cols)
     window = statics.window_left + statics.window_right + 1
+    sequence = statics.sequence
     if statics.uniform:
         width = _uniform_width(length, size, statics)
+    elif sequence is not None and sequence.halo is not None and sequence.rows == sequence.cols:
+        width = -(-(sequence.halo[0] % BLOCK + BLOCK + window - 1) // BLOCK)  # a block's first columns lie beside it
     else:
         span = window + int((BLOCK - 1) * SLOPE * max(1.0, size / length)) + 1
         width = -(-(span - 1) // BLOCK) + 1

@@ -76,3 +76,10 @@ def window_intervals(rows: int, cols: int, left: int, right: int, transposed: bo
         return lo, hi
     col = np.arange(cols)
     return np.searchsorted(hi, col, side="right"), np.searchsorted(lo, col, side="right")
+
+
+def joins(rows: int, cols: int, left: int, right: int) -> bool:
+    """Whether the window of all tokens makes one component of them."""
+    lo, hi = window_intervals(rows, cols, left, right, False)
+    some = lo < hi
+    return bool((lo[some][1:] < np.maximum.accumulate(hi[some])[:-1]).all())
