@@ -80,12 +80,8 @@ def test_halos_are_for_bands_that_are_narrower_than_all() -> None:
     assert banded(whole, Outline((3, 5), True, True)).joined and not banded(whole, Outline((0, 0), True, True)).joined
 
 
-@pytest.mark.parametrize(
-    ("size", "cols", "halo"), slow_after(1, [(5, 3, (4, 2)), (4, 4, (2, 3)), (3, 4, (0, 4)), (4, 3, None)])
-)
-def test_what_devices_hold_and_complete(
-    size: int, cols: int, halo: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("lies", slow_after(1, [(5, 3, (4, 2)), (4, 4, (2, 3)), (3, 4, (0, 4)), (4, 3, None)]))
+def test_what_devices_hold_and_complete(lies: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Halos within a block, over several, on one side alone, and all columns; the devices are a mapped axis, over which
     JAX has only permutations that leave nobody out."""
 
@@ -96,6 +92,7 @@ def test_what_devices_hold_and_complete(
         return jnp.where(mine < 0, 0, jax.lax.all_gather(x, axis)[mine])
 
     monkeypatch.setattr(jax.lax, "ppermute", permuted)
+    size, cols, halo = lies
     sequence, total = Sequence("cp", size, cols, cols, halo), size * cols
     before, after = halo or (0, 0)
     places = [range(r * cols - before, (r + 1) * cols + after) if halo else range(total) for r in range(size)]

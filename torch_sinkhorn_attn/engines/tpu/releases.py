@@ -64,8 +64,13 @@ def result_type(shape: tuple[int, ...], dtype: Any, operands: Any) -> Any:
 
 
 def abstract_result(shape: tuple[int, ...], dtype: Any, operands: Any) -> Any:
-    """`result_type` of a primitive, from the types of its operands."""
-    return jax.core.ShapedArray(shape, dtype, **_varying(operands))
+    """`result_type` of a primitive, from the types of its operands. 0.10 wants the mesh that its axes are of."""
+    kinds = _varying(operands)
+    mesh = next((kind.sharding.mesh for kind in operands if varying_axes(kind)), None)
+    if mesh is not None and "manual_axis_type" in kinds:
+        whole = jax.sharding.PartitionSpec(*[None] * len(shape))
+        kinds["sharding"] = jax.sharding.NamedSharding(mesh, whole)
+    return jax.core.ShapedArray(shape, dtype, **kinds)
 
 
 def _varying(kinds: Any) -> dict[str, Any]:
