@@ -146,8 +146,8 @@ def _step(c: Configuration, mesh: Any, lowering: Any) -> tuple[Any, list[Any]]:
     def step(*given: Any) -> Any:
         named = dict(zip(arrays, given, strict=True))
         grad = named.pop("grad")
-        data = {name: named.pop(name) for name in ("lengths", "ids") if name in named}
-        if not (bool(named.get("attn_mask") is None) or c.mask == "float"):
+        data: dict[str, Any] = {name: named.pop(name) for name in ("lengths", "ids") if name in named}
+        if c.mask == "bool":
             data["attn_mask"] = named.pop("attn_mask")
 
         def attend(named: Any) -> Any:

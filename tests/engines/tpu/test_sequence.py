@@ -145,6 +145,7 @@ def sent(call: Any, devices: int) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_band_sends_vectors_of_its_width_to_neighbours_whatever_their_number() -> None:
     call = partial(sinkhorn_attention, window=(3, 5), sequence_axis="cp", lowering=Lowering("blockwise"))
     four, many = sent(call, 4), sent(call, 64)

@@ -8,6 +8,7 @@ its cotangent in parts, one on each device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -205,15 +206,15 @@ def problem(
     inputs = inputs._replace(
         key=sequence.held(inputs.key, -2),
         value=None if inputs.value is None else sequence.held(inputs.value, -2),
-        mask=inputs.mask if _narrow(inputs.mask) else sequence.held_of_all(inputs.mask),
+        mask=_of_columns(inputs.mask, sequence.held_of_all),
         col_score=None if inputs.col_score is None else sequence.held(inputs.col_score),
     )
     asked = lowering.shape
     if statics.dropout_p and asked == "auto":
         asked = "blockwise"
     if asked == "blockwise":
-        passes = BlockwisePasses(inputs, constants, statics)
-        return SharedAugmented(inputs, constants, statics, passes, sequence), replace(lowering, shape=asked)
+        plain = BlockwisePasses(inputs, constants, statics)
+        return SharedAugmented(inputs, constants, statics, plain, sequence), replace(lowering, shape=asked)
     if statics.dropout_p or asked == "wavefront":
         raise ValueError(
             f"shape={asked!r} cannot take this problem: {_REASONS[asked == 'wavefront']}. Use shape='auto'."
@@ -240,9 +241,9 @@ _REASONS = (
 )
 
 
-def _narrow(mask: Array | None) -> bool:
-    """Whether a mask is the same for all columns."""
-    return mask is None or mask.shape[-1] == 1
+def _of_columns(mask: Array | None, change: Callable[[Array], Array]) -> Array | None:
+    """A mask's columns changed, unless it is the same for all."""
+    return mask if mask is None or mask.shape[-1] == 1 else change(mask)
 
 
 def forward(inputs: Inputs, constants: Constants, statics: Statics, lowering: Lowering, residuals: bool) -> Result:
@@ -282,7 +283,7 @@ def backward(
     return found._replace(
         key=sequence.home(found.key),
         value=sequence.home(found.value),
-        mask=found.mask if _narrow(found.mask) else sequence.all_of_held(found.mask),
+        mask=_of_columns(found.mask, sequence.all_of_held),
         col_score=None if found.col_score is None else sequence.owned(found.col_score),
         corner_score=None if found.corner_score is None else sequence.once(found.corner_score),
     ), dropped
