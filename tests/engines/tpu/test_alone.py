@@ -132,8 +132,9 @@ def test_the_arguments_are_torchs() -> None:
     """The same names in the same order with the same defaults; and all are documented."""
     theirs = of_source("torch_sinkhorn_attn/functional.py", "sinkhorn_attention")
     ours = of_source("torch_sinkhorn_attn/engines/tpu/front/api.py", "sinkhorn_attention")
-    expected = [("lowering", d) if name == "engine" else (name, d) for name, d in theirs]
-    assert ours == [*expected, ("dropout_seed", "None")]
+    of_jax = {"engine": "lowering", "sequence_group": "sequence_axis"}
+    expected = [(of_jax.get(name, name), d) for name, d in theirs]
+    assert ours == [*expected[:-1], ("dropout_seed", "None"), expected[-1]]
     documented = inspect.getdoc(tpu.sinkhorn_attention) or ""
     missing = [name for name, _ in ours if f"{name}: " not in documented and f"{name}, " not in documented]
     assert not missing
