@@ -58,6 +58,7 @@ def check_problems(found: list[tuple[list[str], int]]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_random_problems_on_two_ranks(tmp_path: Path) -> None:
     check_problems(run(2, tmp_path, "problems:0:8")["problems"])
 

@@ -63,6 +63,7 @@ def test_nothing_waits_and_what_is_noted_is_what_would_be_launched() -> None:
     assert noted > 1000 and (compared > 100 or not triton.__version__.startswith("3.5"))
 
 
+@pytest.mark.slow
 def test_the_half_step_for_hopper() -> None:
     found = compiled("sm_90", "plain, long", "half_step", "value_pass")
     check(found)
