@@ -4,16 +4,29 @@ A transport plan charges every unmatched residue by itself: one gap of ninety re
 same. Alignment programs charge for opening a gap. The sum over all alignments with such affine gap costs, by the
 forward and backward recursions, gives every pair a probability that knows the difference, and the aligner takes it for
 evidence. Durbin, Eddy, Krogh and Mitchison, Biological Sequence Analysis (1998), chapter 4.
+
+Proteins often share only a part. So each of the two ends of an alignment is of one of three kinds, ``ENDS``:
+
+    global     both sequences begin here: what one has more is charged as a gap
+    overlap    one sequence begins here, the other has come from further away, free of charge
+    local      both have come from further away, free of charge
+
+Both ends global is Needleman and Wunsch's alignment, both overlap is semi-global, both local is Smith and Waterman's.
+Which kind an end is of is a hidden state with a prior, and its posterior is part of the result.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ENDS = ("global", "overlap", "local")
 
 _NEVER = -1e9
 """The logarithm of zero, but finite: differences of two of them are not NaN."""
@@ -22,33 +35,135 @@ _States = tuple[Tensor, ...]
 _Step = Callable[[_States, Tensor], tuple[_States, tuple[Tensor, Tensor]]]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Costs:
+    """What an alignment weighs: the exponential of the sum of its pairs' scores less these, in nats.
+
+    Attributes:
+        opening, extension: of a gap's first and of each further residue.
+        pair: of every pair. Scores are log odds against chance; a model that can also end, or open a gap, pairs on
+            with a probability below 1.
+        ends: prior probabilities of an end's kinds, in the order of ``ENDS``.
+        stop: the probability that an alignment with local ends is over after a pair.
+
+    An alignment with two local ends begins at any of n m pairs, and one with two that overlap at any of n + m - 1: the
+    weight is divided by their number, half of it (in logarithms) at either end; so is ``stop`` shared.
+    """
+
+    opening: float
+    extension: float
+    pair: float = 0.0
+    ends: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    stop: float = 0.01
+
+    def __post_init__(self) -> None:
+        if min(self.ends) < 0 or not math.isclose(sum(self.ends), 1.0, abs_tol=1e-6):
+            raise ValueError(f"ends must be three probabilities of {', '.join(ENDS)} that add up to 1, got {self.ends}")
+        if not 0 < self.stop <= 1:
+            raise ValueError(f"stop must be a probability above 0, got {self.stop}")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the sum over all alignments says.
+
+    Attributes:
+        log_pairs: log probability that i is aligned with j, [N, L, S]; below -1e8 on padding.
+        log_odds: of the two sequences having an alignment against having none, [N], in nats: the logarithm of all
+            alignments' weight, priors and numbers of placements included, where nothing aligned weighs 1.
+        ends: probability of the kinds of the alignment's beginning and end, [N, 2, 3].
+        query_flank, key_flank: probability that a residue lies beyond an end that is free, [N, L] and [N, S].
+
+    All but ``log_odds`` are given that there is an alignment.
+    """
+
+    log_pairs: Tensor
+    log_odds: Tensor
+    ends: Tensor
+    query_flank: Tensor
+    key_flank: Tensor
+
+    def transposed(self) -> Posterior:
+        """With the sequences exchanged."""
+        return Posterior(self.log_pairs.mT, self.log_odds, self.ends, self.key_flank, self.query_flank)
+
+
 def log_posterior(
     scores: Tensor, query_lengths: Tensor, key_lengths: Tensor, opening: float, extension: float
 ) -> Tensor:
-    """Log probability that i is aligned with j, [N, L, S]; below -1e8 on padding.
+    """``Posterior.log_pairs`` of global alignments."""
+    return posterior(scores, query_lengths, key_lengths, Costs(opening, extension)).log_pairs
 
-    The probability of a global alignment is in proportion to the exponential of the sum of the ``scores`` of its pairs,
-    less ``opening`` for the first and ``extension`` for each further residue of a gap, at the ends too. A gap may
-    follow a gap of the other sequence, in either order. No gradient.
+
+@torch.no_grad()
+def posterior(scores: Tensor, query_lengths: Tensor, key_lengths: Tensor, costs: Costs) -> Posterior:
+    """The sum over all alignments, exactly. No gradient.
+
+    A gap may follow a gap of the other sequence, in either order. Beyond a free end there is no gap: such an
+    alignment begins or ends with a pair. One pair of residues or more makes an alignment, unless both ends are global.
 
     Args:
         scores: [N, L, S], in nats, float32 or float64. In float32 an error of 0.004 is possible at 1500 residues.
         query_lengths, key_lengths: [N], from 1 to L and S.
-        opening, extension: in nats.
     """
     if scores.shape[1] > scores.shape[2]:  # a state is as long as the queries
-        return log_posterior(scores.mT, key_lengths, query_lengths, opening, extension).mT
+        return posterior(scores.mT, key_lengths, query_lengths, costs).transposed()
     rows, columns = _from_end(query_lengths, scores.shape[1]), _from_end(key_lengths, scores.shape[2])
     active = (rows >= 0)[:, :, None] & (columns >= 0)[:, None]
-    scores = scores.masked_fill(~active, _NEVER)
+    scores = (scores - costs.pair).masked_fill(~active, _NEVER)
     # What follows a pair is what precedes it when both sequences are read from their ends: one sweep for both.
     turned = _turned(scores, rows, columns).masked_fill(~active, _NEVER)
     n, m = (torch.cat([side, side]).long() for side in (query_lengths, key_lengths))
-    weights, totals = _forward(torch.cat([scores, turned]), n, m, opening, extension)
+    kinds = _end_weights(costs, n, m, scores)
+    weights, global_ends = _forward(torch.cat([scores, turned]), n, m, kinds, costs)
     until, since = weights.chunk(2)
-    found = until + _turned(since, rows, columns) - scores - totals.chunk(2)[0][:, None, None]
-    return found.clamp(max=0.0).masked_fill(~active, _NEVER)
+    # Where a free end is possible: the weight of all that the turned sweep has up to there is that of what begins here.
+    begins = torch.stack([_turned(since, rows, columns), until]).masked_fill(~active, _NEVER)
+    overlap, local = (kind[: len(scores)] for kind in kinds[1:])
+    edge = (_edge(scores), (rows == 0)[:, :, None] | (columns == 0)[:, None])
+    free = torch.stack(
+        [
+            torch.stack([begins[side].masked_fill(~edge[side], _NEVER) + overlap[:, None, None] for side in (0, 1)]),
+            begins + local[:, None, None],
+        ],
+        dim=2,
+    )  # beginning or end, pair of sequences, overlap or local, L, S
+    of_global = torch.stack(global_ends.chunk(2)[::-1]) + kinds[0][: len(scores)]
+    by_kind = torch.cat([of_global[..., None], free.flatten(3).logsumexp(3)], dim=2)
+    total = by_kind.logsumexp(2)[1]
+    found = until + begins[0] - scores - total[:, None, None]
+    first, last = (torch.logaddexp(*kind.unbind(1)) - total[:, None, None] for kind in free)
+    return Posterior(
+        log_pairs=found.clamp(max=0.0).masked_fill(~active, _NEVER),
+        log_odds=total,
+        ends=by_kind.softmax(2).transpose(0, 1),
+        query_flank=_outside(first.logsumexp(2).exp(), last.logsumexp(2).exp()) * (rows >= 0),
+        key_flank=_outside(first.logsumexp(1).exp(), last.logsumexp(1).exp()) * (columns >= 0),
+    )
+
+
+def _end_weights(costs: Costs, n: Tensor, m: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log weight of an end of each kind, [N]."""
+    priors = [math.log(prior) if prior > 0 else _NEVER for prior in costs.ends]
+    places = (torch.ones_like(n), n + m - 1, n * m)
+    stop = (0.0, 0.0, math.log(costs.stop) / 2)
+    of_global, overlap, local = (
+        prior + once - count.to(scores.dtype).log() / 2 for prior, once, count in zip(priors, stop, places, strict=True)
+    )
+    return of_global, overlap, local
+
+
+def _edge(scores: Tensor) -> Tensor:
+    """Whether a pair holds the first residue of a sequence, [L, S]."""
+    first = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device)
+    first[1:, 1:] = False
+    return first
+
+
+def _outside(first: Tensor, last: Tensor) -> Tensor:
+    """Of probabilities to be the first, and the last, residue with a partner, that of lying beyond, [N, L]."""
+    before = first.flip(1).cumsum(1).flip(1) - first
+    return (before + last.cumsum(1) - last).clamp(0.0, 1.0)
 
 
 def _from_end(lengths: Tensor, size: int) -> Tensor:
@@ -63,17 +178,24 @@ def _turned(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return maps.gather(1, rows).gather(2, columns)
 
 
-def _forward(scores: Tensor, n: Tensor, m: Tensor, opening: float, extension: float) -> tuple[Tensor, Tensor]:
-    """Log weight of everything up to and including each pair, [N, L, S], and of all alignments, [N].
+def _forward(
+    scores: Tensor, n: Tensor, m: Tensor, kinds: tuple[Tensor, Tensor, Tensor], costs: Costs
+) -> tuple[Tensor, Tensor]:
+    """Log weight of everything up to and including each pair, [N, L, S], and of all that ends with both sequences'
+    last residues, [N], where nothing is charged for the kind of that end.
 
     One antidiagonal i + j = d at a time, both counted from 1: its entries depend on the two before it and not on each
     other. A state is a vector over i = 0..L.
     """
     length, size = scores.shape[1:]
     never = scores.new_full((len(scores), length + 1), _NEVER)
-    start = torch.cat([torch.zeros_like(never[:, :1]), never[:, 1:]], dim=1)
-    antidiagonals = _antidiagonals(F.pad(scores, (1, 0, 1, 0), value=_NEVER))[1:]
-    weights, ends = _scan(_step(opening, extension), (start, never, never, start, never), antidiagonals)
+    start = torch.cat([kinds[0][:, None], never[:, 1:]], dim=1)
+    free = torch.where(_edge(scores), _log_add(kinds[1], kinds[2])[:, None, None], kinds[2][:, None, None])
+    both = torch.stack([scores, free], dim=1).flatten(0, 1)
+    antidiagonals = _antidiagonals(F.pad(both, (1, 0, 1, 0), value=_NEVER))[1:]
+    antidiagonals = antidiagonals.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+    step = _step(costs.opening, costs.extension)
+    weights, ends = _scan(step, (start, never, never, start, never), antidiagonals)
     total = ends[n + m - 1, torch.arange(len(n), device=n.device), n]
     pairs = _from_antidiagonals(torch.cat([never[None], weights]), size + 1)[:, 1:, 1:]
     return pairs, total
@@ -82,11 +204,11 @@ def _forward(scores: Tensor, n: Tensor, m: Tensor, opening: float, extension: fl
 @lru_cache
 def _step(opening: float, extension: float) -> _Step:
     """From the states at d - 1 (last comes a pair, a query residue alone, a key residue alone, any of them; and any at
-    d - 2) and the scores at d to the states at d."""
+    d - 2) and, at d, scores and weights of free beginnings [2, N, L + 1] to the states at d."""
 
-    def step(states: _States, scores: Tensor) -> tuple[_States, tuple[Tensor, Tensor]]:
+    def step(states: _States, given: Tensor) -> tuple[_States, tuple[Tensor, Tensor]]:
         pair, query, key, last, before = states
-        next_pair = scores + _down(before)
+        next_pair = given[0] + _log_add(_down(before), given[1])
         next_query = _down(_log_add(_log_add(pair, key) - opening, query - extension))
         next_key = _log_add(_log_add(pair, query) - opening, key - extension)
         ends = _log_add(next_pair, _log_add(next_query, next_key))
@@ -102,8 +224,8 @@ def _scan(step: _Step, states: _States, steps: Tensor) -> tuple[Tensor, Tensor]:
 
         return scan(step, states, steps, is_fn_pure=True)[1]
     outputs = []
-    for scores in steps:
-        states, output = step(states, scores)
+    for given in steps:
+        states, output = step(states, given)
         outputs.append(output)
     first, second = zip(*outputs, strict=True)
     return torch.stack(first), torch.stack(second)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.pfam.augment import BACKGROUND
 from examples.pfam.baselines import GLOBAL_GAP, HALF_BIT, blosum62, needleman_wunsch
-from examples.pfam.pair_hmm import log_posterior
+from examples.pfam.pair_hmm import Costs, Posterior, log_posterior, posterior
 from examples.pfam.pairs import encode
 
 
@@ -33,6 +34,86 @@ def by_enumeration(scores: Tensor, opening: float, extension: float) -> Tensor:
         if j < m:
             waiting.append((i, j + 1, "key", weight - (extension if last == "key" else opening), pairs))
     return found / total
+
+
+def with_free_ends(scores: Tensor, costs: Costs) -> Posterior:
+    """Every alignment of [n, m] scores with every kind of its two ends, written out and added up."""
+    n, m = scores.shape
+    pairs, ends = torch.zeros(n, m, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    flanks, total = (torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)), 0.0
+    places = (1, n + m - 1, n * m)
+    once = [
+        prior * (costs.stop**0.5 if kind == 2 else 1.0) / places[kind] ** 0.5 for kind, prior in enumerate(costs.ends)
+    ]
+
+    def possible(kind: int, at: tuple[int, int], last: tuple[int, int]) -> bool:
+        return kind == 2 or (kind == 1 and (at[0] == last[0] or at[1] == last[1]))
+
+    def count(path: list[tuple[int, int]], weight: float, kinds: tuple[int, int]) -> None:
+        nonlocal total
+        total += weight
+        for at in path:
+            pairs[at] += weight
+        for end, kind in enumerate(kinds):
+            ends[end, kind] += weight
+            for side, flank in enumerate(flanks):
+                if kind > 0 and end == 0:
+                    flank[: path[0][side]] += weight
+                elif kind > 0:
+                    flank[path[-1][side] + 1 :] += weight
+
+    def grow(i: int, j: int, last: str, weight: float, path: list[tuple[int, int]], begun: int) -> None:
+        """What is aligned up to i and j, exclusive; beyond a free end nothing stands but pairs."""
+        if (i, j) == (n, m):
+            count(path, weight * once[0], (begun, 0))
+        if last == "pair":
+            for kind in (1, 2):
+                if possible(kind, path[-1], (n - 1, m - 1)):
+                    count(path, weight * once[kind], (begun, kind))
+        if i < n and j < m:
+            grow(i + 1, j + 1, "pair", weight * math.exp(scores[i, j] - costs.pair), [*path, (i, j)], begun)
+        if i < n:
+            cost = costs.extension if last == "query" else costs.opening
+            grow(i + 1, j, "query", weight * math.exp(-cost), path, begun)
+        if j < m:
+            cost = costs.extension if last == "key" else costs.opening
+            grow(i, j + 1, "key", weight * math.exp(-cost), path, begun)
+
+    grow(0, 0, "", once[0], [], 0)
+    for i in range(n):
+        for j in range(m):
+            for kind in (1, 2):
+                if possible(kind, (i, j), (0, 0)):
+                    grow(i + 1, j + 1, "pair", once[kind] * math.exp(scores[i, j] - costs.pair), [(i, j)], kind)
+    log_odds = torch.tensor(total, dtype=torch.float64).log()
+    return Posterior((pairs / total).log(), log_odds, ends / total, *(flank / total for flank in flanks))
+
+
+FREE = Costs(1.5, 0.4, 0.2, (0.5, 0.2, 0.3), 0.1)
+
+
+@pytest.mark.parametrize(
+    "costs", [FREE, Costs(0.3, 0.3, -0.1, (0.0, 1.0, 0.0)), Costs(2.0, 0.1, 0.5, (0.0, 0.0, 1.0), 1.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_free_ends_are_the_sum_over_every_alignment_and_every_kind_of_end(costs: Costs, dtype: torch.dtype) -> None:
+    scores = 2 * torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    n, m = torch.tensor([4, 3, 1, 4]), torch.tensor([5, 4, 2, 1])
+    for batch, sizes in ((scores, (n, m)), (scores.mT, (m, n))):
+        found = posterior(batch.to(dtype), *sizes, costs)
+        tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-9}
+        for index, (rows, columns) in enumerate(zip(*(size.tolist() for size in sizes), strict=True)):
+            expected = with_free_ends(batch[index, :rows, :columns], costs)
+            shown = (
+                (found.log_pairs[index, :rows, :columns].exp(), expected.log_pairs.exp()),
+                (found.log_odds[index], expected.log_odds),
+                (found.ends[index], expected.ends),
+                (found.query_flank[index, :rows], expected.query_flank),
+                (found.key_flank[index, :columns], expected.key_flank),
+            )
+            for ours, truth in shown:
+                torch.testing.assert_close(ours.double(), truth, **tolerance)
+            assert not found.query_flank[index, rows:].any() and not found.key_flank[index, columns:].any()
 
 
 @pytest.mark.parametrize("costs", [(1.5, 0.4), (0.3, 0.3), (4.0, 0.0)])
@@ -74,3 +155,44 @@ def test_thousands_of_residues_stay_finite() -> None:
     found = log_posterior(scores, torch.tensor([len(residues)]), torch.tensor([900]), 5.2, 0.35)
     assert torch.isfinite(found).all() and float(found.max()) <= 0.0
     assert float(found.exp().sum()) == pytest.approx(900, rel=0.01)
+
+
+def test_a_part_that_is_shared_is_found_wherever_it_stands() -> None:
+    rng = np.random.default_rng(1)
+    part, before, after, other = (rng.integers(0, 20, length) for length in (80, 90, 70, 60))
+    costs = Costs(5.2, 0.35, 0.05, (0.4, 0.3, 0.3))
+    kinds = {
+        "local": (np.concatenate([before, part, after]), np.concatenate([other, part, other])),
+        "overlap": (np.concatenate([before, part]), np.concatenate([part, after])),
+        "global": (part, part),
+    }
+    for kind, (query, key) in kinds.items():
+        scores = torch.tensor(HALF_BIT * blosum62()[np.ix_(query, key)])[None]
+        found = posterior(scores, torch.tensor([len(query)]), torch.tensor([len(key)]), costs)
+        windows = (np.lib.stride_tricks.sliding_window_view(side, 80) for side in (query, key))
+        at = [int((window == part).all(1).argmax()) for window in windows]
+        true = found.log_pairs[0, at[0] : at[0] + 80, at[1] : at[1] + 80].diagonal().exp()
+        assert true[3:-3].min() > 0.95, kind
+        assert found.ends[0, :, ("global", "overlap", "local").index(kind)].min() > 0.5
+        assert found.query_flank[0, at[0] + 3 : at[0] + 77].max() < 0.05
+        if at[0]:
+            assert found.query_flank[0, : at[0] - 5].min() > 0.9
+        assert found.log_odds > 50
+
+
+def test_sequences_that_share_nothing_have_odds_below_one() -> None:
+    rng = np.random.default_rng(2)
+    background = np.array(BACKGROUND) / BACKGROUND.sum()
+    costs = Costs(5.2, 0.35, 0.05, (0.4, 0.3, 0.3))
+    odds = []
+    for n, m in ((60, 200), (150, 150), (300, 250)):
+        scores = torch.tensor(HALF_BIT * blosum62())[rng.choice(20, n, p=background)][:, rng.choice(20, m, p=background)]
+        odds.append(float(posterior(scores[None], torch.tensor([n]), torch.tensor([m]), costs).log_odds))
+    assert max(odds) < 0
+
+
+def test_priors_must_be_probabilities() -> None:
+    with pytest.raises(ValueError, match="ends must be three probabilities of global, overlap, local"):
+        Costs(1.0, 0.1, ends=(0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="stop must be a probability above 0, got 0"):
+        Costs(1.0, 0.1, stop=0)
