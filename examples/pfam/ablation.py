@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no pair HMM": {"gaps": "single"},
     "second attention once": {"train_rounds": 1, "rounds": 1},
     "no augmentation": {"mutation_rate": 0.0, "indels": 0.0},
+    "no flanks": {"flanked": 0.0, "unrelated": 0.0},
 }
 """The settings that each variant changes; the first changes nothing."""
 

@@ -52,6 +52,8 @@ class Config:
     barycentre_weight: float = setting(0.1, Range(0), "weight of the barycentre loss, per residue")
     mutation_rate: float = setting(0.6, _FRACTION, "each side of a pair is mutated at a rate up to this")
     indels: float = setting(0.5, Range(0, 100), "inserted or deleted runs per hundred residues and side")
+    flanked: float = setting(0.5, Range(0, 1), "share of the pairs that are set between flanks they do not share")
+    unrelated: float = setting(0.1, Range(0, 1), "share of the pairs of sequences that have nothing in common")
     dim: int = setting(64, Range(21, _WIDTH), "width of the tokens")
     dropout: float = setting(0.25, _FRACTION, "dropout in the context blocks")
     heads: int = setting(4, Range(1, 64), "learned projections whose inner products are compared")
@@ -71,6 +73,8 @@ class Config:
         for field in fields(self):
             _check_kind(field.name, str(field.type), getattr(self, field.name))
         check_settings(self)
+        if self.flanked + self.unrelated > 1:
+            raise ValueError(f"--flanked {self.flanked:g} and --unrelated {self.unrelated:g} are more than all pairs")
         if self.attention != "sinkhorn" and (self.capacity != "full" or self.relaxation is not None):
             raise ValueError(f"--capacity and --relaxation are Sinkhorn's: {self.attention} has no masses to keep")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import objective, static
+from .model import Output
 from .sampler import Batch
 
 DEVICES = ("cpu", "cuda", "xla", "tpu")
@@ -67,11 +68,11 @@ class Device:
         """A batch of at most `size` pairs with sides of at most `longest`; with its targets if `learning`."""
         return Placed(batch)
 
-    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+    def losses(self, output: Output, placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the one to show."""
         pairs = placed.batch.pairs
-        loss = objective.training_loss(plans, pairs, barycentre_weight)
-        return loss, objective.plan_loss(plans[1].detach(), pairs)
+        loss = objective.training_loss(output, pairs, barycentre_weight)
+        return loss, objective.plan_loss(output.last.detach(), pairs)
 
     def precision(self) -> AbstractContextManager[object]:
         """Around the forward."""
@@ -133,8 +134,8 @@ class CudaDevice(Device):
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
 
-    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
-        return _static_losses(plans, placed, barycentre_weight)
+    def losses(self, output: Output, placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+        return _static_losses(output, placed, barycentre_weight)
 
     def describe(self) -> str:
         return f"{torch.cuda.get_device_name(self.device)}, {self.precision_name}"
@@ -165,8 +166,8 @@ class CompiledDevice(Device):
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self.device)
 
-    def losses(self, plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
-        return _static_losses(plans, placed, barycentre_weight)
+    def losses(self, output: Output, placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+        return _static_losses(output, placed, barycentre_weight)
 
 
 class TpuDevice(CompiledDevice):
@@ -320,11 +321,11 @@ def open_device(name: str, fsdp: int = 1, precision: str = "float32", local_rank
     return CudaDevice(local_rank, precision) if name == "cuda" else Device(precision)
 
 
-def _static_losses(plans: tuple[Tensor, Tensor], placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
+def _static_losses(output: Output, placed: Placed, barycentre_weight: float) -> tuple[Tensor, Tensor]:
     """`Device.losses` from targets that are tensors."""
     assert placed.known is not None
-    loss = static.training_loss(plans, placed.known, barycentre_weight)
-    return loss, static.plan_loss(plans[1].detach(), placed.known)
+    loss = static.training_loss(output, placed.known, barycentre_weight)
+    return loss, static.plan_loss(output.last.detach(), placed.known)
 
 
 def on_cpu(state: Any) -> Any:

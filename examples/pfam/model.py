@@ -3,11 +3,13 @@
 Both sequences go through the same network; maps of pairs of residues have a query's and a key's side, so exchanging the
 sequences changes a plan a little.
 
-1. Residue embeddings (inner products start at BLOSUM62) and dilated convolutions make a token per residue.
+1. Residue embeddings, whose products in a metric of both signs start at BLOSUM62, and dilated convolutions make a token
+   per residue.
 2. First attention. Queries and keys are the embeddings and several learned projections of the tokens; the averages of
-   these scores along diagonals, a mild preference for the scaled diagonal, and what alignments with affine gap costs
-   make of the embeddings' products, are judged entry by entry by a small perceptron and added as a float
-   ``attn_mask``. A dustbin score per residue is its gap penalty.
+   these scores along diagonals, a mild preference for the scaled diagonal where the sequences begin and end together,
+   and what alignments with affine gap costs and free ends make of the scores (``runs``), are judged entry by entry by
+   a small perceptron and added as a float ``attn_mask``. A dustbin score per residue is its gap penalty, which knows
+   where the flanks are.
 3. Second attention: each token reads what it was aligned with; the same perceptron idea judges the first plan: its
    entries, their averages along diagonals, and where the neighbourhood of either residue landed. Its plan is the
    alignment, or the first plan of another round.
@@ -16,7 +18,7 @@ sequences changes a plan a little.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +28,11 @@ from torch import Tensor, nn
 from torch_sinkhorn_attn import Dustbin
 
 from .attentions import AttentionProblem
-from .baselines import GLOBAL_GAP, HALF_BIT, blosum62
+from .baselines import blosum62
 from .config import Config
 from .layers import ContextBlock, PairScore, diagonal_means
-from .pair_hmm import log_posterior
 from .pairs import ALPHABET
+from .runs import MAPS, RunEvidence, Runs
 from .sampler import PADDING, Batch
 
 _DILATIONS = (1, 1, 2, 4)
@@ -44,7 +46,6 @@ _UNIT = 8.0
 # Weights of BLOSUM62 (in half bits) itself and of its averages along diagonals, before anything is learned.
 _START = (0.15, 0.3, 0.6, 1.2, 0.6)
 _START_DISTANCE = 0.02
-_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -92,28 +93,44 @@ class Scored:
     maps: tuple[Tensor, ...]
     query_bin: Tensor
     key_bin: Tensor
+    runs: RunEvidence | None
+
+
+class Output(NamedTuple):
+    """Plans of the first and the last attention, [N, L+1, S+1], the dustbin last; and where gaps are seen as runs, the
+    scores [N, L, S] and the log odds [N] of ``RunEvidence``."""
+
+    first: Tensor
+    last: Tensor
+    scores: Tensor | None = None
+    log_odds: Tensor | None = None
 
 
 class Aligner(nn.Module):
-    """Maps a batch of pairs to the plans of the first and the last attention, [N, L+1, S+1], the dustbin last.
+    """Maps a batch of pairs to the plans of the first and the last attention, and more: see ``Output``.
 
-    ``engine`` computes the attentions; None is the first that can.
+    ``engine`` computes the attentions; None is the first that can. ``mode`` is what is known of the alignments' ends,
+    one of ``runs.MODES``.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.engine: str | None = None
+        self.mode = "auto"
         dim, heads = config.dim, config.heads
         self.embedding = nn.Embedding(len(ALPHABET) + 1, dim, padding_idx=PADDING)
+        self.metric: Tensor
+        self.register_buffer("metric", torch.zeros(dim), persistent=False)
         self._initialise_embedding()
         self.context = nn.ModuleList(ContextBlock(dim, dilation, config.dropout) for dilation in _DILATIONS)
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, heads * _HEAD_DIM, bias=False)
         # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.
         self.gain = nn.Parameter(torch.tensor([_START[0], *[0.0] * heads]))
-        maps = (1 + heads) * (1 + len(_WIDTHS)) + (_RUNS if config.gaps == "affine" else 0)
+        maps = (1 + heads) * (1 + len(_WIDTHS)) + (MAPS if config.gaps == "affine" else 0)
         self.first = PairScore(4 + maps, config.hidden, self._initial_weights(heads))
+        self.runs = Runs(dim) if config.gaps == "affine" else None
         self.dustbin = nn.Linear(dim, 1)
         self.read = nn.Linear(2 * dim + 2, dim)
         nn.init.normal_(self.read.weight, std=0.02)
@@ -126,9 +143,10 @@ class Aligner(nn.Module):
         nn.init.zeros_(self.dustbin.weight)
         nn.init.zeros_(self.dustbin.bias)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        solved = self.solve(batch)
-        return solved[0][1], solved[-1][1]
+    def forward(self, batch: Batch) -> Output:
+        scored, solved = self._solve(batch)
+        runs = (scored.runs.scores, scored.runs.log_odds) if scored.runs else (None, None)
+        return Output(solved[0][1], solved[-1][1], *runs)
 
     def solve(self, batch: Batch) -> list[tuple[AttentionProblem, Tensor]]:
         """The attentions in order, each with its plan [N, L+1, S+1]; each depends on the plan before it.
@@ -136,6 +154,9 @@ class Aligner(nn.Module):
         The second attention is asked ``train_rounds`` times in training and ``rounds`` times in evaluation, each time
         about the plan of the time before.
         """
+        return self._solve(batch)[1]
+
+    def _solve(self, batch: Batch) -> tuple[Scored, list[tuple[AttentionProblem, Tensor]]]:
         a = self._encode(batch.query, batch.query_lengths)
         b = self._encode(batch.key, batch.key_lengths)
         options = self._options(batch)
@@ -146,7 +167,7 @@ class Aligner(nn.Module):
             solved = [self._solved(*asked, options)]
             for _ in range(self.config.train_rounds if self.training else self.config.rounds):
                 solved.append(self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options))
-        return solved
+        return scored, solved
 
     def _encode(self, residues: Tensor, lengths: Tensor) -> Side:
         active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
@@ -163,30 +184,40 @@ class Aligner(nn.Module):
         a_heads, b_heads = self.project(a_normal) * a.active, self.project(b_normal) * b.active
         split = (heads, _HEAD_DIM)
         products = a_heads.unflatten(2, split).transpose(1, 2) @ b_heads.unflatten(2, split).permute(0, 2, 3, 1)
-        content = torch.cat([(a.embedded @ b.embedded.transpose(1, 2))[:, None], products / _HEAD_DIM**0.5], dim=1)
+        substitution = (a.embedded * self.metric) @ b.embedded.transpose(1, 2)
+        content = torch.cat([substitution[:, None], products / _HEAD_DIM**0.5], dim=1)
+        means = diagonal_means(content, _WIDTHS)
+        runs, doubt = None, torch.zeros((), device=content.device)
+        if self.runs is not None:
+            runs = self.runs(substitution, a_normal, b_normal, (a.lengths, b.lengths), self.mode)
+            doubt = (DOUBT_IN_TRAINING if self.training else DOUBT)(runs.posterior.log_pairs)
+        of_runs = (runs.maps,) if runs else ()
+        evidence = self.first(content, means, *self._distances(a, b, runs), *of_runs) - doubt
+        gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
+        return Scored(
+            query=torch.cat([a.embedded * self.metric, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
+            key=torch.cat([b.embedded, b_heads], dim=2),
+            evidence=evidence,
+            maps=(content.detach(), means.detach(), *of_runs),
+            query_bin=self.dustbin(a_normal)[..., 0] + (runs.query_bin if runs else 0.0),
+            key_bin=self.dustbin(b_normal)[..., 0] + (runs.key_bin if runs else 0.0),
+            runs=runs,
+        )
+
+    def _distances(self, a: Side, b: Side, runs: RunEvidence | None) -> tuple[Tensor, Tensor]:
+        """Distances from three diagonals, [N, 3, L, S], and the square of the relative one, [N, 1, L, S].
+
+        They count as far as the sequences begin, or end, together.
+        """
         scaled = b.positions - a.centres_on(b)[..., None]
         relative = (4 * scaled / (a.lengths + b.lengths)[:, None, None]).square()
         # A single long insertion leaves everything before it in line with the starts, and after it with the ends.
         from_start = (b.positions - a.positions[:, None]).expand_as(scaled)
         from_end = from_start - (b.lengths - a.lengths)[:, None, None]
-        apart = torch.stack([distance.abs().clamp(max=100) for distance in (scaled, from_start, from_end)], dim=1)
-        means = diagonal_means(content, _WIDTHS)
-        runs: list[Tensor] = []
-        doubt: Tensor | float = 0.0
-        if self.config.gaps == "affine":
-            log_p = _as_runs(content[:, 0], a, b)
-            runs.append(torch.stack([(log_p.exp() + 1e-4).log() / 3, log_p.exp(), log_p.clamp(min=-30) / 10], dim=1))
-            doubt = (DOUBT_IN_TRAINING if self.training else DOUBT)(log_p)
-        evidence = self.first(content, means, 0.03 * apart, relative[:, None], *runs) - doubt
-        gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
-        return Scored(
-            query=torch.cat([a.embedded, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
-            key=torch.cat([b.embedded, b_heads], dim=2),
-            evidence=evidence,
-            maps=(content.detach(), means.detach(), *runs),
-            query_bin=self.dustbin(a_normal)[..., 0],
-            key_bin=self.dustbin(b_normal)[..., 0],
-        )
+        begin, end = runs.whole if runs else (1.0, 1.0)
+        known = ((scaled, begin * end), (from_start, begin), (from_end, end))
+        apart = torch.stack([distance.abs().clamp(max=100) * weight for distance, weight in known], dim=1)
+        return 0.03 * apart, (relative * begin * end)[:, None]
 
     def _again(
         self, a: Side, b: Side, scored: Scored, plan: Tensor, options: dict[str, Any]
@@ -275,15 +306,17 @@ class Aligner(nn.Module):
 
     @torch.no_grad()
     def _initialise_embedding(self) -> None:
-        # Inner products of the embeddings start at BLOSUM62 (its positive part): what decades of aligned proteins
-        # says about substitutions need not be learned again from few families. Everything stays trainable.
+        # Products of the embeddings start at BLOSUM62, exactly: what decades of aligned proteins say about
+        # substitutions need not be learned again from few families. Its eigenvalues are of both signs, so the metric
+        # is; dimensions of neither are for the tokens alone. All but the metric stays trainable.
         values, vectors = np.linalg.eigh(blosum62())
-        root = torch.tensor(vectors * np.sqrt(np.maximum(values, 0.0)), dtype=torch.float32)
+        root = torch.tensor(vectors * np.sqrt(np.abs(values)), dtype=torch.float32)
         if self.embedding.embedding_dim < root.shape[1]:
             raise ValueError(f"dim must be at least {root.shape[1]}, got {self.embedding.embedding_dim}")
+        self.metric[: root.shape[1]] = torch.tensor(np.sign(values), dtype=torch.float32)
         weight = self.embedding.weight
         weight.normal_(std=0.1)
-        weight[: len(ALPHABET), : root.shape[1]] += root
+        weight[: len(ALPHABET), : root.shape[1]] = root
         weight[PADDING] = 0.0
 
     @staticmethod
@@ -307,12 +340,6 @@ class GapScore(nn.Module):
     def forward(self, plan: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
         known = torch.cat([_certainty(plan), self.reduce(tokens)], dim=2) * active
         return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
-
-
-def _as_runs(products: Tensor, a: Side, b: Side) -> Tensor:
-    """Log posterior of pairs [N, L, S] where gaps are runs, from the embeddings' products, in BLOSUM62's half bits."""
-    opening, extension = (HALF_BIT * cost for cost in GLOBAL_GAP)
-    return log_posterior(HALF_BIT * products, a.lengths, b.lengths, opening, extension)
 
 
 def _certainty(plan: Tensor) -> Tensor:

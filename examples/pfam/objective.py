@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .metrics import LOG_FLOOR, unmatched
+from .model import Output
 from .pairs import Pair
 
 FIRST_STAGE_WEIGHT = 0.3
+RUNS_WEIGHT = 0.5
 
 
 def plan_loss(plan: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -46,15 +49,33 @@ def barycentre_loss(plan: Tensor, pairs: Sequence[Pair]) -> Tensor:
     on_key, on_query = centres(real), centres(real.transpose(1, 2))
     total = plan.new_zeros(())
     for index, pair in enumerate(pairs):
+        if len(pair.target) == 0:
+            continue
         i, j = torch.from_numpy(pair.target).unbind(dim=1)
         total = total + 0.5 * ((on_key[index, i] - j).abs().mean() + (on_query[index, j] - i).abs().mean())
     return total / len(pairs)
 
 
-def training_loss(plans: tuple[Tensor, Tensor], pairs: Sequence[Pair], barycentre_weight: float) -> Tensor:
-    """The second plan's losses, plus a fraction of the first's: deep supervision, so that both plans mean alignment."""
-    loss = plan_loss(plans[1], pairs) + FIRST_STAGE_WEIGHT * plan_loss(plans[0], pairs)
-    return loss + barycentre_weight * barycentre_loss(plans[1], pairs)
+def runs_loss(scores: Tensor, log_odds: Tensor, pairs: Sequence[Pair]) -> Tensor:
+    """Minus the log probability of the right alignment for the pair HMM, a residue: mean over the pairs.
+
+    Up to what its gaps and ends cost, which nothing is learned of. ``scores`` and ``log_odds`` are ``RunEvidence``'s:
+    the weight of all alignments is that of none, 1, and theirs.
+    """
+    total = scores.new_zeros(())
+    for index, pair in enumerate(pairs):
+        i, j = torch.from_numpy(pair.target).unbind(dim=1)
+        total = total + (F.softplus(log_odds[index]) - scores[index, i, j].sum()) / (len(pair.query) + len(pair.key))
+    return total / len(pairs)
+
+
+def training_loss(output: Output, pairs: Sequence[Pair], barycentre_weight: float) -> Tensor:
+    """The last plan's losses, plus a fraction of the first's: deep supervision, so that both plans mean alignment; and
+    the pair HMM's."""
+    loss = plan_loss(output.last, pairs) + FIRST_STAGE_WEIGHT * plan_loss(output.first, pairs)
+    if output.scores is not None and output.log_odds is not None:
+        loss = loss + RUNS_WEIGHT * runs_loss(output.scores, output.log_odds, pairs)
+    return loss + barycentre_weight * barycentre_loss(output.last, pairs)
 
 
 def centres(real: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .augment import insert_and_delete, mutate
+from .context import Foreign, Setting, domain_cap, draw_setting, flanked, joined, truncated, unrelated
+from .identity import related
 from .pairs import ALPHABET, Family, IntArray, Pair, crop_pair, make_pair
 
 PADDING = len(ALPHABET)
@@ -21,7 +23,9 @@ FEWEST_TARGETS = 5
 _TRIES = 1000
 T = TypeVar("T")
 # Independent streams of random numbers from one seed.
-_PAIRS, _POOLS, _EPOCHS = 0, 1, 2
+_PAIRS, _POOLS, _EPOCHS, _SETTINGS = 0, 1, 2, 3
+_TRUNCATED = 0.15
+_FOREIGN_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class PairSampler:
         cap: longest side of a training pair; longer ones are cropped around a common target pair.
         mutation_rate: each side is mutated at a rate uniform in [0, mutation_rate].
         indels: expected inserted or deleted runs per hundred residues and side.
+        flanked: share of the pairs that are set in a context, see ``context``; others are whole domains.
+        unrelated: share of the pairs whose sequences are of different families, or shuffled: nothing to align.
         pool: steps whose pairs are sorted together. In a larger pool lengths are more alike, so there is less padding,
             and where families are few, a batch holds fewer of them.
         rank, world: this process takes every ``world``-th pair of a batch, from ``rank`` on.
@@ -100,6 +106,8 @@ class PairSampler:
         mutation_rate: float,
         indels: float,
         seed: int,
+        flanked: float = 0.0,
+        unrelated: float = 0.0,
         pool: int = 4,
         rank: int = 0,
         world: int = 1,
@@ -110,6 +118,7 @@ class PairSampler:
             raise ValueError(f"--batch-size {size} is less than the {world} processes; each needs a pair")
         self.families, self.size, self.cells, self.cap = families, size, cells, cap
         self.mutation_rate, self.indels, self.seed = mutation_rate, indels, seed
+        self.flanked, self.unrelated = flanked, unrelated if len(families) > 1 else 0.0
         self.pool, self.rank, self.world = pool, rank, world
         counts = np.array([len(family.sequences) for family in families])
         self._places = np.cumsum(np.sqrt(counts / counts.min()))
@@ -145,6 +154,11 @@ class PairSampler:
         epoch, place = divmod(number, self.epoch_pairs)
         return int(self._epoch(epoch)[place])
 
+    def setting_of(self, number: int) -> Setting:
+        """Whether a pair is plain, flanked or unrelated, and how long it will be."""
+        rng = np.random.default_rng([self.seed, _SETTINGS, number])
+        return draw_setting(self.flanked, self.unrelated, self.cap, rng)
+
     def _shuffled_epoch(self, epoch: int) -> IntArray:
         # Systematic sampling: evenly spaced points on the line on which each family occupies its weight.
         rng = np.random.default_rng([self.seed, _EPOCHS, epoch])
@@ -153,14 +167,16 @@ class PairSampler:
         return rng.permutation(found)
 
     def _sorted_pool(self, pool: int) -> IntArray:
-        """Numbers of pairs, [pool, size]. Lengths are those before insertions and deletions: nothing is drawn twice."""
+        """Numbers of pairs, [pool, size]. Lengths are those before insertions and deletions, and about those with
+        flanks: nothing is drawn twice."""
         first = pool * self.pool * self.size
         lengths = np.empty((self.pool * self.size, 2), dtype=np.int64)
         for offset in range(len(lengths)):
             number = first + offset
             family = self.families[self.family_of(number)]
             chosen = _two_of(family, np.random.default_rng([self.seed, _PAIRS, number]))
-            lengths[offset] = [min(len(family.sequences[index]), self.cap) for index in chosen]
+            length = self.setting_of(number).length
+            lengths[offset] = [length or min(len(family.sequences[index]), self.cap) for index in chosen]
         rng = np.random.default_rng([self.seed, _POOLS, pool])
         # The plan is as large as the longest sides allow, so the longer side decides, then the shorter.
         order = np.lexsort((rng.random(len(lengths)), lengths.min(axis=1), lengths.max(axis=1)))
@@ -168,20 +184,69 @@ class PairSampler:
 
     def _draw(self, number: int) -> Pair:
         rng = np.random.default_rng([self.seed, _PAIRS, number])
-        family = self.families[self.family_of(number)]
+        setting = self.setting_of(number)
+        foreign = self._foreign(family := self.families[self.family_of(number)], rng)
+        pair = self._domain(family, setting, rng)
+        if setting.kind == "unrelated":
+            pair = unrelated(pair, foreign, self.cap, rng)
+        if setting.kind != "flanked":
+            return self._mutated(pair, rng)
+        if setting.second_domain and len(self.families) > 1:
+            room = setting.length - max(len(pair.query), len(pair.key))
+            second = self._domain(self._other(family, rng), setting, rng)
+            if max(len(second.query), len(second.key)) <= room:
+                pair = joined(pair, second)
+        return flanked(self._mutated(pair, rng), setting.length, foreign, rng)
+
+    def _domain(self, family: Family, setting: Setting, rng: np.random.Generator) -> Pair:
+        """A pair of a family, or of another in its place, without flanks."""
         for attempt in range(1, _TRIES + 1):
             first, second = _two_of(family, rng)
             pair = insert_and_delete(make_pair(family, first, second), self.indels, rng)
-            pair = crop_pair(pair, self.cap, rng)
+            pair = crop_pair(pair, domain_cap(setting.length, rng) if setting.length else self.cap, rng)
+            if setting.kind == "flanked" and rng.random() < _TRUNCATED:
+                pair = truncated(pair, FEWEST_TARGETS, rng)
             if len(pair.target) >= FEWEST_TARGETS:
-                rates = rng.random(2) * self.mutation_rate
-                return replace(pair, query=mutate(pair.query, rates[0], rng), key=mutate(pair.key, rates[1], rng))
+                return pair
             if attempt % 20 == 0:  # a family of fragments: another in its place
                 family = self.families[int(rng.integers(len(self.families)))]
         raise ValueError(
             f"{_TRIES} drawn pairs in a row share fewer than {FEWEST_TARGETS} aligned residues; is the data an "
             "alignment?"
         )
+
+    def _mutated(self, pair: Pair, rng: np.random.Generator) -> Pair:
+        rates = rng.random(2) * self.mutation_rate
+        return replace(pair, query=mutate(pair.query, rates[0], rng), key=mutate(pair.key, rates[1], rng))
+
+    def _foreign(self, family: Family, rng: np.random.Generator) -> Foreign:
+        """Sequences of families other than ``family`` and than each other."""
+        known = [family]
+
+        def draw() -> IntArray:
+            other = self._other(family, rng)
+            for _ in range(_FOREIGN_TRIES):
+                if all(len(set(related([before, other]))) > 1 for before in known):
+                    known.append(other)
+                    break
+                other = self._other(family, rng)
+            else:  # there are not so many families
+                return rng.permutation(_sequence_of(other, rng))
+            return _sequence_of(other, rng)
+
+        return draw
+
+    def _other(self, family: Family, rng: np.random.Generator) -> Family:
+        """A family that is drawn like any other, and not this one where there are several."""
+        for _ in range(_FOREIGN_TRIES):
+            other = self.families[int(rng.integers(len(self.families)))]
+            if len(set(related([family, other]))) > 1:
+                break
+        return other
+
+
+def _sequence_of(family: Family, rng: np.random.Generator) -> IntArray:
+    return family.sequences[int(rng.integers(len(family.sequences)))].residues.astype(np.int64)
 
 
 def _two_of(family: Family, rng: np.random.Generator) -> tuple[int, int]:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .metrics import LOG_FLOOR, unmatched
-from .objective import FIRST_STAGE_WEIGHT, centres
+from .model import Output
+from .objective import FIRST_STAGE_WEIGHT, RUNS_WEIGHT, centres
 from .pairs import Pair
 from .sampler import PADDING, Batch, collate
 
@@ -32,6 +33,7 @@ class Targets:
         row_weight, col_weight: [N, L], [N, S] weight of the entry in the mean negative log plan; a matched pair counts
             with its row, and its column has weight 0.
         row_aligned, col_aligned: [N, L], [N, S] weight of the token in the barycentre loss.
+        share: [N] weight of a residue of the pair, 1 / (n + m) over the number of pairs.
     """
 
     row_partner: Tensor
@@ -40,6 +42,7 @@ class Targets:
     col_weight: Tensor
     row_aligned: Tensor
     col_aligned: Tensor
+    share: Tensor
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -78,9 +81,11 @@ def targets(pairs: Sequence[Pair], size: int, length: int) -> Targets:
     """Of a padded batch; the copies that fill it up have weight 0."""
     partner = np.full((2, size, length), -1, dtype=np.int32)
     weight, aligned = np.zeros((2, 2, size, length), dtype=np.float32)
+    share = np.zeros(size, dtype=np.float32)
     for index, pair in enumerate(pairs):
         n, m = len(pair.query), len(pair.key)
         i, j = pair.target.T
+        share[index] = 1.0 / (n + m) / len(pairs)
         partner[0, index, i], partner[1, index, j] = j, i
         weight[0, index, i] = 2.0 / (n + m)
         aligned[:, index][0, i] = aligned[:, index][1, j] = 0.5 / max(len(i), 1)
@@ -89,7 +94,7 @@ def targets(pairs: Sequence[Pair], size: int, length: int) -> Targets:
             weight[side, index, lone] = 1.0 / (n + m)
     weight /= len(pairs)
     aligned /= len(pairs)
-    return Targets(*(torch.from_numpy(side) for both in (partner, weight, aligned) for side in both))
+    return Targets(*(torch.from_numpy(side) for both in (partner, weight, aligned) for side in both), torch.from_numpy(share))
 
 
 def plan_loss(plan: Tensor, known: Targets) -> Tensor:
@@ -111,7 +116,17 @@ def barycentre_loss(plan: Tensor, known: Targets) -> Tensor:
     return of_rows.sum() + of_columns.sum()
 
 
-def training_loss(plans: tuple[Tensor, Tensor], known: Targets, barycentre_weight: float) -> Tensor:
+def runs_loss(scores: Tensor, log_odds: Tensor, known: Targets) -> Tensor:
+    """`objective.runs_loss` of scores [N, L, S]."""
+    columns = torch.arange(scores.shape[2], device=scores.device, dtype=known.row_partner.dtype)
+    chosen = (known.row_partner[..., None] == columns).to(scores.dtype)
+    of_pairs = F.softplus(log_odds) - (scores * chosen).sum((1, 2))
+    return (of_pairs * known.share).sum()
+
+
+def training_loss(output: Output, known: Targets, barycentre_weight: float) -> Tensor:
     """`objective.training_loss`."""
-    loss = plan_loss(plans[1], known) + FIRST_STAGE_WEIGHT * plan_loss(plans[0], known)
-    return loss + barycentre_weight * barycentre_loss(plans[1], known)
+    loss = plan_loss(output.last, known) + FIRST_STAGE_WEIGHT * plan_loss(output.first, known)
+    if output.scores is not None and output.log_odds is not None:
+        loss = loss + RUNS_WEIGHT * runs_loss(output.scores, output.log_odds, known)
+    return loss + barycentre_weight * barycentre_loss(output.last, known)

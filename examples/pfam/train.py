@@ -29,7 +29,7 @@ from .device import Device, on_cpu
 from .distributed import Processes
 from .evaluate import Interrupted, Scores, align_pairs, score_model
 from .loader import drawn_ahead
-from .model import Aligner
+from .model import Aligner, Output
 from .pairs import Pair
 from .sampler import Batch, PairSampler, collate, padding
 from .source import MOST_TEXT
@@ -103,6 +103,8 @@ class Trainer:
             cap=config.cap,
             mutation_rate=config.mutation_rate,
             indels=config.indels,
+            flanked=config.flanked,
+            unrelated=config.unrelated,
             seed=config.seed,
             pool=config.pool,
             rank=self.processes.rank,
@@ -233,8 +235,10 @@ class Trainer:
         """Its share of the losses [2], to minimise and to show."""
         placed = self.device.place(part, self.config.batch_size, self.config.cap, learning=True)
         with self.device.precision():
-            first, last = self.trained(placed.batch)
-        loss, shown = self.device.losses((first.float(), last.float()), placed, self.config.barycentre_weight)
+            output = self.trained(placed.batch)
+        # The plans may be in half precision.
+        output = Output(output.first.float(), output.last.float(), *output[2:])
+        loss, shown = self.device.losses(output, placed, self.config.barycentre_weight)
         # Losses are means over the part's pairs, and gradients will be means over the processes.
         share = len(part.pairs) * self.processes.world / self.config.batch_size
         (share * loss).backward()

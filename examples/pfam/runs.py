@@ -1,0 +1,127 @@
+"""Gaps as runs: the scores that the pair hidden Markov model is given, and what the aligner takes from it as evidence.
+
+The scores are log odds: BLOSUM62, exactly, at the start, and what residues in their contexts add, which is learned. The
+model is trained as a conditional random field: the logarithm of an alignment's probability has a gradient that needs
+nothing but the posterior (Do, Gross and Batzoglou, CONTRAlign, RECOMB 2006). Of unrelated pairs the right alignment is
+none, whose weight is 1; so the log odds of having an alignment are learned with the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .baselines import GLOBAL_GAP, HALF_BIT
+from .pair_hmm import Costs, Posterior, posterior
+
+_OPENING, _EXTENSION = (HALF_BIT * cost for cost in GLOBAL_GAP)
+_AUTO = Costs(_OPENING, _EXTENSION, ends=(0.8, 0.1, 0.1), stop=0.01)
+MODES = {
+    "auto": _AUTO,
+    "global": replace(_AUTO, ends=(1.0, 0.0, 0.0)),
+    "local": replace(_AUTO, ends=(0.0, 0.0, 1.0)),
+}
+"""Costs by what is known of the ends: nothing, that both sequences begin and end together, or that both are free."""
+
+MAPS = 5
+_FEATURES = 6
+_WIDTH = 32
+_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class RunEvidence:
+    """What the pair HMM was given and says.
+
+    Attributes:
+        scores: [N, L, S], in nats, with their gradient.
+        log_odds: of the pairs to have an alignment, [N]; their gradient with respect to the scores is the posterior.
+        posterior: of pairs, ends and flanks.
+        maps: numbers that describe a pair of residues, [N, MAPS, L, S].
+        query_bin, key_bin: what is added to the dustbin scores, [N, L] and [N, S].
+    """
+
+    scores: Tensor
+    log_odds: Tensor
+    posterior: Posterior
+    maps: Tensor
+    query_bin: Tensor
+    key_bin: Tensor
+
+    @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Probability that the sequences begin together, and that they end together, [N, 1, 1] each."""
+        begin, end = self.posterior.ends[:, :, 0].unbind(1)
+        return begin[:, None, None], end[:, None, None]
+
+
+class Runs(nn.Module):
+    """From the substitution scores of residues, in BLOSUM62's half bits, and from tokens to evidence."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(HALF_BIT))
+        self.offset = nn.Parameter(torch.tensor(0.0))
+        self.project = nn.Linear(dim, _WIDTH, bias=False)
+        # A metric of either sign: what residues in context have in common may also speak against their pair.
+        self.metric = nn.Parameter(torch.zeros(_WIDTH))
+        self.dustbin = nn.Parameter(torch.zeros(_FEATURES))
+
+    def forward(
+        self, substitution: Tensor, query: Tensor, key: Tensor, lengths: tuple[Tensor, Tensor], mode: str
+    ) -> RunEvidence:
+        """Of scores [N, L, S], normalised tokens [N, L, d] and [N, S, d], and both lengths [N]; ``mode`` in MODES."""
+        context = (self.project(query) * self.metric) @ self.project(key).transpose(1, 2)
+        scores = self.gain * substitution + context + self.offset
+        found = posterior(scores.detach(), *lengths, MODES[mode])
+        return RunEvidence(
+            scores=scores,
+            log_odds=_LogOdds.apply(scores, found),
+            posterior=found,
+            maps=_maps(found),
+            query_bin=_features(found.log_pairs, found.query_flank, found.log_odds) @ self.dustbin,
+            key_bin=_features(found.log_pairs.mT, found.key_flank, found.log_odds) @ self.dustbin,
+        )
+
+
+class _LogOdds(torch.autograd.Function):
+    """The derivative of the sum over all alignments by a score is the probability of its pair."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, found: Posterior) -> Tensor:
+        ctx.save_for_backward(found.log_pairs)
+        return found.log_odds.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (log_pairs,) = ctx.saved_tensors
+        return grad[:, None, None] * log_pairs.exp(), None
+
+
+def _maps(found: Posterior) -> Tensor:
+    log_p, p = found.log_pairs, found.log_pairs.exp()
+    related = found.log_odds.sigmoid()[:, None, None]
+    return torch.stack(
+        [(p + _FLOOR).log() / 3, p, log_p.clamp(min=-30) / 10, p * related, related.expand_as(p)], dim=1
+    )
+
+
+def _features(log_pairs: Tensor, flank: Tensor, log_odds: Tensor) -> Tensor:
+    """Of each residue, [N, L, 6]: has it a partner, does it lie in a flank or in a gap, is there anything to align."""
+    paired = log_pairs.exp().sum(2).clamp(max=1.0)
+    odds = log_odds[:, None].expand_as(flank)
+    parts = (
+        paired,
+        flank,
+        (flank + 1e-3).log() / 3,
+        (1 - paired).clamp(min=0).add(1e-3).log() / 3,
+        odds.sigmoid(),
+        F.logsigmoid(odds).clamp(min=-10) / 3,
+    )
+    return torch.stack(parts, dim=2)
