@@ -49,15 +49,17 @@ def write_files(
     alignment: PairwiseAlignment,
     picture: bytes,
     made_with: Mapping[str, str],
+    homology: float | None = None,
 ) -> list[Path]:
-    """Write the four files; ``made_with`` is kept in the record. A file of the same name is replaced."""
+    """Write the four files, and ``made_with`` and the probability of ``homology`` into the record. Files of the same
+    names are replaced."""
     aligned = _biopython(proteins, alignment)
     contents = {
         FASTA: _formatted(aligned, "fasta"),
         STOCKHOLM: _formatted(aligned, "stockholm"),
         PICTURE: picture,
     }
-    record = _record(proteins, alignment) | {"made_with": dict(made_with)}
+    record = _record(proteins, alignment) | {"made_with": dict(made_with), "homology": homology}
     record["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     contents[RECORD] = (json.dumps(record) + "\n").encode()
     paths = []

@@ -52,6 +52,15 @@ BASELINES: dict[str, Callable[[Pair], IntArray]] = {
 }
 
 
+@dataclass(frozen=True)
+class Aligned:
+    """A pair, its plan [n+1, m+1], and the pair HMM's log odds that there is anything to align; None without one."""
+
+    pair: Pair
+    plan: FloatArray
+    log_odds: float | None
+
+
 class Interrupted(Exception):
     """The user asked to stop while pairs were being scored."""
 
@@ -153,7 +162,13 @@ def score_model(
 def align_pairs(
     model: Aligner, pairs: Sequence[Pair], batch_size: int, device: Device | None = None
 ) -> Iterator[tuple[Pair, FloatArray]]:
-    """(pair, plan [n+1, m+1]) in order of length, so that batches hold little padding; the model's mode is kept.
+    """(pair, plan [n+1, m+1]) of ``aligned``."""
+    for found in aligned(model, pairs, batch_size, device):
+        yield found.pair, found.plan
+
+
+def aligned(model: Aligner, pairs: Sequence[Pair], batch_size: int, device: Device | None = None) -> Iterator[Aligned]:
+    """The pairs in order of length, so that batches hold little padding; whether the model is training is kept.
 
     A batch is smaller than ``batch_size`` where its plans would have more than ``CELLS`` entries.
 
@@ -169,18 +184,20 @@ def align_pairs(
                 batch = collate(chunk)
                 longest = max(batch.query.shape[1], batch.key.shape[1])
                 placed = device.place(batch, batch_size, longest, learning=False)
-                plans = model(placed.batch)[1].cpu().double().numpy()[: len(chunk)]
+                output = model(placed.batch)
+                plans = output.last.cpu().double().numpy()[: len(chunk)]
+                odds = [None] * len(chunk) if output.log_odds is None else output.log_odds.tolist()[: len(chunk)]
         except ValueError as error:
             if "NaN" not in str(error):  # of scores that the model makes of its weights: pairs hold no NaN
                 raise
             raise _diverged(chunk[0]) from error
         finally:
             model.train(training)
-        for pair, plan in zip(chunk, plans, strict=True):
+        for pair, plan, log_odds in zip(chunk, plans, odds, strict=True):
             real = unpad(plan, len(pair.query), len(pair.key))
             if not np.isfinite(real).all():
                 raise _diverged(pair)
-            yield pair, real
+            yield Aligned(pair, real, log_odds)
 
 
 def _diverged(pair: Pair) -> FloatingPointError:

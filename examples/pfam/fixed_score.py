@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch_sinkhorn_attn import Dustbin, sinkhorn_plan
 
 from .baselines import GLOBAL_GAP, HALF_BIT, blosum62
-from .pair_hmm import log_posterior
+from .pair_hmm import Costs, posterior
 from .pairs import Pair
 
 FloatArray = npt.NDArray[np.floating]
@@ -68,15 +68,16 @@ class FixedScores:
         return plan[0].numpy()
 
 
-def pair_hmm_plan(pair: Pair) -> FloatArray:
+def pair_hmm_plan(pair: Pair, costs: Costs | None = None) -> FloatArray:
     """[n+1, m+1], the dustbin last: how probable each pair is if alignments are as probable as their scores say.
 
-    Scores and gap costs are those of ``needleman_wunsch``, taken for log odds. The dustbin has what a residue lacks.
+    Scores and gap costs are those of ``needleman_wunsch``, taken for log odds, and alignments are global, unless
+    ``costs`` are given. The dustbin has what a residue lacks.
     """
     scores = torch.from_numpy(HALF_BIT * blosum62()[np.ix_(pair.query, pair.key)])[None]
     n, m = (torch.tensor([length]) for length in scores.shape[1:])
-    opening, extension = (HALF_BIT * cost for cost in GLOBAL_GAP)
-    real = log_posterior(scores, n, m, opening, extension)[0].exp().numpy()
+    costs = costs or Costs(*(HALF_BIT * cost for cost in GLOBAL_GAP))
+    real = posterior(scores, n, m, costs).log_pairs[0].exp().numpy()
     plan = np.pad(real, (0, 1))
     plan[:-1, -1], plan[-1, :-1] = (np.maximum(1 - real.sum(axis=axis), 0.0) for axis in (1, 0))
     return plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from .identity import Known
 from .model import Aligner
 from .pairs import Family
 from .stockholm import shown
+from .verdict import UNFITTED, Verdict
 
 SHIPPED = Path(__file__).parent / "data" / "aligner.safetensors"
 SUFFIX = ".safetensors"
-_FORMAT = "torch_sinkhorn_attn protein aligner, 1"
+_FORMAT = "torch_sinkhorn_attn protein aligner, 2"
 _PATHS = ("data", "eval_data")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -41,12 +42,14 @@ Kind = tuple[tuple[int, ...], torch.dtype | None]
 class TrainedAligner:
     """A model in evaluation mode, its settings, and what it was trained on.
 
-    ``trained_on`` holds the ``identities`` of each training family; empty where they were not recorded.
+    ``trained_on`` holds the ``identities`` of each training family; empty where they were not recorded. ``verdict``
+    makes a probability of homology of an alignment.
     """
 
     model: Aligner
     config: Config
     trained_on: tuple[tuple[str, ...], ...] = ()
+    verdict: Verdict = UNFITTED
 
     def seen(self, families: Iterable[Family]) -> list[str]:
         """The keys of those ``families`` that it was, or may have been, trained on, as far as is recorded."""
@@ -54,11 +57,18 @@ class TrainedAligner:
         return [family.key for family in families if known.may_hold(family)]
 
 
-def save_release(model: Aligner, config: Config, path: str | Path, trained_on: Sequence[Sequence[str]] = ()) -> Path:
+def save_release(
+    model: Aligner,
+    config: Config,
+    path: str | Path,
+    trained_on: Sequence[Sequence[str]] = (),
+    verdict: Verdict = UNFITTED,
+) -> Path:
     """Write the model's weights and its settings to ``path``; a file there is replaced whole, or not at all.
 
     Args:
         trained_on: the ``identities`` of each training family, empty for not recorded.
+        verdict: fitted on families that are not among them.
 
     Raises:
         ValueError: ``path`` does not end in .safetensors, a weight is not finite, or the weights are not those of
@@ -75,6 +85,7 @@ def save_release(model: Aligner, config: Config, path: str | Path, trained_on: S
     _model(config, weights, path)
     settings = {name: value for name, value in config.to_dict().items() if name not in _PATHS}
     header = {"format": _FORMAT, "config": json.dumps(settings), "trained_on": json.dumps(trained_on)}
+    header["verdict"] = json.dumps(verdict.to_list())
     data = save(weights, header)
     with replacing(path) as file:
         file.write(data)
@@ -102,7 +113,7 @@ def load_release(path: str | Path) -> TrainedAligner:
                 raise ValueError(
                     f"{shown(path)} is not a release of this version of the aligner: {found!r} is not {_FORMAT!r}"
                 )
-            settings, trained_on = _parsed(header, path)
+            settings, trained_on, numbers = _parsed(header, path)
             config = _config(settings, path)
             described = {}
             for name in file.keys():  # noqa: SIM118
@@ -118,18 +129,25 @@ def load_release(path: str | Path) -> TrainedAligner:
         raise ValueError(
             f"{shown(path)} is not a readable safetensors file; it is damaged, or not one ({reason})"
         ) from error
-    return _aligner(config, weights, trained_on, path)
+    try:
+        verdict = Verdict.from_list(numbers)
+    except ValueError as error:
+        raise ValueError(f"{shown(path)} is damaged: {clip(str(error), 200)}") from error
+    return replace(_aligner(config, weights, trained_on, path), verdict=verdict)
 
 
-def _parsed(header: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Any]:
-    """The settings without paths, and what was trained on."""
+def _parsed(header: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Any, Any]:
+    """The settings without paths, what was trained on, and the numbers of the verdict."""
     try:
         settings, trained_on = json.loads(header.get("config", "")), json.loads(header.get("trained_on", "[]"))
+        verdict = json.loads(header.get("verdict", ""))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(path)} is damaged: its settings or its training families are not JSON") from error
+        raise ValueError(
+            f"{shown(path)} is damaged: its settings, its training families or its verdict are not JSON"
+        ) from error
     if isinstance(settings, dict):
         settings = {name: value for name, value in settings.items() if name not in _PATHS}
-    return settings, trained_on
+    return settings, trained_on, verdict
 
 
 def load_aligner(path: str | Path | None = None) -> TrainedAligner:

@@ -107,9 +107,7 @@ class _LogOdds(torch.autograd.Function):
 def _maps(found: Posterior) -> Tensor:
     log_p, p = found.log_pairs, found.log_pairs.exp()
     related = found.log_odds.sigmoid()[:, None, None]
-    return torch.stack(
-        [(p + _FLOOR).log() / 3, p, log_p.clamp(min=-30) / 10, p * related, related.expand_as(p)], dim=1
-    )
+    return torch.stack([(p + _FLOOR).log() / 3, p, log_p.clamp(min=-30) / 10, p * related, related.expand_as(p)], dim=1)
 
 
 def _features(log_pairs: Tensor, flank: Tensor, log_odds: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ WIDTH = 60
 LEGEND = """\
 | identical, : similar (BLOSUM62 above 0), . another pair
 confidence: the plan's entry of a pair, or opposite a gap that of having no partner; in tenths, * from 0.95"""
-CAVEAT = (
-    "(if they share a family, as every pair did in training: unrelated sequences are aligned too, and look too good)"
-)
+_ALIKE = 0.5
+"""The probability of homology from which on a common part is said to be found: as likely as not."""
 _CONFIDENCE = "confidence"
 
 
@@ -40,11 +39,14 @@ def three_lines(alignment: PairwiseAlignment, names: tuple[str, str]) -> str:
     return "\n\n".join(blocks)
 
 
-def summary_lines(alignment: PairwiseAlignment, names: tuple[str, str]) -> str:
-    """What the alignment amounts to, and how far to trust it."""
-    summary = alignment.summary()
+def summary_lines(alignment: PairwiseAlignment, names: tuple[str, str], homology: float | None = None) -> str:
+    """What the alignment amounts to, and how far to trust it; first the verdict, by the probability of homology."""
+    summary, lines = alignment.summary(), []
+    if homology is not None:
+        found = "a common part" if homology >= _ALIKE and summary.pairs else "no common part found"
+        lines.append(f"{found}: related with probability {homology:.2f}, where half of all pairs are")
     if summary.pairs == 0:
-        return "no residue was aligned: the aligner finds nothing that these sequences share"
+        return "\n".join([*lines, "no residue was aligned: the aligner finds nothing that these sequences share"])
     shares = [f"{100 * summary.pairs / len(row):.0f} % of {name}" for row, name in zip(alignment.letters, names)]
     right = round(summary.pairs * summary.mean_confidence)
     doubtful = f"; {summary.doubtful} of them below 0.5" if summary.doubtful else ""
@@ -57,7 +59,7 @@ def summary_lines(alignment: PairwiseAlignment, names: tuple[str, str]) -> str:
         "expected accuracy": f"{summary.expected_accuracy:.2f} of all residues should have the right partner, or none",
     }
     width = max(len(label) for label in rows)
-    return "\n".join([*(f"{label:<{width}}  {text}" for label, text in rows.items()), CAVEAT])
+    return "\n".join([*lines, *(f"{label:<{width}}  {text}" for label, text in rows.items())])
 
 
 def _percent(part: int, whole: int) -> str:

@@ -14,9 +14,10 @@ from ..align_files import check_folder, write_files
 from ..alignment import PairwiseAlignment
 from ..alignment_picture import draw_alignment
 from ..decode import DECODERS, DEFAULT_DECODER
-from ..evaluate import align_pairs
+from ..evaluate import aligned
 from ..pairs import Pair, encode
 from ..release import SHIPPED, load_aligner
+from ..runs import MODES
 from ..sequences import LONGEST, Protein, read_proteins
 from ..three_lines import LEGEND, display_names, summary_lines, three_lines
 
@@ -45,6 +46,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     text = f"{' or '.join(_DECODERS)} (default: %(default)s)"
     parser.add_argument("--decoder", choices=_DECODERS, default=DEFAULT_DECODER, metavar="NAME", help=text)
+    text = "auto: ends as the sequences suggest; global: from end to end; local: only a part is shared (default: auto)"
+    parser.add_argument("--mode", choices=MODES, default="auto", metavar="NAME", help=text)
     parser.add_argument(
         "--out",
         metavar="PATH",
@@ -66,17 +69,24 @@ def run(options: argparse.Namespace) -> int:
     for note in notes:
         say(f"note: {note}", sys.stderr)
     check_folder(options.out)
-    model = load_aligner(options.checkpoint).model
+    aligner = load_aligner(options.checkpoint)
+    aligner.model.mode = options.mode
     names = display_names(proteins)
     query, key = (protein.letters for protein in proteins)
     pair = Pair("", names, encode(query), encode(key), np.zeros((0, 2), dtype=np.int64))
-    ((_, plan),) = align_pairs(model, [pair], batch_size=1)
-    alignment = PairwiseAlignment.from_plan((query, key), plan, DECODERS[options.decoder](plan))
+    (found,) = aligned(aligner.model, [pair], batch_size=1)
+    pairs = DECODERS[options.decoder](found.plan)
+    alignment = PairwiseAlignment.from_plan((query, key), found.plan, pairs)
+    # What the probability was fitted on had nothing said of its ends.
+    judged = options.mode == "auto" and found.log_odds is not None
+    homology = aligner.verdict.probability(found.log_odds or 0.0, found.plan, pairs) if judged else None
     say(three_lines(alignment, names))
     if not options.quiet:
-        say(f"\n{LEGEND}\n\n{summary_lines(alignment, names)}\n")
+        say(f"\n{LEGEND}\n\n{summary_lines(alignment, names, homology)}\n")
     made_with = {"checkpoint": visible(str(options.checkpoint or SHIPPED.name)), "decoder": options.decoder}
-    for path in write_files(options.out, proteins, alignment, draw_alignment(alignment, plan, names), made_with):
+    made_with["mode"] = options.mode
+    picture = draw_alignment(alignment, found.plan, names)
+    for path in write_files(options.out, proteins, alignment, picture, made_with, homology):
         if not options.quiet:
             say(f"wrote {path}")
     return 0

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from examples.common.settings import add_quiet, add_threads
 from examples.common.text import say
 
+from ..dataset import in_brief, read_families
+from ..homology import fitted
 from ..release import load_aligner, save_release
+from ..stockholm import shown
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,6 +27,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=Path("aligner.safetensors"),
         help="file to write, one that exists is kept (default: %(default)s)",
     )
+    text = "families it was not trained on, Stockholm, to fit the probability of homology on (default: none)"
+    parser.add_argument("--calibrate", metavar="PATH", help=text)
+    add_quiet(parser)
+    add_threads(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,6 +38,12 @@ def run(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise FileExistsError(f"--out {options.out} exists; remove it first, or choose another name")
     aligner = load_aligner(options.checkpoint)
-    path = save_release(aligner.model, aligner.config, options.out, aligner.trained_on)
+    verdict = aligner.verdict
+    if options.calibrate is not None:
+        families = read_families(options.calibrate)
+        if seen := aligner.seen(families):
+            raise ValueError(f"--calibrate {shown(options.calibrate)} holds families of the training: {in_brief(seen)}")
+        verdict = fitted(aligner.model, families, not options.quiet)
+    path = save_release(aligner.model, aligner.config, options.out, aligner.trained_on, verdict)
     say(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
     return 0

@@ -1,0 +1,135 @@
+"""How well an aligner tells related proteins from unrelated ones, and what is fitted so that it says how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from examples.common.tables import table
+
+from .calibration import Reliability
+from .decode import DECODERS, DEFAULT_DECODER, confidence
+from .evaluate import aligned
+from .flanks import TESTS, UNRELATED, area, flanked, unrelated
+from .model import Aligner
+from .pairs import Family, Pair, evaluation_pairs
+from .release import TrainedAligner
+from .verdict import Verdict, features, fit
+
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.int64]
+
+_A_FAMILY, _CAP = 24, 300
+_SEED = 17
+_BATCH = 8
+
+
+def pair_features(model: Aligner, pairs: Sequence[Pair], progress: bool = False) -> FloatArray:
+    """``verdict.features`` of every pair, [pairs, 6], in their order.
+
+    Raises:
+        ValueError: the aligner has no pair HMM.
+    """
+    if model.runs is None:
+        raise ValueError("homology is judged by the pair HMM's odds, which an aligner with --gaps single has not")
+    decode, found = DECODERS[DEFAULT_DECODER], {}
+    numbered = [replace(pair, number=number) for number, pair in enumerate(pairs)]
+    for result in tqdm(aligned(model, numbered, _BATCH), "judging", len(pairs), leave=False, disable=not progress):
+        assert result.log_odds is not None
+        found[result.pair.number] = features(result.log_odds, result.plan, decode(result.plan))
+    return np.stack([found[number] for number in range(len(pairs))])
+
+
+def calibration_pairs(families: Sequence[Family], seed: int = _SEED) -> tuple[list[Pair], list[bool]]:
+    """Pairs to learn from, and whether they are related: of families the whole domains and all flank tests in turn, and
+    as many unrelated ones, which get the same flanks, so that their lengths tell nothing."""
+    related = list(evaluation_pairs(families, _A_FAMILY, _CAP, seed).pairs)
+    others = list(unrelated(families, len(related), _CAP, seed))
+    tests, pairs = list(TESTS), []
+    for group, drawn in ((0, related), (1, others)):
+        for at, pair in enumerate(drawn):
+            # Whole domains half of the time.
+            test = tests[(at // 2) % len(tests)] if at % 2 else "none"
+            pairs.append(flanked([pair], test, seed + 2 * at + group)[0])
+    return pairs, [True] * len(related) + [False] * len(others)
+
+
+def fitted(model: Aligner, families: Sequence[Family], progress: bool = False) -> Verdict:
+    """The verdict of a model, fitted on families that it was not trained on."""
+    pairs, related = calibration_pairs(families)
+    return fit(list(pair_features(model, pairs, progress)), related)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A pair as an aligner sees it: decoded pairs [p, 2] and their confidence, probability of homology, log odds."""
+
+    pair: Pair
+    decoded: IntArray
+    confidence: FloatArray
+    probability: float
+    log_odds: float
+
+
+def judge(aligner: TrainedAligner, pairs: Sequence[Pair], progress: bool = False) -> list[Judged]:
+    """Every pair, in their order."""
+    decode, found = DECODERS[DEFAULT_DECODER], {}
+    numbered = [replace(pair, number=number) for number, pair in enumerate(pairs)]
+    results = aligned(aligner.model, numbered, _BATCH)
+    for one in tqdm(results, "aligning", len(pairs), leave=False, disable=not progress):
+        decoded, log_odds = decode(one.plan), one.log_odds if one.log_odds is not None else 0.0
+        probability = aligner.verdict.probability(log_odds, one.plan, decoded)
+        found[one.pair.number] = Judged(one.pair, decoded, confidence(one.plan, decoded), probability, log_odds)
+    return [found[number] for number in range(len(pairs))]
+
+
+def relatedness(
+    judged: Mapping[str, Sequence[Judged]], others: Sequence[Judged], low: Sequence[bool], identity: float
+) -> str:
+    """Tables: whether confidences are right on each of the flank tests, and whether related pairs are told from
+    ``others``, all of them and those that are ``low`` in identity."""
+    rows, everything = [], Reliability()
+    for test, found in [*judged.items(), (UNRELATED, others)]:
+        own = Reliability()
+        for one in found:
+            true = np.isin(_coded(one.decoded), _coded(one.pair.target))
+            for reliability in (own, everything):
+                reliability.add(one.confidence, true)
+        rows.append([test, *_reliability_row(own)])
+    rows.append(["all of them", *_reliability_row(everything)])
+    confidences = table(["decoded pairs", "number", "say", "are right", "expected error"], rows)
+    rows, homology = [], Reliability()
+    for test, found in judged.items():
+        row = [test]
+        for value in (lambda one: one.probability, lambda one: one.log_odds):
+            distant = [value(one) for one, is_low in zip(found, low, strict=True) if is_low]
+            row += [f"{area([value(one) for one in found], [value(one) for one in others]):.3f}"]
+            row += [f"{area(distant, [value(one) for one in others]):.3f}" if distant else "-"]
+        rows.append(row)
+        for group, related in ((found, True), (others, False)):
+            homology.add(np.array([one.probability for one in group]), np.full(len(group), related))
+    heads = [
+        f"area under the curve{of}{at}" for of in (", probability", ", log odds") for at in ("", f" <= {identity}")
+    ]
+    text = table(["related against unrelated", *heads], rows)
+    share = np.mean([len(one.decoded) / min(len(one.pair.query), len(one.pair.key)) for one in others])
+    refused = np.mean([one.probability < 0.5 for one in others])
+    verdicts = (
+        f"probability of homology: expected error {homology.calibration_error:.3f} where half are related; of unrelated "
+        f"pairs {refused:.2f} have no common part, and {share:.2f} of the shorter sequence is aligned"
+    )
+    return "\n\n".join([confidences, text, verdicts])
+
+
+def _reliability_row(found: Reliability) -> list[str]:
+    count = max(found.count.sum(), 1.0)
+    shares = (found.predicted.sum() / count, found.true.sum() / count, found.calibration_error)
+    return [f"{int(found.count.sum())}", *(f"{share:.3f}" for share in shares)]
+
+
+def _coded(pairs: IntArray) -> IntArray:
+    return pairs[:, 0] * 1_000_003 + pairs[:, 1]
