@@ -113,7 +113,7 @@ def load_release(path: str | Path) -> TrainedAligner:
                 raise ValueError(
                     f"{shown(path)} is not a release of this version of the aligner: {found!r} is not {_FORMAT!r}"
                 )
-            settings, trained_on, numbers = _parsed(header, path)
+            settings, trained_on = _parsed(header, path)
             config = _config(settings, path)
             described = {}
             for name in file.keys():  # noqa: SIM118
@@ -129,25 +129,27 @@ def load_release(path: str | Path) -> TrainedAligner:
         raise ValueError(
             f"{shown(path)} is not a readable safetensors file; it is damaged, or not one ({reason})"
         ) from error
+    return replace(_aligner(config, weights, trained_on, path), verdict=_verdict(header, path))
+
+
+def _verdict(header: Mapping[str, str], path: Path) -> Verdict:
+    if "verdict" not in header:
+        return UNFITTED
     try:
-        verdict = Verdict.from_list(numbers)
-    except ValueError as error:
-        raise ValueError(f"{shown(path)} is damaged: {clip(str(error), 200)}") from error
-    return replace(_aligner(config, weights, trained_on, path), verdict=verdict)
+        return Verdict.from_list(json.loads(header["verdict"]))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} is damaged: its verdict is not that of an aligner") from error
 
 
-def _parsed(header: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Any, Any]:
-    """The settings without paths, what was trained on, and the numbers of the verdict."""
+def _parsed(header: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Any]:
+    """The settings without paths, and what was trained on."""
     try:
         settings, trained_on = json.loads(header.get("config", "")), json.loads(header.get("trained_on", "[]"))
-        verdict = json.loads(header.get("verdict", ""))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{shown(path)} is damaged: its settings, its training families or its verdict are not JSON"
-        ) from error
+        raise ValueError(f"{shown(path)} is damaged: its settings or its training families are not JSON") from error
     if isinstance(settings, dict):
         settings = {name: value for name, value in settings.items() if name not in _PATHS}
-    return settings, trained_on, verdict
+    return settings, trained_on
 
 
 def load_aligner(path: str | Path | None = None) -> TrainedAligner:

@@ -115,10 +115,15 @@ def test_the_figures_of_a_hand_made_alignment() -> None:
         "aligned pairs      6, 86 % of one and 75 % of two\n"
         "identity           66.7 % (4) of the pairs, similar 83.3 % (5)\n"
         "mean confidence    0.57: about 3 of the 6 pairs should be right; 3 of them below 0.5\n"
-        "expected accuracy  0.62 of all residues should have the right partner, or none\n"
-        "(if they share a family, as every pair did in training: "
-        "unrelated sequences are aligned too, and look too good)"
+        "expected accuracy  0.62 of all residues should have the right partner, or none"
     )
+
+
+def test_the_verdict_comes_first() -> None:
+    lines = [summary_lines(hand_made(), ("one", "two"), p).splitlines() for p in (None, 0.97, 0.13)]
+    assert lines[0] == lines[1][1:] == lines[2][1:]
+    assert lines[1][0] == "a common part: related with probability 0.97, where half of all pairs are"
+    assert lines[2][0] == "no common part found: related with probability 0.13, where half of all pairs are"
 
 
 def test_nothing_aligned() -> None:
@@ -126,6 +131,7 @@ def test_nothing_aligned() -> None:
     alignment = PairwiseAlignment.from_plan(("AC", "W"), np.full((3, 2), 0.5), none)
     assert alignment.rows == ("AC-", "--W")
     assert summary_lines(alignment, ("a", "b")).startswith("no residue was aligned")
+    assert summary_lines(alignment, ("a", "b"), 0.9).startswith("no common part found: related with probability 0.90")
     assert alignment.summary().expected_accuracy == pytest.approx(0.5)
     assert draw_alignment(alignment, np.full((3, 2), 0.5), ("a", "b")).startswith(b"\x89PNG")
 
@@ -301,6 +307,7 @@ def test_the_command_from_end_to_end(checkpoint: Path, tmp_path: Path, capsys: p
         "sequence_2 ",
         "confidence ",
         "identical",
+        "related with probability 0.",
         "mean confidence",
         f"wrote {out / PICTURE}",
     ):
@@ -310,12 +317,18 @@ def test_the_command_from_end_to_end(checkpoint: Path, tmp_path: Path, capsys: p
     rows = [str(record.seq) for record in SeqIO.parse(out / FASTA, "fasta")]
     assert [row.replace("-", "") for row in rows] == ["MKVLAAGWWGHPDEACDEFGHIKL", "MKVLAGHPDEACDEYGHIKLMN"]
     record = json.loads((out / RECORD).read_text())
-    assert record["made_with"] == {"checkpoint": str(checkpoint), "decoder": "accuracy"}
+    assert record["made_with"] == {"checkpoint": str(checkpoint), "decoder": "accuracy", "mode": "auto"}
+    assert 0 <= record["homology"] <= 1
 
     assert main([*arguments, "--out", str(out), "--quiet", "--decoder", "monotone"]) == 0
     text, notes = capsys.readouterr()
     assert len(text.splitlines()) == 4 and notes.startswith("note: ")
     assert json.loads((out / RECORD).read_text())["made_with"]["decoder"] == "monotone"
+
+    assert main([*arguments, "--out", str(out), "--mode", "global"]) == 0
+    assert "probability" not in capsys.readouterr().out  # it was fitted on what auto finds
+    record = json.loads((out / RECORD).read_text())
+    assert record["made_with"]["mode"] == "global" and record["homology"] is None
 
 
 def test_the_decoder_is_the_one_named(

@@ -28,6 +28,7 @@ from examples.pfam.metrics import (
     sequence_identity,
     sparse_cross_entropy,
 )
+from examples.pfam.model import Output
 from examples.pfam.objective import barycentre_loss, plan_loss, training_loss
 from examples.pfam.pairs import ALPHABET, Pair, encode
 from examples.pfam.sampler import collate
@@ -156,7 +157,7 @@ def test_the_loss_is_the_mean_reconstruction_whatever_the_padding() -> None:
     tensor = torch.tensor(plans, requires_grad=True)
     loss = plan_loss(tensor, pairs)
     assert loss.item() == pytest.approx(expected)
-    assert training_loss((tensor, tensor), pairs, 0.0).item() == pytest.approx(1.3 * expected)
+    assert training_loss(Output(tensor, tensor), pairs, 0.0).item() == pytest.approx(1.3 * expected)
 
 
 def test_the_barycentre_loss_is_the_metric_in_both_directions() -> None:
@@ -165,15 +166,23 @@ def test_the_barycentre_loss_is_the_metric_in_both_directions() -> None:
     expected = (barycentre_error(plan_barycentre(PLAN), TARGET) + backwards) / 2
     plan = torch.tensor(PLAN)[None]
     assert barycentre_loss(plan, [one]).item() == pytest.approx(expected)
-    difference = training_loss((plan, plan), [one], 2.0) - training_loss((plan, plan), [one], 0.0)
+    difference = training_loss(Output(plan, plan), [one], 2.0) - training_loss(Output(plan, plan), [one], 0.0)
     assert difference.item() == pytest.approx(2 * expected)
 
 
 def test_the_loss_survives_an_underflowed_plan() -> None:
     plan = torch.zeros(1, 3, 4, requires_grad=True)
-    loss = training_loss((plan, plan), [pair("AC", "ACD", TARGET.tolist())], 1.0)
+    loss = training_loss(Output(plan, plan), [pair("AC", "ACD", TARGET.tolist())], 1.0)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(plan.grad).all()
+
+
+def test_a_pair_with_nothing_to_align_has_a_loss() -> None:
+    plan = torch.tensor(PLAN)[None].requires_grad_()
+    loss = training_loss(Output(plan, plan), [pair("AC", "ACD", [])], 1.0)
+    loss.backward()
+    expected = 1.3 * reconstruction(PLAN, np.zeros((0, 2), dtype=np.int64))
+    assert loss.item() == pytest.approx(expected) and torch.isfinite(plan.grad).all()
 
 
 def test_unpad_keeps_the_dustbin() -> None:

@@ -186,7 +186,9 @@ def test_sequences_that_share_nothing_have_odds_below_one() -> None:
     costs = Costs(5.2, 0.35, 0.05, (0.4, 0.3, 0.3))
     odds = []
     for n, m in ((60, 200), (150, 150), (300, 250)):
-        scores = torch.tensor(HALF_BIT * blosum62())[rng.choice(20, n, p=background)][:, rng.choice(20, m, p=background)]
+        scores = torch.tensor(HALF_BIT * blosum62())[rng.choice(20, n, p=background)][
+            :, rng.choice(20, m, p=background)
+        ]
         odds.append(float(posterior(scores[None], torch.tensor([n]), torch.tensor([m]), costs).log_odds))
     assert max(odds) < 0
 

@@ -127,6 +127,33 @@ def test_workers_change_nothing(shipped: list[Family]) -> None:
     assert content(sent.pairs(33)) == content(alone[3])
 
 
+def in_context(families: list[Family], flanked: float, unrelated: float, seed: int = 0) -> PairSampler:
+    return PairSampler(
+        families, size=5, cells=10**6, cap=120, mutation_rate=0.3, indels=1.0, seed=seed, flanked=flanked,
+        unrelated=unrelated,
+    )  # fmt: skip
+
+
+def test_contexts_are_a_function_of_seed_and_number(shipped: list[Family]) -> None:
+    sampler = in_context(shipped, 0.5, 0.2)
+    kinds = Counter(sampler.setting_of(number).kind for number in range(1000))
+    assert kinds["flanked"] == pytest.approx(500, abs=60) and kinds["unrelated"] == pytest.approx(200, abs=50)
+    drawn = [sampler.pairs(step) for step in (0, 9, 30)]
+    assert [content(pairs) for pairs in drawn] == [
+        content(in_context(shipped, 0.5, 0.2).pairs(step)) for step in (0, 9, 30)
+    ]
+    assert content(in_context(shipped, 0.5, 0.2, seed=1).pairs(0)) != content(drawn[0])
+
+
+def test_flanked_pairs_have_room_for_flanks_and_unrelated_ones_no_targets(shipped: list[Family]) -> None:
+    flanked = [pair for step in range(20) for pair in in_context(shipped, 1.0, 0.0).pairs(step)]
+    assert all(max(len(pair.query), len(pair.key)) <= 120 and len(pair.target) >= 5 for pair in flanked)
+    begins = [(pair.target[0] > 10).any() for pair in flanked]
+    assert 0.3 < np.mean(begins) < 0.95
+    for pair in (pair for step in range(4) for pair in in_context(shipped, 0.0, 1.0).pairs(step)):
+        assert len(pair.target) == 0 and min(len(pair.query), len(pair.key)) > 0
+
+
 def test_a_family_of_fragments_gives_way() -> None:
     def family(name: str, *rows: str) -> Family:
         return family_from_alignment(Alignment(name, "", tuple(f"s{k}" for k in range(len(rows))), rows, "here"))

@@ -20,7 +20,7 @@ from examples.pfam.config import Config
 from examples.pfam.dataset import load_dataset
 from examples.pfam.device import Device, on_cpu, open_device
 from examples.pfam.layers import diagonal_means
-from examples.pfam.model import Aligner
+from examples.pfam.model import Aligner, Output
 from examples.pfam.sampler import PADDING, Batch, PairSampler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,14 +53,17 @@ def test_padding_is_data_and_changes_no_plan(batch: Batch) -> None:
 def test_the_static_objective_is_the_objective(batch: Batch) -> None:
     full, known = static.padded(batch, 4, 128), static.targets(batch.pairs, 4, 128)
     gradients = []
+    odds, scores = torch.randn(4, requires_grad=True), torch.randn(4, 128, 128, requires_grad=True)
     for tokens in (False, True):
         plans = [torch.rand(4, 129, 129, generator=torch.manual_seed(index)).requires_grad_() for index in (0, 1)]
         if tokens:
-            loss = static.training_loss((plans[0], plans[1]), known, 0.15)
+            loss = static.training_loss(Output(*plans, scores, odds), known, 0.15)
         else:
-            loss = objective.training_loss((plans[0], plans[1]), full.pairs, 0.15)
+            loss = objective.training_loss(Output(*plans, scores, odds), full.pairs, 0.15)
         loss.backward()
-        gradients.append([loss.detach(), *(plan.grad for plan in plans)])
+        inputs = (*plans, scores, odds)
+        gradients.append([loss.detach(), *(x.grad.clone() for x in inputs)])
+        scores.grad = odds.grad = None
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
@@ -69,6 +72,7 @@ def test_filling_up_has_no_weight(batch: Batch) -> None:
     known = static.targets(batch.pairs, 4, 128)
     for weights in (known.row_weight, known.col_weight, known.row_aligned, known.col_aligned):
         assert not weights[3].any() and weights[:3].any()
+    assert not known.share[3].any() and (known.share[:3] > 0).all()
     np.testing.assert_allclose(float(known.row_weight.sum() + known.col_weight.sum()), 1.0, rtol=1e-5)
 
 
@@ -115,7 +119,7 @@ import torch
 from examples.pfam.config import Config
 from examples.pfam.device import Device, open_device
 from examples.pfam.train import Trainer
-from examples.pfam.pair_hmm import log_posterior
+from examples.pfam.pair_hmm import Costs, posterior
 import torch_xla
 import torch_xla.debug.metrics as metrics
 
@@ -140,8 +144,9 @@ straight.run(until=6, progress=False)
 print("xla", *resumed.history.loss)
 print("cpu", *straight.history.loss)
 pairs = torch.randn(2, 30, 20), torch.tensor([30, 11]), torch.tensor([20, 17])
-found, expected = (log_posterior(*(x.to(to) for x in pairs), 3.0, 0.4) for to in (torch_xla.device(), "cpu"))
-print("posterior", float((found.cpu() - expected).abs().max()))
+costs = Costs(3.0, 0.4, 0.1, (0.4, 0.3, 0.3))
+found, expected = (posterior(*(x.to(to) for x in pairs), costs) for to in (torch_xla.device(), "cpu"))
+print("posterior", max(float((vars(found)[k].cpu() - x).abs().max()) for k, x in vars(expected).items()))
 """
 
 

@@ -1,0 +1,123 @@
+"""The flank test's generator, the area under the curve, and the probability of homology."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from examples.pfam.cli import main
+from examples.pfam.config import HELDOUT_SAMPLE, Config
+from examples.pfam.flanks import TESTS, area, flank_scores, flanked, unrelated
+from examples.pfam.homology import calibration_pairs
+from examples.pfam.model import Aligner
+from examples.pfam.pairs import Family, Pair, evaluation_pairs, load_families
+from examples.pfam.release import load_release, save_release
+from examples.pfam.stockholm import read_stockholm
+from examples.pfam.verdict import FEATURES, Verdict, features, fit
+
+
+@pytest.fixture(scope="module")
+def families() -> list[Family]:
+    return load_families(read_stockholm(HELDOUT_SAMPLE))
+
+
+@pytest.fixture(scope="module")
+def pairs(families: list[Family]) -> tuple[Pair, ...]:
+    return evaluation_pairs(families, 3, 100, 0).pairs
+
+
+def test_flanks_are_as_long_as_the_test_says_and_move_the_targets(pairs: tuple[Pair, ...]) -> None:
+    for test, flanks in TESTS.items():
+        for pair, found in zip(pairs, flanked(pairs, test), strict=True):
+            length = (len(pair.query) + len(pair.key)) / 2
+            for side, shares in (("query", flanks.query), ("key", flanks.key)):
+                domain, whole = getattr(pair, side), getattr(found, side)
+                before = round(shares[0] * length)
+                np.testing.assert_array_equal(whole[before : before + len(domain)], domain)
+                assert len(whole) == len(domain) + before + round(shares[1] * length)
+            i, j = found.target.T
+            np.testing.assert_array_equal(found.query[i], pair.query[pair.target[:, 0]])
+            np.testing.assert_array_equal(found.key[j], pair.key[pair.target[:, 1]])
+    with pytest.raises(ValueError, match="no flank test is named 'both'; take one of none, one side, staggered 0.5"):
+        flanked(pairs, "both")
+
+
+def test_flanks_depend_on_the_seed_and_the_place_alone(pairs: tuple[Pair, ...]) -> None:
+    one, same, other = (flanked(pairs, "staggered 1", seed) for seed in (0, 0, 1))
+    assert all((a.query == b.query).all() and (a.key == b.key).all() for a, b in zip(one, same, strict=True))
+    assert not all((a.query == b.query).all() for a, b in zip(one, other, strict=True))
+    (alone,) = flanked(pairs[:1], "staggered 1")
+    np.testing.assert_array_equal(alone.query, one[0].query)
+
+
+def test_unrelated_pairs_are_of_two_families(families: list[Family]) -> None:
+    found = unrelated(families, 20, 150, 3)
+    owner = {chain.name: family.key for family in families for chain in family.sequences}
+    assert all(owner[pair.names[0]] != owner[pair.names[1]] and len(pair.target) == 0 for pair in found)
+    assert max(max(len(pair.query), len(pair.key)) for pair in found) <= 150
+    assert [pair.names for pair in unrelated(families, 20, 150, 3)] == [pair.names for pair in found]
+    with pytest.raises(ValueError, match="unrelated pairs take two families"):
+        unrelated(families[:1], 2, 150)
+
+
+def test_the_area_counts_pairs() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, 30), rng.integers(0, 5, 20)
+    expected = np.mean([(x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b)])
+    assert area(a, b) == pytest.approx(expected)
+    assert area([2, 3], [0, 1]) == 1 and area([0], [1]) == 0
+
+
+def test_scores_are_of_each_aligner_and_test(pairs: tuple[Pair, ...]) -> None:
+    def right(flanked_pairs: tuple[Pair, ...]) -> list[np.ndarray]:
+        return [pair.target for pair in flanked_pairs]
+
+    found = flank_scores({"right": right, "nothing": lambda given: [pair.target[:0] for pair in given]}, pairs)
+    assert found == {"right": dict.fromkeys(TESTS, 1.0), "nothing": dict.fromkeys(TESTS, 0.0)}
+
+
+def test_a_verdict_is_learned_and_is_calibrated() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, len(FEATURES)))
+    truth = Verdict(-0.5, (1.5, 0.0, -1.0, 0.5, 0.0, 0.0))
+    p = 1 / (1 + np.exp(-(truth.bias + x @ np.array(truth.weights))))
+    found = fit(list(x), (rng.random(4000) < p).tolist())
+    np.testing.assert_allclose(found.to_list(), truth.to_list(), atol=0.15)
+    assert Verdict.from_list(found.to_list()) == found
+    with pytest.raises(ValueError, match="ten related and ten unrelated pairs, got 3 of 20"):
+        fit(list(x[:20]), [True] * 3 + [False] * 17)
+    for broken in ([1.0], "1", [1.0] * 6 + [float("nan")], [True] * 7, None):
+        with pytest.raises(ValueError, match="verdict"):
+            Verdict.from_list(broken)
+
+
+def test_features_are_finite_for_any_plan() -> None:
+    for n, m, odds in ((1, 1, -1e9), (5, 900, 1e9)):
+        plan = np.full((n + 1, m + 1), 1 / (n + m))
+        for decoded in (np.zeros((0, 2), dtype=np.int64), np.zeros((1, 2), dtype=np.int64)):
+            found = features(odds, plan, decoded)
+            assert np.isfinite(found).all() and np.abs(found).max() < 10
+            assert 0 <= Verdict(0.0, (1.0,) * len(FEATURES)).probability(odds, plan, decoded) <= 1
+
+
+def test_lengths_tell_nothing_of_calibration_pairs(families: list[Family]) -> None:
+    pairs, related = calibration_pairs(families)
+    assert sum(related) == len(related) / 2 == len(pairs) / 2
+    assert all((len(pair.target) > 0) == is_related for pair, is_related in zip(pairs, related, strict=True))
+    lengths = [np.median([len(p.query) for p, r in zip(pairs, related, strict=True) if r == kind]) for kind in (0, 1)]
+    assert 0.6 < lengths[0] / lengths[1] < 1.6
+
+
+@pytest.mark.slow
+def test_the_commands(families: list[Family], tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    config = Config(dim=24, rounds=1, heads=1, hidden=4, base_iters=5)
+    path = save_release(Aligner(config), config, f"{tmp_path}/a.safetensors", verdict=Verdict(0.5, (1.0,) * 6))
+    assert load_release(path).verdict == Verdict(0.5, (1.0,) * 6)
+    assert main(["flanks", str(path), "--pairs", "2", "--cap", "90", "--quiet", "--threads", "1"]) == 0
+    text = capsys.readouterr().out
+    for words in ("F1 with flanks", "staggered 2", "Smith-Waterman", "area under the curve", "unrelated"):
+        assert words in text
