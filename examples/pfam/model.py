@@ -32,7 +32,7 @@ from .baselines import blosum62
 from .config import Config
 from .layers import ContextBlock, PairScore, diagonal_means
 from .pairs import ALPHABET
-from .runs import MAPS, RunEvidence, Runs
+from .runs import MAPS, START, RunEvidence, Runs
 from .sampler import PADDING, Batch
 
 _DILATIONS = (1, 1, 2, 4)
@@ -129,7 +129,7 @@ class Aligner(nn.Module):
         # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.
         self.gain = nn.Parameter(torch.tensor([_START[0], *[0.0] * heads]))
         maps = (1 + heads) * (1 + len(_WIDTHS)) + (MAPS if config.gaps == "affine" else 0)
-        self.first = PairScore(4 + maps, config.hidden, self._initial_weights(heads))
+        self.first = PairScore(4 + maps, config.hidden, self._initial_weights(heads)[: 4 + maps])
         self.runs = Runs(dim) if config.gaps == "affine" else None
         self.dustbin = nn.Linear(dim, 1)
         self.read = nn.Linear(2 * dim + 2, dim)
@@ -321,11 +321,11 @@ class Aligner(nn.Module):
 
     @staticmethod
     def _initial_weights(heads: int) -> tuple[float, ...]:
-        """Of the maps in the first evidence: the averages of BLOSUM62, and the distance from the scaled diagonal."""
+        """Of the maps in the first evidence: the averages of BLOSUM62, the distance from the scaled diagonal, the runs."""
         of_maps = [0.0] * (1 + heads)  # what is not averaged is in queries and keys
         for weight in _START[1:]:
             of_maps += [weight, *[0.0] * heads]
-        return (*of_maps, -_START_DISTANCE)
+        return (*of_maps, -_START_DISTANCE, 0.0, 0.0, 0.0, *START)
 
 
 class GapScore(nn.Module):

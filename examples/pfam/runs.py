@@ -28,8 +28,14 @@ MODES = {
 }
 """Costs by what is known of the ends: nothing, that both sequences begin and end together, or that both are free."""
 
-MAPS = 5
-_FEATURES = 6
+START = (3.0, 0.0, 0.0, 2.0, 0.0)
+"""Weights of the maps in the evidence before anything is learned: what the pair HMM says is near the truth already."""
+MAPS = len(START)
+_START_DUSTBIN = (-1.0, 0.0, 0.5, 0.0, 0.0, 0.0)
+_START_GAIN = 0.25
+"""Nats that a half bit of BLOSUM62 counts: less than its 0.35, for it was made of closer relatives."""
+_LENIENT = 3.0
+"""Nats: about the prior odds of having anything to align."""
 _WIDTH = 32
 _FLOOR = 1e-4
 
@@ -65,12 +71,12 @@ class Runs(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor(HALF_BIT))
+        self.gain = nn.Parameter(torch.tensor(_START_GAIN))
         self.offset = nn.Parameter(torch.tensor(0.0))
         self.project = nn.Linear(dim, _WIDTH, bias=False)
         # A metric of either sign: what residues in context have in common may also speak against their pair.
         self.metric = nn.Parameter(torch.zeros(_WIDTH))
-        self.dustbin = nn.Parameter(torch.zeros(_FEATURES))
+        self.dustbin = nn.Parameter(torch.tensor(_START_DUSTBIN))
 
     def forward(
         self, substitution: Tensor, query: Tensor, key: Tensor, lengths: tuple[Tensor, Tensor], mode: str
@@ -106,14 +112,16 @@ class _LogOdds(torch.autograd.Function):
 
 def _maps(found: Posterior) -> Tensor:
     log_p, p = found.log_pairs, found.log_pairs.exp()
-    related = found.log_odds.sigmoid()[:, None, None]
-    return torch.stack([(p + _FLOOR).log() / 3, p, log_p.clamp(min=-30) / 10, p * related, related.expand_as(p)], dim=1)
+    related = (found.log_odds + _LENIENT).sigmoid()[:, None, None]
+    joint = p * related
+    parts = ((joint + _FLOOR).log() / 3, p, log_p.clamp(min=-30) / 10, joint, related.expand_as(p))
+    return torch.stack(parts, dim=1)
 
 
 def _features(log_pairs: Tensor, flank: Tensor, log_odds: Tensor) -> Tensor:
     """Of each residue, [N, L, 6]: has it a partner, does it lie in a flank or in a gap, is there anything to align."""
     paired = log_pairs.exp().sum(2).clamp(max=1.0)
-    odds = log_odds[:, None].expand_as(flank)
+    odds = (log_odds + _LENIENT)[:, None].expand_as(flank)
     parts = (
         paired,
         flank,
