@@ -119,8 +119,8 @@ def relatedness(
     share = np.mean([len(one.decoded) / min(len(one.pair.query), len(one.pair.key)) for one in others])
     refused = np.mean([one.probability < 0.5 for one in others])
     verdicts = (
-        f"probability of homology: expected error {homology.calibration_error:.3f} where half are related; of unrelated "
-        f"pairs {refused:.2f} have no common part, and {share:.2f} of the shorter sequence is aligned"
+        f"probability of homology: expected error {homology.calibration_error:.3f} where half are related; of "
+        f"unrelated pairs {refused:.2f} have no common part, and {share:.2f} of the shorter sequence is aligned"
     )
     return "\n\n".join([confidences, text, verdicts])
 
