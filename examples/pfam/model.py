@@ -321,7 +321,7 @@ class Aligner(nn.Module):
 
     @staticmethod
     def _initial_weights(heads: int) -> tuple[float, ...]:
-        """Of the maps in the first evidence: the averages of BLOSUM62, the distance from the scaled diagonal, the runs."""
+        """Of the maps in the first evidence: averages of BLOSUM62, the distance from the scaled diagonal, the runs."""
         of_maps = [0.0] * (1 + heads)  # what is not averaged is in queries and keys
         for weight in _START[1:]:
             of_maps += [weight, *[0.0] * heads]
