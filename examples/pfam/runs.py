@@ -34,7 +34,7 @@ MAPS = len(START)
 _START_DUSTBIN = (-1.0, 0.0, 0.5, 0.0, 0.0, 0.0)
 _START_GAIN = 0.25
 """Nats that a half bit of BLOSUM62 counts: less than its 0.35, for it was made of closer relatives."""
-_LENIENT = 3.0
+_LENIENT = 1.5
 """Nats: about the prior odds of having anything to align."""
 _WIDTH = 32
 _FLOOR = 1e-4
