@@ -23,7 +23,7 @@ from .verdict import Verdict, features, fit
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
 
-_A_FAMILY, _CAP = 24, 300
+_A_FAMILY, _CAP = 12, 250
 _SEED = 17
 _BATCH = 8
 
