@@ -29,7 +29,7 @@ _BATCH = 8
 
 
 def pair_features(model: Aligner, pairs: Sequence[Pair], progress: bool = False) -> FloatArray:
-    """``verdict.features`` of every pair, [pairs, 6], in their order.
+    """``verdict.features`` of every pair, [pairs, 5], in their order.
 
     Raises:
         ValueError: the aligner has no pair HMM.

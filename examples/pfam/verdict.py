@@ -1,6 +1,6 @@
 """Whether two proteins share anything at all: a calibrated probability of homology.
 
-A logistic function of six numbers that are known of every aligned pair, fitted on families that the aligner was never
+A logistic function of five numbers that are known of every aligned pair, fitted on families that the aligner was never
 trained on: half of the pairs related, in part between flanks, half unrelated. A probability is of that even chance.
 """
 
@@ -19,7 +19,8 @@ from .decode import confidence
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
 
-FEATURES = ("log odds", "log expected pairs", "mean confidence", "share of the shorter", "log shorter", "log longer")
+FEATURES = ("log odds", "log expected pairs", "mean confidence", "share of the shorter", "log n m")
+"""Not the lengths apart: that relatives are often equally long would speak against a part of a long protein."""
 _RIDGE = 1.0
 _STEPS = 50
 
@@ -57,7 +58,7 @@ class Verdict:
         return cls(float(values[0]), tuple(map(float, values[1:])))
 
 
-UNFITTED = Verdict(0.0, (10.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+UNFITTED = Verdict(0.0, (10.0, 0.0, 0.0, 0.0, 0.0))
 """The pair HMM's own odds, of an aligner whose release holds no other."""
 
 
@@ -72,8 +73,7 @@ def features(log_odds: float, plan: FloatArray, pairs: IntArray) -> FloatArray:
             math.log1p(expected) / 5,
             expected / max(len(pairs), 1),
             expected / min(n, m),
-            math.log(min(n, m)) / 5,
-            math.log(max(n, m)) / 5,
+            math.log(n * m) / 10,
         ]
     )
 

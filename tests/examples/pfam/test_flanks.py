@@ -82,14 +82,14 @@ def test_scores_are_of_each_aligner_and_test(pairs: tuple[Pair, ...]) -> None:
 def test_a_verdict_is_learned_and_is_calibrated() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, len(FEATURES)))
-    truth = Verdict(-0.5, (1.5, 0.0, -1.0, 0.5, 0.0, 0.0))
+    truth = Verdict(-0.5, (1.5, 0.0, -1.0, 0.5, 0.0))
     p = 1 / (1 + np.exp(-(truth.bias + x @ np.array(truth.weights))))
     found = fit(list(x), (rng.random(4000) < p).tolist())
     np.testing.assert_allclose(found.to_list(), truth.to_list(), atol=0.15)
     assert Verdict.from_list(found.to_list()) == found
     with pytest.raises(ValueError, match="ten related and ten unrelated pairs, got 3 of 20"):
         fit(list(x[:20]), [True] * 3 + [False] * 17)
-    for broken in ([1.0], "1", [1.0] * 6 + [float("nan")], [True] * 7, None):
+    for broken in ([1.0], "1", [1.0] * 5 + [float("nan")], [True] * 6, None):
         with pytest.raises(ValueError, match="verdict"):
             Verdict.from_list(broken)
 
@@ -115,8 +115,8 @@ def test_calibration_pairs_of_both_kinds_have_the_same_flanks(families: list[Fam
 def test_the_commands(families: list[Family], tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     config = Config(dim=24, rounds=1, heads=1, hidden=4, base_iters=5)
-    path = save_release(Aligner(config), config, f"{tmp_path}/a.safetensors", verdict=Verdict(0.5, (1.0,) * 6))
-    assert load_release(path).verdict == Verdict(0.5, (1.0,) * 6)
+    path = save_release(Aligner(config), config, f"{tmp_path}/a.safetensors", verdict=Verdict(0.5, (1.0,) * 5))
+    assert load_release(path).verdict == Verdict(0.5, (1.0,) * 5)
     assert main(["flanks", str(path), "--pairs", "2", "--cap", "90", "--quiet", "--threads", "1"]) == 0
     text = capsys.readouterr().out
     for words in ("F1 with flanks", "staggered 2", "Smith-Waterman", "area under the curve", "unrelated"):
