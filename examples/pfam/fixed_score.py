@@ -76,7 +76,7 @@ def pair_hmm_plan(pair: Pair, costs: Costs | None = None) -> FloatArray:
     """
     scores = torch.from_numpy(HALF_BIT * blosum62()[np.ix_(pair.query, pair.key)])[None]
     n, m = (torch.tensor([length]) for length in scores.shape[1:])
-    costs = costs or Costs(*(HALF_BIT * cost for cost in GLOBAL_GAP))
+    costs = costs or Costs(HALF_BIT * GLOBAL_GAP[0], HALF_BIT * GLOBAL_GAP[1])
     real = posterior(scores, n, m, costs).log_pairs[0].exp().numpy()
     plan = np.pad(real, (0, 1))
     plan[:-1, -1], plan[-1, :-1] = (np.maximum(1 - real.sum(axis=axis), 0.0) for axis in (1, 0))

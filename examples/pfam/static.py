@@ -94,9 +94,9 @@ def targets(pairs: Sequence[Pair], size: int, length: int) -> Targets:
             weight[side, index, lone] = 1.0 / (n + m)
     weight /= len(pairs)
     aligned /= len(pairs)
-    return Targets(
-        *(torch.from_numpy(side) for both in (partner, weight, aligned) for side in both), torch.from_numpy(share)
-    )
+    tensors = [torch.from_numpy(side) for both in (partner, weight, aligned) for side in both]
+    tensors.append(torch.from_numpy(share))
+    return Targets(*tensors)
 
 
 def plan_loss(plan: Tensor, known: Targets) -> Tensor:

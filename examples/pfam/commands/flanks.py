@@ -18,7 +18,7 @@ from ..fixed_score import pair_hmm_plan
 from ..flanks import TESTS, Align, flank_scores, unrelated
 from ..homology import Judged, judge, relatedness
 from ..metrics import sequence_identity
-from ..pairs import Pair, evaluation_pairs
+from ..pairs import IntArray, Pair, evaluation_pairs
 from ..release import load_aligner
 from ..runs import MODES
 from .options import add_reading, check_reading
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"warning: the aligner was trained on {len(seen)} of the families")
     judged: dict[str, list[Judged]] = {}
 
-    def model(pairs: Sequence[Pair]) -> list[object]:
+    def model(pairs: Sequence[Pair]) -> list[IntArray]:
         found = judge(aligner, pairs, progress)
         judged[list(TESTS)[len(judged)]] = found
         return [one.decoded for one in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_the_area_counts_pairs() -> None:
 
 
 def test_scores_are_of_each_aligner_and_test(pairs: tuple[Pair, ...]) -> None:
-    def right(flanked_pairs: tuple[Pair, ...]) -> list[np.ndarray]:
+    def right(flanked_pairs: Sequence[Pair]) -> list[np.ndarray]:
         return [pair.target for pair in flanked_pairs]
 
     found = flank_scores({"right": right, "nothing": lambda given: [pair.target[:0] for pair in given]}, pairs)

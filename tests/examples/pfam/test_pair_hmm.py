@@ -101,7 +101,7 @@ def test_free_ends_are_the_sum_over_every_alignment_and_every_kind_of_end(costs:
     n, m = torch.tensor([4, 3, 1, 4]), torch.tensor([5, 4, 2, 1])
     for batch, sizes in ((scores, (n, m)), (scores.mT, (m, n))):
         found = posterior(batch.to(dtype), *sizes, costs)
-        tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-9}
+        atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (1e-12, 1e-9)
         for index, (rows, columns) in enumerate(zip(*(size.tolist() for size in sizes), strict=True)):
             expected = with_free_ends(batch[index, :rows, :columns], costs)
             shown = (
@@ -112,7 +112,7 @@ def test_free_ends_are_the_sum_over_every_alignment_and_every_kind_of_end(costs:
                 (found.key_flank[index, :columns], expected.key_flank),
             )
             for ours, truth in shown:
-                torch.testing.assert_close(ours.double(), truth, **tolerance)
+                torch.testing.assert_close(ours.double(), truth, atol=atol, rtol=rtol)
             assert not found.query_flank[index, rows:].any() and not found.key_flank[index, columns:].any()
 
 
