@@ -53,17 +53,15 @@ def test_padding_is_data_and_changes_no_plan(batch: Batch) -> None:
 def test_the_static_objective_is_the_objective(batch: Batch) -> None:
     full, known = static.padded(batch, 4, 128), static.targets(batch.pairs, 4, 128)
     gradients = []
-    odds, scores = torch.randn(4, requires_grad=True), torch.randn(4, 128, 128, requires_grad=True)
     for tokens in (False, True):
-        plans = [torch.rand(4, 129, 129, generator=torch.manual_seed(index)).requires_grad_() for index in (0, 1)]
+        torch.manual_seed(0)
+        inputs = [torch.rand(shape).requires_grad_() for shape in (*[(4, 129, 129)] * 2, (4, 128, 128), (4,))]
+        output = Output(inputs[0], inputs[1], inputs[2], inputs[3])
         if tokens:
-            loss = static.training_loss(Output(*plans, scores, odds), known, 0.15)
+            loss = static.training_loss(output, known, 0.15)
         else:
-            loss = objective.training_loss(Output(*plans, scores, odds), full.pairs, 0.15)
-        loss.backward()
-        inputs = (*plans, scores, odds)
-        gradients.append([loss.detach(), *(x.grad.clone() for x in inputs)])
-        scores.grad = odds.grad = None
+            loss = objective.training_loss(output, full.pairs, 0.15)
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
