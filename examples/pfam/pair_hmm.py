@@ -132,7 +132,7 @@ def posterior(scores: Tensor, query_lengths: Tensor, key_lengths: Tensor, costs:
     by_kind = torch.cat([of_global[..., None], free.flatten(3).logsumexp(3)], dim=2)
     total = by_kind.logsumexp(2)[1]
     found = until + begins[0] - scores - total[:, None, None]
-    first, last = (torch.logaddexp(*kind.unbind(1)) - total[:, None, None] for kind in free)
+    first, last = (_log_add(*kind.unbind(1)) - total[:, None, None] for kind in free)
     return Posterior(
         log_pairs=found.clamp(max=0.0).masked_fill(~active, _NEVER),
         log_odds=total,
