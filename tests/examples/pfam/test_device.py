@@ -36,8 +36,9 @@ def gradients(model: Aligner, device: Device, batch: Batch) -> tuple[torch.Tenso
     """The losses and the gradient of one step."""
     placed = device.place(batch, 3, 48, learning=True)
     with device.precision():
-        first, last = model(placed.batch)
-    loss, shown = device.losses((first.float(), last.float()), placed, 0.15)
+        output = model(placed.batch)
+    output = output._replace(first=output.first.float(), last=output.last.float())
+    loss, shown = device.losses(output, placed, 0.15)
     model.zero_grad()
     loss.backward()
     return loss.detach(), shown, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
