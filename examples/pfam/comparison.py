@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from tqdm import tqdm
 
 from .calibration import Calibration, Predictor, certificates, predictor
 from .decode import DECODERS, DEFAULT_DECODER, Decoder
 from .device import Device
-from .evaluate import FloatArray, Result, align_pairs, baseline_results, measure_alignment, measure_plan
+from .evaluate import BASELINES, FloatArray, Result, align_pairs, measure_alignment, measure_plan
 from .fixed_score import FixedScores, pair_hmm_plan
 from .model import Aligner
 from .pairs import Pair
+from .programs import TIMEOUT, Installed, align_all
 
 FIXED_SCORES, PAIR_HMM = "fixed-score Sinkhorn", "pair HMM, nothing trained"
 REFERENCE = "Needleman-Wunsch"
@@ -46,12 +49,17 @@ class Comparison:
     """Results by aligner, in the order of the tables.
 
     Of those that make plans also the results of every decoder by its name, and the calibration; of models, the doubts.
+    ``seconds`` is the time that each took for all pairs, without measuring; ``programs``
+    are the names of the installed ones, ``notes`` what befell them.
     """
 
     results: dict[str, list[Result]] = field(default_factory=dict)
     decoded: dict[str, dict[str, list[Result]]] = field(default_factory=dict)
     calibration: dict[str, Calibration] = field(default_factory=dict)
     doubts: dict[str, Doubts] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    programs: list[str] = field(default_factory=list)
 
     @property
     def models(self) -> list[str]:
@@ -64,13 +72,50 @@ class Comparison:
         """Measure plans [n+1, m+1] as they come; none is kept."""
         results, calibration = [], Calibration()
         decoded: dict[str, list[Result]] = {rule: [] for rule in DECODERS}
-        for pair, plan in tqdm(plans, name, total, leave=False, disable=not progress):
+        self.seconds[name] = 0.0
+        for pair, plan in tqdm(self._timed(name, plans), name, total, leave=False, disable=not progress):
+            start = time.perf_counter()
             predicted = decode(plan)
+            self.seconds[name] += time.perf_counter() - start
             results.append(measure_plan(pair, plan, predicted))
             calibration.add(pair, plan, predicted)
             for rule, found in decoded.items():
                 found.append(measure_alignment(pair, DECODERS[rule](plan)))
         self.results[name], self.calibration[name], self.decoded[name] = results, calibration, decoded
+
+    def _timed(self, name: str, plans: Iterable[tuple[Pair, FloatArray]]) -> Iterator[tuple[Pair, FloatArray]]:
+        iterator, done = iter(plans), object()
+        while True:
+            start = time.perf_counter()
+            found: Any = next(iterator, done)
+            self.seconds[name] += time.perf_counter() - start
+            if found is done:
+                return
+            yield found
+
+    def add_baselines(self, pairs: Sequence[Pair], progress: bool) -> None:
+        """Every one of ``BASELINES``."""
+        for name, align in BASELINES.items():
+            start = time.perf_counter()
+            found = [align(pair) for pair in tqdm(pairs, name, leave=False, disable=not progress)]
+            self.seconds[name] = time.perf_counter() - start
+            self.results[name] = [measure_alignment(pair, aligned) for pair, aligned in zip(pairs, found, strict=True)]
+
+    def add_program(self, program: Installed, pairs: Sequence[Pair], timeout: float, progress: bool) -> None:
+        """An installed program; one that fails too often is left out, with a note."""
+        with tqdm(total=len(pairs), desc=program.label, leave=False, disable=not progress) as bar:
+            start = time.perf_counter()
+            found, failures = align_all(program, pairs, timeout, bar.update)
+            seconds = time.perf_counter() - start
+        if found is None:
+            self.notes.append(f"{program.label} is left out after {failures.count} failures; {failures.first}")
+            return
+        if failures.count:
+            text = f"failed on {failures.count} of {len(pairs)} pairs, which count as nothing aligned"
+            self.notes.append(f"{program.label} {text}; {failures.first}")
+        self.programs.append(program.label)
+        self.seconds[program.label] = seconds
+        self.results[program.label] = [measure_alignment(*both) for both in zip(pairs, found, strict=True)]
 
 
 def compare(
@@ -79,12 +124,15 @@ def compare(
     decoder: str = DEFAULT_DECODER,
     device: Device | None = None,
     progress: bool = True,
+    programs: Sequence[Installed] = (),
+    timeout: float = TIMEOUT,
 ) -> Comparison:
-    """Align every pair with every baseline and every model.
+    """Align every pair with every baseline, every installed program and every model.
 
     Args:
         models: by the name of their row, on the CPU; a copy is moved to ``device``.
         decoder: a name in ``DECODERS``, for every plan.
+        programs: see ``programs.find``; ``timeout`` is what each may take over a pair, in seconds.
 
     Raises:
         ValueError: no such decoder, or no pair.
@@ -95,7 +143,10 @@ def compare(
         raise ValueError("no pair to evaluate on: all too long, or with no column in upper case in both; raise the cap")
     pairs = [replace(pair, number=number) for number, pair in enumerate(pairs)]
     decode, fixed = DECODERS[decoder], FixedScores()
-    comparison = Comparison(baseline_results(pairs, progress))
+    comparison = Comparison()
+    comparison.add_baselines(pairs, progress)
+    for program in programs:
+        comparison.add_program(program, pairs, timeout, progress)
     for name, plan in ((FIXED_SCORES, fixed.plan), (PAIR_HMM, pair_hmm_plan)):
         comparison.add_plans(name, ((pair, plan(pair)) for pair in pairs), len(pairs), decode, progress)
     for name, model in models.items():

@@ -14,7 +14,7 @@ from .baselines import GLOBAL_GAP, LOCAL_GAP
 from .calibration import Calibration, Reliability
 from .comparison import REFERENCE, REFERENCES, Comparison
 from .evaluate import PLAN, Result, Scores
-from .summary import LEVEL, RESAMPLES, Interval, Summary, by_identity, differences, summarise
+from .summary import LEVEL, LOWEST, RESAMPLES, Interval, Summary, by_identity, differences, summarise
 from .tables import HEADINGS
 
 LEGEND = textwrap.fill(
@@ -26,7 +26,8 @@ LEGEND = textwrap.fill(
     "straight lines between pairs. Both alignment programs take BLOSUM62; a gap's first and each further residue cost "
     f"{GLOBAL_GAP[0]:g} and {GLOBAL_GAP[1]:g} (Needleman-Wunsch, at the ends too) or "
     f"{LOCAL_GAP[0]:g} and {LOCAL_GAP[1]:g} (Smith-Waterman): --gap-grid scores others. A predictor of errors is "
-    "judged by where the interval of its rank correlation lies.",
+    "judged by where the interval of its rank correlation lies. Seconds a pair are wall time on this machine, an "
+    "installed program's with its start, and of what makes plans with decoding.",
     120,
     break_on_hyphens=False,
 )
@@ -36,6 +37,7 @@ def report(comparison: Comparison) -> str:
     """Every table."""
     parts = [
         headline_table(comparison.results),
+        time_table(comparison),
         identity_table(comparison.results),
         *([difference_table(comparison)] if comparison.models else []),
         aligner_family_table(comparison),
@@ -43,6 +45,7 @@ def report(comparison: Comparison) -> str:
         decoder_table(comparison.decoded),
         calibration_table(comparison.calibration),
         *(predictor_table(comparison, name) for name in comparison.models),
+        *(["\n".join(f"note: {note}" for note in comparison.notes)] if comparison.notes else []),
         LEGEND,
     ]
     return "\n\n".join(parts)
@@ -61,6 +64,13 @@ def headline_table(results: Mapping[str, Sequence[Result]]) -> str:
     return table([*header, HEADINGS["row accuracy"], HEADINGS["barycentre"]], rows)
 
 
+def time_table(comparison: Comparison) -> str:
+    """Seconds a pair, wall time: models on their device and threads, programs on one thread, with their start."""
+    counts = {name: len(results) for name, results in comparison.results.items()}
+    rows = [[name, f"{comparison.seconds[name] / count:.4f}"] for name, count in counts.items()]
+    return table(["time", "seconds a pair"], rows)
+
+
 def identity_table(results: Mapping[str, Sequence[Result]]) -> str:
     """F1 by the identity of the pair in the reference alignment."""
     binned = {name: by_identity(found) for name, found in results.items()}
@@ -73,12 +83,12 @@ def identity_table(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def difference_table(comparison: Comparison) -> str:
-    """What each model has over each of ``REFERENCES``, with paired intervals."""
+    """What each model has over each of ``REFERENCES`` and every installed program, with paired intervals."""
     rows, all_of = [], comparison.results
-    for name, reference in itertools.product(comparison.models, REFERENCES):
+    for name, reference in itertools.product(comparison.models, (*REFERENCES, *comparison.programs)):
         mine, theirs = ({"all": all_of[of], **by_identity(all_of[of])} for of in (name, reference))
         for label, results in mine.items():
-            if results:
+            if results and (reference in REFERENCES or label in ("all", LOWEST)):
                 part = differences(results, theirs[label])
                 found = (_with_ends(part["f1"], sign="+"), _with_ends(part["barycentre"], 2, "+"))
                 rows.append([f"{name} less {reference}", label, *found])
@@ -145,6 +155,7 @@ def as_values(comparison: Comparison) -> dict[str, Any]:
     aligners = {}
     for name, results in comparison.results.items():
         values: dict[str, Any] = _summary(summarise(results))
+        values["seconds_a_pair"] = comparison.seconds[name] / len(results)
         values["identity"] = {label: _summary(summarise(part)) for label, part in by_identity(results).items()}
         values["family_means"] = Scores.of(results).families
         if name in comparison.calibration:

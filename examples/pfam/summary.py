@@ -19,6 +19,7 @@ LEVEL = 0.95
 RESAMPLES = 10_000
 BINS = {"identity <= 0.2": (-np.inf, 0.2), "0.2 - 0.4": (0.2, 0.4), "0.4 - 0.9": (0.4, 0.9), "> 0.9": (0.9, np.inf)}
 """Identities by name, above the first number and up to the second: the twilight zone first."""
+LOWEST = next(iter(BINS))
 
 
 class Interval(NamedTuple):

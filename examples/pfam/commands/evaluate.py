@@ -21,6 +21,7 @@ from ..device import open_device
 from ..gap_grid import gap_grid, grid_table
 from ..identity import labels
 from ..pairs import EvaluationSet, Family, evaluation_pairs
+from ..programs import PROGRAMS, TIMEOUT, Installed, find
 from ..release import SUFFIX, TrainedAligner, load_aligner
 from ..stockholm import shown
 from ..tables import aligner_name
@@ -29,6 +30,7 @@ from .options import add_device, add_reading, check_reading
 _FOLDER = "runs/evaluation"
 _PAIRS, _CAP = 40, 1024
 _PAIR_SEED = 0
+_SECONDS = Range(0, 86_400, "(]")
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,6 +50,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--cap", type=int, metavar="N", default=_CAP, help=text)
     text = f"from plans to pairs: {', '.join(DECODERS)} (default: {DEFAULT_DECODER})"
     parser.add_argument("--decoder", metavar="NAME", choices=DECODERS, default=DEFAULT_DECODER, help=text)
+    text = f"installed aligners to put beside it, of {', '.join(PROGRAMS)}: names with commas between, or none"
+    parser.add_argument("--programs", metavar="NAMES", help=f"{text} (default: all that are on the PATH)")
+    text = f"seconds that an installed aligner may take over a pair, then it is stopped (default: {TIMEOUT:g})"
+    parser.add_argument("--program-timeout", type=float, metavar="X", default=TIMEOUT, help=text)
     text = "instead, score gap costs of both alignment programs on --data, or on the shipped training families"
     parser.add_argument("--gap-grid", action="store_true", help=text)
     text = f"folder for the tables and pictures (default: {_FOLDER})"
@@ -61,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
     """Print and write the tables and the pictures."""
     Range(1).check("--pairs", options.pairs)
     Range(1).check("--cap", options.cap)
+    _SECONDS.check("--program-timeout", options.program_timeout)
     check_reading(options)
     device, progress = open_device(options.device), not options.quiet
     if not options.gap_grid:
@@ -71,17 +78,25 @@ def run(options: argparse.Namespace) -> int:
         _, chosen, head = _pairs(options, options.data or Config().data)
         say(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
         return 0
+    programs, notes = _programs(options.programs)
     aligners = _load(options.checkpoints)
     families, chosen, head = _pairs(options, options.data or next(iter(aligners.values())).config)
-    head = "\n".join([head, *_overlaps(aligners, families)])
+    head = "\n".join([head, *_overlaps(aligners, families), *(f"note: {note}" for note in notes)])
     say(head + "\n")
     models = {name: aligner.model for name, aligner in aligners.items()}
-    comparison = compare(models, chosen.pairs, options.decoder, device, progress)
+    comparison = compare(models, chosen.pairs, options.decoder, device, progress, programs, options.program_timeout)
     text = f"decoder: {options.decoder}\n\n{report(comparison)}"
     say(text)
     for path in _write(options, comparison, f"{head}\n\n{text}\n", chosen):
         say(f"wrote {path}")
     return 0
+
+
+def _programs(names: str | None) -> tuple[list[Installed], list[str]]:
+    """What ``--programs`` names, and notes on what is not used."""
+    if names == "none":
+        return [], []
+    return find(names if names is None else [name.strip() for name in names.split(",")])
 
 
 def _load(paths: Sequence[str]) -> dict[str, TrainedAligner]:
