@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels import diagonal_averages
+
+_PART = 4096
+"""Pairs of residues that are judged at once where no gradient is wanted."""
+
 
 class ContextBlock(nn.Module):
     """Residual block over a sequence: depthwise convolution, then a two-layer perceptron.
@@ -25,8 +30,22 @@ class ContextBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
-        y = self.mix((self.norm(x) * active).transpose(1, 2)).transpose(1, 2)
+        y = self.norm(x) * active
+        if _compiled(x) and not torch.is_grad_enabled():  # a convolution of one channel each is slow there
+            y = _depthwise(y, self.mix)
+        else:
+            y = self.mix(y.transpose(1, 2)).transpose(1, 2)
         return (x + self.perceptron(y)) * active
+
+
+def _depthwise(x: Tensor, mix: nn.Conv1d) -> Tensor:
+    """A convolution [N, L, d] of every channel by itself: shifted copies, weighted and added."""
+    (dilation,), (reach,) = mix.dilation, (int(mix.padding[0]),)
+    assert mix.bias is not None
+    padded, found = F.pad(x, (0, 0, reach, reach)), mix.bias.expand_as(x).clone()
+    for index, weight in enumerate(mix.weight[:, 0].T):
+        found.addcmul_(padded[:, index * dilation : index * dilation + x.shape[1]], weight)
+    return found
 
 
 def diagonal_means(maps: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -48,12 +67,17 @@ class _DiagonalMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, widths: tuple[int, ...]) -> Tensor:
         ctx.widths = widths
+        if _compiled(maps):
+            return diagonal_averages(maps, widths)
         columns = _diagonals(maps)
         return torch.cat([_from_diagonals(_twice(columns, width), maps.shape[3]) for width in widths], dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if _compiled(grad):
+            of_widths = zip(grad.chunk(len(ctx.widths), dim=1), ctx.widths, strict=True)
+            return torch.stack([diagonal_averages(part, (width,)) for part, width in of_widths]).sum(dim=0), None
         parts = _diagonals(grad).chunk(len(ctx.widths), dim=1)
         total = torch.stack([_twice(part, width) for part, width in zip(parts, ctx.widths, strict=True)]).sum(dim=0)
         return _from_diagonals(total, grad.shape[3]), None
@@ -81,6 +105,11 @@ def _twice(columns: Tensor, width: int) -> Tensor:
         return torch.einsum("kl,nclw->nckw", triangle / width**2, columns)
     reach = width - 1
     return _sums(_sums(F.pad(columns / width**2, (0, 0, reach, reach)), width), width)
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether ``kernels`` can run: on CPUs, which have a loop where other devices have tensors."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def _has_matrix_unit(columns: Tensor) -> bool:
@@ -115,6 +144,8 @@ class PairScore(nn.Module):
 
     def forward(self, *groups: Tensor) -> Tensor:
         """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S]."""
+        if _compiled(groups[0]) and not torch.is_grad_enabled():
+            return self._in_parts(groups)
         hidden, linear = self.hidden.bias[:, None], torch.zeros((), device=self.linear.device)
         sizes = [group.shape[1] for group in groups]
         weights = zip(groups, self.hidden.weight.split(sizes, dim=1), self.linear.split(sizes), strict=True)
@@ -123,3 +154,16 @@ class PairScore(nn.Module):
             hidden = torch.baddbmm(hidden, of_hidden.expand(len(flat), -1, -1), flat)
             linear = linear + of_linear @ flat
         return (linear + self.score @ hidden.relu()).unflatten(1, groups[0].shape[2:])
+
+    def _in_parts(self, groups: tuple[Tensor, ...]) -> Tensor:
+        """A few thousand entries at a time, which stay in a cache: without gradients nothing else needs them."""
+        flat = [group.flatten(2) for group in groups]
+        count, entries = len(flat[0]), flat[0].shape[2]
+        found = flat[0].new_empty(count, entries)
+        weight, bias = torch.cat([self.hidden.weight, self.linear[None]]), self.hidden.bias[:, None]
+        for k in range(count):
+            for start in range(0, entries, _PART):
+                part = slice(start, start + _PART)
+                judged = weight @ torch.cat([group[k, :, part] for group in flat])
+                found[k, part] = judged[-1] + self.score @ judged[:-1].add_(bias).relu_()
+        return found.unflatten(1, groups[0].shape[2:])

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import MOST, forward_weights
+
 ENDS = ("global", "overlap", "local")
 
 _NEVER = -1e9
@@ -187,6 +189,9 @@ def _forward(
     One antidiagonal i + j = d at a time, both counted from 1: its entries depend on the two before it and not on each
     other. A state is a vector over i = 0..L.
     """
+    if scores.device.type == "cpu" and bool(scores.max() <= MOST):
+        free = (torch.logaddexp(kinds[1], kinds[2]), kinds[2])
+        return forward_weights(scores, n, m, kinds[0], *free, costs.opening, costs.extension)
     length, size = scores.shape[1:]
     never = scores.new_full((len(scores), length + 1), _NEVER)
     start = torch.cat([kinds[0][:, None], never[:, 1:]], dim=1)
