@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -31,6 +32,22 @@ CERTIFIED = 400
 """At most so many pairs get certificates, evenly spread: each is one more solve."""
 
 
+class Seconds(NamedTuple):
+    """Of time as it passes, and of processors at work: those of this process and of the programs that it ran."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> Seconds:
+        return cls(time.perf_counter(), sum(os.times()[:4]))
+
+    def since(self, start: Seconds) -> Seconds:
+        """This and what has passed since ``start``."""
+        now = Seconds.now()
+        return Seconds(self.wall + now.wall - start.wall, self.cpu + now.cpu - start.cpu)
+
+
 @dataclass(frozen=True)
 class Doubts:
     """Of some pairs, numbers that are known without the answer and should grow with the error, and how they do."""
@@ -49,7 +66,7 @@ class Comparison:
     """Results by aligner, in the order of the tables.
 
     Of those that make plans also the results of every decoder by its name, and the calibration; of models, the doubts.
-    ``seconds`` is the time that each took for all pairs, without measuring; ``programs``
+    ``seconds`` is what each took for all pairs, without what measures them; ``programs``
     are the names of the installed ones, ``notes`` what befell them.
     """
 
@@ -57,7 +74,7 @@ class Comparison:
     decoded: dict[str, dict[str, list[Result]]] = field(default_factory=dict)
     calibration: dict[str, Calibration] = field(default_factory=dict)
     doubts: dict[str, Doubts] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, Seconds] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     programs: list[str] = field(default_factory=list)
 
@@ -72,11 +89,11 @@ class Comparison:
         """Measure plans [n+1, m+1] as they come; none is kept."""
         results, calibration = [], Calibration()
         decoded: dict[str, list[Result]] = {rule: [] for rule in DECODERS}
-        self.seconds[name] = 0.0
+        self.seconds[name] = Seconds()
         for pair, plan in tqdm(self._timed(name, plans), name, total, leave=False, disable=not progress):
-            start = time.perf_counter()
+            start = Seconds.now()
             predicted = decode(plan)
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] = self.seconds[name].since(start)
             results.append(measure_plan(pair, plan, predicted))
             calibration.add(pair, plan, predicted)
             for rule, found in decoded.items():
@@ -86,9 +103,9 @@ class Comparison:
     def _timed(self, name: str, plans: Iterable[tuple[Pair, FloatArray]]) -> Iterator[tuple[Pair, FloatArray]]:
         iterator, done = iter(plans), object()
         while True:
-            start = time.perf_counter()
+            start = Seconds.now()
             found: Any = next(iterator, done)
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] = self.seconds[name].since(start)
             if found is done:
                 return
             yield found
@@ -96,17 +113,17 @@ class Comparison:
     def add_baselines(self, pairs: Sequence[Pair], progress: bool) -> None:
         """Every one of ``BASELINES``."""
         for name, align in BASELINES.items():
-            start = time.perf_counter()
+            start = Seconds.now()
             found = [align(pair) for pair in tqdm(pairs, name, leave=False, disable=not progress)]
-            self.seconds[name] = time.perf_counter() - start
+            self.seconds[name] = Seconds().since(start)
             self.results[name] = [measure_alignment(pair, aligned) for pair, aligned in zip(pairs, found, strict=True)]
 
     def add_program(self, program: Installed, pairs: Sequence[Pair], timeout: float, progress: bool) -> None:
         """An installed program; one that fails too often is left out, with a note."""
         with tqdm(total=len(pairs), desc=program.label, leave=False, disable=not progress) as bar:
-            start = time.perf_counter()
+            start = Seconds.now()
             found, failures = align_all(program, pairs, timeout, bar.update)
-            seconds = time.perf_counter() - start
+            seconds = Seconds().since(start)
         if found is None:
             self.notes.append(f"{program.label} is left out after {failures.count} failures; {failures.first}")
             return

@@ -26,8 +26,8 @@ LEGEND = textwrap.fill(
     "straight lines between pairs. Both alignment programs take BLOSUM62; a gap's first and each further residue cost "
     f"{GLOBAL_GAP[0]:g} and {GLOBAL_GAP[1]:g} (Needleman-Wunsch, at the ends too) or "
     f"{LOCAL_GAP[0]:g} and {LOCAL_GAP[1]:g} (Smith-Waterman): --gap-grid scores others. A predictor of errors is "
-    "judged by where the interval of its rank correlation lies. Seconds a pair are wall time on this machine, an "
-    "installed program's with its start, and of what makes plans with decoding.",
+    "judged by where the interval of its rank correlation lies. Seconds a pair are this machine's, an installed "
+    "program's with its start, and of what makes plans with decoding.",
     120,
     break_on_hyphens=False,
 )
@@ -65,10 +65,10 @@ def headline_table(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def time_table(comparison: Comparison) -> str:
-    """Seconds a pair, wall time: models on their device and threads, programs on one thread, with their start."""
+    """Seconds a pair: models on their device and threads, programs on one thread, with their start."""
     counts = {name: len(results) for name, results in comparison.results.items()}
-    rows = [[name, f"{comparison.seconds[name] / count:.4f}"] for name, count in counts.items()]
-    return table(["time", "seconds a pair"], rows)
+    rows = [[name, *(f"{part / count:.4f}" for part in comparison.seconds[name])] for name, count in counts.items()]
+    return table(["time", "seconds a pair", "of processors"], rows)
 
 
 def identity_table(results: Mapping[str, Sequence[Result]]) -> str:
@@ -155,7 +155,8 @@ def as_values(comparison: Comparison) -> dict[str, Any]:
     aligners = {}
     for name, results in comparison.results.items():
         values: dict[str, Any] = _summary(summarise(results))
-        values["seconds_a_pair"] = comparison.seconds[name] / len(results)
+        taken = comparison.seconds[name]
+        values["seconds_a_pair"] = {"wall": taken.wall / len(results), "cpu": taken.cpu / len(results)}
         values["identity"] = {label: _summary(summarise(part)) for label, part in by_identity(results).items()}
         values["family_means"] = Scores.of(results).families
         if name in comparison.calibration:

@@ -6,6 +6,8 @@ compare with. Compiled code is cached beside this file, or in the user's cache w
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +41,10 @@ def forward_weights(
     weights = torch.zeros_like(odds)
     scales = odds.new_zeros(count, length, -(-size // BLOCK))
     totals = odds.new_empty(count)
-    arguments = [odds, *(side.long() for side in (n, m)), *(kind.double() for kind in (start, edge, inner))]
-    results = (weights.numpy(), scales.numpy(), totals.numpy())
-    _forward_weights(*(x.contiguous().numpy() for x in arguments), opening, extension, *results)
+    given = [odds, *(side.long() for side in (n, m)), *(kind.double() for kind in (start, edge, inner))]
+    arguments: list[Any] = [x.contiguous().numpy() for x in given]
+    arguments += [opening, extension, weights.numpy(), scales.numpy(), totals.numpy()]
+    _forward_weights(*arguments)
     weights.log_().clamp_(min=-1e9)
     for block, of_block in enumerate(scales.unbind(2)):
         weights[:, :, block * BLOCK : (block + 1) * BLOCK] += of_block[:, :, None]
