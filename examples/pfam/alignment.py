@@ -63,7 +63,13 @@ class PairwiseAlignment:
     @cached_property
     def middle(self) -> str:
         """'|' identical, ':' another pair with a BLOSUM62 score above 0, '.' any other pair, ' ' a gap, [c]."""
-        return "".join(_symbol(a, b) for a, b in zip(*self.rows, strict=True))
+        codes = [np.frombuffer(row.encode("ascii"), dtype=np.uint8) for row in self.rows]
+        real = (codes[0] != ord("-")) & (codes[1] != ord("-"))
+        scores = blosum62()[encode(self.rows[0].replace("-", "X")), encode(self.rows[1].replace("-", "X"))]
+        symbols = np.where(scores > 0, ord(":"), ord("."))
+        symbols[(codes[0] == codes[1]) & (codes[0] != ord("X"))] = ord("|")
+        symbols[~real] = ord(" ")
+        return symbols.astype(np.uint8).tobytes().decode("ascii")
 
     @cached_property
     def digits(self) -> str:
@@ -111,11 +117,3 @@ class Summary:
     mean_confidence: float
     expected_accuracy: float
     doubtful: int
-
-
-def _symbol(a: str, b: str) -> str:
-    if "-" in (a, b):
-        return " "
-    if a == b and a != "X":
-        return "|"
-    return ":" if blosum62()[encode(a)[0], encode(b)[0]] > 0 else "."

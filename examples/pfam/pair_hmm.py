@@ -190,8 +190,8 @@ def _forward(
     other. A state is a vector over i = 0..L.
     """
     if scores.device.type == "cpu" and bool(scores.max() <= MOST):
-        free = (torch.logaddexp(kinds[1], kinds[2]), kinds[2])
-        return forward_weights(scores, n, m, kinds[0], *free, costs.opening, costs.extension)
+        edge, inner = torch.logaddexp(kinds[1], kinds[2]), kinds[2]
+        return forward_weights(scores, n, m, kinds[0], edge, inner, costs.opening, costs.extension)
     length, size = scores.shape[1:]
     never = scores.new_full((len(scores), length + 1), _NEVER)
     start = torch.cat([kinds[0][:, None], never[:, 1:]], dim=1)

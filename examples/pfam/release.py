@@ -6,6 +6,7 @@ trained on. A run's checkpoint (``checkpoint.py``) has all of these and goes on 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,15 @@ class TrainedAligner:
     config: Config
     trained_on: tuple[tuple[str, ...], ...] = ()
     verdict: Verdict = UNFITTED
+
+    def digest(self) -> str:
+        """Of the weights and the settings: two that align alike have the same."""
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in _PATHS}
+        found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        found.update(json.dumps(self.verdict.to_list()).encode())
+        return found.hexdigest()
 
     def seen(self, families: Iterable[Family]) -> list[str]:
         """The keys of those ``families`` that it was, or may have been, trained on, as far as is recorded."""

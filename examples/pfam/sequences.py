@@ -70,6 +70,35 @@ def read_proteins(arguments: Sequence[str], notes: list[str], longest: int = LON
     return first, second
 
 
+def read_many(arguments: Sequence[str], notes: list[str], longest: int = LONGEST) -> list[Protein]:
+    """All proteins of some FASTA files, plain or gzip, pipes too, in order; bare sequences count as files of one.
+
+    Names are made different: the second "a" is a_2. What was changed or looks odd is appended to ``notes``.
+
+    Raises:
+        FileNotFoundError: an argument is neither a file nor a sequence.
+        ValueError: a file is not FASTA or holds no sequence, or a sequence is empty, too long or not one of residues.
+    """
+    streams = [argument for argument in arguments if is_stream(argument)]
+    if len(set(streams)) < len(streams):
+        raise ValueError(f"{shown(streams[0])} can be read only once; give it once")
+    proteins: list[Protein] = []
+    for index, argument in enumerate(arguments, start=1):
+        proteins += _read(argument, None, index, notes, longest)
+    taken: set[str] = {protein.name for protein in proteins}
+    seen: set[str] = set()
+    for index, protein in enumerate(proteins):
+        name, number = protein.name, 2
+        if name in seen:
+            while (name := f"{protein.name}_{number}") in taken:
+                number += 1
+            notes.append(f"another sequence is called {clip(protein.name)}; that of {shown(protein.source)} is {name}")
+            proteins[index] = replace(protein, name=name)
+        taken.add(name)
+        seen.add(name)
+    return proteins
+
+
 def short_name(name: str, width: int = 20) -> str:
     """A name to show: of sp|P69905|HBA_HUMAN the last part, and the ends of what is longer than ``width``."""
     short = next((part for part in reversed(name.split("|")) if part), name)
@@ -79,44 +108,47 @@ def short_name(name: str, width: int = 20) -> str:
     return f"{short[: width - 3 - tail]}...{short[-tail:]}"
 
 
-def _read(argument: str, count: int, index: int, notes: list[str], longest: int) -> list[Protein]:
+def _read(argument: str, count: int | None, index: int, notes: list[str], longest: int) -> list[Protein]:
     if is_readable(argument):
         return _read_fasta(argument, count, notes, longest)
     if os.path.isdir(argument):
         raise ValueError(f"{shown(argument)} is a folder; give a FASTA file or a sequence")
     if not _BARE.fullmatch(argument):
         raise FileNotFoundError(f"{clip(argument, 60)!r} is neither a file that exists nor a sequence, letters alone")
-    if count > 1:
+    if count is not None and count > 1:
         raise ValueError("one sequence is not enough; give two of them, or one FASTA file that holds two sequences")
     name = f"sequence_{index}"
-    return [Protein(name, "", _clean(argument, f"sequence {index}", notes), "command line")]
+    return [Protein(name, "", clean_letters(argument, f"sequence {index}", notes), "command line")]
 
 
-def _read_fasta(path: str, count: int, notes: list[str], longest: int) -> list[Protein]:
-    found = _Found()
-    # Biopython's parser of strings: it skips what stands before the first header, and leaves odd letters to `_clean`.
+def _read_fasta(path: str, count: int | None, notes: list[str], longest: int) -> list[Protein]:
+    """The first ``count`` of a file, or all."""
+    found, wanted = _Found(), count or 1
+    # Biopython's parser of strings: it skips what stands before the first header, and leaves odd letters
+    # to `clean_letters`.
     records: list[tuple[str, str]] = []
     try:
         for record in SimpleFastaParser(_bounded(path, count, longest, found)):
-            if len(records) < count:
+            if count is None or len(records) < count:
                 records.append(record)
     except DamagedError as error:
         raise ValueError(f"{shown(path)}: {error}; expected a complete gzip file") from error
     except (TooLargeError, UnlikelyError) as error:
         raise ValueError(f"{shown(path)}: {error}; expected FASTA, with proteins") from error
-    if len(records) < count:
+    if len(records) < wanted:
         held = "no sequence" if not records else f"{len(records)} sequence"
-        raise ValueError(f"{shown(path)} holds {held}; expected FASTA, '>name' and then residues, with {count} or more")
-    if found.headers > count:
+        expected = f"FASTA, '>name' and then residues, with {wanted} or more"
+        raise ValueError(f"{shown(path)} holds {held}; expected {expected}")
+    if count is not None and found.headers > count:
         taken = "the first" if count == 1 else f"the first {count}"
         more = "" if found.all else " or more"
         notes.append(f"{shown(path)} holds {found.headers}{more} sequences; {taken} will be aligned")
     proteins = []
     for number, (title, letters) in enumerate(records, start=1):
         first, *rest = re.split(f"[{BLANKS}]+", title.strip(BLANKS))
-        name = _plain(first) or f"{_plain(Path(path).name.split('.')[0])}_{number}"
+        name = plain_name(first) or f"{plain_name(Path(path).name.split('.')[0])}_{number}"
         where = f"{shown(path)}: {clip(name)}"
-        proteins.append(Protein(name, visible(" ".join(rest)), _clean(letters, where, notes), path))
+        proteins.append(Protein(name, visible(" ".join(rest)), clean_letters(letters, where, notes), path))
     return proteins
 
 
@@ -128,7 +160,7 @@ class _Found:
     all: bool = True
 
 
-def _bounded(path: str, count: int, longest: int, found: _Found) -> Iterator[str]:
+def _bounded(path: str, count: int | None, longest: int, found: _Found) -> Iterator[str]:
     """The lines of a FASTA file, as far as they are wanted."""
     letters = looked = 0
     for _, raw in lines(path):
@@ -137,7 +169,7 @@ def _bounded(path: str, count: int, longest: int, found: _Found) -> Iterator[str
             found.headers, letters = found.headers + 1, 0
         else:
             letters += len(line)
-        if found.headers > count:
+        if count is not None and found.headers > count:
             looked += len(line)
             if looked > _LOOK_ON:
                 found.all = False
@@ -149,14 +181,19 @@ def _bounded(path: str, count: int, longest: int, found: _Found) -> Iterator[str
         yield line + "\n"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """As a name in FASTA, Stockholm and tables: '_' for blanks and what is not to be seen, no comment, no end."""
     seen = "".join(c if c.isprintable() and not c.isspace() else "_" for c in name)
     return re.sub("^(#|//)+", "", seen)
 
 
-def _clean(letters: str, where: str, notes: list[str]) -> str:
-    """Upper case, without gaps and the final stop codon."""
+def clean_letters(letters: str, where: str, notes: list[str] | None = None) -> str:
+    """Upper case, without gaps and the final stop codon; what was changed or looks odd is appended to ``notes``.
+
+    Raises:
+        ValueError: there is no residue, or what is none; the message begins with ``where``.
+    """
+    notes = [] if notes is None else notes
     kept = letters.translate({ord(gap): None for gap in GAPS})
     if gaps := len(letters) - len(kept):
         notes.append(f"{where}: {gaps} gap{'s were' if gaps > 1 else ' was'} removed")

@@ -1,0 +1,191 @@
+"""The aligner from Python: two sequences in; pairs of residues, confidences, the plan and the text out.
+
+>>> from examples.pfam import align
+>>> found = align("MKVLAAGWWGHPDEACDEFGHIKL", "MKVLAGHPDEACDEYGHIKLMN")
+>>> print(found.text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .alignment import PairwiseAlignment, Summary
+from .decode import DECODERS, DEFAULT_DECODER
+from .evaluate import aligned
+from .pairs import Pair, encode
+from .release import TrainedAligner, load_aligner
+from .runs import MODES
+from .sequences import LONGEST, clean_letters, plain_name
+from .three_lines import LEGEND, summary_lines, three_lines
+
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.int64]
+
+MONOTONE = tuple(name for name in DECODERS if name != "mutual")
+"""The decoders whose pairs never cross, as columns need it."""
+BATCH = 32
+"""Pairs that are aligned at once; of long sequences fewer, see ``evaluate.CELLS``."""
+
+
+@dataclass(frozen=True)
+class AlignedPair:
+    """Two aligned sequences.
+
+    Attributes:
+        names: of the query and the key.
+        alignment: columns, letters and the confidence of every column.
+        plan: the attention, [n+1, m+1], the last row and column for having no partner; None where it was not kept.
+        homology: probability that the two are related at all, where half of all pairs are; None where the ends were
+            given, by ``mode``, or the aligner cannot say.
+        log_odds: the pair HMM's log odds of the same, in nats; None without a pair HMM.
+    """
+
+    names: tuple[str, str]
+    alignment: PairwiseAlignment
+    plan: FloatArray | None
+    homology: float | None
+    log_odds: float | None
+
+    @cached_property
+    def pairs(self) -> IntArray:
+        """Residues that are aligned, from 0, [p, 2], in order."""
+        return self.alignment.columns[self.alignment.paired]
+
+    @cached_property
+    def confidence(self) -> FloatArray:
+        """Of each pair, in [0, 1], [p]."""
+        return self.alignment.confidence[self.alignment.paired]
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The alignment in figures."""
+        return self.alignment.summary()
+
+    @property
+    def text(self) -> str:
+        """What ``align`` prints: the three lines and the confidence, what they mean, what they amount to."""
+        lines = three_lines(self.alignment, self.names)
+        return f"{lines}\n\n{LEGEND}\n\n{summary_lines(self.alignment, self.names, self.homology)}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def align(
+    query: str,
+    key: str,
+    *,
+    names: tuple[str, str] = ("query", "key"),
+    mode: str = "auto",
+    decoder: str = DEFAULT_DECODER,
+    checkpoint: str | Path | None = None,
+) -> AlignedPair:
+    """Align two proteins.
+
+    Args:
+        query, key: letters of amino acids in either case; gaps and a final '*' are left out.
+        names: to show them by.
+        mode: "auto", the ends as the sequences suggest; "global", from end to end; "local", only a part is shared.
+        decoder: "accuracy" or "monotone", see ``decode.py``.
+        checkpoint: a released aligner or a run's folder; None is the shipped aligner. It is loaded once.
+
+    Raises:
+        ValueError: a sequence is empty, has what is no amino acid's letter, or the two are too long for memory; an
+            option is none of its values.
+    """
+    return align_many([(query, key)], names=[names], mode=mode, decoder=decoder, checkpoint=checkpoint)[0]
+
+
+def align_many(
+    pairs: Sequence[tuple[str, str]],
+    *,
+    names: Sequence[tuple[str, str]] | None = None,
+    mode: str = "auto",
+    decoder: str = DEFAULT_DECODER,
+    checkpoint: str | Path | None = None,
+    batch_size: int = BATCH,
+    keep_plans: bool = True,
+) -> list[AlignedPair]:
+    """Align many pairs of proteins, batched by their lengths, several times faster than one by one; in their order.
+
+    Args:
+        pairs: of sequences; the rest is as in ``align``.
+        names: of each pair.
+        batch_size: pairs at once, from 1.
+        keep_plans: whether the objects hold their plans, 8 bytes for every pair of residues.
+
+    Raises:
+        ValueError: see ``align``; the number of ``names`` is another.
+    """
+    if names is not None and len(names) != len(pairs):
+        raise ValueError(f"names must be as many as pairs, {len(pairs)}, got {len(names)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    found: list[AlignedPair | None] = [None] * len(pairs)
+    asked = []
+    for number, (query, key) in enumerate(pairs):
+        of_pair = names[number] if names is not None else ("query", "key")
+        letters = tuple(clean_letters(row, f"{name!r}") for row, name in zip((query, key), of_pair, strict=True))
+        n, m = map(len, letters)
+        if n * m > LONGEST:
+            raise ValueError(f"{n} and {m} residues are more than {LONGEST / 1e6:g} million pairs; cut the sequences")
+        shown = (plain_name(of_pair[0]) or "query", plain_name(of_pair[1]) or "key")
+        asked.append(Asked(number, shown, (letters[0], letters[1])))
+    aligner = _loaded(None if checkpoint is None else str(checkpoint))
+    for of, pair in solve(aligner, asked, mode, decoder, batch_size, keep_plans):
+        found[of.number] = pair
+    return [pair for pair in found if pair is not None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A pair to align: its number, names, and letters as ``clean_letters`` makes them."""
+
+    number: int
+    names: tuple[str, str]
+    letters: tuple[str, str]
+
+
+def solve(
+    aligner: TrainedAligner,
+    asked: Sequence[Asked],
+    mode: str = "auto",
+    decoder: str = DEFAULT_DECODER,
+    batch_size: int = BATCH,
+    keep_plans: bool = False,
+) -> Iterator[tuple[Asked, AlignedPair]]:
+    """Align them as batches are done, in order of length: the one place that asks the aligner.
+
+    Raises:
+        ValueError: ``mode`` or ``decoder`` is none of its names.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if decoder not in MONOTONE:
+        raise ValueError(f"decoder must be one of {', '.join(MONOTONE)}, got {decoder!r}")
+    nothing = np.zeros((0, 2), dtype=np.int64)
+    pairs = [Pair("", a.names, encode(a.letters[0]), encode(a.letters[1]), nothing, k) for k, a in enumerate(asked)]
+    before, aligner.model.mode = aligner.model.mode, mode
+    try:
+        for found in aligned(aligner.model, pairs, batch_size):
+            of = asked[found.pair.number]
+            decoded = DECODERS[decoder](found.plan)
+            # What the probability was fitted on had nothing said of its ends.
+            judged = mode == "auto" and found.log_odds is not None
+            homology = aligner.verdict.probability(found.log_odds or 0.0, found.plan, decoded) if judged else None
+            alignment = PairwiseAlignment.from_plan(of.letters, found.plan, decoded)
+            plan = found.plan if keep_plans else None
+            yield of, AlignedPair(of.names, alignment, plan, homology, found.log_odds)
+    finally:
+        aligner.model.mode = before
+
+
+@lru_cache(maxsize=4)
+def _loaded(checkpoint: str | None) -> TrainedAligner:
+    return load_aligner(checkpoint)
