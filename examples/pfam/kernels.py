@@ -37,18 +37,29 @@ def forward_weights(
         opening, extension: of a gap's first and each further residue, in nats.
     """
     count, length, size = scores.shape
-    odds = scores.double().exp_()
-    weights = torch.zeros_like(odds)
-    scales = odds.new_zeros(count, length, -(-size // BLOCK))
-    totals = odds.new_empty(count)
-    given = [odds, *(side.long() for side in (n, m)), *(kind.double() for kind in (start, edge, inner))]
-    arguments: list[Any] = [x.contiguous().numpy() for x in given]
-    arguments += [opening, extension, weights.numpy(), scales.numpy(), totals.numpy()]
-    _forward_weights(*arguments)
-    weights.log_().clamp_(min=-1e9)
-    for block, of_block in enumerate(scales.unbind(2)):
-        weights[:, :, block * BLOCK : (block + 1) * BLOCK] += of_block[:, :, None]
-    return weights.to(scores.dtype), totals.to(scores.dtype)
+    weights, totals = torch.empty_like(scores, memory_format=torch.contiguous_format), scores.new_empty(count)
+    given = [*(side.long() for side in (n, m)), *(kind.double() for kind in (start, edge, inner))]
+    for k in range(count):  # one after the other, for these are of twice the width
+        odds = scores[k : k + 1].double().exp_()
+        found, scales = torch.zeros_like(odds), odds.new_zeros(1, length, -(-size // BLOCK))
+        total = odds.new_empty(1)
+        arguments: list[Any] = [x.contiguous().numpy() for x in (odds, *(of[k : k + 1] for of in given))]
+        arguments += [opening, extension, found.numpy(), scales.numpy(), total.numpy()]
+        _forward_weights(*arguments)
+        found.log_().clamp_(min=-1e9)
+        for block, of_block in enumerate(scales.unbind(2)):
+            found[:, :, block * BLOCK : (block + 1) * BLOCK] += of_block[:, :, None]
+        weights[k], totals[k] = found[0], total[0]
+    return weights, totals
+
+
+def turned_maps(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Maps [N, L, S] with the entry (rows[i], columns[j]) at (i, j), for indices [N, L] and [N, S] that fall by one
+    from the lengths to 0; zeros where they are negative."""
+    found = torch.zeros_like(maps, memory_format=torch.contiguous_format)
+    for source, target, n, m in zip(maps, found, (rows[:, 0] + 1).tolist(), (columns[:, 0] + 1).tolist(), strict=True):
+        target[:n, :m] = source[:n, :m].flip(0, 1)
+    return found
 
 
 def diagonal_averages(maps: Tensor, widths: tuple[int, ...]) -> Tensor:

@@ -142,10 +142,13 @@ class PairScore(nn.Module):
         self.hidden = nn.Linear(maps, hidden)
         self.score = nn.Parameter(torch.zeros(hidden))
 
-    def forward(self, *groups: Tensor) -> Tensor:
-        """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S]."""
+    def forward(self, *groups: Tensor, where: Tensor | None = None, otherwise: float = 0.0) -> Tensor:
+        """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S].
+
+        With ``where`` [N, L, S] what is False there is not judged, and has the score ``otherwise``.
+        """
         if _compiled(groups[0]) and not torch.is_grad_enabled():
-            return self._in_parts(groups)
+            return self._in_parts(groups, where, otherwise)
         hidden, linear = self.hidden.bias[:, None], torch.zeros((), device=self.linear.device)
         sizes = [group.shape[1] for group in groups]
         weights = zip(groups, self.hidden.weight.split(sizes, dim=1), self.linear.split(sizes), strict=True)
@@ -153,17 +156,24 @@ class PairScore(nn.Module):
             flat = group.flatten(2)
             hidden = torch.baddbmm(hidden, of_hidden.expand(len(flat), -1, -1), flat)
             linear = linear + of_linear @ flat
-        return (linear + self.score @ hidden.relu()).unflatten(1, groups[0].shape[2:])
+        found = (linear + self.score @ hidden.relu()).unflatten(1, groups[0].shape[2:])
+        return found if where is None else found.masked_fill(~where, otherwise)
 
-    def _in_parts(self, groups: tuple[Tensor, ...]) -> Tensor:
+    def _in_parts(self, groups: tuple[Tensor, ...], where: Tensor | None, otherwise: float) -> Tensor:
         """A few thousand entries at a time, which stay in a cache: without gradients nothing else needs them."""
         flat = [group.flatten(2) for group in groups]
         count, entries = len(flat[0]), flat[0].shape[2]
-        found = flat[0].new_empty(count, entries)
+        found = flat[0].new_full((count, entries), otherwise)
         weight, bias = torch.cat([self.hidden.weight, self.linear[None]]), self.hidden.bias[:, None]
         for k in range(count):
-            for start in range(0, entries, _PART):
+            chosen = None if where is None else where[k].flatten().nonzero()[:, 0]
+            for start in range(0, entries if chosen is None else len(chosen), _PART):
                 part = slice(start, start + _PART)
-                judged = weight @ torch.cat([group[k, :, part] for group in flat])
-                found[k, part] = judged[-1] + self.score @ judged[:-1].add_(bias).relu_()
+                if chosen is None:
+                    maps = torch.cat([group[k, :, part] for group in flat])
+                else:
+                    maps = torch.cat([group[k].index_select(1, chosen[part]) for group in flat])
+                judged = weight @ maps
+                score = judged[-1] + self.score @ judged[:-1].add_(bias).relu_()
+                found[k, part if chosen is None else chosen[part]] = score
         return found.unflatten(1, groups[0].shape[2:])

@@ -17,6 +17,7 @@ sequences changes a plan a little.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +42,11 @@ _PLAN_WIDTHS = (5, 15, 61)
 _HEAD_DIM = 16
 _READ_DIM = 32
 _REACH = 12
+CELLS = 640_000
+"""Pairs of residues that are judged at once, where no gradient is wanted: each takes some 300 bytes."""
+_WORTH, _UNTHINKABLE = -30.0, -30.0
+"""Pairs whose log posterior is below the first are not judged in evaluation: their evidence is the second, less doubt.
+With the doubt, plans have less than 1e-6 there."""
 _UNIT = 8.0
 """Residues: the distance from where a neighbourhood landed that counts as one."""
 # Weights of BLOSUM62 (in half bits) itself and of its averages along diagonals, before anything is learned.
@@ -84,16 +90,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the first attention was asked, kept for the second: queries, keys, evidence [N, L, S], what it was judged
-    by, in groups [N, C, L, S], dustbin scores [N, L], [N, S]."""
+    """What the first attention was asked, kept for the second: queries, keys, evidence [N, L, S], what some of its rows
+    were judged by, in groups [N, C, rows, S], dustbin scores [N, L], [N, S]; and which pairs of residues are judged at
+    all, [N, L, S], or None for all of them."""
 
     query: Tensor
     key: Tensor
     evidence: Tensor
-    maps: tuple[Tensor, ...]
+    maps: Callable[[slice], tuple[Tensor, ...]]
     query_bin: Tensor
     key_bin: Tensor
     runs: RunEvidence | None
+    where: Tensor | None
 
 
 class Output(NamedTuple):
@@ -183,36 +191,58 @@ class Aligner(nn.Module):
         a_normal, b_normal = self.norm(a.tokens), self.norm(b.tokens)
         a_heads, b_heads = self.project(a_normal) * a.active, self.project(b_normal) * b.active
         split = (heads, _HEAD_DIM)
-        products = a_heads.unflatten(2, split).transpose(1, 2) @ b_heads.unflatten(2, split).permute(0, 2, 3, 1)
         substitution = (a.embedded * self.metric) @ b.embedded.transpose(1, 2)
-        content = torch.cat([substitution[:, None], products / _HEAD_DIM**0.5], dim=1)
-        means = diagonal_means(content, _WIDTHS)
-        runs, doubt = None, torch.zeros((), device=content.device)
+        runs, doubt, where = None, torch.zeros((), device=substitution.device), None
         if self.runs is not None:
             runs = self.runs(substitution, a_normal, b_normal, (a.lengths, b.lengths), self.mode)
-            doubt = (DOUBT_IN_TRAINING if self.training else DOUBT)(runs.posterior.log_pairs)
-        of_runs = (runs.maps,) if runs else ()
-        evidence = self.first(content, means, *self._distances(a, b, runs), *of_runs) - doubt
+            log_p = runs.posterior.log_pairs
+            doubt = (DOUBT_IN_TRAINING if self.training else DOUBT)(log_p)
+            where = log_p > _WORTH if not torch.is_grad_enabled() and not self.training else None
+
+        def maps_of(rows: slice) -> tuple[Tensor, ...]:
+            wide, inside = _with_neighbours(rows, substitution.shape[1], _WIDTHS)
+            of_rows = a_heads[:, wide].unflatten(2, split).transpose(1, 2)
+            products = of_rows @ b_heads.unflatten(2, split).permute(0, 2, 3, 1)
+            content = torch.cat([substitution[:, None, wide], products / _HEAD_DIM**0.5], dim=1)
+            means = diagonal_means(content, _WIDTHS)[:, :, inside]
+            of_runs = (runs.maps[:, :, rows],) if runs else ()
+            return content[:, :, inside], means, *self._distances(a, b, runs, rows), *of_runs
+
+        kept: dict[int, tuple[Tensor, ...]] = {}
+
+        def first_evidence(rows: slice) -> Tensor:
+            maps = maps_of(rows)
+            if rows == slice(0, substitution.shape[1]):  # else there is no room for them, and they are made again
+                kept[0] = maps
+            return self.first(*maps, where=None if where is None else where[:, rows], otherwise=_UNTHINKABLE)
+
+        def known_maps(rows: slice) -> tuple[Tensor, ...]:
+            content, means, _, _, *of_runs = kept.get(0) or maps_of(rows)
+            return content.detach(), means.detach(), *of_runs
+
+        evidence = by_rows(first_evidence, substitution) - doubt
         gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
         return Scored(
             query=torch.cat([a.embedded * self.metric, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
             key=torch.cat([b.embedded, b_heads], dim=2),
             evidence=evidence,
-            maps=(content.detach(), means.detach(), *of_runs),
+            maps=known_maps,
             query_bin=self.dustbin(a_normal)[..., 0] + (runs.query_bin if runs else 0.0),
             key_bin=self.dustbin(b_normal)[..., 0] + (runs.key_bin if runs else 0.0),
             runs=runs,
+            where=where,
         )
 
-    def _distances(self, a: Side, b: Side, runs: RunEvidence | None) -> tuple[Tensor, Tensor]:
-        """Distances from three diagonals, [N, 3, L, S], and the square of the relative one, [N, 1, L, S].
+    def _distances(self, a: Side, b: Side, runs: RunEvidence | None, rows: slice) -> tuple[Tensor, Tensor]:
+        """Distances of some rows from three diagonals, [N, 3, rows, S], and the square of the relative one, [N, 1,
+        rows, S].
 
         They count as far as the sequences begin, or end, together.
         """
-        scaled = b.positions - a.centres_on(b)[..., None]
+        scaled = b.positions - a.centres_on(b)[:, rows, None]
         relative = (4 * scaled / (a.lengths + b.lengths)[:, None, None]).square()
         # A single long insertion leaves everything before it in line with the starts, and after it with the ends.
-        from_start = (b.positions - a.positions[:, None]).expand_as(scaled)
+        from_start = (b.positions - a.positions[rows, None]).expand_as(scaled)
         from_end = from_start - (b.lengths - a.lengths)[:, None, None]
         begin, end = runs.whole if runs else (1.0, 1.0)
         known = ((scaled, begin * end), (from_start, begin), (from_end, end))
@@ -227,29 +257,38 @@ class Aligner(nn.Module):
             self.project_again(self.norm_again(tokens)) * (side.active * _READ_DIM**-0.25)
             for tokens, side in ((a_tokens, a), (b_tokens, b))
         )
-        to_key = (b.positions - self._land(a, b, plan)[..., None]) / _UNIT
-        to_query = (a.positions[:, None] - self._land(b, a, plan.transpose(1, 2))[:, None]) / _UNIT
+        on_key, on_query = self._land(a, b, plan), self._land(b, a, plan.transpose(1, 2))
         known = plan.detach()
-        means = diagonal_means(known[:, None], _PLAN_WIDTHS)
-        judged = [
-            (known + 1e-4).log() / 3,
-            known,
-            known - known.amax(dim=2, keepdim=True),
-            known - known.amax(dim=1, keepdim=True),
-            to_key.abs().clamp(max=6) / 2,
-            to_query.abs().clamp(max=6) / 2,
-            (-to_key.square()).exp(),
-            (-to_query.square()).exp(),
-            known.sum(dim=2, keepdim=True).expand_as(known),
-            known.sum(dim=1, keepdim=True).expand_as(known),
-            query @ key.transpose(1, 2),
-            (means + 1e-3).log().mean(dim=1) / 3,
-        ]
-        evidence = self.second(torch.stack(judged, dim=1), means, *scored.maps)
+        best, most = known.amax(dim=2, keepdim=True), known.amax(dim=1, keepdim=True)
+        of_rows, of_columns = known.sum(dim=2, keepdim=True), known.sum(dim=1, keepdim=True)
+
+        def more_evidence(rows: slice) -> Tensor:
+            to_key = (b.positions - on_key[:, rows, None]) / _UNIT
+            to_query = (a.positions[rows, None] - on_query[:, None]) / _UNIT
+            wide, inside = _with_neighbours(rows, known.shape[1], _PLAN_WIDTHS)
+            means = diagonal_means(known[:, None, wide], _PLAN_WIDTHS)[:, :, inside]
+            here = known[:, rows]
+            judged = [
+                (here + 1e-4).log() / 3,
+                here,
+                here - best[:, rows],
+                here - most,
+                to_key.abs().clamp(max=6) / 2,
+                to_query.abs().clamp(max=6) / 2,
+                (-to_key.square()).exp(),
+                (-to_query.square()).exp(),
+                of_rows[:, rows].expand_as(here),
+                of_columns.expand_as(here),
+                query[:, rows] @ key.transpose(1, 2),
+                (means + 1e-3).log().mean(dim=1) / 3,
+            ]
+            where = None if scored.where is None else scored.where[:, rows]
+            return self.second(torch.stack(judged, dim=1), means, *scored.maps(rows), where=where)
+
         return self._solved(
             torch.cat([scored.query, query], dim=2),
             torch.cat([scored.key, key], dim=2),
-            scored.evidence + evidence,
+            scored.evidence + by_rows(more_evidence, known),
             scored.query_bin + self.gap(plan, a.tokens, a.active),
             scored.key_bin + self.gap(plan.transpose(1, 2), b.tokens, b.active),
             options,
@@ -340,6 +379,25 @@ class GapScore(nn.Module):
     def forward(self, plan: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
         known = torch.cat([_certainty(plan), self.reduce(tokens)], dim=2) * active
         return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
+
+
+def by_rows(evidence: Callable[[slice], Tensor], like: Tensor) -> Tensor:
+    """Evidence [N, L, S], a few rows at a time where all of what it is judged by would take too much memory.
+
+    With gradients, which need it all, at once. ``like`` is [N, L, S].
+    """
+    count, length, size = like.shape
+    step = length if torch.is_grad_enabled() else max(CELLS // (count * size), 16)
+    if step >= length:
+        return evidence(slice(0, length))
+    return torch.cat([evidence(slice(start, min(start + step, length))) for start in range(0, length, step)], dim=1)
+
+
+def _with_neighbours(rows: slice, length: int, widths: tuple[int, ...]) -> tuple[slice, slice]:
+    """The rows that averages along diagonals over ``widths`` read for these, and where these are among them."""
+    reach = max(widths) - 1
+    first = max(rows.start - reach, 0)
+    return slice(first, min(rows.stop + reach, length)), slice(rows.start - first, rows.stop - first)
 
 
 def _certainty(plan: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import MOST, forward_weights
+from .kernels import MOST, forward_weights, turned_maps
 
 ENDS = ("global", "overlap", "local")
 
@@ -175,6 +175,8 @@ def _from_end(lengths: Tensor, size: int) -> Tensor:
 
 def _turned(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[N, L, S] maps read from the ends of both sequences; anything on padding."""
+    if maps.device.type == "cpu":
+        return turned_maps(maps, rows, columns)
     rows = rows.clamp(min=0)[:, :, None].expand_as(maps)
     columns = columns.clamp(min=0)[:, None].expand_as(maps)
     return maps.gather(1, rows).gather(2, columns)
