@@ -191,7 +191,7 @@ def _columns(path: Path, letters: tuple[str, str]) -> IntArray:
             rows = dict(SimpleFastaParser(file))
     except FileNotFoundError as error:
         raise ProgramError("wrote no alignment") from error
-    rows = {title.strip(): row for title, row in rows.items()}
+    rows = {title.split()[0] if title.split() else "": row for title, row in rows.items()}
     if set(rows) != set(_NAMES):
         raise ProgramError(f"wrote {len(rows)} sequences, not the two that it was given")
     aligned = [rows[name] for name in _NAMES]
