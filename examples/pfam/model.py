@@ -17,6 +17,7 @@ sequences changes a plan a little.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,11 +43,11 @@ _PLAN_WIDTHS = (5, 15, 61)
 _HEAD_DIM = 16
 _READ_DIM = 32
 _REACH = 12
-CELLS = 640_000
+CELLS = 150_000
 """Pairs of residues that are judged at once, where no gradient is wanted: each takes some 300 bytes."""
-_WORTH, _UNTHINKABLE = -30.0, -30.0
+_WORTH, _UNTHINKABLE = -20.0, -30.0
 """Pairs whose log posterior is below the first are not judged in evaluation: their evidence is the second, less doubt.
-With the doubt, plans have less than 1e-6 there."""
+Plans change by less than 1e-5, for with the doubt there is next to nothing there."""
 _UNIT = 8.0
 """Residues: the distance from where a neighbourhood landed that counts as one."""
 # Weights of BLOSUM62 (in half bits) itself and of its averages along diagonals, before anything is learned.
@@ -88,16 +89,30 @@ class Side:
         return (self.positions + 0.5) * (other.lengths / self.lengths)[:, None] - 0.5
 
 
+class Part(NamedTuple):
+    """Rows of some pairs of sequences; an index of what is [N, L, ...]."""
+
+    pairs: slice
+    rows: slice
+
+    def with_neighbours(self, length: int, widths: tuple[int, ...]) -> tuple[Part, slice]:
+        """With the rows that averages along diagonals over ``widths`` read for these, and where these are in it."""
+        reach = max(widths) - 1
+        first = max(self.rows.start - reach, 0)
+        wide = slice(first, min(self.rows.stop + reach, length))
+        return Part(self.pairs, wide), slice(self.rows.start - first, self.rows.stop - first)
+
+
 @dataclass(frozen=True)
 class Scored:
-    """What the first attention was asked, kept for the second: queries, keys, evidence [N, L, S], what some of its rows
-    were judged by, in groups [N, C, rows, S], dustbin scores [N, L], [N, S]; and which pairs of residues are judged at
+    """What the first attention was asked, kept for the second: queries, keys, evidence [N, L, S], what a part of it was
+    judged by, in groups [pairs, C, rows, S], dustbin scores [N, L], [N, S]; and which pairs of residues are judged at
     all, [N, L, S], or None for all of them."""
 
     query: Tensor
     key: Tensor
     evidence: Tensor
-    maps: Callable[[slice], tuple[Tensor, ...]]
+    maps: Callable[[Part], tuple[Tensor, ...]]
     query_bin: Tensor
     key_bin: Tensor
     runs: RunEvidence | None
@@ -199,28 +214,29 @@ class Aligner(nn.Module):
             doubt = (DOUBT_IN_TRAINING if self.training else DOUBT)(log_p)
             where = log_p > _WORTH if not torch.is_grad_enabled() and not self.training else None
 
-        def maps_of(rows: slice) -> tuple[Tensor, ...]:
-            wide, inside = _with_neighbours(rows, substitution.shape[1], _WIDTHS)
-            of_rows = a_heads[:, wide].unflatten(2, split).transpose(1, 2)
-            products = of_rows @ b_heads.unflatten(2, split).permute(0, 2, 3, 1)
-            content = torch.cat([substitution[:, None, wide], products / _HEAD_DIM**0.5], dim=1)
+        def maps_of(part: Part) -> tuple[Tensor, ...]:
+            wide, inside = part.with_neighbours(substitution.shape[1], _WIDTHS)
+            products = a_heads[wide].unflatten(2, split).transpose(1, 2) @ b_heads[part.pairs].unflatten(
+                2, split
+            ).permute(0, 2, 3, 1)
+            content = torch.cat([substitution[wide][:, None], products / _HEAD_DIM**0.5], dim=1)
             means = diagonal_means(content, _WIDTHS)[:, :, inside]
-            of_runs = (runs.maps[:, :, rows],) if runs else ()
-            return content[:, :, inside], means, *self._distances(a, b, runs, rows), *of_runs
+            of_runs = (runs.maps[part.pairs, :, part.rows],) if runs else ()
+            return content[:, :, inside], means, *self._distances(a, b, runs, part), *of_runs
 
         kept: dict[int, tuple[Tensor, ...]] = {}
 
-        def first_evidence(rows: slice) -> Tensor:
-            maps = maps_of(rows)
-            if rows == slice(0, substitution.shape[1]):  # else there is no room for them, and they are made again
-                kept[0] = maps
-            return self.first(*maps, where=None if where is None else where[:, rows], otherwise=_UNTHINKABLE)
+        def first_evidence(part: Part) -> Tensor:
+            maps = maps_of(part)
+            if part.rows == slice(0, substitution.shape[1]):  # else there is no room for them: they are made again
+                kept[part.pairs.start] = maps
+            return self.first(*maps, where=None if where is None else where[part], otherwise=_UNTHINKABLE)
 
-        def known_maps(rows: slice) -> tuple[Tensor, ...]:
-            content, means, _, _, *of_runs = kept.get(0) or maps_of(rows)
+        def known_maps(part: Part) -> tuple[Tensor, ...]:
+            content, means, _, _, *of_runs = kept.get(part.pairs.start) or maps_of(part)
             return content.detach(), means.detach(), *of_runs
 
-        evidence = by_rows(first_evidence, substitution) - doubt
+        evidence = in_parts(first_evidence, substitution) - doubt
         gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
         return Scored(
             query=torch.cat([a.embedded * self.metric, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
@@ -233,18 +249,19 @@ class Aligner(nn.Module):
             where=where,
         )
 
-    def _distances(self, a: Side, b: Side, runs: RunEvidence | None, rows: slice) -> tuple[Tensor, Tensor]:
-        """Distances of some rows from three diagonals, [N, 3, rows, S], and the square of the relative one, [N, 1,
+    def _distances(self, a: Side, b: Side, runs: RunEvidence | None, part: Part) -> tuple[Tensor, Tensor]:
+        """Distances of a part's rows from three diagonals, [N, 3, rows, S], and the square of the relative one, [N, 1,
         rows, S].
 
         They count as far as the sequences begin, or end, together.
         """
-        scaled = b.positions - a.centres_on(b)[:, rows, None]
-        relative = (4 * scaled / (a.lengths + b.lengths)[:, None, None]).square()
+        n, m = (side.lengths[part.pairs, None, None] for side in (a, b))
+        scaled = b.positions - a.centres_on(b)[part][..., None]
+        relative = (4 * scaled / (n + m)).square()
         # A single long insertion leaves everything before it in line with the starts, and after it with the ends.
-        from_start = (b.positions - a.positions[rows, None]).expand_as(scaled)
-        from_end = from_start - (b.lengths - a.lengths)[:, None, None]
-        begin, end = runs.whole if runs else (1.0, 1.0)
+        from_start = (b.positions - a.positions[part.rows, None]).expand_as(scaled)
+        from_end = from_start - (m - n)
+        begin, end = (of[part.pairs] for of in runs.whole) if runs else (1.0, 1.0)
         known = ((scaled, begin * end), (from_start, begin), (from_end, end))
         apart = torch.stack([distance.abs().clamp(max=100) * weight for distance, weight in known], dim=1)
         return 0.03 * apart, (relative * begin * end)[:, None]
@@ -262,33 +279,33 @@ class Aligner(nn.Module):
         best, most = known.amax(dim=2, keepdim=True), known.amax(dim=1, keepdim=True)
         of_rows, of_columns = known.sum(dim=2, keepdim=True), known.sum(dim=1, keepdim=True)
 
-        def more_evidence(rows: slice) -> Tensor:
-            to_key = (b.positions - on_key[:, rows, None]) / _UNIT
-            to_query = (a.positions[rows, None] - on_query[:, None]) / _UNIT
-            wide, inside = _with_neighbours(rows, known.shape[1], _PLAN_WIDTHS)
-            means = diagonal_means(known[:, None, wide], _PLAN_WIDTHS)[:, :, inside]
-            here = known[:, rows]
+        def more_evidence(part: Part) -> Tensor:
+            to_key = (b.positions - on_key[part][..., None]) / _UNIT
+            to_query = (a.positions[part.rows, None] - on_query[part.pairs, None]) / _UNIT
+            wide, inside = part.with_neighbours(known.shape[1], _PLAN_WIDTHS)
+            means = diagonal_means(known[wide][:, None], _PLAN_WIDTHS)[:, :, inside]
+            here = known[part]
             judged = [
                 (here + 1e-4).log() / 3,
                 here,
-                here - best[:, rows],
-                here - most,
+                here - best[part],
+                here - most[part.pairs],
                 to_key.abs().clamp(max=6) / 2,
                 to_query.abs().clamp(max=6) / 2,
                 (-to_key.square()).exp(),
                 (-to_query.square()).exp(),
-                of_rows[:, rows].expand_as(here),
-                of_columns.expand_as(here),
-                query[:, rows] @ key.transpose(1, 2),
+                of_rows[part].expand_as(here),
+                of_columns[part.pairs].expand_as(here),
+                query[part] @ key[part.pairs].transpose(1, 2),
                 (means + 1e-3).log().mean(dim=1) / 3,
             ]
-            where = None if scored.where is None else scored.where[:, rows]
-            return self.second(torch.stack(judged, dim=1), means, *scored.maps(rows), where=where)
+            where = None if scored.where is None else scored.where[part]
+            return self.second(torch.stack(judged, dim=1), means, *scored.maps(part), where=where)
 
         return self._solved(
             torch.cat([scored.query, query], dim=2),
             torch.cat([scored.key, key], dim=2),
-            scored.evidence + by_rows(more_evidence, known),
+            scored.evidence + in_parts(more_evidence, known),
             scored.query_bin + self.gap(plan, a.tokens, a.active),
             scored.key_bin + self.gap(plan.transpose(1, 2), b.tokens, b.active),
             options,
@@ -381,23 +398,21 @@ class GapScore(nn.Module):
         return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
 
 
-def by_rows(evidence: Callable[[slice], Tensor], like: Tensor) -> Tensor:
-    """Evidence [N, L, S], a few rows at a time where all of what it is judged by would take too much memory.
+def in_parts(evidence: Callable[[Part], Tensor], like: Tensor) -> Tensor:
+    """Evidence [N, L, S], a few pairs of sequences at a time, or rows of one: less memory, and what fits into a cache.
 
     With gradients, which need it all, at once. ``like`` is [N, L, S].
     """
     count, length, size = like.shape
-    step = length if torch.is_grad_enabled() else max(CELLS // (count * size), 16)
-    if step >= length:
-        return evidence(slice(0, length))
-    return torch.cat([evidence(slice(start, min(start + step, length))) for start in range(0, length, step)], dim=1)
-
-
-def _with_neighbours(rows: slice, length: int, widths: tuple[int, ...]) -> tuple[slice, slice]:
-    """The rows that averages along diagonals over ``widths`` read for these, and where these are among them."""
-    reach = max(widths) - 1
-    first = max(rows.start - reach, 0)
-    return slice(first, min(rows.stop + reach, length)), slice(rows.start - first, rows.stop - first)
+    if torch.is_grad_enabled():
+        return evidence(Part(slice(0, count), slice(0, length)))
+    pairs = max(CELLS // (length * size), 1)
+    rows = min(max(CELLS // size, 64), length) if pairs == 1 else length
+    found = like.new_empty(like.shape)
+    for first, start in itertools.product(range(0, count, pairs), range(0, length, rows)):
+        part = Part(slice(first, min(first + pairs, count)), slice(start, min(start + rows, length)))
+        found[part] = evidence(part)
+    return found
 
 
 def _certainty(plan: Tensor) -> Tensor:

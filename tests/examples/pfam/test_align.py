@@ -19,6 +19,7 @@ from examples.pfam.alignment_picture import draw_alignment
 from examples.pfam.cli import main
 from examples.pfam.commands import align
 from examples.pfam.config import Config
+from examples.pfam.decode import DECODERS
 from examples.pfam.model import Aligner
 from examples.pfam.pairs import load_families, make_pair
 from examples.pfam.release import save_release
@@ -334,7 +335,7 @@ def test_the_command_from_end_to_end(checkpoint: Path, tmp_path: Path, capsys: p
 def test_the_decoder_is_the_one_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(align.DECODERS, "monotone", lambda plan: np.zeros((0, 2), dtype=np.int64))
+    monkeypatch.setitem(DECODERS, "monotone", lambda plan: np.zeros((0, 2), dtype=np.int64))
     arguments = ["align", "MKVLA", "MKVLA", "--checkpoint", str(checkpoint), "--out", str(tmp_path)]
     assert main([*arguments, "--decoder", "monotone"]) == 0
     assert "no residue was aligned" in capsys.readouterr().out
