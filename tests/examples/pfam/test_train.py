@@ -334,5 +334,8 @@ def test_every_option_says_what_it_is(command: str) -> None:
     for action in subparsers.choices[command]._actions:
         assert action.help and "config.py" not in action.help, action.option_strings
         assert action.nargs == 0 or action.metavar == {int: "N", float: "X"}.get(
-            action.type, "NAME" if action.choices else {"url": "URL", "exclude": "PREFIX"}.get(action.dest, "PATH")
+            action.type,
+            "NAME"
+            if action.choices
+            else {"url": "URL", "exclude": "PREFIX", "programs": "NAMES"}.get(action.dest, "PATH"),
         )
