@@ -114,6 +114,7 @@ def test_one_compilation_serves_dynamic_shapes(options: dict[str, Any], mask: bo
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_everything_dynamic() -> None:
     """`dynamic=True` makes symbols of numbers too."""
     module, counter = Alone(attention()), CompileCounterWithBackend("aot_eager")
@@ -165,6 +166,7 @@ def test_export_with_dynamic_batch_and_length(strict: bool, dustbin: bool) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_exported_encoder_survives_saving() -> None:
     model = encoder(window=(4, 4)).eval()
     x, ignore = torch.randn(2, 8, E), padding(8, 5)

@@ -28,7 +28,7 @@ def flat_of(call: problems.Call, value: bool = True, engine: str = "tiled") -> l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("seed", slow_after(0, [0, 5, 8, 11, 17, 23], {0, 5, 17}))
+@pytest.mark.parametrize("seed", slow_after(0, [0, 5, 8, 11, 17, 23], {0, 5, 11, 17}))
 def test_opcheck(seed: int, engine: str) -> None:
     call = problems.make(seed)
     flat = flat_of(call, engine=engine)

@@ -50,6 +50,7 @@ MODULES = (
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_any_module_may_be_imported_first() -> None:
     program = """
 import importlib, os, sys

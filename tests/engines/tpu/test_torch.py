@@ -221,6 +221,7 @@ def test_the_order_of_the_potentials_shows_that_there_is_no_plan() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", [17])
 def test_the_streaming_schedule_is_torchs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One vector of lanes a block and a tile: many tiles in small problems."""

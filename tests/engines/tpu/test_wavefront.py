@@ -110,7 +110,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 ELSEWHERE = {
     "more columns", "more rows", "packed", "wide", "narrow", "longer lengths, steeper", "masses",
     "relaxed, rows with few keys", "over-relaxed", "accelerated", "unrolled", "three kept", "warm start",
-    "nothing in the second", "centres",
+    "nothing in the second", "centres", "lengths", "accelerated, contraction given",
 }  # fmt: skip
 
 
@@ -166,6 +166,7 @@ def test_several_passes_are_one(never_streamed: list[Any], monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["sharp", "steep"])
 def test_what_leaves_the_range_or_the_path_is_streamed(name: str) -> None:
     """Scores hundreds apart, and a slope the path was not laid out for: the right answer all the same."""
@@ -183,6 +184,7 @@ def test_what_leaves_the_range_or_the_path_is_streamed(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_races(monkeypatch: pytest.MonkeyPatch, never_streamed: list[Any]) -> None:
     """JAX's interpreter of TPU kernels, on two cores, forward and backward."""
     race_states = watch_races(monkeypatch)

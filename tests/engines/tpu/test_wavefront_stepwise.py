@@ -88,7 +88,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 EXHAUSTIVE = {
     "dustbin", "early", "early, packed, relaxed", "dustbin, warm, masses", "implicit", "no tail",
-    "no tail, accelerated",
+    "no tail, accelerated", "packed dustbin, early",
 }  # fmt: skip
 
 

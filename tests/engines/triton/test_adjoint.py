@@ -84,7 +84,7 @@ def cheap(start: int, count: int) -> Iterator[problems.Call]:
             yield call
 
 
-@pytest.mark.parametrize("chunk", slow_after(1, range(40), exhaustive=range(3, 40)))
+@pytest.mark.parametrize("chunk", slow_after(1, range(40), exhaustive=range(2, 40)))
 def test_random_problems(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few lines in every other chunk, so that several are walked."""
     if chunk % 2:

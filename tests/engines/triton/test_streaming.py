@@ -55,7 +55,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, outer: int, inner: int) -> None
     monkeypatch.setattr(blocks, "OVERRIDE", blocks.Blocks(outer, inner, 4, 1))
 
 
-@pytest.mark.parametrize("chunk", slow_after(1, range(100), exhaustive=range(8, 100)))
+@pytest.mark.parametrize("chunk", slow_after(1, range(100), exhaustive=range(4, 100)))
 def test_random_problems(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few lines in every other chunk, so that several are walked."""
     if chunk % 2 == 0:
