@@ -16,7 +16,7 @@ help:
 	@echo "make test-all  likewise, and further combinations of options on interpreted kernels"
 	@echo "make test-fast  the tests that are not marked slow, a few minutes on two cores (PYTEST_ARGS=... likewise)"
 	@echo "make bench   the tables of benchmarks/ (ARGS=... are passed on)"
-	@echo "make docs    the site, into docs/_build (ARGS=... to sphinx-build)"
+	@echo "make docs    the site, into docs/_build (Python 3.11 or later; ARGS=... to sphinx-build)"
 	@echo "make lint    ruff and mypy"
 	@echo "make matrix  every torch from 2.9 on, each in an environment of its own: docs/releases.md (ARGS=... to nox; an hour)"
 	@echo "make sanitize the C++ kernels, instrumented, through the tests of engines (Linux, GCC; some minutes)"
