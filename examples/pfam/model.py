@@ -407,7 +407,7 @@ def in_parts(evidence: Callable[[Part], Tensor], like: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return evidence(Part(slice(0, count), slice(0, length)))
     pairs = max(CELLS // (length * size), 1)
-    rows = min(max(CELLS // size, 64), length) if pairs == 1 else length
+    rows = min(max(CELLS // size, 128), length) if pairs == 1 else length
     found = like.new_empty(like.shape)
     for first, start in itertools.product(range(0, count, pairs), range(0, length, rows)):
         part = Part(slice(first, min(first + pairs, count)), slice(start, min(start + rows, length)))

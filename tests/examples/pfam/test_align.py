@@ -308,7 +308,7 @@ def test_the_command_from_end_to_end(checkpoint: Path, tmp_path: Path, capsys: p
         "sequence_2 ",
         "confidence ",
         "identical",
-        "related with probability 0.",
+        "related with probability ",
         "mean confidence",
         f"wrote {out / PICTURE}",
     ):
