@@ -17,3 +17,12 @@ def test_the_code_of_a_page_runs(page: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.M | re.S)
     assert blocks
     exec(compile("\n".join(blocks), page, "exec"), {})
+
+
+@pytest.mark.parametrize("page", sorted(x.name for x in DOCS.glob("*.md")))
+def test_links_lead_somewhere(page: str) -> None:
+    """To pages and files that are there; pictures are drawn when the site is built."""
+    text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    missing = [x for x in targets if "://" not in x and not x.startswith("_figures/") and not (DOCS / x).exists()]
+    assert not missing
