@@ -47,6 +47,7 @@ def test_two_strings_in_an_object_out(checkpoint: str) -> None:
     assert align(QUERY, KEY, mode="local", checkpoint=checkpoint).homology is None
 
 
+@pytest.mark.slow
 def test_the_text_is_the_command_s(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["align", QUERY, KEY, "--checkpoint", checkpoint, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out

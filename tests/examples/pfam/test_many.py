@@ -203,6 +203,7 @@ def test_the_command_goes_on_where_it_was(
     assert "6 of 6 pairs are in" in capsys.readouterr().err and len(calls) == 4
 
 
+@pytest.mark.slow
 def test_one_against_many_as_a3m_and_as_the_command_for_two(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
