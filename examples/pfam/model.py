@@ -17,7 +17,6 @@ sequences changes a plan a little.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from .baselines import blosum62
 from .config import Config
 from .layers import ContextBlock, PairScore, diagonal_means
 from .pairs import ALPHABET
+from .parts import Part, in_parts
 from .runs import MAPS, START, RunEvidence, Runs
 from .sampler import PADDING, Batch
 
@@ -43,8 +43,6 @@ _PLAN_WIDTHS = (5, 15, 61)
 _HEAD_DIM = 16
 _READ_DIM = 32
 _REACH = 12
-CELLS = 150_000
-"""Pairs of residues that are judged at once, where no gradient is wanted: each takes some 300 bytes."""
 _WORTH, _UNTHINKABLE = -20.0, -30.0
 """Pairs whose log posterior is below the first are not judged in evaluation: their evidence is the second, less doubt.
 Plans change by less than 1e-5, for with the doubt there is next to nothing there."""
@@ -87,20 +85,6 @@ class Side:
     def centres_on(self, other: Side) -> Tensor:
         """Where the scaled diagonal puts each residue on the other sequence, (i + 1/2) m/n - 1/2, [N, L]."""
         return (self.positions + 0.5) * (other.lengths / self.lengths)[:, None] - 0.5
-
-
-class Part(NamedTuple):
-    """Rows of some pairs of sequences; an index of what is [N, L, ...]."""
-
-    pairs: slice
-    rows: slice
-
-    def with_neighbours(self, length: int, widths: tuple[int, ...]) -> tuple[Part, slice]:
-        """With the rows that averages along diagonals over ``widths`` read for these, and where these are in it."""
-        reach = max(widths) - 1
-        first = max(self.rows.start - reach, 0)
-        wide = slice(first, min(self.rows.stop + reach, length))
-        return Part(self.pairs, wide), slice(self.rows.start - first, self.rows.stop - first)
 
 
 @dataclass(frozen=True)
@@ -396,23 +380,6 @@ class GapScore(nn.Module):
     def forward(self, plan: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
         known = torch.cat([_certainty(plan), self.reduce(tokens)], dim=2) * active
         return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
-
-
-def in_parts(evidence: Callable[[Part], Tensor], like: Tensor) -> Tensor:
-    """Evidence [N, L, S], a few pairs of sequences at a time, or rows of one: less memory, and what fits into a cache.
-
-    With gradients, which need it all, at once. ``like`` is [N, L, S].
-    """
-    count, length, size = like.shape
-    if torch.is_grad_enabled():
-        return evidence(Part(slice(0, count), slice(0, length)))
-    pairs = max(CELLS // (length * size), 1)
-    rows = min(max(CELLS // size, 128), length) if pairs == 1 else length
-    found = like.new_empty(like.shape)
-    for first, start in itertools.product(range(0, count, pairs), range(0, length, rows)):
-        part = Part(slice(first, min(first + pairs, count)), slice(start, min(start + rows, length)))
-        found[part] = evidence(part)
-    return found
 
 
 def _certainty(plan: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.pfam import layers, model as aligner, pair_hmm
+from examples.pfam import layers, model as aligner, pair_hmm, parts
 from examples.pfam.config import Config
 from examples.pfam.evaluate import align_pairs
 from examples.pfam.kernels import MOST
@@ -97,7 +97,7 @@ def test_a_few_rows_at_a_time_and_possible_pairs_alone_make_the_same_plans(monke
         return [plan for _, plan in align_pairs(model, pairs, 2)]
 
     usual = plans()
-    monkeypatch.setattr(aligner, "CELLS", 2 * 102 * 20)
+    monkeypatch.setattr(parts, "CELLS", 2 * 102 * 20)
     in_rows = plans()
     monkeypatch.setattr(aligner, "_WORTH", -1e30)
     everywhere = plans()
