@@ -1,5 +1,6 @@
 """Sphinx's settings: `make docs`."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ suppress_warnings = ["myst.header", "misc.copy_overwrite"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # kernels start beside the notebook, and read examples/
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
