@@ -31,7 +31,7 @@ def errors() -> Figure:
             colour = plt.get_cmap("viridis")(k / len(of_kind))
             for name, line in (("plain", "-"), ("accelerated", ":")):
                 shown = [max(x, 1e-5) for x in found[f"{name} errors"]]
-                label = f"epsilon {epsilon}" if name == "plain" else None
+                label = f"epsilon {epsilon}" if name == "plain" and kind == KINDS[0] else None
                 axis.loglog(ITERATIONS, shown, line, color=colour, label=label, linewidth=1.5)
         axis.axhline(0.01, color=style.KEY, linewidth=1)
         axis.axvline(22, color="0.8", linewidth=1)
