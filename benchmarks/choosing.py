@@ -19,11 +19,11 @@ import torch
 from lib.measure import best_times, print_rows
 
 from torch_sinkhorn_attn import choose_settings, residual_history, sinkhorn_attention
+from torch_sinkhorn_attn.choosing import MOST, gradient_gap
 
 EPSILONS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.05)
 HEAD = ("kind", "epsilon", "plain", "accelerated", "gap R=2", "R=8", "chosen", "time")
 WIDTHS = (-14, 7, 6, 11, 8, 8, -82, 6)
-MOST = 320
 
 
 def kinds(tokens: int) -> dict[str, dict[str, Any]]:
@@ -50,12 +50,10 @@ def measure(tokens: int, options: dict[str, Any], repeat: int) -> dict[str, Any]
         found[f"{name} errors"] = [round(x, 8) for x in worst[[0, 2, 4, 9, 21, 41, 81, 161, MOST - 1]].tolist()]
     if found["plain"] or found["accelerated"]:
         base = (found["plain"] or found["accelerated"]) - 2
-        from torch_sinkhorn_attn import choosing
-
         accelerated = {"acceleration": None if found["plain"] else "chebyshev"}
         for tail in (2, 8):
             setting = {**options, **accelerated, "base_iters": max(base, 1), "tail_iters": tail}
-            found[f"gap {tail}"] = choosing._gap((q, k, None), setting)
+            found[f"gap {tail}"] = gradient_gap((q, k, None), setting)
     chosen = choose_settings(q, k, **options)
     found["chosen"] = str(chosen).partition(":")[0] if chosen.balanced else "none of 320 iterations"
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -105,7 +105,7 @@ def choose_settings(
             base += -(-base // 5)
         if error > target:
             return Settings(base, tail, acceleration, "tail", error, False, None)
-        gap = _gap(call, chosen)
+        gap = gradient_gap(call, chosen)
         if gap <= gradient_within:
             return Settings(base, tail, acceleration, "tail", error, True, gap)
     return Settings(base, tail, acceleration, "implicit", error, True, 0.0)
@@ -126,7 +126,7 @@ def _worst(call: Call, options: dict[str, Any]) -> Tensor:
     return history.flatten(0, -2).amax(0) if history.numel() else history.new_zeros(history.shape[-1])
 
 
-def _gap(call: Call, options: dict[str, Any]) -> float:
+def gradient_gap(call: Call, options: dict[str, Any]) -> float:
     """How far the tail's gradient is from the implicit one, for Gaussian values and cotangent."""
     query, key, mask = call
     lines = (*query.shape[:-2], query.shape[-1]) if key is None else key.shape[:-1]  # [..., S]
