@@ -259,6 +259,7 @@ def _aux(prepared: Prepared, result: Result) -> SinkhornAux:
     )
     if has_data(row):
         aux.existence = remembered.with_own_existence(prepared)
+        aux.softmax_mode = prepared.existence is None
     return aux
 
 

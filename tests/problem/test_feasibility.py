@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cuts
 import numpy as np
 import pytest
@@ -392,3 +394,13 @@ def test_dustbin_capacities_must_leave_room() -> None:
     x = torch.randn(1, 8, 4)
     plan = sinkhorn_plan(x, x, window=(0, 0), dustbin=Dustbin(0.0, 0.0, col_capacity=0.5), base_iters=4000)
     assert torch.allclose(plan.sum(-1)[0], torch.tensor([1.0] * 8 + [0.5]), atol=1e-4)
+
+
+@pytest.mark.parametrize("less", [1e-3, 1e-6, 1e-9])
+def test_a_refusal_shows_the_digits_in_which_masses_differ(less: float) -> None:
+    keep = torch.ones(10, 5, dtype=torch.bool)
+    keep[:7, 3:] = False  # seven queries reach three keys
+    col_mass = torch.tensor([7 / 3 - less / 3] * 3 + [1.5 + less / 2] * 2, dtype=torch.float64)
+    message = refused(n=10, m=5, mask=keep, row_mass=torch.ones(10, dtype=torch.float64), col_mass=col_mass)
+    held, room = (float(x) for x in re.findall(r"mass ([\d.]+)", message)[:2])
+    assert held == 7 and 0.3 * less < held - room < 3 * less

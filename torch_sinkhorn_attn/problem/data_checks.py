@@ -252,8 +252,9 @@ def check_capacities(
         wrong = live & ((rows - cols).abs() > tolerance * torch.maximum(rows, cols))
         if wrong.any():
             n, h, g = wrong.nonzero()[0].tolist()
+            held, room = feasibility.told_apart(rows[n, h, g].item(), cols[n, h, g].item())
             raise ValueError(
                 f"Dustbin capacities are out of balance (batch {n}, head {h}, segment {g}): sum(a) + row_capacity "
-                f"= {rows[n, h, g]:.6g} but sum(b) + col_capacity = {cols[n, h, g]:.6g}. Give one capacity only: the "
+                f"= {held} but sum(b) + col_capacity = {room}. Give one capacity only: the "
                 "other is then derived."
             )

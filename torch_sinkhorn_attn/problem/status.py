@@ -17,7 +17,7 @@ from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 class Status(IntEnum):
     """Of one problem.
 
-    CONVERGED: no marginal that is enforced is off by more than the tolerance.
+    CONVERGED: no marginal that is enforced is off by more than the tolerance; in softmax mode only rows are enforced.
     NOT_CONVERGED: some is. More iterations help.
     NO_PLAN: no plan with these masses is positive on the support, so the potentials grow without end, whatever the
         residuals are by now. More iterations do not help.
@@ -58,7 +58,9 @@ class SinkhornAux(_Fields):
     `status` and `verdict` say what the residuals mean.
     """
 
-    existence: Existence | None = None  # the call's; kept by eager calls, lost by torch.compile, export and vmap
+    # Of the call; kept by eager calls, lost by torch.compile, export and vmap.
+    existence: Existence | None = None
+    softmax_mode: bool = False
 
     def status(
         self, within: float = CONVERGED_WITHIN, attn_mask: Tensor | None = None, **options: Unpack[Keywords]
@@ -102,7 +104,8 @@ class SinkhornAux(_Fields):
             if status == Status.NOT_CONVERGED:
                 worst = torch.stack([x.detach().cpu()[found == status].max() for x in self[2:4]]).max()
                 text += f": a marginal is off by {worst:.3g}"
-                if self.existence is None and attn_mask is None and not options:
+                known = self.existence is not None or self.softmax_mode
+                if not known and attn_mask is None and not options:
                     text += " (repeat the call's mask and options here to learn whether a plan exists)"
             if status == Status.NO_PLAN:
                 text += f": {reasons[0]}"
@@ -111,7 +114,7 @@ class SinkhornAux(_Fields):
 
     def _judged(self, within: float, mask: Tensor | None, options: Any) -> tuple[Tensor, list[str]]:
         existence, shape = self.existence, self.row_residual.shape
-        if existence is None or mask is not None or options:
+        if (existence is None and not self.softmax_mode) or mask is not None or options:
             existence = self._asked_again(mask, options)
         residuals = tuple(x.detach().cpu().double().reshape(-1, shape[-1], 1) for x in self[2:4])
         found, reasons = judge(residuals, within, existence, by_segment=False)

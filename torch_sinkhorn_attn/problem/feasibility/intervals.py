@@ -82,9 +82,9 @@ def check_balanced_totals(row_total: Tensor, col_total: Tensor, tolerance: float
     wrong = (row_total - col_total).abs() > tolerance * torch.maximum(row_total, col_total)
     if wrong.any():
         n, h, g = wrong.nonzero()[0].tolist()
+        rows, cols = told_apart(row_total[n, h, g].item(), col_total[n, h, g].item())
         raise ValueError(
-            f"row_mass sums to {row_total[n, h, g]:.6g} and col_mass to {col_total[n, h, g]:.6g} (batch {n}, head {h}, "
-            f"segment {g}): a balanced plan needs equal totals. Rescale one, leave one out (it is then derived), or "
+            f"row_mass sums to {rows} and col_mass to {cols} (batch {n}, head {h}, segment {g}): a balanced plan needs equal totals. Rescale one, leave one out (it is then derived), or "
             "pass relaxation=tau."
         )
 
@@ -195,17 +195,18 @@ def refusal(
     """Why there is no plan: `rows` and all the columns `cols` that they reach, boolean `[L]` and `[S]`."""
     held, room = float(m.row_mass[n, h][rows].sum()), float(m.col_mass[n, h][cols].sum())
     queries, keys = described(rows, "query", "queries"), described(cols, "key", "keys")
-    tight = abs(held - room) <= 1e-12 * max(held, room)
+    tight = abs(held - room) <= m.rounding * max(held, room)
+    mass, free = told_apart(held, room)
     if apart:
-        why = f"{queries} and {keys} reach only each other, but hold mass {held:.6g} and {room:.6g}"
+        why = f"{queries} and {keys} reach only each other, but hold mass {mass} and {free}"
     elif by_keys:
         hold, are = ("holds", "is") if int(cols.sum()) == 1 else ("hold", "are")
-        why = f"{keys} {hold} mass {room:.6g} but {are} reached by {queries} of mass {held:.6g} only"
+        why = f"{keys} {hold} mass {free} but {are} reached by {queries} of mass {mass} only"
     else:
         hold, reach = ("holds", "reaches") if int(rows.sum()) == 1 else ("hold", "reach")
-        why = f"{queries} {hold} mass {held:.6g} but {reach} {keys} of mass {room:.6g} only"
+        why = f"{queries} {hold} mass {mass} but {reach} {keys} of mass {free} only"
     forced = (
-        " Equal masses force a block (the identity, for a causal or one-sided support) and leave the rest of the "
+        " Masses that are equal, or nearly so, force a block (the identity, for a causal or one-sided support) and leave the rest of the "
         "support empty: the iteration would crawl towards it with diverging potentials."
         if tight and not apart
         else ""
@@ -214,6 +215,19 @@ def refusal(
         f"{m.request} has no balanced plan that is positive on its support ({m.where(n, h)}): {why}.{forced} "
         f"Ways out: {m.request.ways_out()}."
     )
+
+
+def told_apart(x: float, y: float) -> tuple[str, str]:
+    """Two numbers with as many digits as show that they differ, at least six.
+
+    >>> told_apart(10.0, 9.9999996)
+    ('10', '9.9999996')
+    """
+    for digits in range(6, 17):
+        shown = f"{x:.{digits}g}", f"{y:.{digits}g}"
+        if shown[0] != shown[1]:
+            break
+    return shown
 
 
 def described(tokens: Tensor, one: str, many: str, most: int = 4) -> str:
@@ -239,9 +253,10 @@ def check_dustbin(m: IntervalProblem, needed: Tensor, flow: Tensor, tolerance: T
     wrong = (total > 0) & (needed + tolerance >= flow) & (needed >= -tolerance)
     if wrong.any():
         n, h, g = wrong.nonzero()[0].tolist()
+        wanted, most = told_apart(needed[n, h, g].item(), flow[n, h, g].item())
         raise ValueError(
-            f"Dustbin capacities leave {needed[n, h, g]:.6g} of mass to real pairs, but {m.request} can carry "
-            f"{flow[n, h, g]:.6g} at most ({m.where(n, h)}, segment {g}), and the plan must stay below that: raise "
+            f"Dustbin capacities leave {wanted} of mass to real pairs, but {m.request} can carry "
+            f"{most} at most ({m.where(n, h)}, segment {g}), and the plan must stay below that: raise "
             "row_capacity and col_capacity together, or allow more pairs."
         )
 
