@@ -1,11 +1,10 @@
 """What each kind of problem needs: iterations with and without acceleration, and how far the tail's gradient is off.
 
-    python benchmarks/choosing.py [--tokens 256] [--threads 2] [--out docs/figures/choosing.json]
+    python benchmarks/choosing.py [--tokens 256] [--out docs/figures/choosing.json]
 
 Gaussian queries and keys of 32 features. `iterations` is T + R until no column is off by more than 1 % of its share,
 plain and accelerated; `gap` is ||tail - implicit|| / ||implicit|| of the gradients of query and key at that many, R = 2
-and 8; `time` is forward and backward of the chosen setting, in those of softmax attention over all pairs, of one run.
-docs/choosing.md shows it.
+and 8. docs/choosing.md shows it; benchmarks/costs.py has what iterations cost.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.measure import best_times, print_rows
+from lib.measure import print_rows
 
-from torch_sinkhorn_attn import choose_settings, residual_history, sinkhorn_attention
+from torch_sinkhorn_attn import choose_settings, residual_history
 from torch_sinkhorn_attn.choosing import MOST, gradient_gap
 
 EPSILONS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.05)
-HEAD = ("kind", "epsilon", "plain", "accelerated", "gap R=2", "R=8", "chosen", "time")
-WIDTHS = (-14, 7, 6, 11, 8, 8, -82, 6)
+HEAD = ("kind", "epsilon", "plain", "accelerated", "gap R=2", "R=8", "chosen")
+WIDTHS = (-14, 7, 6, 11, 8, 8, -82)
 
 
 def kinds(tokens: int) -> dict[str, dict[str, Any]]:
@@ -38,9 +37,9 @@ def kinds(tokens: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure(tokens: int, options: dict[str, Any], repeat: int) -> dict[str, Any]:
+def measure(tokens: int, options: dict[str, Any]) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 4, tokens, 32, generator=g) for _ in range(3))
+    q, k = (torch.randn(1, 4, tokens, 32, generator=g) for _ in range(2))
     found: dict[str, Any] = {}
     for name, acceleration in (("plain", None), ("accelerated", "chebyshev")):
         history = residual_history(q, k, base_iters=MOST - 2, acceleration=acceleration, **options)
@@ -56,33 +55,23 @@ def measure(tokens: int, options: dict[str, Any], repeat: int) -> dict[str, Any]
             found[f"gap {tail}"] = gradient_gap((q, k, None), setting)
     chosen = choose_settings(q, k, **options)
     found["chosen"] = str(chosen).partition(":")[0] if chosen.balanced else "none of 320 iterations"
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    runs = {
-        "softmax": lambda: torch.nn.functional.scaled_dot_product_attention(*leaves).sum().backward(),
-        "ours": lambda: sinkhorn_attention(*leaves, **options, **chosen.options).sum().backward(),
-    }
-    seconds = best_times(runs, repeat)
-    found["time"] = round(seconds["ours"] / seconds["softmax"], 2)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, help="where the numbers go, as JSON")
     arguments, _ = parser.parse_known_args()
-    torch.set_num_threads(arguments.threads)
     table: dict[str, dict[str, Any]] = {}
     rows = []
     for kind, options in kinds(arguments.tokens).items():
         for epsilon in EPSILONS:
-            found = measure(arguments.tokens, {**options, "epsilon": epsilon}, arguments.repeat)
+            found = measure(arguments.tokens, {**options, "epsilon": epsilon})
             table.setdefault(kind, {})[str(epsilon)] = found
             gaps = [f"{100 * found[x]:.2g} %" if x in found else "-" for x in ("gap 2", "gap 8")]
             counts = [str(found[x] or "> 320") for x in ("plain", "accelerated")]
-            rows.append([kind, f"{epsilon:g}", *counts, *gaps, found["chosen"], f"{found['time']:.2f}"])
+            rows.append([kind, f"{epsilon:g}", *counts, *gaps, found["chosen"]])
     print_rows([HEAD, *rows], WIDTHS)
     if arguments.out:
         arguments.out.write_text(json.dumps({"tokens": arguments.tokens, "kinds": table}, indent=1) + "\n")
