@@ -5,7 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 from torch_sinkhorn_attn import __version__
 
@@ -14,7 +17,9 @@ author = "The torch_sinkhorn_attn authors"
 project_copyright = author
 release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design"]
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_dmath_double_inline = True
+html_math_renderer = "mathml"  # browsers draw it by themselves: nothing is fetched
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "_extra", "_figures", "jupyter_execute", "figures", "interactive", "requirements.txt"]
 suppress_warnings = ["myst.header", "misc.copy_overwrite"]
@@ -61,7 +66,15 @@ def _as_written(app: Sphinx, what: str, name: str, obj: object, options: object,
         lines[i] = "`".join(parts)
 
 
+def _formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    block = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=block)
+    translator.body.append(f'<div class="formula">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     shutil.copytree(_HERE / "interactive", _HERE / "_extra" / "interactive", dirs_exist_ok=True)  # as it is
     app.connect("source-read", _without_links_to_sources)
     app.connect("autodoc-process-docstring", _as_written, priority=100)  # before napoleon

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
 ELSEWHERE = {"torchtpu.md"}  # needs a TPU
@@ -16,7 +17,11 @@ PAGES = sorted(x.name for x in DOCS.glob("*.md") if "```python" in x.read_text()
 def test_the_code_of_a_page_runs(page: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.M | re.S)
     assert blocks
-    exec(compile("\n".join(blocks), page, "exec"), {})
+    precision = torch.get_float32_matmul_precision()
+    try:
+        exec(compile("\n".join(blocks), page, "exec"), {})
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize("page", sorted(x.name for x in DOCS.glob("*.md")))
