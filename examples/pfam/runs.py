@@ -90,8 +90,8 @@ class Runs(nn.Module):
             log_odds=_LogOdds.apply(scores, found),
             posterior=found,
             maps=_maps(found),
-            query_bin=_features(found.log_pairs, found.query_flank, found.log_odds) @ self.dustbin,
-            key_bin=_features(found.log_pairs.mT, found.key_flank, found.log_odds) @ self.dustbin,
+            query_bin=_features(found.paired[0], found.query_flank, found.log_odds) @ self.dustbin,
+            key_bin=_features(found.paired[1], found.key_flank, found.log_odds) @ self.dustbin,
         )
 
 
@@ -118,9 +118,9 @@ def _maps(found: Posterior) -> Tensor:
     return torch.stack(parts, dim=1)
 
 
-def _features(log_pairs: Tensor, flank: Tensor, log_odds: Tensor) -> Tensor:
+def _features(paired: Tensor, flank: Tensor, log_odds: Tensor) -> Tensor:
     """Of each residue, [N, L, 6]: has it a partner, does it lie in a flank or in a gap, is there anything to align."""
-    paired = log_pairs.exp().sum(2).clamp(max=1.0)
+    paired = paired.clamp(max=1.0)
     odds = (log_odds + _LENIENT)[:, None].expand_as(flank)
     parts = (
         paired,
