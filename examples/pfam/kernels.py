@@ -70,6 +70,15 @@ def diagonal_averages(maps: Tensor, widths: tuple[int, ...]) -> Tensor:
     return found
 
 
+def averages_at(maps: Tensor, entries: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Maps [N, C, L, S] and their ``layers.diagonal_means`` at some entries, in rising order, given as places in [N L
+    S]: [C, entries] and [len(widths) C, entries]."""
+    channels = maps.shape[1]
+    found = maps.new_empty((1 + len(widths)) * channels, len(entries))
+    _averages_at(maps.contiguous().numpy(), entries.numpy(), np.array(widths, dtype=np.int64), found.numpy())
+    return found[:channels], found[channels:]
+
+
 @numba.njit(cache=True, nogil=True)
 def _forward_weights(
     odds: FloatArray,
@@ -211,3 +220,53 @@ def _diagonal_averages(maps: FloatArray, widths: IntArray, found: FloatArray) ->
                         sums, out = total[length - 1 - i : length - 1 - i + size], target[i]
                         for j in range(size):
                             out[j] = sums[j] * factor
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _averages_at(maps: FloatArray, entries: IntArray, widths: IntArray, found: FloatArray) -> None:
+    """``averages_at`` into ``found``, the maps first.
+
+    Sums of sums along each diagonal, in float64: the second difference of them, over a distance of w, is the sum by the
+    triangle's weights. Beyond its last entry a diagonal's sum of sums grows by its sum.
+    """
+    count, channels, length, size = maps.shape
+    sums, twice = np.empty(size + length), np.empty((length, size))
+    first = 0
+    for k in range(count):
+        begin = first
+        while first < len(entries) and entries[first] < (k + 1) * length * size:
+            first += 1
+        if begin == first:
+            continue
+        for channel in range(channels):
+            source = maps[k, channel]
+            sums[:] = 0.0  # of diagonal j - i + length - 1
+            for i in range(length):
+                total, entries_of, here = sums[length - 1 - i : length - 1 - i + size], source[i], twice[i]
+                for j in range(size):
+                    total[j] += entries_of[j]
+                here[0] = total[0]
+                if i == 0:
+                    for j in range(1, size):
+                        here[j] = total[j]
+                else:
+                    above = twice[i - 1]
+                    for j in range(1, size):
+                        here[j] = above[j - 1] + total[j]
+            for e in range(begin, first):
+                place = entries[e] - k * length * size
+                i = place // size
+                j = place - i * size
+                found[channel, e] = source[i, j]
+                left, before = min(length - 1 - i, size - 1 - j), min(i, j)
+                middle = 2.0 * twice[i - 1, j - 1] if before > 0 else 0.0
+                last, rest = twice[i + left, j + left], sums[j - i + length - 1]
+                for index in range(len(widths)):
+                    width = widths[index]
+                    if width - 1 <= left:
+                        value = twice[i + width - 1, j + width - 1] - middle
+                    else:
+                        value = last + (width - 1 - left) * rest - middle
+                    if width + 1 <= before:
+                        value += twice[i - width - 1, j - width - 1]
+                    found[(1 + index) * channels + channel, e] = value / (width * width)
