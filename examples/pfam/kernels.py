@@ -227,46 +227,61 @@ def _averages_at(maps: FloatArray, entries: IntArray, widths: IntArray, found: F
     """``averages_at`` into ``found``, the maps first.
 
     Sums of sums along each diagonal, in float64: the second difference of them, over a distance of w, is the sum by the
-    triangle's weights. Beyond its last entry a diagonal's sum of sums grows by its sum.
+    triangle's weights. Beyond its last entry a diagonal's sum of sums grows by its sum. Rows are kept as long as they
+    are read; entries that stand side by side are averaged together.
     """
     count, channels, length, size = maps.shape
-    sums, twice = np.empty(size + length), np.empty((length, size))
+    most = widths.max()
+    margin, kept = most + 1, 2 * most + 1
+    wide = size + most
+    sums = np.empty(length + size + 2 * most)  # of diagonal j - i + length + most - 1
+    twice = np.zeros((kept + 1, margin + wide + most))  # row i in i % kept; the last is zero, as what stands before
+    of_runs = np.empty((3, len(entries)), dtype=np.int64)
+    starts, places, ends = of_runs[0], of_runs[1], of_runs[2]
     first = 0
     for k in range(count):
-        begin = first
-        while first < len(entries) and entries[first] < (k + 1) * length * size:
+        runs = 0
+        base = k * length * size
+        while first < len(entries) and entries[first] < base + length * size:
+            place = entries[first] - base
+            longest = size - place % size
+            starts[runs], places[runs] = first, place
             first += 1
-        if begin == first:
+            while first < len(entries) and entries[first] - base == place + first - starts[runs]:
+                if first - starts[runs] == longest:
+                    break
+                first += 1
+            ends[runs] = first
+            runs += 1
+        if runs == 0:
             continue
         for channel in range(channels):
             source = maps[k, channel]
-            sums[:] = 0.0  # of diagonal j - i + length - 1
-            for i in range(length):
-                total, entries_of, here = sums[length - 1 - i : length - 1 - i + size], source[i], twice[i]
-                for j in range(size):
-                    total[j] += entries_of[j]
-                here[0] = total[0]
-                if i == 0:
-                    for j in range(1, size):
-                        here[j] = total[j]
-                else:
-                    above = twice[i - 1]
-                    for j in range(1, size):
-                        here[j] = above[j - 1] + total[j]
-            for e in range(begin, first):
-                place = entries[e] - k * length * size
-                i = place // size
-                j = place - i * size
-                found[channel, e] = source[i, j]
-                left, before = min(length - 1 - i, size - 1 - j), min(i, j)
-                middle = 2.0 * twice[i - 1, j - 1] if before > 0 else 0.0
-                last, rest = twice[i + left, j + left], sums[j - i + length - 1]
-                for index in range(len(widths)):
-                    width = widths[index]
-                    if width - 1 <= left:
-                        value = twice[i + width - 1, j + width - 1] - middle
-                    else:
-                        value = last + (width - 1 - left) * rest - middle
-                    if width + 1 <= before:
-                        value += twice[i - width - 1, j - width - 1]
-                    found[(1 + index) * channels + channel, e] = value / (width * width)
+            sums[:] = 0.0
+            run = 0
+            for row in range(length + most - 1):
+                total = sums[length + most - 1 - row : length + most - 1 - row + wide]
+                above = twice[(row - 1) % kept if row > 0 else kept, margin - 1 : margin - 1 + wide]
+                here = twice[row % kept, margin : margin + wide]
+                if row < length:
+                    added = source[row]
+                    for j in range(size):
+                        total[j] += added[j]
+                for j in range(wide):
+                    here[j] = above[j] + total[j]
+                i = row - (most - 1)
+                while run < runs and places[run] < (i + 1) * size:
+                    j, many = places[run] - i * size, ends[run] - starts[run]
+                    found[channel, starts[run] : ends[run]] = source[i, j : j + many]
+                    left = margin + j - 1
+                    middle = twice[(i - 1) % kept if i > 0 else kept, left : left + many]
+                    for index in range(len(widths)):
+                        width = widths[index]
+                        low, high = i - 1 - width, i - 1 + width
+                        before = twice[low % kept if low >= 0 else kept, left - width : left - width + many]
+                        after = twice[high % kept, left + width : left + width + many]
+                        to = found[(1 + index) * channels + channel, starts[run] : ends[run]]
+                        factor = 1.0 / (width * width)
+                        for e in range(many):
+                            to[e] = (after[e] - 2.0 * middle[e] + before[e]) * factor
+                    run += 1
