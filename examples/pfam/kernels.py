@@ -79,6 +79,13 @@ def averages_at(maps: Tensor, entries: Tensor, widths: tuple[int, ...]) -> tuple
     return found[:channels], found[channels:]
 
 
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    """A convolution of every channel of [N, L, d] by itself, by weights [d, width] of odd width; zeros beyond the ends."""
+    found = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _depthwise(x.contiguous().numpy(), weight.T.contiguous().numpy(), bias.numpy(), dilation, found.numpy())
+    return found
+
+
 @numba.njit(cache=True, nogil=True)
 def _forward_weights(
     odds: FloatArray,
@@ -285,3 +292,19 @@ def _averages_at(maps: FloatArray, entries: IntArray, widths: IntArray, found: F
                         for e in range(many):
                             to[e] = (after[e] - 2.0 * middle[e] + before[e]) * factor
                     run += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _depthwise(x: FloatArray, weight: FloatArray, bias: FloatArray, dilation: int, found: FloatArray) -> None:
+    """``depthwise`` into ``found``, by weights [width, d]."""
+    count, length, size = x.shape
+    for k in range(count):
+        for i in range(length):
+            to = found[k, i]
+            to[:] = bias
+            for index in range(len(weight)):
+                at = i + (index - len(weight) // 2) * dilation
+                if 0 <= at < length:
+                    of, by = x[k, at], weight[index]
+                    for c in range(size):
+                        to[c] += by[c] * of[c]

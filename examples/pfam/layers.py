@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kernels import diagonal_averages
+from .kernels import depthwise, diagonal_averages
 
 _PART = 4096
 """Pairs of residues that are judged at once where no gradient is wanted."""
@@ -32,20 +32,11 @@ class ContextBlock(nn.Module):
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
         y = self.norm(x) * active
         if compiled(x) and not torch.is_grad_enabled():  # a convolution of one channel each is slow there
-            y = _depthwise(y, self.mix)
+            assert self.mix.bias is not None
+            y = depthwise(y, self.mix.weight[:, 0], self.mix.bias, self.mix.dilation[0])
         else:
             y = self.mix(y.transpose(1, 2)).transpose(1, 2)
         return (x + self.perceptron(y)) * active
-
-
-def _depthwise(x: Tensor, mix: nn.Conv1d) -> Tensor:
-    """A convolution [N, L, d] of every channel by itself: shifted copies, weighted and added."""
-    (dilation,), (reach,) = mix.dilation, (int(mix.padding[0]),)
-    assert mix.bias is not None
-    padded, found = F.pad(x, (0, 0, reach, reach)), mix.bias.expand_as(x).clone()
-    for index, weight in enumerate(mix.weight[:, 0].T):
-        found.addcmul_(padded[:, index * dilation : index * dilation + x.shape[1]], weight)
-    return found
 
 
 def diagonal_means(maps: Tensor, widths: tuple[int, ...]) -> Tensor:

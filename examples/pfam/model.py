@@ -31,6 +31,7 @@ from torch_sinkhorn_attn import Dustbin
 from .attentions import AttentionProblem
 from .baselines import blosum62
 from .config import Config
+from .encodings import Encodings
 from .layers import ContextBlock, PairScore, compiled
 from .pairs import ALPHABET
 from .parts import Part, Parts
@@ -122,7 +123,7 @@ class Aligner(nn.Module):
     """Maps a batch of pairs to the plans of the first and the last attention, and more: see ``Output``.
 
     ``engine`` computes the attentions; None is the first that can. ``mode`` is what is known of the alignments' ends,
-    one of ``runs.MODES``.
+    one of ``runs.MODES``. With ``Encodings`` given, sequences are encoded once.
     """
 
     def __init__(self, config: Config) -> None:
@@ -155,8 +156,8 @@ class Aligner(nn.Module):
         nn.init.zeros_(self.dustbin.weight)
         nn.init.zeros_(self.dustbin.bias)
 
-    def forward(self, batch: Batch) -> Output:
-        scored, solved = self._solve(batch)
+    def forward(self, batch: Batch, known: Encodings | None = None) -> Output:
+        scored, solved = self._solve(batch, known)
         runs = (scored.runs.scores, scored.runs.log_odds) if scored.runs else (None, None)
         return Output(solved[0][1], solved[-1][1], *runs)
 
@@ -168,9 +169,11 @@ class Aligner(nn.Module):
         """
         return self._solve(batch)[1]
 
-    def _solve(self, batch: Batch) -> tuple[Scored, list[tuple[AttentionProblem, Tensor]]]:
-        a = self._encode(batch.query, batch.query_lengths)
-        b = self._encode(batch.key, batch.key_lengths)
+    def _solve(
+        self, batch: Batch, known: Encodings | None = None
+    ) -> tuple[Scored, list[tuple[AttentionProblem, Tensor]]]:
+        a = self._encode(batch.query, batch.query_lengths, known)
+        b = self._encode(batch.key, batch.key_lengths, known)
         options = self._options(batch)
         # Scores are differences of large numbers: float32, whatever the layers are computed in.
         with torch.autocast(a.tokens.device.type, enabled=False):
@@ -181,14 +184,20 @@ class Aligner(nn.Module):
                 solved.append(self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options))
         return scored, solved
 
-    def _encode(self, residues: Tensor, lengths: Tensor) -> Side:
+    def _encode(self, residues: Tensor, lengths: Tensor, known: Encodings | None) -> Side:
         active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
+        tokens = known.tokens(residues, lengths, self._tokens, PADDING) if known else self._tokens(residues)
+        positions = torch.arange(residues.shape[1], dtype=active.dtype, device=active.device)
         embedded = self.embedding(residues) * active
-        tokens = embedded
+        return Side(embedded, tokens.to(active.dtype), active, positions, lengths.to(active.dtype))
+
+    def _tokens(self, residues: Tensor) -> Tensor:
+        """Residues [N, L] in their context, [N, L, d]."""
+        active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
+        tokens = self.embedding(residues) * active
         for block in self.context:
             tokens = block(tokens, active)
-        positions = torch.arange(residues.shape[1], dtype=active.dtype, device=active.device)
-        return Side(embedded, tokens.to(active.dtype), active, positions, lengths.to(active.dtype))
+        return tokens
 
     def _score(self, a: Side, b: Side) -> Scored:
         heads = self.config.heads

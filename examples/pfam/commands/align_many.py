@@ -13,6 +13,7 @@ from examples.common.files import file_mode, is_stream
 from examples.common.settings import Range
 from examples.common.text import clip, say, visible
 
+from ..encodings import Encodings
 from ..library import BATCH, Asked, solve
 from ..many import Results, fingerprint
 from ..pair_formats import FORMATS
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace, folder: str) -> int:
             for chunk in pairs.chunks(before):
                 asked = [_asked(number, proteins, pair) for number, pair in enumerate(chunk.tolist())]
                 found = []
-                for _, pair in solve(aligner, asked, options.mode, options.decoder, batch):
+                for _, pair in solve(aligner, asked, options.mode, options.decoder, batch, known=known):
                     found.append(pair)
                     bar.update()
                 results.add(found)
