@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kernels import depthwise, diagonal_averages
-
-_PART = 4096
-"""Pairs of residues that are judged at once where no gradient is wanted."""
+from .kernels import depthwise, diagonal_averages, perceptron
 
 
 class ContextBlock(nn.Module):
@@ -136,7 +133,9 @@ class PairScore(nn.Module):
     def forward(self, *groups: Tensor) -> Tensor:
         """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S]."""
         if compiled(groups[0]) and not torch.is_grad_enabled():
-            return self._in_parts(groups)
+            weights = (self.linear, self.hidden.weight, self.hidden.bias, self.score)
+            flats = zip(*(group.flatten(2) for group in groups), strict=True)
+            return torch.stack([perceptron(flat, *weights) for flat in flats]).unflatten(1, groups[0].shape[2:])
         hidden, linear = self.hidden.bias[:, None], torch.zeros((), device=self.linear.device)
         sizes = [group.shape[1] for group in groups]
         weights = zip(groups, self.hidden.weight.split(sizes, dim=1), self.linear.split(sizes), strict=True)
@@ -145,15 +144,3 @@ class PairScore(nn.Module):
             hidden = torch.baddbmm(hidden, of_hidden.expand(len(flat), -1, -1), flat)
             linear = linear + of_linear @ flat
         return (linear + self.score @ hidden.relu()).unflatten(1, groups[0].shape[2:])
-
-    def _in_parts(self, groups: tuple[Tensor, ...]) -> Tensor:
-        """A few thousand entries at a time, which stay in a cache: without gradients nothing else needs them."""
-        flat = [group.flatten(2) for group in groups]
-        found = flat[0].new_empty(len(flat[0]), flat[0].shape[2])
-        weight, bias = torch.cat([self.hidden.weight, self.linear[None]]), self.hidden.bias[:, None]
-        for k in range(len(found)):
-            for start in range(0, found.shape[1], _PART):
-                part = slice(start, start + _PART)
-                judged = weight @ torch.cat([group[k, :, part] for group in flat])
-                found[k, part] = judged[-1] + self.score @ judged[:-1].add_(bias).relu_()
-        return found.unflatten(1, groups[0].shape[2:])

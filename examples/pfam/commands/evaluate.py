@@ -21,6 +21,7 @@ from ..device import open_device
 from ..gap_grid import gap_grid, grid_table
 from ..identity import labels
 from ..pairs import EvaluationSet, Family, evaluation_pairs
+from ..program_results import check_program_results
 from ..programs import PROGRAMS, TIMEOUT, Installed, find
 from ..release import SUFFIX, TrainedAligner, load_aligner
 from ..stockholm import shown
@@ -54,6 +55,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--programs", metavar="NAMES", help=f"{text} (default: all that are on the PATH)")
     text = f"seconds that an installed aligner may take over a pair, then it is stopped (default: {TIMEOUT:g})"
     parser.add_argument("--program-timeout", type=float, metavar="X", default=TIMEOUT, help=text)
+    text = "file for what installed aligners find: what it has of the same versions and pairs is not done again"
+    parser.add_argument("--program-results", metavar="PATH", type=Path, help=text)
     text = "instead, score gap costs of both alignment programs on --data, or on the shipped training families"
     parser.add_argument("--gap-grid", action="store_true", help=text)
     text = f"folder for the tables and pictures (default: {_FOLDER})"
@@ -79,12 +82,15 @@ def run(options: argparse.Namespace) -> int:
         say(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
         return 0
     programs, notes = _programs(options.programs)
+    if options.program_results is not None:
+        check_program_results(options.program_results)
     aligners = _load(options.checkpoints)
     families, chosen, head = _pairs(options, options.data or next(iter(aligners.values())).config)
     head = "\n".join([head, *_overlaps(aligners, families), *(f"note: {note}" for note in notes)])
     say(head + "\n")
     models = {name: aligner.model for name, aligner in aligners.items()}
-    comparison = compare(models, chosen.pairs, options.decoder, device, progress, programs, options.program_timeout)
+    of_programs = (programs, options.program_timeout, options.program_results)
+    comparison = compare(models, chosen.pairs, options.decoder, device, progress, *of_programs)
     text = f"decoder: {options.decoder}\n\n{report(comparison)}"
     say(text)
     for path in _write(options, comparison, f"{head}\n\n{text}\n", chosen):
