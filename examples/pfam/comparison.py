@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,6 +20,7 @@ from .model import Aligner
 from .pairs import Pair
 from .program_results import ProgramResults, align_program, remembered
 from .programs import TIMEOUT, Installed
+from .seconds import Seconds
 
 FIXED_SCORES, PAIR_HMM = "fixed-score Sinkhorn", "pair HMM, nothing trained"
 REFERENCE = "Needleman-Wunsch"
@@ -32,22 +31,6 @@ CONFIDENCE = "1 - mean P of the decoded pairs"
 BATCH = 8
 CERTIFIED = 400
 """At most so many pairs get certificates, evenly spread: each is one more solve."""
-
-
-class Seconds(NamedTuple):
-    """Of time as it passes, and of processors at work: those of this process and of the programs that it ran."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-
-    @classmethod
-    def now(cls) -> Seconds:
-        return cls(time.perf_counter(), sum(os.times()[:4]))
-
-    def since(self, start: Seconds) -> Seconds:
-        """This and what has passed since ``start``."""
-        now = Seconds.now()
-        return Seconds(self.wall + now.wall - start.wall, self.cpu + now.cpu - start.cpu)
 
 
 @dataclass(frozen=True)

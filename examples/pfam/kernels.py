@@ -83,7 +83,8 @@ def averages_at(maps: Tensor, entries: Tensor, widths: tuple[int, ...]) -> tuple
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """A convolution of every channel of [N, L, d] by itself, by weights [d, width] of odd width; zeros beyond the ends."""
+    """A convolution of every channel of [N, L, d] by itself, by weights [d, width], an odd width; zeros beyond the
+    ends."""
     found = torch.empty_like(x, memory_format=torch.contiguous_format)
     _depthwise(x.contiguous().numpy(), weight.T.contiguous().numpy(), bias.numpy(), dilation, found.numpy())
     return found
@@ -93,8 +94,8 @@ def perceptron(groups: Sequence[Tensor], linear: Tensor, hidden: Tensor, bias: T
     """``layers.PairScore`` of groups [C1, E], [C2, E], ...: linear [C] and hidden [H, C] weights, biases and scores of
     the hidden units [H], to [E]."""
     found = groups[0].new_empty(groups[0].shape[1])
-    given = tuple(group.contiguous().numpy() for group in groups)
-    _perceptron(given, *(x.contiguous().numpy() for x in (linear, hidden, bias, score)), found.numpy())
+    arguments: list[Any] = [x.contiguous().numpy() for x in (linear, hidden, bias, score, found)]
+    _perceptron(tuple(group.contiguous().numpy() for group in groups), *arguments)
     return found
 
 

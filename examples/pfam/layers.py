@@ -133,9 +133,9 @@ class PairScore(nn.Module):
     def forward(self, *groups: Tensor) -> Tensor:
         """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S]."""
         if compiled(groups[0]) and not torch.is_grad_enabled():
-            weights = (self.linear, self.hidden.weight, self.hidden.bias, self.score)
+            known = (self.linear, self.hidden.weight, self.hidden.bias, self.score)
             flats = zip(*(group.flatten(2) for group in groups), strict=True)
-            return torch.stack([perceptron(flat, *weights) for flat in flats]).unflatten(1, groups[0].shape[2:])
+            return torch.stack([perceptron(flat, *known) for flat in flats]).unflatten(1, groups[0].shape[2:])
         hidden, linear = self.hidden.bias[:, None], torch.zeros((), device=self.linear.device)
         sizes = [group.shape[1] for group in groups]
         weights = zip(groups, self.hidden.weight.split(sizes, dim=1), self.linear.split(sizes), strict=True)

@@ -184,7 +184,7 @@ class Aligner(nn.Module):
                 solved.append(self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options))
         return scored, solved
 
-    def _encode(self, residues: Tensor, lengths: Tensor, known: Encodings | None) -> Side:
+    def _encode(self, residues: Tensor, lengths: Tensor, known: Encodings | None = None) -> Side:
         active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
         tokens = known.tokens(residues, lengths, self._tokens, PADDING) if known else self._tokens(residues)
         positions = torch.arange(residues.shape[1], dtype=active.dtype, device=active.device)
@@ -225,8 +225,8 @@ class Aligner(nn.Module):
         def maps_of(part: Part) -> tuple[Tensor, ...]:
             if part.pairs.start in kept:
                 return kept[part.pairs.start]
-            maps = (*part.averaged(content, _WIDTHS), *self._distances(a, b, runs, part))
-            maps = (*maps, runs.maps(part)) if runs else maps
+            of_runs = (runs.maps(part),) if runs else ()
+            maps = (*part.averaged(content, _WIDTHS), *self._distances(a, b, runs, part), *of_runs)
             if part.rows == slice(0, length):  # else there is no room for them: they are made again
                 kept[part.pairs.start] = maps
             return maps
@@ -400,6 +400,6 @@ class GapScore(nn.Module):
 
 
 def _certainty(plan: Tensor, dim: int) -> Tensor:
-    """Mass and sharpness along ``dim`` of a plan [N, L, S] without its dustbin: of its rows, sum_j P_ij and sum_j P_ij^2,
-    [N, L, 2], with 2, of its columns with 1."""
+    """Mass and sharpness along ``dim`` of a plan [N, L, S] without its dustbin: with 2 of its rows, sum_j P_ij and
+    sum_j P_ij^2, [N, L, 2]; with 1 of its columns."""
     return torch.stack([plan.sum(dim=dim), plan.square().sum(dim=dim)], dim=2)

@@ -44,7 +44,9 @@ def align_program(
     return ProgramResults(found, failures, (wall, cpu))
 
 
-def remembered(path: Path | None, installed: Installed, pairs: Sequence[Pair], timeout: float, run: Run) -> ProgramResults:
+def remembered(
+    path: Path | None, installed: Installed, pairs: Sequence[Pair], timeout: float, run: Run
+) -> ProgramResults:
     """Those in the file at ``path`` of the same program, version, pairs and time limit; or those of ``run``, which are
     then added to it, unless they failed.
 
@@ -57,7 +59,7 @@ def remembered(path: Path | None, installed: Installed, pairs: Sequence[Pair], t
     asked = {"written_by": _WRITER, "program": installed.label, "pairs": _digest(pairs), "timeout": timeout}
     for record in _records(path):
         if {name: record[name] for name in asked} == asked:
-            found = [np.array(one, dtype=np.int64).reshape(2, -1).T for one in record["found"]]
+            found: list[IntArray] = [np.array(one, dtype=np.int64).reshape(2, -1).T for one in record["found"]]
             return ProgramResults(found, Failures(*record["failures"]), (record["seconds"][0], record["seconds"][1]))
     results = run()
     if results.found is not None:
@@ -88,7 +90,7 @@ def check_program_results(path: Path) -> None:
 def _records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    records = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
             record = json.loads(line)

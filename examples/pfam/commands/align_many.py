@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, folder: str) -> int:
     with Results.open(folder, formats, fingerprint(pairs, settings), heads) as results:
         if results.done:
             say(f"note: {results.done} of {pairs.total} pairs are in {visible(folder)} already", sys.stderr)
-        before, start = results.done, time.perf_counter()
+        known, before, start = Encodings(), results.done, time.perf_counter()
         with tqdm(total=pairs.total, initial=before, desc="aligning", unit="pair", disable=options.quiet) as bar:
             for chunk in pairs.chunks(before):
                 asked = [_asked(number, proteins, pair) for number, pair in enumerate(chunk.tolist())]
