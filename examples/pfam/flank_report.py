@@ -74,7 +74,7 @@ class Relatedness:
 
     @property
     def areas(self) -> dict[str, dict[str, float | None]]:
-        """Areas under the curve, related against unrelated, by test and by what tells them apart; None without pairs."""
+        """Areas under the curve, related against unrelated, by test and by what tells them apart; None: no pair."""
         found: dict[str, dict[str, float | None]] = {}
         for test, group in self.judged.items():
             found[test] = {}

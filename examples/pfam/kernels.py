@@ -99,6 +99,15 @@ def perceptron(groups: Sequence[Tensor], linear: Tensor, hidden: Tensor, bias: T
     return found
 
 
+def plan_sums(plan: Tensor) -> tuple[Tensor, Tensor]:
+    """Of plans [N, L+1, S+1] without their dustbins: sum, sum of squares and largest entry of each row, [N, L, 3], and of
+    each column, [N, S, 3]."""
+    count, length, size = plan.shape
+    rows, columns = plan.new_empty(count, length - 1, 3), plan.new_zeros(count, 3, size - 1)
+    _plan_sums(plan.contiguous().numpy(), rows.numpy(), columns.numpy())
+    return rows, columns.mT
+
+
 @numba.njit(cache=True, nogil=True)
 def _forward_weights(
     odds: FloatArray,
@@ -364,3 +373,22 @@ def _perceptron(
                 for e in range(_TOGETHER):
                     total[e] += unit[e]
         found[start : start + many] = total[:many]
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _plan_sums(plan: FloatArray, rows: FloatArray, columns: FloatArray) -> None:
+    """``plan_sums`` into ``rows`` and, [N, 3, S], into ``columns``, which are zeros."""
+    for k in range(len(plan)):
+        total, squares, largest = columns[k, 0], columns[k, 1], columns[k, 2]
+        for i in range(plan.shape[1] - 1):
+            line = plan[k, i]
+            mass, square, most = line[0] - line[0], line[0] - line[0], line[0]
+            for j in range(len(total)):
+                value = line[j]
+                mass += value
+                square += value * value
+                most = max(most, value)
+                total[j] += value
+                squares[j] += value * value
+                largest[j] = max(largest[j], value)
+            rows[k, i, 0], rows[k, i, 1], rows[k, i, 2] = mass, square, most

@@ -32,6 +32,7 @@ from .attentions import AttentionProblem
 from .baselines import blosum62
 from .config import Config
 from .encodings import Encodings
+from .kernels import plan_sums
 from .layers import ContextBlock, PairScore, compiled
 from .pairs import ALPHABET
 from .parts import Part, Parts
@@ -181,7 +182,7 @@ class Aligner(nn.Module):
             asked = (scored.query, scored.key, scored.evidence, scored.query_bin, scored.key_bin)
             solved = [self._solved(*asked, options)]
             for _ in range(self.config.train_rounds if self.training else self.config.rounds):
-                solved.append(self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options))
+                solved.append(self._again(a, b, scored, solved[-1][1], options))
         return scored, solved
 
     def _encode(self, residues: Tensor, lengths: Tensor, known: Encodings | None = None) -> Side:
@@ -267,9 +268,11 @@ class Aligner(nn.Module):
         return 0.03 * apart, (relative * begin * end)[:, None]
 
     def _again(
-        self, a: Side, b: Side, scored: Scored, plan: Tensor, options: dict[str, Any]
+        self, a: Side, b: Side, scored: Scored, whole: Tensor, options: dict[str, Any]
     ) -> tuple[AttentionProblem, Tensor]:
-        to_a, to_b = (_certainty(plan, dim) for dim in (2, 1))
+        """The second attention about a plan with its dustbin, [N, L+1, S+1]."""
+        plan, of_rows, of_columns = whole[:, :-1, :-1], *_sums(whole)
+        to_a, to_b = of_rows[..., :2], of_columns[..., :2]
         a_tokens, b_tokens = self._reread(a, b, plan, to_a), self._reread(b, a, plan.mT, to_b)
         query, key = (
             self.project_again(self.norm_again(tokens)) * (side.active * _READ_DIM**-0.25)
@@ -277,8 +280,7 @@ class Aligner(nn.Module):
         )
         on_key, on_query = self._land(a, b, plan, to_a), self._land(b, a, plan.mT, to_b)
         known = plan.detach()
-        best, most = known.amax(dim=2), known.amax(dim=1)
-        of_rows, of_columns = (certainty[..., 0].detach() for certainty in (to_a, to_b))
+        (mass_of_row, _, best), (mass_of_column, _, most) = (of.detach().unbind(2) for of in (of_rows, of_columns))
 
         def more_evidence(part: Part) -> Tensor:
             to_key = (part.of_columns(b.everywhere) - part.of_rows(on_key)) / _UNIT
@@ -294,8 +296,8 @@ class Aligner(nn.Module):
                 to_query.abs().clamp(max=6) / 2,
                 (-to_key.square()).exp(),
                 (-to_query.square()).exp(),
-                part.of_rows(of_rows).expand_as(here),
-                part.of_columns(of_columns).expand_as(here),
+                part.of_rows(mass_of_row).expand_as(here),
+                part.of_columns(mass_of_column).expand_as(here),
                 part.products(query, key),
                 (means + 1e-3).log().mean(dim=1) / 3,
             ]
@@ -385,7 +387,7 @@ class Aligner(nn.Module):
 
 
 class GapScore(nn.Module):
-    """What the ``_certainty`` of rows [N, L, 2] adds to their dustbin scores, [N, L]: gaps come in runs, so neighbours
+    """What mass and sharpness of rows [N, L, 2] add to their dustbin scores, [N, L]: gaps come in runs, so neighbours
     count."""
 
     def __init__(self, dim: int, channels: int = 16, width: int = 9) -> None:
@@ -399,7 +401,12 @@ class GapScore(nn.Module):
         return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
 
 
-def _certainty(plan: Tensor, dim: int) -> Tensor:
-    """Mass and sharpness along ``dim`` of a plan [N, L, S] without its dustbin: with 2 of its rows, sum_j P_ij and
-    sum_j P_ij^2, [N, L, 2]; with 1 of its columns."""
-    return torch.stack([plan.sum(dim=dim), plan.square().sum(dim=dim)], dim=2)
+def _sums(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass, sharpness (sum_j P_ij^2) and largest entry of each row of a plan [N, L+1, S+1] but its dustbin, [N, L, 3], and
+    of each column, [N, S, 3]."""
+    if compiled(whole) and not torch.is_grad_enabled():
+        return plan_sums(whole)
+    plan = whole[:, :-1, :-1]
+    squares = plan.square()
+    rows, columns = (torch.stack([plan.sum(dim), squares.sum(dim), plan.amax(dim)], dim=2) for dim in (2, 1))
+    return rows, columns
