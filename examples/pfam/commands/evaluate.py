@@ -99,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
     say(text)
     flanks, note = _between_flanks(options, aligners, families, progress, *of_programs)
     between = note if flanks is None else flanks.text
-    say(f"\n{between}" if between else "")
+    if between:
+        say(f"\n{between}")
     text = f"{head}\n\n{text}\n\n{between}".rstrip() + "\n"
     for path in _write(options, comparison, text, chosen, flanks):
         say(f"wrote {path}")
