@@ -2,11 +2,11 @@
 
     python benchmarks/aligner_pairs.py [--lengths 100 170 400 1000] [--repeat 3] [--memory 3000] [--before FOLDER]
 
-Random proteins of one length, a third of whose residues are identical in every two: pairs of sequences of their own, one
-by one and in batches of 32, and all against all of a few sequences. Processor time a pair, the least of some rounds, in
-which the checkouts take turns, so that whatever else the machine does slows both. Memory is how much a process grows
-over a single pair, and its time. FOLDER is a checkout with its compiled engine, for example of
-`git worktree add FOLDER COMMIT`, or the one that is measured anyway (default).
+Random proteins of one length, a third of whose residues are identical in every two: pairs of sequences of their own,
+one by one and in batches of 32, and all against all of a few sequences. Processor time a pair, the least of some
+rounds, in which the checkouts take turns, so that whatever else the machine does slows both. Memory is how much a process grows
+over a single pair, and its time. FOLDER is another checkout with its compiled engine, for example of `git worktree add
+FOLDER COMMIT`.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def main() -> None:
             alone = Checkout(folder)
             seconds, grown = alone.ask("memory", length)
             alone.end()
-            share = 1024 * grown / length**2
-            print(f"{name}: {length} x {length} in {seconds:.1f} s, {grown / 1024**2:.2f} GiB, {share:.0f} bytes a pair of residues")
+            memory = f"{grown / 1024**2:.2f} GiB, {1024 * grown / length**2:.0f} bytes a pair of residues"
+            print(f"{name}: {length} x {length} in {seconds:.1f} s, {memory}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kernels import depthwise, diagonal_averages, perceptron
+from .evidence_kernels import depthwise, perceptron
+from .kernels import diagonal_averages
 
 
 class ContextBlock(nn.Module):

@@ -32,7 +32,7 @@ from .attentions import AttentionProblem
 from .baselines import blosum62
 from .config import Config
 from .encodings import Encodings
-from .kernels import plan_sums
+from .evidence_kernels import plan_sums
 from .layers import ContextBlock, PairScore, compiled
 from .pairs import ALPHABET
 from .parts import Part, Parts
@@ -402,8 +402,8 @@ class GapScore(nn.Module):
 
 
 def _sums(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass, sharpness (sum_j P_ij^2) and largest entry of each row of a plan [N, L+1, S+1] but its dustbin, [N, L, 3], and
-    of each column, [N, S, 3]."""
+    """Mass, sharpness (sum_j P_ij^2) and largest entry of each row of a plan [N, L+1, S+1] but its dustbin, [N, L, 3],
+    and of each column, [N, S, 3]."""
     if compiled(whole) and not torch.is_grad_enabled():
         return plan_sums(whole)
     plan = whole[:, :-1, :-1]

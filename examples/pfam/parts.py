@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import averages_at
+from .evidence_kernels import averages_at
 from .layers import diagonal_means
 
 CELLS = 150_000
