@@ -12,7 +12,7 @@ from torch import Tensor
 from .evidence_kernels import averages_at
 from .layers import diagonal_means
 
-CELLS = 150_000
+CELLS = 300_000
 """Pairs of residues that are looked at at once, where no gradient is wanted: those that are judged take some 300 bytes
 each."""
 
