@@ -4,9 +4,9 @@
 
 Random proteins of one length, a third of whose residues are identical in every two: pairs of sequences of their own,
 one by one and in batches of 32, and all against all of a few sequences. Processor time a pair, the least of some
-rounds, in which the checkouts take turns, so that whatever else the machine does slows both. Memory is how much a process grows
-over a single pair, and its time. FOLDER is another checkout with its compiled engine, for example of `git worktree add
-FOLDER COMMIT`.
+rounds, in which the checkouts take turns, so that whatever else the machine does slows both. Memory is how much a
+process grows over a single pair, and its time. FOLDER is another checkout with its compiled engine, for example of
+`git worktree add FOLDER COMMIT`.
 """
 
 from __future__ import annotations
