@@ -43,11 +43,15 @@ class PairwiseAlignment:
             raise ValueError(f"the plan of {n} and {m} residues is [{n + 1}, {m + 1}], got {list(plan.shape)}")
         if len(pairs) > 1 and np.diff(pairs, axis=0).min() < 1:
             raise ValueError("pairs that cross or share a residue cannot stand in columns; decode by a monotone rule")
-        columns, i, j = [], 0, 0
-        for a, b in [*pairs.tolist(), (n, m)]:
-            columns += [(k, GAP) for k in range(i, a)] + [(GAP, k) for k in range(j, b)] + [(a, b)]
-            i, j = a + 1, b + 1
-        array = np.array(columns[:-1], dtype=np.int64).reshape(-1, 2)
+        a, b = pairs.T
+        array = np.full((n + m - len(pairs), 2), GAP, dtype=np.int64)
+        array[a + b - np.arange(len(pairs))] = pairs
+        # Before its column stand all residues of its own side that come first, and of the other side: for the query's
+        # the partners so far and what is between them, for the key's also what is before the next pair.
+        alone = np.setdiff1d(np.arange(n), a, assume_unique=True), np.setdiff1d(np.arange(m), b, assume_unique=True)
+        so_far = [np.searchsorted(side, of) for side, of in zip((a, b), alone, strict=True)]
+        array[alone[0] + np.append(0, b + 1)[so_far[0]] - so_far[0], 0] = alone[0]
+        array[alone[1] + np.append(a, n)[so_far[1]] - so_far[1], 1] = alone[1]
         # A plan that has not converged exceeds 1 a little here and there. GAP, -1, is the dustbin's index.
         return cls(letters, array, np.clip(plan[array[:, 0], array[:, 1]], 0.0, 1.0))
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,7 +18,9 @@ from .evaluate import BASELINES, FloatArray, Result, align_pairs, measure_alignm
 from .fixed_score import FixedScores, pair_hmm_plan
 from .model import Aligner
 from .pairs import Pair
-from .programs import TIMEOUT, Installed, align_all
+from .program_results import ProgramResults, align_program, remembered
+from .programs import TIMEOUT, Installed
+from .seconds import Seconds
 
 FIXED_SCORES, PAIR_HMM = "fixed-score Sinkhorn", "pair HMM, nothing trained"
 REFERENCE = "Needleman-Wunsch"
@@ -30,22 +31,6 @@ CONFIDENCE = "1 - mean P of the decoded pairs"
 BATCH = 8
 CERTIFIED = 400
 """At most so many pairs get certificates, evenly spread: each is one more solve."""
-
-
-class Seconds(NamedTuple):
-    """Of time as it passes, and of processors at work: those of this process and of the programs that it ran."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-
-    @classmethod
-    def now(cls) -> Seconds:
-        return cls(time.perf_counter(), sum(os.times()[:4]))
-
-    def since(self, start: Seconds) -> Seconds:
-        """This and what has passed since ``start``."""
-        now = Seconds.now()
-        return Seconds(self.wall + now.wall - start.wall, self.cpu + now.cpu - start.cpu)
 
 
 @dataclass(frozen=True)
@@ -118,21 +103,27 @@ class Comparison:
             self.seconds[name] = Seconds().since(start)
             self.results[name] = [measure_alignment(pair, aligned) for pair, aligned in zip(pairs, found, strict=True)]
 
-    def add_program(self, program: Installed, pairs: Sequence[Pair], timeout: float, progress: bool) -> None:
-        """An installed program; one that fails too often is left out, with a note."""
-        with tqdm(total=len(pairs), desc=program.label, leave=False, disable=not progress) as bar:
-            start = Seconds.now()
-            found, failures = align_all(program, pairs, timeout, bar.update)
-            seconds = Seconds().since(start)
-        if found is None:
+    def add_program(
+        self, program: Installed, pairs: Sequence[Pair], timeout: float, progress: bool, kept: Path | None
+    ) -> None:
+        """An installed program; one that fails too often is left out, with a note. ``kept`` is of
+        ``program_results.remembered``."""
+
+        def run() -> ProgramResults:
+            with tqdm(total=len(pairs), desc=program.label, leave=False, disable=not progress) as bar:
+                return align_program(program, pairs, timeout, Seconds.now, bar.update)
+
+        results = remembered(kept, program, pairs, timeout, run)
+        failures = results.failures
+        if results.found is None:
             self.notes.append(f"{program.label} is left out after {failures.count} failures; {failures.first}")
             return
         if failures.count:
             text = f"failed on {failures.count} of {len(pairs)} pairs, which count as nothing aligned"
             self.notes.append(f"{program.label} {text}; {failures.first}")
         self.programs.append(program.label)
-        self.seconds[program.label] = seconds
-        self.results[program.label] = [measure_alignment(*both) for both in zip(pairs, found, strict=True)]
+        self.seconds[program.label] = Seconds(*results.seconds)
+        self.results[program.label] = [measure_alignment(*both) for both in zip(pairs, results.found, strict=True)]
 
 
 def compare(
@@ -143,13 +134,15 @@ def compare(
     progress: bool = True,
     programs: Sequence[Installed] = (),
     timeout: float = TIMEOUT,
+    program_results: Path | None = None,
 ) -> Comparison:
     """Align every pair with every baseline, every installed program and every model.
 
     Args:
         models: by the name of their row, on the CPU; a copy is moved to ``device``.
         decoder: a name in ``DECODERS``, for every plan.
-        programs: see ``programs.find``; ``timeout`` is what each may take over a pair, in seconds.
+        programs: see ``programs.find``; ``timeout`` is what each may take over a pair, in seconds; ``program_results``
+            the file of what they found before, see ``program_results.remembered``.
 
     Raises:
         ValueError: no such decoder, or no pair.
@@ -163,7 +156,7 @@ def compare(
     comparison = Comparison()
     comparison.add_baselines(pairs, progress)
     for program in programs:
-        comparison.add_program(program, pairs, timeout, progress)
+        comparison.add_program(program, pairs, timeout, progress, program_results)
     for name, plan in ((FIXED_SCORES, fixed.plan), (PAIR_HMM, pair_hmm_plan)):
         comparison.add_plans(name, ((pair, plan(pair)) for pair in pairs), len(pairs), decode, progress)
     for name, model in models.items():

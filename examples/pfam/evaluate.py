@@ -15,6 +15,7 @@ from examples.common.text import clip
 from .baselines import diagonal, needleman_wunsch, scaled_diagonal, smith_waterman
 from .decode import DECODERS, DEFAULT_DECODER, confidence
 from .device import Device
+from .encodings import Encodings
 from .metrics import (
     PairScore,
     barycentre_error,
@@ -167,16 +168,24 @@ def align_pairs(
         yield found.pair, found.plan
 
 
-def aligned(model: Aligner, pairs: Sequence[Pair], batch_size: int, device: Device | None = None) -> Iterator[Aligned]:
+def aligned(
+    model: Aligner,
+    pairs: Sequence[Pair],
+    batch_size: int,
+    device: Device | None = None,
+    known: Encodings | None = None,
+) -> Iterator[Aligned]:
     """The pairs in order of length, so that batches hold little padding; whether the model is training is kept.
 
-    A batch is smaller than ``batch_size`` where its plans would have more than ``CELLS`` entries.
+    A batch is smaller than ``batch_size`` where its plans would have more than ``CELLS`` entries. On the CPU a sequence
+    of several pairs is encoded once, and those in ``known``, of the same weights, not again.
 
     Raises:
         FloatingPointError: a plan is not finite, as of a model that has diverged, or was never trained.
     """
     device = device or Device()
     training = model.training
+    known = (known or Encodings()) if device.name == "cpu" else None
     for chunk in _batches(sorted(pairs, key=lambda pair: len(pair.query) + len(pair.key)), batch_size):
         model.eval()
         try:
@@ -184,7 +193,7 @@ def aligned(model: Aligner, pairs: Sequence[Pair], batch_size: int, device: Devi
                 batch = collate(chunk)
                 longest = max(batch.query.shape[1], batch.key.shape[1])
                 placed = device.place(batch, batch_size, longest, learning=False)
-                output = model(placed.batch)
+                output = model(placed.batch, known)
                 plans = output.last.cpu().double().numpy()[: len(chunk)]
                 odds = [None] * len(chunk) if output.log_odds is None else output.log_odds.tolist()[: len(chunk)]
         except ValueError as error:
@@ -222,5 +231,9 @@ def _batches(ordered: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
 
 def unpad(plan: FloatArray, n: int, m: int) -> FloatArray:
     """[L+1, S+1] to [n+1, m+1]: the active rows and columns, and the dustbin, which stands after the padding."""
-    rows, cols = [*range(n), plan.shape[0] - 1], [*range(m), plan.shape[1] - 1]
-    return plan[np.ix_(rows, cols)]
+    if plan.shape == (n + 1, m + 1):
+        return plan
+    found = np.empty((n + 1, m + 1), dtype=plan.dtype)
+    found[:n, :m], found[:n, m] = plan[:n, :m], plan[:n, -1]
+    found[n, :m], found[n, m] = plan[-1, :m], plan[-1, -1]
+    return found

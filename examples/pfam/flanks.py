@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .augment import BACKGROUND
-from .evaluate import Scores, measure_alignment
+from .evaluate import Result, measure_alignment
 from .identity import related
 from .pairs import Family, IntArray, Pair
 
@@ -103,14 +103,14 @@ Align = Callable[[Sequence[Pair]], Sequence[IntArray]]
 """Residue pairs [p, 2] of each of some pairs, in their order."""
 
 
-def flank_scores(
+def flank_results(
     aligners: Mapping[str, Align], pairs: Sequence[Pair], tests: Sequence[str] = tuple(TESTS), seed: int = 0
-) -> dict[str, dict[str, float]]:
-    """Macro F1 over families of every aligner, by its name and by the test's."""
-    found: dict[str, dict[str, float]] = {name: {} for name in aligners}
+) -> dict[str, dict[str, list[Result]]]:
+    """Results on every pair of every aligner, by its name and by the test's."""
+    found: dict[str, dict[str, list[Result]]] = {name: {} for name in aligners}
     for test in tests:
         chosen = flanked(pairs, test, seed)
         for name, align in aligners.items():
             aligned = zip(chosen, align(chosen), strict=True)
-            found[name][test] = Scores.of(measure_alignment(pair, decoded) for pair, decoded in aligned).macro["f1"]
+            found[name][test] = [measure_alignment(pair, decoded) for pair, decoded in aligned]
     return found

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from examples.common.tables import table
-
-from .calibration import Reliability
 from .decode import DECODERS, DEFAULT_DECODER, confidence
 from .evaluate import aligned
-from .flanks import TESTS, UNRELATED, area, flanked, unrelated
+from .flanks import TESTS, flanked, unrelated
 from .model import Aligner
 from .pairs import Family, Pair, evaluation_pairs
 from .release import TrainedAligner
@@ -85,51 +82,3 @@ def judge(aligner: TrainedAligner, pairs: Sequence[Pair], progress: bool = False
         probability = aligner.verdict.probability(log_odds, one.plan, decoded)
         found[one.pair.number] = Judged(one.pair, decoded, confidence(one.plan, decoded), probability, log_odds)
     return [found[number] for number in range(len(pairs))]
-
-
-def relatedness(
-    judged: Mapping[str, Sequence[Judged]], others: Sequence[Judged], low: Sequence[bool], identity: float
-) -> str:
-    """Tables: whether confidences are right on each of the flank tests, and whether related pairs are told from
-    ``others``, all of them and those that are ``low`` in identity."""
-    rows, everything = [], Reliability()
-    for test, found in [*judged.items(), (UNRELATED, others)]:
-        own = Reliability()
-        for one in found:
-            true = np.isin(_coded(one.decoded), _coded(one.pair.target))
-            for reliability in (own, everything):
-                reliability.add(one.confidence, true)
-        rows.append([test, *_reliability_row(own)])
-    rows.append(["all of them", *_reliability_row(everything)])
-    confidences = table(["decoded pairs", "number", "say", "are right", "expected error"], rows)
-    rows, homology = [], Reliability()
-    for test, found in judged.items():
-        row = [test]
-        for value in (lambda one: one.probability, lambda one: one.log_odds):
-            distant = [value(one) for one, is_low in zip(found, low, strict=True) if is_low]
-            row += [f"{area([value(one) for one in found], [value(one) for one in others]):.3f}"]
-            row += [f"{area(distant, [value(one) for one in others]):.3f}" if distant else "-"]
-        rows.append(row)
-        for group, related in ((found, True), (others, False)):
-            homology.add(np.array([one.probability for one in group]), np.full(len(group), related))
-    heads = [
-        f"area under the curve{of}{at}" for of in (", probability", ", log odds") for at in ("", f" <= {identity}")
-    ]
-    text = table(["related against unrelated", *heads], rows)
-    share = np.mean([len(one.decoded) / min(len(one.pair.query), len(one.pair.key)) for one in others])
-    refused = np.mean([one.probability < 0.5 for one in others])
-    verdicts = (
-        f"probability of homology: expected error {homology.calibration_error:.3f} where half are related; of "
-        f"unrelated pairs {refused:.2f} have no common part, and {share:.2f} of the shorter sequence is aligned"
-    )
-    return "\n\n".join([confidences, text, verdicts])
-
-
-def _reliability_row(found: Reliability) -> list[str]:
-    count = max(found.count.sum(), 1.0)
-    shares = (found.predicted.sum() / count, found.true.sum() / count, found.calibration_error)
-    return [f"{int(found.count.sum())}", *(f"{share:.3f}" for share in shares)]
-
-
-def _coded(pairs: IntArray) -> IntArray:
-    return pairs[:, 0] * 1_000_003 + pairs[:, 1]

@@ -20,6 +20,8 @@ IntArray = npt.NDArray[np.int64]
 BLOCK = 64
 """Columns that share a scale: a gap of so many, or so many pairs of ``MOST`` nats each, stay in a float64's range."""
 MOST = 10.0
+TOGETHER = 150_000
+"""Pairs of residues that one call of the sweep is given, or a single pair of sequences."""
 
 
 def forward_weights(
@@ -39,17 +41,19 @@ def forward_weights(
     count, length, size = scores.shape
     weights, totals = torch.empty_like(scores, memory_format=torch.contiguous_format), scores.new_empty(count)
     given = [*(side.long() for side in (n, m)), *(kind.double() for kind in (start, edge, inner))]
-    for k in range(count):  # one after the other, for these are of twice the width
-        odds = scores[k : k + 1].double().exp_()
-        found, scales = torch.zeros_like(odds), odds.new_zeros(1, length, -(-size // BLOCK))
-        total = odds.new_empty(1)
-        arguments: list[Any] = [x.contiguous().numpy() for x in (odds, *(of[k : k + 1] for of in given))]
+    some = max(TOGETHER // (length * size), 1)
+    for first in range(0, count, some):  # a few at a time, for these are of twice the width
+        here = slice(first, first + some)
+        odds = scores[here].double().exp_()
+        found, scales = torch.zeros_like(odds), odds.new_zeros(len(odds), length, -(-size // BLOCK))
+        total = odds.new_empty(len(odds))
+        arguments: list[Any] = [x.contiguous().numpy() for x in (odds, *(of[here] for of in given))]
         arguments += [opening, extension, found.numpy(), scales.numpy(), total.numpy()]
         _forward_weights(*arguments)
         found.log_().clamp_(min=-1e9)
         for block, of_block in enumerate(scales.unbind(2)):
             found[:, :, block * BLOCK : (block + 1) * BLOCK] += of_block[:, :, None]
-        weights[k], totals[k] = found[0], total[0]
+        weights[here], totals[here] = found, total
     return weights, totals
 
 
@@ -57,8 +61,7 @@ def turned_maps(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Maps [N, L, S] with the entry (rows[i], columns[j]) at (i, j), for indices [N, L] and [N, S] that fall by one
     from the lengths to 0; zeros where they are negative."""
     found = torch.zeros_like(maps, memory_format=torch.contiguous_format)
-    for source, target, n, m in zip(maps, found, (rows[:, 0] + 1).tolist(), (columns[:, 0] + 1).tolist(), strict=True):
-        target[:n, :m] = source[:n, :m].flip(0, 1)
+    _turned_maps(maps.contiguous().numpy(), (rows[:, 0] + 1).numpy(), (columns[:, 0] + 1).numpy(), found.numpy())
     return found
 
 
@@ -68,6 +71,16 @@ def diagonal_averages(maps: Tensor, widths: tuple[int, ...]) -> Tensor:
     found = maps.new_empty(count, len(widths) * channels, length, size)
     _diagonal_averages(maps.contiguous().numpy(), np.array(widths, dtype=np.int64), found.numpy())
     return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _turned_maps(maps: FloatArray, n: IntArray, m: IntArray, found: FloatArray) -> None:
+    """``turned_maps`` into ``found``, zeros, for lengths ``n`` and ``m``."""
+    for k in range(len(maps)):
+        for i in range(n[k]):
+            source, target, last = maps[k, n[k] - 1 - i], found[k, i], m[k] - 1
+            for j in range(m[k]):
+                target[j] = source[last - j]
 
 
 @numba.njit(cache=True, nogil=True)

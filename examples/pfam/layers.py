@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .evidence_kernels import depthwise, perceptron
 from .kernels import diagonal_averages
-
-_PART = 4096
-"""Pairs of residues that are judged at once where no gradient is wanted."""
 
 
 class ContextBlock(nn.Module):
@@ -31,21 +29,12 @@ class ContextBlock(nn.Module):
 
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
         y = self.norm(x) * active
-        if _compiled(x) and not torch.is_grad_enabled():  # a convolution of one channel each is slow there
-            y = _depthwise(y, self.mix)
+        if compiled(x) and not torch.is_grad_enabled():  # a convolution of one channel each is slow there
+            assert self.mix.bias is not None
+            y = depthwise(y, self.mix.weight[:, 0], self.mix.bias, self.mix.dilation[0])
         else:
             y = self.mix(y.transpose(1, 2)).transpose(1, 2)
         return (x + self.perceptron(y)) * active
-
-
-def _depthwise(x: Tensor, mix: nn.Conv1d) -> Tensor:
-    """A convolution [N, L, d] of every channel by itself: shifted copies, weighted and added."""
-    (dilation,), (reach,) = mix.dilation, (int(mix.padding[0]),)
-    assert mix.bias is not None
-    padded, found = F.pad(x, (0, 0, reach, reach)), mix.bias.expand_as(x).clone()
-    for index, weight in enumerate(mix.weight[:, 0].T):
-        found.addcmul_(padded[:, index * dilation : index * dilation + x.shape[1]], weight)
-    return found
 
 
 def diagonal_means(maps: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -67,7 +56,7 @@ class _DiagonalMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, widths: tuple[int, ...]) -> Tensor:
         ctx.widths = widths
-        if _compiled(maps):
+        if compiled(maps):
             return diagonal_averages(maps, widths)
         columns = _diagonals(maps)
         return torch.cat([_from_diagonals(_twice(columns, width), maps.shape[3]) for width in widths], dim=1)
@@ -75,7 +64,7 @@ class _DiagonalMeans(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if _compiled(grad):
+        if compiled(grad):
             of_widths = zip(grad.chunk(len(ctx.widths), dim=1), ctx.widths, strict=True)
             return torch.stack([diagonal_averages(part, (width,)) for part, width in of_widths]).sum(dim=0), None
         parts = _diagonals(grad).chunk(len(ctx.widths), dim=1)
@@ -107,7 +96,7 @@ def _twice(columns: Tensor, width: int) -> Tensor:
     return _sums(_sums(F.pad(columns / width**2, (0, 0, reach, reach)), width), width)
 
 
-def _compiled(x: Tensor) -> bool:
+def compiled(x: Tensor) -> bool:
     """Whether ``kernels`` can run: on CPUs, which have a loop where other devices have tensors."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
@@ -142,13 +131,12 @@ class PairScore(nn.Module):
         self.hidden = nn.Linear(maps, hidden)
         self.score = nn.Parameter(torch.zeros(hidden))
 
-    def forward(self, *groups: Tensor, where: Tensor | None = None, otherwise: float = 0.0) -> Tensor:
-        """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S].
-
-        With ``where`` [N, L, S] what is False there is not judged, and has the score ``otherwise``.
-        """
-        if _compiled(groups[0]) and not torch.is_grad_enabled():
-            return self._in_parts(groups, where, otherwise)
+    def forward(self, *groups: Tensor) -> Tensor:
+        """Maps [N, C1, L, S], [N, C2, L, S], ... with C1 + C2 + ... = C, never copied together, to [N, L, S]."""
+        if compiled(groups[0]) and not torch.is_grad_enabled():
+            known = (self.linear, self.hidden.weight, self.hidden.bias, self.score)
+            flats = zip(*(group.flatten(2) for group in groups), strict=True)
+            return torch.stack([perceptron(flat, *known) for flat in flats]).unflatten(1, groups[0].shape[2:])
         hidden, linear = self.hidden.bias[:, None], torch.zeros((), device=self.linear.device)
         sizes = [group.shape[1] for group in groups]
         weights = zip(groups, self.hidden.weight.split(sizes, dim=1), self.linear.split(sizes), strict=True)
@@ -156,24 +144,4 @@ class PairScore(nn.Module):
             flat = group.flatten(2)
             hidden = torch.baddbmm(hidden, of_hidden.expand(len(flat), -1, -1), flat)
             linear = linear + of_linear @ flat
-        found = (linear + self.score @ hidden.relu()).unflatten(1, groups[0].shape[2:])
-        return found if where is None else found.masked_fill(~where, otherwise)
-
-    def _in_parts(self, groups: tuple[Tensor, ...], where: Tensor | None, otherwise: float) -> Tensor:
-        """A few thousand entries at a time, which stay in a cache: without gradients nothing else needs them."""
-        flat = [group.flatten(2) for group in groups]
-        count, entries = len(flat[0]), flat[0].shape[2]
-        found = flat[0].new_full((count, entries), otherwise)
-        weight, bias = torch.cat([self.hidden.weight, self.linear[None]]), self.hidden.bias[:, None]
-        for k in range(count):
-            chosen = None if where is None else where[k].flatten().nonzero()[:, 0]
-            for start in range(0, entries if chosen is None else len(chosen), _PART):
-                part = slice(start, start + _PART)
-                if chosen is None:
-                    maps = torch.cat([group[k, :, part] for group in flat])
-                else:
-                    maps = torch.cat([group[k].index_select(1, chosen[part]) for group in flat])
-                judged = weight @ maps
-                score = judged[-1] + self.score @ judged[:-1].add_(bias).relu_()
-                found[k, part if chosen is None else chosen[part]] = score
-        return found.unflatten(1, groups[0].shape[2:])
+        return (linear + self.score @ hidden.relu()).unflatten(1, groups[0].shape[2:])

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from .alignment import PairwiseAlignment, Summary
 from .decode import DECODERS, DEFAULT_DECODER
+from .encodings import Encodings
 from .evaluate import aligned
 from .pairs import Pair, encode
 from .release import TrainedAligner, load_aligner
@@ -159,8 +160,11 @@ def solve(
     decoder: str = DEFAULT_DECODER,
     batch_size: int = BATCH,
     keep_plans: bool = False,
+    known: Encodings | None = None,
 ) -> Iterator[tuple[Asked, AlignedPair]]:
     """Align them as batches are done, in order of length: the one place that asks the aligner.
+
+    ``known`` has the sequences that were encoded before, by the same aligner, and remembers these.
 
     Raises:
         ValueError: ``mode`` or ``decoder`` is none of its names.
@@ -173,7 +177,7 @@ def solve(
     pairs = [Pair("", a.names, encode(a.letters[0]), encode(a.letters[1]), nothing, k) for k, a in enumerate(asked)]
     before, aligner.model.mode = aligner.model.mode, mode
     try:
-        for found in aligned(aligner.model, pairs, batch_size):
+        for found in aligned(aligner.model, pairs, batch_size, known=known):
             of = asked[found.pair.number]
             decoded = DECODERS[decoder](found.plan)
             # What the probability was fitted on had nothing said of its ends.

@@ -31,9 +31,11 @@ from torch_sinkhorn_attn import Dustbin
 from .attentions import AttentionProblem
 from .baselines import blosum62
 from .config import Config
-from .layers import ContextBlock, PairScore, diagonal_means
+from .encodings import Encodings
+from .evidence_kernels import plan_sums
+from .layers import ContextBlock, PairScore, compiled
 from .pairs import ALPHABET
-from .parts import Part, in_parts
+from .parts import Part, Parts
 from .runs import MAPS, START, RunEvidence, Runs
 from .sampler import PADDING, Batch
 
@@ -82,6 +84,11 @@ class Side:
     positions: Tensor
     lengths: Tensor
 
+    @property
+    def everywhere(self) -> Tensor:
+        """``positions`` in every pair, [N, L]."""
+        return self.positions.expand(len(self.lengths), -1)
+
     def centres_on(self, other: Side) -> Tensor:
         """Where the scaled diagonal puts each residue on the other sequence, (i + 1/2) m/n - 1/2, [N, L]."""
         return (self.positions + 0.5) * (other.lengths / self.lengths)[:, None] - 0.5
@@ -90,8 +97,8 @@ class Side:
 @dataclass(frozen=True)
 class Scored:
     """What the first attention was asked, kept for the second: queries, keys, evidence [N, L, S], what a part of it was
-    judged by, in groups [pairs, C, rows, S], dustbin scores [N, L], [N, S]; and which pairs of residues are judged at
-    all, [N, L, S], or None for all of them."""
+    judged by, in groups [pairs, C, rows, S] or [1, C, 1, entries], dustbin scores [N, L], [N, S]; and the pairs of
+    residues that are judged, in parts."""
 
     query: Tensor
     key: Tensor
@@ -100,7 +107,7 @@ class Scored:
     query_bin: Tensor
     key_bin: Tensor
     runs: RunEvidence | None
-    where: Tensor | None
+    parts: Parts
 
 
 class Output(NamedTuple):
@@ -117,7 +124,7 @@ class Aligner(nn.Module):
     """Maps a batch of pairs to the plans of the first and the last attention, and more: see ``Output``.
 
     ``engine`` computes the attentions; None is the first that can. ``mode`` is what is known of the alignments' ends,
-    one of ``runs.MODES``.
+    one of ``runs.MODES``. With ``Encodings`` given, sequences are encoded once.
     """
 
     def __init__(self, config: Config) -> None:
@@ -150,8 +157,8 @@ class Aligner(nn.Module):
         nn.init.zeros_(self.dustbin.weight)
         nn.init.zeros_(self.dustbin.bias)
 
-    def forward(self, batch: Batch) -> Output:
-        scored, solved = self._solve(batch)
+    def forward(self, batch: Batch, known: Encodings | None = None) -> Output:
+        scored, solved = self._solve(batch, known)
         runs = (scored.runs.scores, scored.runs.log_odds) if scored.runs else (None, None)
         return Output(solved[0][1], solved[-1][1], *runs)
 
@@ -163,9 +170,11 @@ class Aligner(nn.Module):
         """
         return self._solve(batch)[1]
 
-    def _solve(self, batch: Batch) -> tuple[Scored, list[tuple[AttentionProblem, Tensor]]]:
-        a = self._encode(batch.query, batch.query_lengths)
-        b = self._encode(batch.key, batch.key_lengths)
+    def _solve(
+        self, batch: Batch, known: Encodings | None = None
+    ) -> tuple[Scored, list[tuple[AttentionProblem, Tensor]]]:
+        a = self._encode(batch.query, batch.query_lengths, known)
+        b = self._encode(batch.key, batch.key_lengths, known)
         options = self._options(batch)
         # Scores are differences of large numbers: float32, whatever the layers are computed in.
         with torch.autocast(a.tokens.device.type, enabled=False):
@@ -173,17 +182,23 @@ class Aligner(nn.Module):
             asked = (scored.query, scored.key, scored.evidence, scored.query_bin, scored.key_bin)
             solved = [self._solved(*asked, options)]
             for _ in range(self.config.train_rounds if self.training else self.config.rounds):
-                solved.append(self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options))
+                solved.append(self._again(a, b, scored, solved[-1][1], options))
         return scored, solved
 
-    def _encode(self, residues: Tensor, lengths: Tensor) -> Side:
+    def _encode(self, residues: Tensor, lengths: Tensor, known: Encodings | None = None) -> Side:
         active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
+        tokens = known.tokens(residues, lengths, self._tokens, PADDING) if known else self._tokens(residues)
+        positions = torch.arange(residues.shape[1], dtype=active.dtype, device=active.device)
         embedded = self.embedding(residues) * active
-        tokens = embedded
+        return Side(embedded, tokens.to(active.dtype), active, positions, lengths.to(active.dtype))
+
+    def _tokens(self, residues: Tensor) -> Tensor:
+        """Residues [N, L] in their context, [N, L, d]."""
+        active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
+        tokens = self.embedding(residues) * active
         for block in self.context:
             tokens = block(tokens, active)
-        positions = torch.arange(residues.shape[1], dtype=active.dtype, device=active.device)
-        return Side(embedded, tokens.to(active.dtype), active, positions, lengths.to(active.dtype))
+        return tokens
 
     def _score(self, a: Side, b: Side) -> Scored:
         heads = self.config.heads
@@ -196,31 +211,32 @@ class Aligner(nn.Module):
             runs = self.runs(substitution, a_normal, b_normal, (a.lengths, b.lengths), self.mode)
             log_p = runs.posterior.log_pairs
             doubt = (DOUBT_IN_TRAINING if self.training else DOUBT)(log_p)
-            where = log_p > _WORTH if not torch.is_grad_enabled() and not self.training else None
+            if not torch.is_grad_enabled() and not self.training and compiled(log_p):
+                where = log_p > _WORTH
+        count, length, size = substitution.shape
+        parts = Parts.of((count, length, size), where)
 
-        def maps_of(part: Part) -> tuple[Tensor, ...]:
-            wide, inside = part.with_neighbours(substitution.shape[1], _WIDTHS)
-            products = a_heads[wide].unflatten(2, split).transpose(1, 2) @ b_heads[part.pairs].unflatten(
-                2, split
-            ).permute(0, 2, 3, 1)
-            content = torch.cat([substitution[wide][:, None], products / _HEAD_DIM**0.5], dim=1)
-            means = diagonal_means(content, _WIDTHS)[:, :, inside]
-            of_runs = (runs.maps[part.pairs, :, part.rows],) if runs else ()
-            return content[:, :, inside], means, *self._distances(a, b, runs, part), *of_runs
+        def content(pairs: slice, rows: slice) -> Tensor:
+            query, key = a_heads[pairs, rows].unflatten(2, split), b_heads[pairs].unflatten(2, split)
+            products = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+            return torch.cat([substitution[pairs, rows][:, None], products / _HEAD_DIM**0.5], dim=1)
 
         kept: dict[int, tuple[Tensor, ...]] = {}
 
-        def first_evidence(part: Part) -> Tensor:
-            maps = maps_of(part)
-            if part.rows == slice(0, substitution.shape[1]):  # else there is no room for them: they are made again
+        def maps_of(part: Part) -> tuple[Tensor, ...]:
+            if part.pairs.start in kept:
+                return kept[part.pairs.start]
+            of_runs = (runs.maps(part),) if runs else ()
+            maps = (*part.averaged(content, _WIDTHS), *self._distances(a, b, runs, part), *of_runs)
+            if part.rows == slice(0, length):  # else there is no room for them: they are made again
                 kept[part.pairs.start] = maps
-            return self.first(*maps, where=None if where is None else where[part], otherwise=_UNTHINKABLE)
+            return maps
 
         def known_maps(part: Part) -> tuple[Tensor, ...]:
-            content, means, _, _, *of_runs = kept.get(part.pairs.start) or maps_of(part)
-            return content.detach(), means.detach(), *of_runs
+            here, means, _, _, *of_runs = maps_of(part)
+            return here.detach(), means.detach(), *of_runs
 
-        evidence = in_parts(first_evidence, substitution) - doubt
+        evidence = parts.judged(lambda part: self.first(*maps_of(part)), substitution, _UNTHINKABLE) - doubt
         gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
         return Scored(
             query=torch.cat([a.embedded * self.metric, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
@@ -230,68 +246,69 @@ class Aligner(nn.Module):
             query_bin=self.dustbin(a_normal)[..., 0] + (runs.query_bin if runs else 0.0),
             key_bin=self.dustbin(b_normal)[..., 0] + (runs.key_bin if runs else 0.0),
             runs=runs,
-            where=where,
+            parts=parts,
         )
 
     def _distances(self, a: Side, b: Side, runs: RunEvidence | None, part: Part) -> tuple[Tensor, Tensor]:
-        """Distances of a part's rows from three diagonals, [N, 3, rows, S], and the square of the relative one, [N, 1,
-        rows, S].
+        """Distances from three diagonals, [pairs, 3, rows, S], and the square of the relative one, [pairs, 1, rows, S],
+        or [1, ., 1, entries].
 
         They count as far as the sequences begin, or end, together.
         """
-        n, m = (side.lengths[part.pairs, None, None] for side in (a, b))
-        scaled = b.positions - a.centres_on(b)[part][..., None]
+        n, m = (part.of_pairs(side.lengths) for side in (a, b))
+        i, j = part.of_rows(a.everywhere), part.of_columns(b.everywhere)
+        scaled = j - part.of_rows(a.centres_on(b))
         relative = (4 * scaled / (n + m)).square()
         # A single long insertion leaves everything before it in line with the starts, and after it with the ends.
-        from_start = (b.positions - a.positions[part.rows, None]).expand_as(scaled)
+        from_start = j - i
         from_end = from_start - (m - n)
-        begin, end = (of[part.pairs] for of in runs.whole) if runs else (1.0, 1.0)
+        begin, end = map(part.of_pairs, runs.whole) if runs else (1.0, 1.0)
         known = ((scaled, begin * end), (from_start, begin), (from_end, end))
         apart = torch.stack([distance.abs().clamp(max=100) * weight for distance, weight in known], dim=1)
         return 0.03 * apart, (relative * begin * end)[:, None]
 
     def _again(
-        self, a: Side, b: Side, scored: Scored, plan: Tensor, options: dict[str, Any]
+        self, a: Side, b: Side, scored: Scored, whole: Tensor, options: dict[str, Any]
     ) -> tuple[AttentionProblem, Tensor]:
-        a_tokens, b_tokens = self._reread(a, b, plan), self._reread(b, a, plan.transpose(1, 2))
+        """The second attention about a plan with its dustbin, [N, L+1, S+1]."""
+        plan, of_rows, of_columns = whole[:, :-1, :-1], *_sums(whole)
+        to_a, to_b = of_rows[..., :2], of_columns[..., :2]
+        a_tokens, b_tokens = self._reread(a, b, plan, to_a), self._reread(b, a, plan.mT, to_b)
         query, key = (
             self.project_again(self.norm_again(tokens)) * (side.active * _READ_DIM**-0.25)
             for tokens, side in ((a_tokens, a), (b_tokens, b))
         )
-        on_key, on_query = self._land(a, b, plan), self._land(b, a, plan.transpose(1, 2))
+        on_key, on_query = self._land(a, b, plan, to_a), self._land(b, a, plan.mT, to_b)
         known = plan.detach()
-        best, most = known.amax(dim=2, keepdim=True), known.amax(dim=1, keepdim=True)
-        of_rows, of_columns = known.sum(dim=2, keepdim=True), known.sum(dim=1, keepdim=True)
+        (mass_of_row, _, best), (mass_of_column, _, most) = (of.detach().unbind(2) for of in (of_rows, of_columns))
 
         def more_evidence(part: Part) -> Tensor:
-            to_key = (b.positions - on_key[part][..., None]) / _UNIT
-            to_query = (a.positions[part.rows, None] - on_query[part.pairs, None]) / _UNIT
-            wide, inside = part.with_neighbours(known.shape[1], _PLAN_WIDTHS)
-            means = diagonal_means(known[wide][:, None], _PLAN_WIDTHS)[:, :, inside]
-            here = known[part]
+            to_key = (part.of_columns(b.everywhere) - part.of_rows(on_key)) / _UNIT
+            to_query = (part.of_rows(a.everywhere) - part.of_columns(on_query)) / _UNIT
+            maps, means = part.averaged(lambda pairs, rows: known[pairs, rows][:, None], _PLAN_WIDTHS)
+            here = maps[:, 0]
             judged = [
                 (here + 1e-4).log() / 3,
                 here,
-                here - best[part],
-                here - most[part.pairs],
+                here - part.of_rows(best),
+                here - part.of_columns(most),
                 to_key.abs().clamp(max=6) / 2,
                 to_query.abs().clamp(max=6) / 2,
                 (-to_key.square()).exp(),
                 (-to_query.square()).exp(),
-                of_rows[part].expand_as(here),
-                of_columns[part.pairs].expand_as(here),
-                query[part] @ key[part.pairs].transpose(1, 2),
+                part.of_rows(mass_of_row).expand_as(here),
+                part.of_columns(mass_of_column).expand_as(here),
+                part.products(query, key),
                 (means + 1e-3).log().mean(dim=1) / 3,
             ]
-            where = None if scored.where is None else scored.where[part]
-            return self.second(torch.stack(judged, dim=1), means, *scored.maps(part), where=where)
+            return self.second(torch.stack(judged, dim=1), means, *scored.maps(part))
 
         return self._solved(
             torch.cat([scored.query, query], dim=2),
             torch.cat([scored.key, key], dim=2),
-            scored.evidence + in_parts(more_evidence, known),
-            scored.query_bin + self.gap(plan, a.tokens, a.active),
-            scored.key_bin + self.gap(plan.transpose(1, 2), b.tokens, b.active),
+            scored.evidence + scored.parts.judged(more_evidence, known, 0.0),
+            scored.query_bin + self.gap(to_a, a.tokens, a.active),
+            scored.key_bin + self.gap(to_b, b.tokens, b.active),
             options,
         )
 
@@ -325,20 +342,21 @@ class Aligner(nn.Module):
             options["col_mass"] = share.expand(-1, 1, batch.key.shape[1])
         return options
 
-    def _reread(self, side: Side, other: Side, plan: Tensor) -> Tensor:
+    def _reread(self, side: Side, other: Side, plan: Tensor, certainty: Tensor) -> Tensor:
         """Tokens after reading, through the plan [N, L, S], the tokens they were aligned with, [N, L, d]."""
-        read = self.read(torch.cat([side.tokens, plan @ other.tokens, _certainty(plan)], dim=-1))
+        read = self.read(torch.cat([side.tokens, plan @ other.tokens, certainty], dim=-1))
         return self.context_again(side.tokens + read, side.active)
 
-    def _land(self, side: Side, other: Side, plan: Tensor) -> Tensor:
+    def _land(self, side: Side, other: Side, plan: Tensor, certainty: Tensor) -> Tensor:
         """Where the neighbourhood of each residue lands on the other sequence, [N, L].
 
         Displacements from the scaled diagonal, averaged over neighbours with weights that fall off with the distance
         and rise with the sharpness of the neighbour's row.
         """
         centre = side.centres_on(other)
-        barycentre = (plan @ other.positions) / (plan.sum(dim=2) + 1e-6)
-        weight = (plan.square().sum(dim=2) + 1e-4) * side.active[..., 0]
+        mass, sharpness = certainty.unbind(2)
+        barycentre = (plan @ other.positions) / (mass + 1e-6)
+        weight = (sharpness + 1e-4) * side.active[..., 0]
         offsets = torch.arange(-_REACH, _REACH + 1, dtype=plan.dtype, device=plan.device)
         kernel = torch.exp(-offsets.abs() / self.log_reach.exp())[None, None]
         total = F.conv1d(((barycentre - centre) * weight)[:, None], kernel, padding=_REACH)
@@ -369,7 +387,8 @@ class Aligner(nn.Module):
 
 
 class GapScore(nn.Module):
-    """What a plan [N, L, S] adds to the dustbin scores of its rows, [N, L]: gaps come in runs, so neighbours count."""
+    """What mass and sharpness of rows [N, L, 2] add to their dustbin scores, [N, L]: gaps come in runs, so neighbours
+    count."""
 
     def __init__(self, dim: int, channels: int = 16, width: int = 9) -> None:
         super().__init__()
@@ -377,11 +396,17 @@ class GapScore(nn.Module):
         self.gather = nn.Conv1d(10, channels, width, padding=width // 2)
         self.score = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, plan: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
-        known = torch.cat([_certainty(plan), self.reduce(tokens)], dim=2) * active
+    def forward(self, certainty: Tensor, tokens: Tensor, active: Tensor) -> Tensor:
+        known = torch.cat([certainty, self.reduce(tokens)], dim=2) * active
         return self.score @ F.gelu(self.gather(known.transpose(1, 2)))
 
 
-def _certainty(plan: Tensor) -> Tensor:
-    """Mass and sharpness of each row of a plan without its dustbin, sum_j P_ij and sum_j P_ij^2, [N, L, 2]."""
-    return torch.stack([plan.sum(dim=2), plan.square().sum(dim=2)], dim=2)
+def _sums(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass, sharpness (sum_j P_ij^2) and largest entry of each row of a plan [N, L+1, S+1] but its dustbin, [N, L, 3],
+    and of each column, [N, S, 3]."""
+    if compiled(whole) and not torch.is_grad_enabled():
+        return plan_sums(whole)
+    plan = whole[:, :-1, :-1]
+    squares = plan.square()
+    rows, columns = (torch.stack([plan.sum(dim), squares.sum(dim), plan.amax(dim)], dim=2) for dim in (2, 1))
+    return rows, columns

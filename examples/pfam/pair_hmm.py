@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,12 @@ class Posterior:
     query_flank: Tensor
     key_flank: Tensor
 
+    @cached_property
+    def paired(self) -> tuple[Tensor, Tensor]:
+        """Probability that a residue has a partner, [N, L] and [N, S]."""
+        p = self.log_pairs.exp()
+        return p.sum(2), p.sum(1)
+
     def transposed(self) -> Posterior:
         """With the sequences exchanged."""
         return Posterior(self.log_pairs.mT, self.log_odds, self.ends, self.key_flank, self.query_flank)
@@ -119,29 +125,48 @@ def posterior(scores: Tensor, query_lengths: Tensor, key_lengths: Tensor, costs:
     kinds = _end_weights(costs, n, m, scores)
     weights, global_ends = _forward(torch.cat([scores, turned]), n, m, kinds, costs)
     until, since = weights.chunk(2)
-    # Where a free end is possible: the weight of all that the turned sweep has up to there is that of what begins here.
-    begins = torch.stack([_turned(since, rows, columns), until]).masked_fill(~active, _NEVER)
-    overlap, local = (kind[: len(scores)] for kind in kinds[1:])
-    edge = (_edge(scores), (rows == 0)[:, :, None] | (columns == 0)[:, None])
-    free = torch.stack(
-        [
-            torch.stack([begins[side].masked_fill(~edge[side], _NEVER) + overlap[:, None, None] for side in (0, 1)]),
-            begins + local[:, None, None],
-        ],
-        dim=2,
-    )  # beginning or end, pair of sequences, overlap or local, L, S
-    of_global = torch.stack(global_ends.chunk(2)[::-1]) + kinds[0][: len(scores)]
-    by_kind = torch.cat([of_global[..., None], free.flatten(3).logsumexp(3)], dim=2)
-    total = by_kind.logsumexp(2)[1]
-    found = until + begins[0] - scores - total[:, None, None]
-    first, last = (_log_add(*kind.unbind(1)) - total[:, None, None] for kind in free)
+    by_kind, total, of_rows, of_columns = _ends(weights, n, m, kinds, global_ends)
+    # Where the turned sweep ends, the alignment begins.
+    first, last = (_reversed(of_rows[len(scores) :], rows), of_rows[: len(scores)])
+    first_key, last_key = (_reversed(of_columns[len(scores) :], columns), of_columns[: len(scores)])
+    found = _turned(since, rows, columns).add_(until).sub_(scores).sub_(total[:, None, None])
     return Posterior(
-        log_pairs=found.clamp(max=0.0).masked_fill(~active, _NEVER),
+        log_pairs=found.clamp_(max=0.0).masked_fill_(~active, _NEVER),
         log_odds=total,
-        ends=by_kind.softmax(2).transpose(0, 1),
-        query_flank=_outside(first.logsumexp(2).exp(), last.logsumexp(2).exp()) * (rows >= 0),
-        key_flank=_outside(first.logsumexp(1).exp(), last.logsumexp(1).exp()) * (columns >= 0),
+        ends=torch.stack(by_kind.softmax(1).chunk(2)[::-1], dim=1),
+        query_flank=_outside(first, last) * (rows >= 0),
+        key_flank=_outside(first_key, last_key) * (columns >= 0),
     )
+
+
+def _ends(
+    weights: Tensor, n: Tensor, m: Tensor, kinds: tuple[Tensor, Tensor, Tensor], global_ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of what ``_forward`` found, in either direction: the log weight of an end of each kind, [2N, 3]; of all of them
+    together, [N]; and the probability that a free end is at each row, [2N, L], and at each column, [2N, S]."""
+    last_row = weights.gather(1, (n - 1)[:, None, None].expand(-1, 1, weights.shape[2]))[:, 0]
+    last_column = weights.gather(2, (m - 1)[:, None, None].expand(-1, weights.shape[1], 1))[:, :, 0]
+    corner = torch.arange(weights.shape[1], device=weights.device) == (n - 1)[:, None]
+    above_corner = last_column.masked_fill(corner, _NEVER)
+    overlap = torch.cat([last_row, above_corner], dim=1).logsumexp(1) + kinds[1]
+    most = weights.flatten(1).amax(1)
+    share = (weights - most[:, None, None]).exp_()
+    rows, columns = share.sum(2), share.sum(1)
+    local = rows.sum(1).log() + most + kinds[2]
+    by_kind = torch.stack([global_ends + kinds[0], overlap, local], dim=1)
+    total = by_kind[: len(by_kind) // 2].logsumexp(1)
+    of_either = torch.cat([total, total])
+    inside = (most + kinds[2] - of_either).exp()[:, None]
+    row, column = ((edge + (kinds[1] - of_either)[:, None]).exp() for edge in (last_row, above_corner))
+    rows = rows * inside + column + corner * row.sum(1, keepdim=True)
+    at_end = torch.arange(weights.shape[2], device=weights.device) == (m - 1)[:, None]
+    columns = columns * inside + row + at_end * column.sum(1, keepdim=True)
+    return by_kind, total, rows, columns
+
+
+def _reversed(values: Tensor, from_end: Tensor) -> Tensor:
+    """[N, size] values read from the end of each; zeros on padding."""
+    return values.gather(1, from_end.clamp(min=0)) * (from_end >= 0)
 
 
 def _end_weights(costs: Costs, n: Tensor, m: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

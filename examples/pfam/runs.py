@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .baselines import GLOBAL_GAP, HALF_BIT
 from .pair_hmm import Costs, Posterior, posterior
+from .parts import Part
 
 _OPENING, _EXTENSION = (HALF_BIT * cost for cost in GLOBAL_GAP)
 _AUTO = Costs(_OPENING, _EXTENSION, ends=(0.8, 0.1, 0.1), stop=0.01)
@@ -48,22 +49,28 @@ class RunEvidence:
         scores: [N, L, S], in nats, with their gradient.
         log_odds: of the pairs to have an alignment, [N]; their gradient with respect to the scores is the posterior.
         posterior: of pairs, ends and flanks.
-        maps: numbers that describe a pair of residues, [N, MAPS, L, S].
         query_bin, key_bin: what is added to the dustbin scores, [N, L] and [N, S].
     """
 
     scores: Tensor
     log_odds: Tensor
     posterior: Posterior
-    maps: Tensor
     query_bin: Tensor
     key_bin: Tensor
 
+    def maps(self, part: Part) -> Tensor:
+        """Numbers that describe a pair of residues, [pairs, MAPS, rows, S] of a part, or [1, MAPS, 1, entries]."""
+        log_p = part.of_maps(self.posterior.log_pairs)
+        p, related = log_p.exp(), (part.of_pairs(self.posterior.log_odds) + _LENIENT).sigmoid()
+        joint = p * related
+        maps = ((joint + _FLOOR).log() / 3, p, log_p.clamp(min=-30) / 10, joint, related.expand_as(p))
+        return torch.stack(maps, dim=1)
+
     @property
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Probability that the sequences begin together, and that they end together, [N, 1, 1] each."""
+        """Probability that the sequences begin together, and that they end together, [N] each."""
         begin, end = self.posterior.ends[:, :, 0].unbind(1)
-        return begin[:, None, None], end[:, None, None]
+        return begin, end
 
 
 class Runs(nn.Module):
@@ -89,9 +96,8 @@ class Runs(nn.Module):
             scores=scores,
             log_odds=_LogOdds.apply(scores, found),
             posterior=found,
-            maps=_maps(found),
-            query_bin=_features(found.log_pairs, found.query_flank, found.log_odds) @ self.dustbin,
-            key_bin=_features(found.log_pairs.mT, found.key_flank, found.log_odds) @ self.dustbin,
+            query_bin=_features(found.paired[0], found.query_flank, found.log_odds) @ self.dustbin,
+            key_bin=_features(found.paired[1], found.key_flank, found.log_odds) @ self.dustbin,
         )
 
 
@@ -110,17 +116,9 @@ class _LogOdds(torch.autograd.Function):
         return grad[:, None, None] * log_pairs.exp(), None
 
 
-def _maps(found: Posterior) -> Tensor:
-    log_p, p = found.log_pairs, found.log_pairs.exp()
-    related = (found.log_odds + _LENIENT).sigmoid()[:, None, None]
-    joint = p * related
-    parts = ((joint + _FLOOR).log() / 3, p, log_p.clamp(min=-30) / 10, joint, related.expand_as(p))
-    return torch.stack(parts, dim=1)
-
-
-def _features(log_pairs: Tensor, flank: Tensor, log_odds: Tensor) -> Tensor:
+def _features(paired: Tensor, flank: Tensor, log_odds: Tensor) -> Tensor:
     """Of each residue, [N, L, 6]: has it a partner, does it lie in a flank or in a gap, is there anything to align."""
-    paired = log_pairs.exp().sum(2).clamp(max=1.0)
+    paired = paired.clamp(max=1.0)
     odds = (log_odds + _LENIENT)[:, None].expand_as(flank)
     parts = (
         paired,

@@ -13,6 +13,7 @@ from examples.common.files import file_mode, is_stream
 from examples.common.settings import Range
 from examples.common.text import clip, say, visible
 
+from ..encodings import Encodings
 from ..library import BATCH, Asked, solve
 from ..many import Results, fingerprint
 from ..pair_formats import FORMATS
@@ -54,12 +55,12 @@ def run(options: argparse.Namespace, folder: str) -> int:
     with Results.open(folder, formats, fingerprint(pairs, settings), heads) as results:
         if results.done:
             say(f"note: {results.done} of {pairs.total} pairs are in {visible(folder)} already", sys.stderr)
-        before, start = results.done, time.perf_counter()
+        known, before, start = Encodings(), results.done, time.perf_counter()
         with tqdm(total=pairs.total, initial=before, desc="aligning", unit="pair", disable=options.quiet) as bar:
             for chunk in pairs.chunks(before):
                 asked = [_asked(number, proteins, pair) for number, pair in enumerate(chunk.tolist())]
                 found = []
-                for _, pair in solve(aligner, asked, options.mode, options.decoder, batch):
+                for _, pair in solve(aligner, asked, options.mode, options.decoder, batch, known=known):
                     found.append(pair)
                     bar.update()
                 results.add(found)

@@ -18,9 +18,11 @@ from ..config import Config
 from ..dataset import in_brief, load_dataset, nucleotide_notes, read_families
 from ..decode import DECODERS, DEFAULT_DECODER
 from ..device import open_device
+from ..flank_report import CAP, FlankReport, NoFlankTest, flank_report
 from ..gap_grid import gap_grid, grid_table
 from ..identity import labels
 from ..pairs import EvaluationSet, Family, evaluation_pairs
+from ..program_results import check_program_results
 from ..programs import PROGRAMS, TIMEOUT, Installed, find
 from ..release import SUFFIX, TrainedAligner, load_aligner
 from ..stockholm import shown
@@ -28,7 +30,7 @@ from ..tables import aligner_name
 from .options import add_device, add_reading, check_reading
 
 _FOLDER = "runs/evaluation"
-_PAIRS, _CAP = 40, 1024
+_PAIRS, _CAP, _FLANKED = 40, 1024, 6
 _PAIR_SEED = 0
 _SECONDS = Range(0, 86_400, "(]")
 
@@ -48,12 +50,16 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--pairs", type=int, metavar="N", default=_PAIRS, help=text)
     text = f"pairs with a longer side are skipped, and counted (default: {_CAP})"
     parser.add_argument("--cap", type=int, metavar="N", default=_CAP, help=text)
+    text = "pairs of each family that are scored between flanks too, with as many unrelated ones; 0 leaves that out"
+    parser.add_argument("--flanks", type=int, metavar="N", default=_FLANKED, help=f"{text} (default: {_FLANKED})")
     text = f"from plans to pairs: {', '.join(DECODERS)} (default: {DEFAULT_DECODER})"
     parser.add_argument("--decoder", metavar="NAME", choices=DECODERS, default=DEFAULT_DECODER, help=text)
     text = f"installed aligners to put beside it, of {', '.join(PROGRAMS)}: names with commas between, or none"
     parser.add_argument("--programs", metavar="NAMES", help=f"{text} (default: all that are on the PATH)")
     text = f"seconds that an installed aligner may take over a pair, then it is stopped (default: {TIMEOUT:g})"
     parser.add_argument("--program-timeout", type=float, metavar="X", default=TIMEOUT, help=text)
+    text = "file for what installed aligners find: what it has of the same versions and pairs is not done again"
+    parser.add_argument("--program-results", metavar="PATH", type=Path, help=text)
     text = "instead, score gap costs of both alignment programs on --data, or on the shipped training families"
     parser.add_argument("--gap-grid", action="store_true", help=text)
     text = f"folder for the tables and pictures (default: {_FOLDER})"
@@ -67,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
     """Print and write the tables and the pictures."""
     Range(1).check("--pairs", options.pairs)
     Range(1).check("--cap", options.cap)
+    Range(0).check("--flanks", options.flanks)
     _SECONDS.check("--program-timeout", options.program_timeout)
     check_reading(options)
     device, progress = open_device(options.device), not options.quiet
@@ -79,15 +86,23 @@ def run(options: argparse.Namespace) -> int:
         say(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
         return 0
     programs, notes = _programs(options.programs)
+    if options.program_results is not None:
+        check_program_results(options.program_results)
     aligners = _load(options.checkpoints)
     families, chosen, head = _pairs(options, options.data or next(iter(aligners.values())).config)
     head = "\n".join([head, *_overlaps(aligners, families), *(f"note: {note}" for note in notes)])
     say(head + "\n")
     models = {name: aligner.model for name, aligner in aligners.items()}
-    comparison = compare(models, chosen.pairs, options.decoder, device, progress, programs, options.program_timeout)
+    of_programs = (programs, options.program_timeout, options.program_results)
+    comparison = compare(models, chosen.pairs, options.decoder, device, progress, *of_programs)
     text = f"decoder: {options.decoder}\n\n{report(comparison)}"
     say(text)
-    for path in _write(options, comparison, f"{head}\n\n{text}\n", chosen):
+    flanks, note = _between_flanks(options, aligners, families, progress, *of_programs)
+    between = note if flanks is None else flanks.text
+    if between:
+        say(f"\n{between}")
+    text = f"{head}\n\n{text}\n\n{between}".rstrip() + "\n"
+    for path in _write(options, comparison, text, chosen, flanks):
         say(f"wrote {path}")
     return 0
 
@@ -143,7 +158,30 @@ def _overlaps(aligners: Mapping[str, TrainedAligner], families: Sequence[Family]
     return lines
 
 
-def _write(options: argparse.Namespace, comparison: Comparison, text: str, chosen: EvaluationSet) -> list[Path]:
+def _between_flanks(
+    options: argparse.Namespace,
+    aligners: Mapping[str, TrainedAligner],
+    families: Sequence[Family],
+    progress: bool,
+    programs: Sequence[Installed],
+    timeout: float,
+    kept: Path | None,
+) -> tuple[FlankReport | None, str]:
+    """The flank test, and a note where there is none."""
+    if not options.flanks:
+        return None, ""
+    try:
+        found = flank_report(
+            aligners, families, options.flanks, min(CAP, options.cap), _PAIR_SEED, progress, programs, timeout, kept
+        )
+    except NoFlankTest as error:
+        return None, f"note: no flank test: {error}"
+    return found, ""
+
+
+def _write(
+    options: argparse.Namespace, comparison: Comparison, text: str, chosen: EvaluationSet, flanks: FlankReport | None
+) -> list[Path]:
     folder = options.out
     paths = [folder / name for name in (REPORT, "scores.json", "reliability.png")]
     protocol = {
@@ -156,7 +194,7 @@ def _write(options: argparse.Namespace, comparison: Comparison, text: str, chose
         "skipped": chosen.skipped,
     }
     paths[0].write_text(text, encoding="utf-8")
-    values = {"protocol": protocol, "aligners": as_values(comparison)}
+    values = {"protocol": protocol, "aligners": as_values(comparison), "flanks": flanks and flanks.values}
     paths[1].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     plot_reliability(comparison, paths[2])
     for name, stem in zip(comparison.models, file_stems(comparison.models), strict=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ import torch
 
 from examples.pfam.cli import main
 from examples.pfam.config import HELDOUT_SAMPLE, Config
-from examples.pfam.flanks import TESTS, area, flank_scores, flanked, unrelated
-from examples.pfam.homology import calibration_pairs
+from examples.pfam.flank_report import NoFlankTest, Relatedness, flank_report
+from examples.pfam.flanks import TESTS, area, flank_results, flanked, unrelated
+from examples.pfam.homology import Judged, calibration_pairs
 from examples.pfam.model import Aligner
 from examples.pfam.pairs import Family, Pair, evaluation_pairs, load_families
-from examples.pfam.release import load_release, save_release
+from examples.pfam.programs import PROGRAMS, Installed
+from examples.pfam.release import TrainedAligner, load_release, save_release
 from examples.pfam.stockholm import read_stockholm
 from examples.pfam.verdict import FEATURES, Verdict, features, fit
 
@@ -76,8 +80,61 @@ def test_scores_are_of_each_aligner_and_test(pairs: tuple[Pair, ...]) -> None:
     def right(flanked_pairs: Sequence[Pair]) -> list[np.ndarray]:
         return [pair.target for pair in flanked_pairs]
 
-    found = flank_scores({"right": right, "nothing": lambda given: [pair.target[:0] for pair in given]}, pairs)
-    assert found == {"right": dict.fromkeys(TESTS, 1.0), "nothing": dict.fromkeys(TESTS, 0.0)}
+    found = flank_results({"right": right, "nothing": lambda given: [pair.target[:0] for pair in given]}, pairs)
+    for name, f1 in (("right", 1.0), ("nothing", 0.0)):
+        assert {test: [r.values["f1"] for r in results] for test, results in found[name].items()} == {
+            test: [f1] * len(pairs) for test in TESTS
+        }
+
+
+def test_what_is_said_of_relatedness_is_counted() -> None:
+    def judged(probability: float, decoded: list[list[int]], confidence: float, target: list[list[int]]) -> Judged:
+        pair = Pair("F", ("a", "b"), np.zeros(4, int), np.zeros(8, int), np.array(target, int).reshape(-1, 2))
+        pairs = np.array(decoded, int).reshape(-1, 2)
+        return Judged(pair, pairs, np.full(len(pairs), confidence), probability, 3 * probability)
+
+    right, wrong = judged(0.95, [[0, 1]], 0.95, [[0, 1]]), judged(0.35, [[0, 2], [1, 3]], 0.85, [[0, 1]])
+    others = [judged(0.05, [], 0.0, []), judged(0.65, [[0, 0]], 0.25, [])]
+    found = Relatedness({"none": [right, wrong]}, others, [False, True])
+    assert {of: one.count.sum() for of, one in found.confidences.items()} == {
+        "none": 3,
+        "unrelated": 1,
+        "all of them": 4,
+    }
+    assert found.confidences["none"].calibration_error == pytest.approx((0.05 + 2 * 0.85) / 3)
+    assert found.areas == {
+        "none": {"probability": 0.75, "probability <= 0.2": 0.5, "log odds": 0.75, "log odds <= 0.2": 0.5}
+    }
+    assert found.homology.calibration_error == pytest.approx((0.05 + 0.65 + 0.05 + 0.65) / 4)
+    assert found.refused == 0.5 and found.covered == 0.125
+    assert json.loads(json.dumps(found.values)) == found.values
+    nobody = Relatedness({"none": [right]}, others, [False])
+    assert nobody.areas["none"]["probability <= 0.2"] is None and " - " in nobody.text("mine")
+
+
+def test_the_report_has_programs_and_says_why_there_is_none(
+    families: list[Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    aligner = TrainedAligner(Aligner(config := Config(dim=24, rounds=1, heads=1, hidden=4, base_iters=5)), config, ())
+    calls: list[int] = []
+
+    def program(self: Installed, pair: Pair, timeout: float) -> np.ndarray:
+        calls.append(1)
+        return pair.target
+
+    monkeypatch.setattr(Installed, "align", program)
+    given = ({"mine": aligner}, families, 1, 95)
+    programs = {"programs": [Installed(PROGRAMS["kalign"], "", "1")], "program_results": tmp_path / "found.jsonl"}
+    found = flank_report(*given, progress=False, **programs)
+    assert len(calls) == len(TESTS) * len(found.pairs)
+    again = flank_report(*given, progress=False, **programs)
+    assert len(calls) == len(TESTS) * len(found.pairs)  # they were remembered
+    assert found.text == again.text and "mine less Kalign (1)" in found.text
+    assert found.values["f1"]["Kalign (1)"]["staggered 2"]["value"] == 1.0
+    for unfit, message in ((families[:1], "take two families"), (families, "no pair of at most 3")):
+        with pytest.raises(NoFlankTest, match=message):
+            flank_report({}, unfit, 1, 3 if unfit is families else 95, progress=False)
 
 
 def test_a_verdict_is_learned_and_is_calibrated() -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from examples.pfam import layers, model as aligner, pair_hmm, parts
 from examples.pfam.config import Config
-from examples.pfam.evaluate import align_pairs
+from examples.pfam.encodings import Encodings
+from examples.pfam.evaluate import align_pairs, aligned
+from examples.pfam.evidence_kernels import averages_at
 from examples.pfam.kernels import MOST
 from examples.pfam.layers import ContextBlock, PairScore, diagonal_means
-from examples.pfam.model import Aligner
+from examples.pfam.model import Aligner, _sums
 from examples.pfam.pair_hmm import Costs, posterior
 from examples.pfam.pairs import Pair
+from examples.pfam.parts import Part, Parts
 
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.4, 0.3, 0.3)])
@@ -56,17 +59,59 @@ def test_compiled_averages_are_those_of_running_sums(length: int, size: int) -> 
     torch.testing.assert_close(diagonal_means(maps, widths), expected)
 
 
-def test_entries_in_parts_are_entries_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_PART", 7)
-    score = PairScore(5, 4, (0.5, -1.0))
+@pytest.mark.parametrize(("length", "size"), [(9, 7), (1, 4), (40, 50), (3, 40)])
+def test_averages_at_entries_are_those_of_the_maps(length: int, size: int) -> None:
+    g = torch.Generator().manual_seed(length)
+    maps, widths = torch.randn(3, 2, length, size, generator=g), (3, 5, 31)
+    where = torch.rand(3, length, size, generator=g) < torch.tensor([0.3, 0.0, 1.0])[:, None, None]
+    here, means = averages_at(maps, where.flatten().nonzero()[:, 0], widths)
+    torch.testing.assert_close(here, maps.transpose(0, 1)[:, where], rtol=0, atol=0)
+    expected = diagonal_means(maps.double(), widths).transpose(0, 1)[:, where].float()
+    torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [5, 128, 300])
+def test_the_compiled_perceptron_is_the_definition(entries: int) -> None:
+    score = PairScore(7, 5, (0.5, -1.0))
     nn.init.normal_(score.score)
-    maps, where = torch.randn(2, 5, 3, 6), torch.rand(2, 3, 6) > 0.4
-    expected = score(maps[:, :2], maps[:, 2:]).detach()
+    groups = [torch.randn(2, channels, 1, entries) for channels in (3, 1, 3)]
+    expected = score(*groups).detach()
     with torch.no_grad():
-        torch.testing.assert_close(score(maps[:, :2], maps[:, 2:]), expected)
-        chosen = score(maps[:, :2], maps[:, 2:], where=where, otherwise=-9.0)
-    torch.testing.assert_close(chosen, expected.masked_fill(~where, -9.0))
-    torch.testing.assert_close(score(maps, where=where, otherwise=-9.0).detach(), chosen)
+        torch.testing.assert_close(score(*groups), expected)
+
+
+def test_sums_of_a_plan_are_those_of_its_rows_and_columns() -> None:
+    plan = torch.rand(2, 6, 4)
+    of_rows, of_columns = _sums(plan.clone().requires_grad_())
+    with torch.no_grad():
+        found = _sums(plan)
+    torch.testing.assert_close(found[0], of_rows.detach())
+    torch.testing.assert_close(found[1], of_columns.detach())
+
+
+@pytest.mark.parametrize("cells", [1, 60, 10_000])
+def test_what_is_judged_in_parts_is_what_is_judged_at_once(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(parts, "CELLS", cells)
+    shape, g = (3, 140, 9), torch.Generator().manual_seed(0)
+    maps, rows, columns = (torch.randn(size, generator=g) for size in (shape, shape[:2], (3, 9)))
+    query, key, ones = (
+        torch.randn(3, 140, 4, generator=g),
+        torch.randn(3, 9, 4, generator=g),
+        torch.randn(3, generator=g),
+    )
+    where = torch.rand(shape, generator=g) < 0.3
+    where[1] = False
+
+    def judge(part: Part) -> Tensor:
+        here, means = part.averaged(lambda pairs, rows: maps[pairs, rows][:, None], (3, 5))
+        of = part.of_maps(maps) + part.of_rows(rows) * part.of_columns(columns) + part.of_pairs(ones)
+        return of + part.products(query, key) + here[:, 0] + means.sum(dim=1)
+
+    expected = Parts.of(shape).judged(judge, maps, 0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(Parts.of(shape).judged(judge, maps, 0.0), expected)
+        found = Parts.of(shape, where).judged(judge, maps, -9.0)
+    torch.testing.assert_close(found, expected.masked_fill(~where, -9.0))
 
 
 @pytest.mark.parametrize("dilation", [1, 4])
@@ -103,4 +148,34 @@ def test_a_few_rows_at_a_time_and_possible_pairs_alone_make_the_same_plans(monke
     everywhere = plans()
     for a, b, c in zip(usual, in_rows, everywhere, strict=True):
         np.testing.assert_allclose(a[:-1], b[:-1], atol=1e-5)
+        np.testing.assert_allclose(a[:-1], c[:-1], atol=1e-5)
+
+
+def test_a_sequence_is_encoded_once_and_what_is_kept_has_a_bound() -> None:
+    asked: list[int] = []
+
+    def encode(residues: Tensor) -> Tensor:
+        asked.append(len(residues))
+        return torch.stack([residues.float(), residues.cumsum(1).float()], dim=2) * (residues != 20)[..., None]
+
+    known, rows = Encodings(7), torch.tensor([[3, 4, 20], [1, 2, 5], [3, 4, 20]])
+    expected = encode(rows)
+    for lengths in (torch.tensor([2, 3, 2]),) * 2:
+        torch.testing.assert_close(known.tokens(rows, lengths, encode, 20), expected)
+    assert asked == [3, 2]
+    known.tokens(torch.tensor([[7, 8, 9, 10]]), torch.tensor([4]), encode, 20)  # the longest ago goes: 3, 4
+    torch.testing.assert_close(known.tokens(rows[1:2], torch.tensor([3]), encode, 20), expected[1:2])
+    assert asked == [3, 2, 1]
+    torch.testing.assert_close(known.tokens(rows[:1], torch.tensor([2]), encode, 20), expected[:1])
+    assert asked == [3, 2, 1, 1]
+
+
+def test_plans_are_the_same_whether_sequences_were_encoded_before() -> None:
+    torch.manual_seed(0)
+    model, pairs = Aligner(Config(dim=24)), [related(40, 0), related(60, 1)]
+    known = Encodings()
+    first, again = ([found.plan for found in aligned(model, pairs, 2, known=known)] for _ in range(2))
+    alone = [found.plan for pair in pairs for found in aligned(model, [pair], 1)]
+    for a, b, c in zip(first, again, alone, strict=True):
+        np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a[:-1], c[:-1], atol=1e-5)

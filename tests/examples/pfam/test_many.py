@@ -181,11 +181,11 @@ def test_the_command_goes_on_where_it_was(
     arguments = ["align", str(file), "MKVLAGH", *options, "--out", str(out)]
     solve, calls = align_many.solve, []
 
-    def stopping(*given: object) -> object:
+    def stopping(*given: object, **more: object) -> object:
         calls.append(given)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return solve(*given)  # type: ignore[arg-type]
+        return solve(*given, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(align_many, "solve", stopping)
     assert main(arguments) == 130

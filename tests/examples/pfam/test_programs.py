@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from examples.pfam.commands.evaluate import _programs
 from examples.pfam.comparison import compare
 from examples.pfam.comparison_tables import as_values, report
 from examples.pfam.pairs import Pair, encode
+from examples.pfam.program_results import ProgramResults, align_program, check_program_results, remembered
 from examples.pfam.programs import MOST_FAILURES, PROGRAMS, Installed, ProgramError, find
 
 PAIR = Pair("F", ("first", "second"), encode("MKVLA"), encode("MKLA"), np.array([[0, 0], [1, 1], [3, 2], [4, 3]]))
@@ -119,3 +121,31 @@ def test_failures_count_as_nothing_aligned_until_there_are_too_many(path: Path, 
     comparison = compare({}, [PAIR] * (MOST_FAILURES + 1), progress=False, programs=[broken])
     assert comparison.programs == [] and "ProbCons (1.4)" not in comparison.results
     assert report(comparison).count("ProbCons (1.4) is left out after 5 failures; first and second: it ended") == 1
+
+
+def test_what_programs_found_is_kept_for_the_same_version_and_pairs(path: Path, tmp_path: Path) -> None:
+    one, file = installed(path, printing(ALIGNED)), tmp_path / "found.jsonl"
+    other = replace(PAIR, key=encode("MKIA"))
+    calls: list[str] = []
+
+    def run(of: Installed, pair: Pair) -> ProgramResults:
+        def ask() -> ProgramResults:
+            calls.append(of.label)
+            return align_program(of, [pair], 20.0, lambda: (0.5 * len(calls), 0.25))
+
+        return remembered(file, of, [pair], 20.0, ask)
+
+    first, again = run(one, PAIR), run(one, PAIR)
+    assert first.found is not None and again.found is not None
+    np.testing.assert_array_equal(again.found[0], first.found[0])
+    assert (again.seconds, again.failures, calls) == (first.seconds, first.failures, [one.label])
+    for _ in range(2):  # it writes another sequence
+        assert run(one, other).failures.count == 1 and calls == [one.label] * 2
+    run(replace(one, version="1.5"), PAIR)
+    assert calls == [one.label, one.label, "ProbCons (1.5)"]
+    whole = file.read_bytes()
+    for text, message in ((whole[:-9], "line 3 was cut off; remove it"), (b"my notes\n", "was not written by this")):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=message):
+            check_program_results(file)
+    assert file.read_bytes() == b"my notes\n"
