@@ -1,0 +1,92 @@
+"""What the public functions call where the sequence is sharded: DTensors are opened, the shards prepared, and what is
+found given back as the functions give it on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torch_sinkhorn_attn import bands, matches
+from torch_sinkhorn_attn.bands import PlanBand
+from torch_sinkhorn_attn.distributed import attention, context, partners, plans
+from torch_sinkhorn_attn.distributed.dtensors import Sharding, local, sharding_of, wrapped
+from torch_sinkhorn_attn.distributed.preparation import Call, prepare_shard
+from torch_sinkhorn_attn.distributed.wire import Wire
+from torch_sinkhorn_attn.matches import Matches
+from torch_sinkhorn_attn.problem.arguments import Keywords
+from torch_sinkhorn_attn.problem.problem import without_autocast
+from torch_sinkhorn_attn.problem.status import SinkhornAux
+
+
+def opened(
+    function: str, group: Any, query: Any, key: Any, value: Any, mask: Any, keywords: Keywords
+) -> tuple[Call, Sharding | None]:
+    """A call of local tensors, and how DTensors lay on their mesh."""
+    sharding = sharding_of(query, group)
+    if sharding is not None:
+        query, key, value = (local(name, x, sharding) for name, x in (("query", query), ("key", key), ("value", value)))
+    return Call(function, query, key, value, mask, keywords), sharding
+
+
+def sharded_attention(
+    group: Any, query: Tensor, key: Tensor | None, value: Tensor, mask: Tensor | None, keywords: Keywords, aux: bool
+) -> Tensor | tuple[Tensor, SinkhornAux]:
+    """`sinkhorn_attention` of this rank's shards; residuals and status are those of the whole problem."""
+    call, sharding = opened(f"sinkhorn_attention(return_aux={aux})", group, query, key, value, mask, keywords)
+    found = attention.attention(group, call, aux)
+    if sharding is None:
+        return found
+    if isinstance(found, Tensor):
+        return wrapped(found, sharding)
+    return wrapped(found[0], sharding), found[1]
+
+
+def sharded_plan(
+    group: Any, query: Tensor, key: Tensor | None, mask: Tensor | None, keywords: Keywords, log: bool
+) -> Tensor:
+    """`sinkhorn_plan`: the rows here of all columns; with a dustbin its row, alike on all ranks, last."""
+    call, sharding = opened(f"sinkhorn_plan(log={log})", group, query, key, None, mask, keywords)
+    if sharding is not None and keywords.get("dustbin") is not None:
+        raise ValueError(
+            "query is a DTensor and the plan has a dustbin: its row lies behind the rows of every rank, so the plan is "
+            "no DTensor. Pass the local tensors with sequence_group."
+        )
+    with without_autocast(call.query if log else None):
+        sharded = prepare_shard(Wire(group), call)
+    prepared = sharded.prepared
+    with context.sequence_parallel(None):
+        plan = plans.plan(sharded, log)
+        if prepared.scale is not None:
+            plan = prepared.scale.of_log_plan(plan) if log else prepared.scale.of_plan(plan)
+    found = prepared.unflatten(plan) if log else prepared.returned(plan)
+    return found if sharding is None else wrapped(found, sharding)
+
+
+def sharded_band(
+    group: Any, query: Tensor, key: Tensor | None, mask: Tensor | None, keywords: Keywords, log: bool
+) -> PlanBand:
+    """`sinkhorn_plan_band`: the rows here, `first_column` counted in all columns, `col_dustbin` of the keys here."""
+    call, _ = opened(f"sinkhorn_plan_band(log={log})", group, query, key, None, mask, keywords)
+    sharded = prepare_shard(Wire(group), call)
+    share = sharded.share
+    with context.sequence_parallel(None):
+        first, width, cut = bands.place(sharded.whole, keywords.get("window"))
+        here = [
+            x.expand(share.problem.sizes[0], -1) for x in map(share.local_of, [first, *([] if cut is None else [cut])])
+        ]
+        found = plans.plan_band(sharded, here[0], width, log)
+        return bands.given_back(sharded.prepared, found, here[0], log, *here[1:])
+
+
+def sharded_matches(
+    group: Any, query: Tensor, key: Tensor | None, mask: Tensor | None, keywords: Keywords, k: int
+) -> Matches:
+    """`sinkhorn_matches`: of the queries and of the keys here, in indices of the whole sequence."""
+    call, _ = opened(f"sinkhorn_matches(k={k})", group, query, key, None, mask, keywords)
+    sharded = prepare_shard(Wire(group), call)
+    share = sharded.share
+    found = partners.found_partners(sharded, k)
+    whole = matches.mutual(*partners.best_of_all(share, found))
+    here = share.local_of(whole[0]), share.owned_of(whole[1])
+    return matches.of_partners(share.owned_only(sharded.prepared), found, *here)
