@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import ranks
@@ -19,7 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_sinkhorn_attn import SinkhornMultiheadAttention, sinkhorn_attention
+from torch_sinkhorn_attn import (
+    SinkhornMultiheadAttention,
+    certify,
+    sinkhorn_attention,
+    sinkhorn_divergence,
+    sinkhorn_matches,
+    sinkhorn_plan,
+    sinkhorn_plan_band,
+)
 from torch_sinkhorn_attn.distributed import sequence_parallel, wire
 
 TOKENS, HEADS, WINDOW = 24, 2, 3  # of the programs that count what is sent; tokens of each rank
@@ -74,11 +81,16 @@ def disagreements(rank: int, size: int) -> dict[str, str]:
         "engine": said(call(engine="cpu")),
         "balance": said(call(window=(2, 0))),
         "scores": said(lambda: sinkhorn_attention(q @ k.mT, None, v, sequence_group=group)),
+        "log": said(lambda: sinkhorn_plan(q, k, log=last, sequence_group=group)),
+        "k": said(lambda: sinkhorn_matches(q, k, k=2 + last, sequence_group=group)),
+        "cotangent": said(lambda: certify(q, k, value=v, grad_output=v if last else v[..., 1:], sequence_group=group)),
+        "band": said(lambda: sinkhorn_plan_band(q, k, sequence_group=group)),
     }
+    attention = SinkhornMultiheadAttention(8, 2, add_zero_attn=True, dtype=q.dtype)
+    x = torch.zeros(3, 1, 8, dtype=q.dtype)
     with sequence_parallel(group):
-        from torch_sinkhorn_attn import sinkhorn_matches
-
-        found["alone"] = said(lambda: sinkhorn_matches(q, k, 1))
+        found["alone"] = said(lambda: sinkhorn_divergence(q, k))
+        found["module"] = said(lambda: attention(x, x, x))
     again = call(window=(2, 2))()  # the group goes on
     assert torch.isfinite(again).all()
     return found
@@ -131,15 +143,34 @@ def module(rank: int, size: int) -> dict[str, float]:
             part = _attended(attention, *shard)
             compiled = _attended(torch.compile(attention, backend="eager"), *shard)
         assert torch.equal(part, compiled)
-        refused = said(partial(attention, x, x, x, sequence_group=group))
-        assert refused.startswith("ValueError: need_weights")
         grads = torch.autograd.grad((part**2).sum(), [x, *attention.parameters()])
         error = (part - own(whole, rank, size, 1)).abs().max().item() if part.numel() else 0.0
+        error = max(error, _weights_differ(attention.eval(), (x, padding, mask), shard, group))
         for grad, y in zip(grads, wanted, strict=True):
             dist.all_reduce(grad)
             error = max(error, (grad - y).abs().max().item() / max(1.0, y.abs().max().item()))
         found[f"dustbin={dustbin}"] = error
     return found
+
+
+def _weights_differ(attention: SinkhornMultiheadAttention, whole: Any, shard: Any, group: Any) -> float:
+    """Weights of the rows here, averaged, by head and as a band, and their gradients, against one process."""
+    (x, padding, mask), (local, local_padding, local_mask), error = whole, shard, 0.0
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for kind, averaged in ((True, True), (True, False), ("band", True)):
+        options: Any = {"need_weights": kind, "average_attn_weights": averaged}
+        _, expected = attention(x, x, x, padding, attn_mask=mask, **options)
+        out, found = attention(
+            local, local, local, local_padding, attn_mask=local_mask, sequence_group=group, **options
+        )
+        if kind == "band":
+            assert torch.equal(found.first_column, own(expected.first_column, rank, size, -1))
+            expected, found = expected.values, found.values
+        error = max(error, (found - own(expected, rank, size, -2)).abs().max().item() if found.numel() else 0.0)
+        pairs = [torch.autograd.grad((y**2).sum() + 0 * out.sum(), x, retain_graph=True)[0] for y in (found, expected)]
+        dist.all_reduce(pairs[0])
+        error = max(error, (pairs[0] - pairs[1]).abs().max().item())
+    return error
 
 
 def _attended(attention: SinkhornMultiheadAttention, x: Tensor, padding: Tensor, mask: Tensor | None) -> Tensor:

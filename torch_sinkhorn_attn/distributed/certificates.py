@@ -33,6 +33,8 @@ def measured(group: Any, asked: Asked, keywords: Keywords) -> Measured:
     if asked.grad_output is not None and isinstance(call.value, Tensor):
         shape = (*call.query.shape[:-1], call.value.shape[-1])
         call = call._replace(check=partial(cotangent_of, asked.grad_output, shape, call.query))
+    if asked.value is None and asked.mode == "exact":
+        call = call._replace(width=value_shape(call.query, call.key)[-1])
     sharded = prepare_shard(wire, call, each=True)
     with context.sequence_parallel(None):
         if asked.mode == "quick":

@@ -46,6 +46,7 @@ class Call(NamedTuple):
     mask: Tensor | None
     keywords: Keywords
     check: Callable[[], object] | None = None  # of further arguments, whose errors the other ranks are told too
+    width: int | None = None  # features of a value that comes later
 
 
 class Sharded(NamedTuple):
@@ -69,6 +70,7 @@ class _Local(NamedTuple):
     dtype: torch.dtype  # of the result
     dustbin: tuple[Tensor | None, ...] | None  # the last four of Inputs; None until it is known which keys are here
     scale: float
+    width: int | None
 
     @property
     def cols(self) -> int | None:
@@ -120,14 +122,16 @@ def _local(call: Call) -> _Local:
             raise TypeError(f"{name} must be a tensor, got {x!r}.")
     scale = 1 / math.sqrt(query.shape[-1]) if checked.scale is None else checked.scale
     kind = query.dtype if scores is None or value is not None else scores.dtype
-    local = _Local(query, key, value, mask, scores, dict(given), headless, kind, None, scale)
+    local = _Local(query, key, value, mask, scores, dict(given), headless, kind, None, scale, call.width)
     return local if local.cols is None else local._replace(dustbin=_dustbin(local, local.cols))
 
 
 def _dustbin(local: _Local, cols: int) -> tuple[Tensor | None, ...]:
-    query = local.query
+    query, value = local.query, local.value
+    if value is None and local.width is not None:
+        value = query.new_empty(0).expand(local.width, 0).mT
     sizes = query.shape[:-3], query.shape[-3], query.shape[-2], cols
-    return dustbin_tensors(local.keywords.get("dustbin"), *sizes, local.value, query)
+    return dustbin_tensors(local.keywords.get("dustbin"), *sizes, value, query)
 
 
 def _agree(wire: Wire, function: str, local: _Local | None, error: Exception | None, device: torch.device) -> Agreed:

@@ -86,8 +86,10 @@ class BandPasses(TiledPasses):
 
     def real_column_sums(self) -> Tensor:
         t, width = self.tiles, self.weighted.shape[-1]
+        if t.size == 0:
+            return self.weighted.new_zeros(t.num, t.heads, 0)
         place = self.first[..., None] + torch.arange(width, device=self.first.device)
-        place = place.clamp(0, max(0, t.size - 1)).flatten(-2)[:, None].expand(t.num, t.heads, -1)
+        place = place.clamp(0, t.size - 1).flatten(-2)[:, None].expand(t.num, t.heads, -1)
         return self.weighted.new_zeros(t.num, t.heads, t.size).scatter_add(-1, place, self.weighted.flatten(-2))
 
     def score_cotangent(self, field: Field, i: int, j: int) -> Tensor:
