@@ -1,5 +1,5 @@
-"""The functions of the package over a process group, of this rank's shards; and attention, one Function for the whole
-of it, whose state between forward and backward is that of the rank's rows and owned columns."""
+"""`sinkhorn_attention` over a process group: one Function for the whole of it, whose state between forward and
+backward is that of the rank's rows and owned columns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from torch_sinkhorn_attn.compat.once import differentiable_once
 from torch_sinkhorn_attn.distributed import context
-from torch_sinkhorn_attn.distributed.preparation import Call, Sharded, prepare_shard
+from torch_sinkhorn_attn.distributed.preparation import Sharded
 from torch_sinkhorn_attn.distributed.share import Share
-from torch_sinkhorn_attn.distributed.wire import Wire
 from torch_sinkhorn_attn.functional import given_back, in_callers_unit
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Inputs, OutputGrads, Potentials, Result, full_precision
@@ -24,14 +23,14 @@ FIRST_ONLY = (
 )
 
 
-def attention(group: Any, call: Call, return_aux: bool) -> Tensor | tuple[Tensor, SinkhornAux]:
+def attention(sharded: Sharded, return_aux: bool) -> Tensor | tuple[Tensor, SinkhornAux]:
     """`sinkhorn_attention`; residuals and status are those of the whole problem."""
-    sharded = prepare_shard(Wire(group), call)
     return of_result(sharded, solved(sharded, return_aux), return_aux)
 
 
-def solved(sharded: Sharded, residuals: bool) -> Result:
-    output, row, col, *rest = _Attention.apply(sharded.share, residuals, *sharded.prepared.inputs)
+def solved(sharded: Sharded, residuals: bool, known: Result | None = None) -> Result:
+    """`known`: what was found before, to be differentiated again."""
+    output, row, col, *rest = _Attention.apply(sharded.share, residuals, known, *sharded.prepared.inputs)
     return Result(output, Potentials(row.detach(), col.detach()), *(x.detach() for x in rest[:2]), *rest[2:])
 
 
@@ -49,10 +48,12 @@ def of_result(sharded: Sharded, result: Result, return_aux: bool) -> Tensor | tu
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Share, residuals: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, share: Share, residuals: bool, known: Result | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
         with full_precision(inputs.query.device):
-            found = share.solve(inputs, residuals)
+            found = share.solve(inputs, residuals) if known is None else known
         ctx.share = share
         ctx.save_for_backward(*inputs, found.output, *found.potentials)
         return found.output, *found.potentials, *found[2:]
@@ -61,7 +62,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, output, row, col = ctx.saved_tensors
         inputs, share = Inputs(*tensors), ctx.share
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         mask = inputs.mask is not None and wanted[Inputs._fields.index("mask")]
         to_bin, from_bin = grads[5:] if share.problem.has_dustbin else (None, None)
         with torch.no_grad(), full_precision(output.device):
@@ -70,4 +71,4 @@ class _Attention(torch.autograd.Function):
             g.to(x.dtype) if x is not None and g is not None and want else None
             for g, x, want in zip(found, inputs, wanted, strict=True)
         ]
-        return None, None, *differentiable_once(given, [*inputs, *grads], FIRST_ONLY)
+        return None, None, None, *differentiable_once(given, [*inputs, *grads], FIRST_ONLY)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn import bands, matches
+from torch_sinkhorn_attn import matches
 from torch_sinkhorn_attn.bands import PlanBand
-from torch_sinkhorn_attn.distributed import attention, context, partners, plans
+from torch_sinkhorn_attn.distributed import attention, compiled, partners, plans
 from torch_sinkhorn_attn.distributed.dtensors import Sharding, local, sharding_of, wrapped
-from torch_sinkhorn_attn.distributed.preparation import Call, prepare_shard
+from torch_sinkhorn_attn.distributed.preparation import Call, Sharded, prepare_shard
 from torch_sinkhorn_attn.distributed.wire import Wire
 from torch_sinkhorn_attn.matches import Matches
 from torch_sinkhorn_attn.problem.arguments import Keywords
@@ -34,7 +35,10 @@ def sharded_attention(
 ) -> Tensor | tuple[Tensor, SinkhornAux]:
     """`sinkhorn_attention` of this rank's shards; residuals and status are those of the whole problem."""
     call, sharding = opened(f"sinkhorn_attention(return_aux={aux})", group, query, key, value, mask, keywords)
-    found = attention.attention(group, call, aux)
+    if torch.compiler.is_compiling():
+        found = compiled.attention(group, call, aux)
+    else:
+        found = attention.attention(prepare_shard(Wire(group), call), aux)
     if sharding is None:
         return found
     if isinstance(found, Tensor):
@@ -52,14 +56,10 @@ def sharded_plan(
             "query is a DTensor and the plan has a dustbin: its row lies behind the rows of every rank, so the plan is "
             "no DTensor. Pass the local tensors with sequence_group."
         )
-    with without_autocast(call.query if log else None):
-        sharded = prepare_shard(Wire(group), call)
-    prepared = sharded.prepared
-    with context.sequence_parallel(None):
-        plan = plans.plan(sharded, log)
-        if prepared.scale is not None:
-            plan = prepared.scale.of_log_plan(plan) if log else prepared.scale.of_plan(plan)
-    found = prepared.unflatten(plan) if log else prepared.returned(plan)
+    if torch.compiler.is_compiling():
+        found = compiled.plan(group, call, log)
+    else:
+        found, _ = plans.returned_plan(_prepared(group, call, log), log)
     return found if sharding is None else wrapped(found, sharding)
 
 
@@ -68,17 +68,17 @@ def sharded_band(
 ) -> PlanBand:
     """`sinkhorn_plan_band`: the rows here, `first_column` counted in all columns, `col_dustbin` of the keys here."""
     call, _ = opened(f"sinkhorn_plan_band(log={log})", group, query, key, None, mask, keywords)
-    sharded = prepare_shard(Wire(group), call)
-    share = sharded.share
-    with context.sequence_parallel(None):
-        first, width, cut = bands.place(sharded.whole, keywords.get("window"))
-        here = [
-            x.expand(share.problem.sizes[0], -1) for x in map(share.local_of, [first, *([] if cut is None else [cut])])
-        ]
-        found = plans.plan_band(sharded, here[0], width, log)
-        return bands.given_back(sharded.prepared, found, here[0], log, *here[1:])
+    if torch.compiler.is_compiling():
+        return compiled.band(group, call, log)
+    return plans.returned_band(prepare_shard(Wire(group), call), log, keywords.get("window"))[0]
 
 
+def _prepared(group: Any, call: Call, log: bool) -> Sharded:
+    with without_autocast(call.query if log else None):
+        return prepare_shard(Wire(group), call)
+
+
+@torch.compiler.disable
 def sharded_matches(
     group: Any, query: Tensor, key: Tensor | None, mask: Tensor | None, keywords: Keywords, k: int
 ) -> Matches:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn import bands
 from torch_sinkhorn_attn.compat.once import differentiable_once
+from torch_sinkhorn_attn.distributed import context
 from torch_sinkhorn_attn.distributed.preparation import Sharded
 from torch_sinkhorn_attn.distributed.share import Share
 from torch_sinkhorn_attn.distributed.tiles import alike
@@ -39,43 +41,70 @@ class Entries(NamedTuple):
     to_bin: Tensor  # [N, H, l]
     from_bin: Tensor  # [N, H, s] of the owned columns
     corner: Tensor  # [N, H]
-    row: Tensor  # potentials, local
-    col: Tensor  # owned
 
 
-def plan(sharded: Sharded, log: bool) -> Tensor:
-    """`[N, H, l, S]`, or `[N, H, l+1, S+1]` with a dustbin: its row, the same on every rank, and its column last."""
+def plan(sharded: Sharded, log: bool, known: Potentials | None = None) -> tuple[Tensor, Potentials]:
+    """`[N, H, l, S]`, or `[N, H, l+1, S+1]` with a dustbin: its row, the same on every rank, and its column last. And
+    the potentials, local and owned, which may be known already."""
     share, nothing = sharded.share, -torch.inf if log else 0.0
     columns, bins = share.columns, int(share.problem.has_dustbin)
-    found = _entries(sharded, Place(None, columns.number, log))
+    found, potentials = _entries(sharded, Place(None, columns.number, log), known)
     total = sum(columns.counts)
     whole = torch.nn.functional.pad(found.values, (columns.start, total - columns.end), value=nothing)
     if not bins:
-        return whole
+        return whole, potentials
     row = _Whole.apply(share, found.from_bin)
     corner = found.corner if share.wire.size == 1 else _Alike.apply(share, found.corner)
     column = torch.cat([found.to_bin, corner[..., None]], -1)
-    return torch.cat([torch.cat([whole, row[..., None, :]], -2), column[..., None]], -1)
+    return torch.cat([torch.cat([whole, row[..., None, :]], -2), column[..., None]], -1), potentials
 
 
-def plan_band(sharded: Sharded, first: Tensor, width: int, log: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `engines.tiled.band`, from the columns `first` `[N, l]` of the whole on."""
-    found = _entries(sharded, Place(first - sharded.share.columns.start, width, log))
-    return found.values, found.to_bin, found.from_bin
+def plan_band(
+    sharded: Sharded, first: Tensor, width: int, log: bool, known: Potentials | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Potentials]:
+    """As `engines.tiled.band`, from the columns `first` `[N, l]` of the whole on; and the potentials as above."""
+    found, potentials = _entries(sharded, Place(first - sharded.share.columns.start, width, log), known)
+    return (found.values, found.to_bin, found.from_bin), potentials
 
 
-def _entries(sharded: Sharded, place: Place) -> Entries:
-    found = Entries(*_Plan.apply(sharded.share, place, *sharded.prepared.inputs))
-    unbalanced.warn_once(found.col, sharded.share.problem.solver)
-    return found
+def returned_plan(sharded: Sharded, log: bool, known: Potentials | None = None) -> tuple[Tensor, Potentials]:
+    """What `sinkhorn_plan` gives back, in the caller's unit of mass, and the potentials."""
+    prepared = sharded.prepared
+    with context.sequence_parallel(None):
+        found, potentials = plan(sharded, log, known)
+        if prepared.scale is not None:
+            found = prepared.scale.of_log_plan(found) if log else prepared.scale.of_plan(found)
+    return prepared.unflatten(found) if log else prepared.returned(found), potentials
+
+
+def returned_band(
+    sharded: Sharded, log: bool, window: object, known: Potentials | None = None
+) -> tuple[bands.PlanBand, Potentials]:
+    """Likewise of `sinkhorn_plan_band`."""
+    share = sharded.share
+    first, width, cut = bands.place(sharded.whole, window)
+    first, *needing = (
+        share.local_of(x).expand(share.problem.sizes[0], -1) for x in (first, *(() if cut is None else (cut,)))
+    )
+    with context.sequence_parallel(None):
+        found, potentials = plan_band(sharded, first, width, log, known)
+        return bands.given_back(sharded.prepared, found, first, log, *needing), potentials
+
+
+def _entries(sharded: Sharded, place: Place, known: Potentials | None) -> tuple[Entries, Potentials]:
+    *found, row, col = _Plan.apply(sharded.share, place, known, *sharded.prepared.inputs)
+    unbalanced.warn_once(col, sharded.share.problem.solver)
+    return Entries(*found), Potentials(row, col)
 
 
 class _Plan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Share, place: Place, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, share: Share, place: Place, known: Potentials | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)._replace(value=None, dustbin_value=None)  # type: ignore[arg-type]
         with full_precision(inputs.query.device):
-            tiles, potentials = share.potentials(inputs)
+            tiles, potentials = share.potentials(inputs, known)
             values, to_bin, from_bin = _read(tiles, place)
         owned = share.owned(potentials.col)
         corner = tiles.u.new_zeros(tiles.u.shape[:2])
@@ -93,7 +122,7 @@ class _Plan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, values, row, owned = ctx.saved_tensors
         inputs, share, place = Inputs(*tensors), ctx.share, ctx.place
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         wants_mask = inputs.mask is not None and wanted[Inputs._fields.index("mask")]
         local = inputs._replace(value=None, dustbin_value=None)
         with torch.no_grad(), full_precision(values.device):
@@ -107,7 +136,7 @@ class _Plan(torch.autograd.Function):
             g.to(x.dtype) if x is not None and g is not None and want else None
             for g, x, want in zip(found, inputs, wanted, strict=True)
         ]
-        return None, None, *differentiable_once(results, [*inputs, *grads], FIRST_ONLY)
+        return None, None, None, *differentiable_once(results, [*inputs, *grads], FIRST_ONLY)
 
 
 def _read(tiles: Tiles, place: Place) -> tuple[Tensor, Tensor, Tensor]:

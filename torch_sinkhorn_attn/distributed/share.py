@@ -119,10 +119,10 @@ class Share:
 
     # Potentials alone
 
-    def potentials(self, local: Inputs) -> tuple[Tiles, Potentials]:
-        """The tiles at the last potentials; all kept ones, local and held."""
+    def potentials(self, local: Inputs, known: Potentials | None = None) -> tuple[Tiles, Potentials]:
+        """The tiles at the last potentials; all kept ones, local and held. `known`: local and owned."""
         scores = self.scores(local)
-        found = iterate(scores)
+        found = iterate(scores) if known is None else known._replace(col=self.held(known.col))
         return scores.at(found.row[-1], found.col[-1]), found
 
     # Augmented vectors
