@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_sinkhorn_attn import (
+    Dustbin,
     SinkhornMultiheadAttention,
     certify,
     sinkhorn_attention,
@@ -176,6 +177,67 @@ def _weights_differ(attention: SinkhornMultiheadAttention, whole: Any, shard: An
 def _attended(attention: SinkhornMultiheadAttention, x: Tensor, padding: Tensor, mask: Tensor | None) -> Tensor:
     torch.manual_seed(5)  # of dropout
     return attention(x, x, x, padding, need_weights=False, attn_mask=mask)[0]
+
+
+@program
+def compiled(rank: int, size: int) -> dict[str, float]:
+    """A whole graph under torch.compile against eager calls: values and gradients."""
+    return _compiled(rank, size, ("by_module",))
+
+
+@program
+def compiled_others(rank: int, size: int) -> dict[str, float]:
+    """Likewise of what may have more columns than a program knows, which needs dynamic shapes."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    return _compiled(rank, size, ("with_weights", "with_band", "by_scores", "with_aux", "log_plan"))
+
+
+def _compiled(rank: int, size: int, names: tuple[str, ...]) -> dict[str, float]:
+    group, found = dist.group.WORLD, {}
+    q, k, v = (own(x, rank, size).requires_grad_() for x in tokens(11))
+    bin_score = torch.tensor(0.3, dtype=q.dtype, requires_grad=True)
+    ids = own(torch.tensor([3] * 5 + [4] * 6), rank, size, -1)[None]
+    packed = {"query_segment_ids": ids, "key_segment_ids": ids, "base_iters": 4}
+    torch.manual_seed(0)
+    attention = SinkhornMultiheadAttention(8, 2, batch_first=True, dropout=0.2, dustbin=True, window=(4, 4)).double()
+    x = own(torch.randn(2, 11, 8, dtype=q.dtype), rank, size, 1).requires_grad_()
+    scores = (q @ wire.Wire(group).gathered(k.detach(), [4, 4, 3], -2).mT).detach().requires_grad_()
+
+    def by_module() -> list[Any]:
+        return [attention(x, x, x, need_weights=False)[0]]
+
+    def with_weights() -> list[Any]:
+        return [*attention(x, x, x, average_attn_weights=False)]
+
+    def with_band() -> list[Any]:
+        output, band = attention(x, x, x, need_weights="band")
+        return [output, band.values, band.first_column]
+
+    def by_scores() -> list[Any]:
+        return [sinkhorn_attention(scores, None, v, base_iters=4, row_mass=torch.full((1,), 2.0, dtype=q.dtype))]
+
+    def with_aux() -> list[Any]:
+        output, aux = sinkhorn_attention(q, k, v, dustbin=Dustbin(bin_score, 0.1), return_aux=True, **packed)
+        return [output, *aux]
+
+    def log_plan() -> list[Any]:
+        return [sinkhorn_plan(q, k, log=True, dustbin=Dustbin(bin_score, 0.1), **packed).exp()]
+
+    leaves = [x, q, k, v, bin_score, scores, *attention.parameters()]
+    functions = (by_module, with_weights, with_band, by_scores, with_aux, log_plan)
+    for function in (x for x in functions if x.__name__ in names):
+        results = []
+        with sequence_parallel(group):
+            for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+                torch.manual_seed(5)
+                outputs = run()
+                loss = sum((y**2).sum() for y in outputs if y.requires_grad)
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+                results.append([*outputs, *(g for g in grads if g is not None)])
+        assert len(results[0]) == len(results[1])
+        errors = [float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True) if a.numel()]
+        found[function.__name__] = max(errors)
+    return found
 
 
 @program

@@ -131,7 +131,7 @@ def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
     try:
         expected = conformance.results(call, "tiled", plan=False)
     except ValueError as error:
-        return "refused" if all(isinstance(x, str) for x in every) else f"one device refuses: {error}"
+        return "refused" if all(isinstance(x, str) for x in every) or _unseen(call, error) else f"one refuses: {error}"
     if any(isinstance(x, str) for x in every):
         return f"refused: {every}"
     dustbins = call.options.get("dustbin") is not None
@@ -172,7 +172,7 @@ def disagreement_of_functions(call: problems.Call, group: Any, compare: bool) ->
     try:
         expected = functions.results(call, whole, call.options | {"engine": "tiled"}, None, 1.0, (0, length))
     except ValueError as error:
-        return "refused" if all(isinstance(x, str) for x in every) else f"one device refuses: {error}"
+        return "refused" if all(isinstance(x, str) for x in every) or _unseen(call, error) else f"one refuses: {error}"
     if any(isinstance(x, str) for x in every):
         return f"refused: {every}"
     found = functions.joined(every)
@@ -181,6 +181,12 @@ def disagreement_of_functions(call: problems.Call, group: Any, compare: bool) ->
         if not error < TOLERANCE:
             return f"{functions.function_of(call)} {name}: {error:.1e}"
     return None
+
+
+def _unseen(call: problems.Call, error: ValueError) -> bool:
+    """Whether one device refuses for what a dense mask leaves, which no rank has whole."""
+    dense = call.key is None or (call.mask is not None and 1 not in call.mask.shape[-2:])
+    return dense and ("attn_mask" in str(error) or "scores" in str(error))
 
 
 def _told(call: problems.Call, size: int) -> bool:

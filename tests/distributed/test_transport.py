@@ -31,7 +31,7 @@ def run(size: int, folder: Path, *programs: str, seconds: float = SECONDS) -> di
         for rank in range(size)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=900) for process in ranks]
+        outputs = [process.communicate(timeout=3600) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
@@ -45,7 +45,7 @@ def run(size: int, folder: Path, *programs: str, seconds: float = SECONDS) -> di
 
 @pytest.fixture(scope="module")
 def of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    return run(3, tmp_path_factory.mktemp("three"), "problems:100:30", "disagreements", "module", "traffic")
+    return run(3, tmp_path_factory.mktemp("three"), "problems:100:30", "disagreements", "module", "traffic", "compiled")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_random_problems_on_four_ranks(of_four: dict[str, list[Any]]) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_more_random_problems(size: int, tmp_path: Path) -> None:
-    check_problems(run(size, tmp_path, f"problems:{1000 * size}:50")["problems"])
+    check_problems(run(size, tmp_path, f"problems:{1000 * size}:200")["problems"])
 
 
 @pytest.mark.slow
@@ -115,6 +115,19 @@ def test_a_lost_rank_ends_the_others_with_a_message(name: str, tmp_path: Path) -
 def test_the_module_in_the_context(of_three: dict[str, list[Any]]) -> None:
     for found in of_three["module"]:
         assert max(found.values()) < 1e-12
+
+
+@pytest.mark.slow
+def test_a_compiled_program_has_no_break_and_the_same_numbers(of_three: dict[str, list[Any]]) -> None:
+    for found in of_three["compiled"]:
+        assert max(found.values()) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_other_compiled_programs(tmp_path: Path) -> None:
+    for found in run(3, tmp_path, "compiled_others")["compiled_others"]:
+        assert len(found) == 5 and max(found.values()) < 1e-12
 
 
 @pytest.mark.slow

@@ -209,29 +209,32 @@ def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
     dtype = of_value.dtype if name == "attention" else query.dtype
     wide = query.new_empty(0, dtype=compute_dtype(dtype))
     keys = key if value is None else value
-    size: Any = unknown() if keys is None else keys.shape[-2]
     solver = checked_options(call.keywords).solver(query.shape[-1], "float32")
     dustbin, packed = call.keywords.get("dustbin") is not None, call.keywords.get("query_segment_ids") is not None
-    bins = (unknown() if packed else 1) if dustbin else 0
+    bins = 1 if dustbin else 0
     batch, heads = query.shape[:-3], query.shape[-3] if query.ndim > 2 else 1
     of_heads = query.ndim > 2 and per_head.wanted(batch, heads, call.keywords)
     flat = (math.prod(batch) * heads, 1) if of_heads else (math.prod(batch), heads)
-    kept = [wide.new_empty(solver.kept + 1, *flat, n + bins) for n in (length, size)]
+    hidden = dustbin and packed  # as many dustbins as the whole sequence has room for
+    rows: Any = unknown() if hidden else length + bins
+    cols: Any = unknown() if hidden or keys is None else keys.shape[-2] + bins
+    kept = [wide.new_empty(solver.kept + 1, *flat, n) for n in (rows, cols)]
     if name == "plan":
-        total = query.shape[-1] if key is None else unknown()
-        shape = (*leading, length + int(dustbin), total + int(dustbin))
+        shape = (*leading, length + bins, query.shape[-1] + bins if key is None else unknown())
         return query.new_empty(shape, dtype=wide.dtype if kind else dtype), *kept
     if name == "band":
         values = wide.new_empty(*leading, length, unknown(), dtype=wide.dtype if kind else dtype)
         places = leading if of_heads else batch
-        masses = [values.new_empty(*leading, n) if dustbin else query.new_empty(0) for n in (length, size)]
+        of_keys: Any = unknown() if dustbin and keys is None else 0 if keys is None else keys.shape[-2]
+        masses = [values.new_empty(*leading, n) if dustbin else query.new_empty(0) for n in (length, of_keys)]
         return values, values.new_empty(*places, length, dtype=torch.int64), *masses, *kept
     assert value is not None
     width = value.shape[-1]
     aux = [query.new_empty(0)] * 6
     if kind:
-        shapes = [(*leading, length + bins), (*leading, size + bins), leading, leading]
-        masses = [wide.new_empty(*leading, n) if dustbin else query.new_empty(0) for n in (length, size)]
+        shapes = [(*leading, rows), (*leading, cols), leading, leading]
+        sizes = length, value.shape[-2]
+        masses = [wide.new_empty(*leading, n) if dustbin else query.new_empty(0) for n in sizes]
         aux = [*(wide.new_empty(x) for x in shapes), *masses]
     seed = query.new_empty(2, dtype=torch.int64) if solver.dropout_p else query.new_empty(0)
     raw = wide.new_empty(*flat, length, width)
