@@ -4,8 +4,10 @@
 
 First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per
 rank on full support. "x one" is the time of an iteration over that of one process, which with more processes than
-cores cannot stay 1: compare "x cores", the same divided by how many processes share a core. Messages and bytes are
-those that the busiest rank sends in one iteration. Strong scaling: a band of `--tokens` times the most ranks in all,
+cores cannot stay 1. "cpu ms" is the processor time of the busiest rank (all its threads; who waits for a message
+sleeps), which other processes on the machine do not change: its ratio to one process's, over the work that a rank has
+beside it, is what weak scaling can mean here. Messages and bytes are those that the busiest rank sends in one
+iteration. Strong scaling: a band of `--tokens` times the most ranks in all,
 and what a training step keeps between forward and backward, and adds to the process at its peak, on each rank.
 
 Then a PROJECTION, which measures nothing: what an iteration of a band over `--length` tokens would take on 8 to 4096
@@ -45,22 +47,25 @@ def own_tokens(count: int, grad: bool) -> list[torch.Tensor]:
 
 
 def iteration(count: int, window: tuple[int, int] | None, rounds: int) -> dict[str, float]:
-    """Seconds, bytes and messages of one iteration of `count` tokens on each rank."""
+    """Seconds, of the clock and of processors, bytes and messages of one iteration of `count` tokens on each rank."""
     from torch_sinkhorn_attn.distributed.wire import traffic
 
-    tokens, taken, sent = own_tokens(count, False), {FEW: [], MANY: []}, {}
+    tokens, sent = own_tokens(count, False), {}
+    taken: dict[int, list[tuple[float, float]]] = {FEW: [], MANY: []}
     for k in range(rounds + 1):
         for iterations, times in taken.items():
             before = replace(traffic)
             dist.barrier()
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             sinkhorn_attention(*tokens, window=window, base_iters=iterations, sequence_group=dist.group.WORLD)
             if k:
-                times.append(time.perf_counter() - start)
+                times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             sent[iterations] = traffic.bytes - before.bytes, traffic.messages - before.messages
-    seconds = (median(taken[MANY]) - median(taken[FEW])) / (MANY - FEW)
+    seconds, processor = (
+        (median(x[kind] for x in taken[MANY]) - median(x[kind] for x in taken[FEW])) / (MANY - FEW) for kind in (0, 1)
+    )
     each = [(a - b) / (MANY - FEW) for a, b in zip(sent[MANY], sent[FEW], strict=True)]
-    return {"seconds": seconds, "bytes": each[0], "messages": each[1]}
+    return {"seconds": seconds, "processor": processor, "bytes": each[0], "messages": each[1]}
 
 
 def memory(count: int, window: tuple[int, int]) -> dict[str, float]:
@@ -111,19 +116,20 @@ def measured(arguments: argparse.Namespace) -> float:
     """Print what this machine does; seconds of an iteration of one process in a band."""
     found = {size: group(size) for size in arguments.ranks}
     print(f"{HEADS} heads of {WIDTH}, float32, {os.cpu_count()} cores; one iteration, weak scaling")
-    widths = (-6, 6, 10, 8, 8, 9, 12)
-    print_rows([("", "ranks", "ms", "x one", "x cores", "messages", "bytes")], widths)
-    one = {}
+    widths = (-6, 6, 10, 8, 10, 8, 10, 9, 12)
+    head = ("", "ranks", "ms", "x one", "cpu ms", "x one", "x work", "messages", "bytes")
+    print_rows([head], widths)
+    one: dict[str, tuple[float, float]] = {}
     for kind in ("band", "full"):
         for size, ranks in found.items():
-            seconds = max(x[kind]["seconds"] for x in ranks)
-            one.setdefault(kind, seconds)
-            ratio = seconds / one[kind]
+            seconds, processor = (max(x[kind][y] for x in ranks) for y in ("seconds", "processor"))
+            first = one.setdefault(kind, (seconds, processor))
             work = 1 if kind == "band" else size  # on full support every row meets all columns
-            shared = work * max(1, size / (os.cpu_count() or 1))
+            ratio = processor / first[1]
+            times = f"{seconds * 1e3:.1f}", f"{seconds / first[0]:.2f}", f"{processor * 1e3:.1f}", f"{ratio:.2f}"
             messages, sent = (max(x[kind][y] for x in ranks) for y in ("messages", "bytes"))
-            row = (kind, str(size), f"{seconds * 1e3:.1f}", f"{ratio:.2f}", f"{ratio / shared:.2f}", f"{messages:.0f}")
-            print_rows([(*row, f"{sent:,.0f}")], widths)
+            row = (kind, str(size), *times, f"{ratio / work:.2f}", f"{messages:.0f}", f"{sent:,.0f}")
+            print_rows([row], widths)
     total = arguments.tokens * max(arguments.ranks)
     print(f"\nA training step of {total} tokens in a band, strong scaling: the largest rank")
     print_rows([("ranks", "kept MiB", "x one", "peak MiB", "x one")], (6, 10, 8, 10, 8))
@@ -133,7 +139,7 @@ def measured(arguments: argparse.Namespace) -> float:
         first = first or (kept * size, peak * size)
         ratios = [f"{x / y:.3f}" for x, y in zip((kept, peak), first, strict=True)]
         print_rows([(str(size), f"{kept / 2**20:.2f}", ratios[0], f"{peak / 2**20:.1f}", ratios[1])], (6, 10, 8, 10, 8))
-    return one["band"]
+    return one["band"][0]
 
 
 def projected(arguments: argparse.Namespace) -> None:

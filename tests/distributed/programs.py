@@ -16,6 +16,7 @@ from typing import Any
 import ranks
 import torch
 import torch.distributed as dist
+import triton_interpreter
 from torch import Tensor
 
 from torch_sinkhorn_attn import (
@@ -338,8 +339,12 @@ def report(name: str, found: Any) -> None:
 def main(rank: int, size: int, store: str, seconds: float, names: list[str]) -> None:
     ranks.start(rank, size, store, seconds)
     for name in names:
-        if name.startswith("problems:"):
-            report("problems", ranks.disagreements(rank, size, *map(int, name.split(":")[1:])))
+        kind, *numbers = name.split(":")
+        if kind == "problems":
+            report(kind, ranks.disagreements(rank, size, *map(int, numbers)))
+        elif kind == "kernels":
+            triton_interpreter.quicken()
+            report(kind, ranks.disagreements_of_kernels(rank, size, *map(int, numbers)))
         else:
             report(name, PROGRAMS[name](rank, size))
     dist.destroy_process_group()

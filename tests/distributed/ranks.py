@@ -7,7 +7,7 @@ over ranks, are those of the whole call. Rank seed % size compares.
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -129,7 +129,8 @@ def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
     if not compare:
         return None
     try:
-        expected = conformance.results(call, "tiled", plan=False)
+        options = {name: x for name, x in call.options.items() if name != "engine"}
+        expected = conformance.results(replace(call, options=options), "tiled", plan=False)
     except ValueError as error:
         return "refused" if all(isinstance(x, str) for x in every) or _unseen(call, error) else f"one refuses: {error}"
     if any(isinstance(x, str) for x in every):
@@ -194,6 +195,22 @@ def _told(call: problems.Call, size: int) -> bool:
     given = [call.options.get(name) for name in OF_COLS]
     given += [getattr(call.options.get("dustbin"), name, None) for name in ("col_score", "col_capacity")]
     return any(isinstance(x, Tensor) and x.ndim > 0 and x.shape[-1] == size for x in given)
+
+
+def disagreements_of_kernels(rank: int, size: int, first: int, count: int) -> tuple[list[str], int]:
+    """As below, of attention, plan and band of smaller problems without dropout, whose half-steps Triton's kernels
+    make, interpreted."""
+    wrong, refused = [], 0
+    for seed in range(first, first + count):
+        call = problems.make(seed, dropout=False, largest=7)
+        call.options |= {"engine": "triton", "base_iters": min(call.options["base_iters"], 5)}
+        checks = [disagreement, disagreement_of_functions][: 1 + (functions.function_of(call) in ("log", "band"))]
+        for check in checks:
+            found = check(call, dist.group.WORLD, compare=seed % size == rank)
+            refused += found == "refused"
+            if found not in (None, "refused"):
+                wrong.append(f"{found} in {call}")
+    return wrong, refused
 
 
 def disagreements(rank: int, size: int, first: int, count: int) -> tuple[list[str], int]:

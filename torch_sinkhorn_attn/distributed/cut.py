@@ -29,7 +29,8 @@ def share_of(wire: Wire, problem: Problem, agreed: Agreed, heads: tuple[int, int
     if intervals is not None:
         intervals = _shifted(*intervals, columns.start)
     lo, hi = _shifted(support.row_lo[:, rows], support.row_hi[:, rows], columns.start)
-    first, last = (x[:, cols] for x in (support.col_lo, support.col_hi))
+    first, last = (x[:, cols].clamp(start, end) for x in (support.col_lo, support.col_hi))
+    first, last = _shifted(first, last, start)
 
     def of_rows(x: Tensor | None) -> Tensor | None:
         return None if x is None else part(x, (start, end), sum(agreed.rows))
@@ -54,7 +55,7 @@ def share_of(wire: Wire, problem: Problem, agreed: Agreed, heads: tuple[int, int
     own_lines, parts = (
         Components(of_rows(x.row), of_cols(x.col), x.number) for x in (segments(problem), few(components(problem)))
     )
-    return Share(own, wire, columns, agreed.rows, own_lines, parts, intervals, engine)
+    return Share(own, wire, columns, agreed.rows, own_lines, parts, intervals)
 
 
 def few(parts: Components) -> Components:

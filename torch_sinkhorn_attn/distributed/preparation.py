@@ -24,6 +24,7 @@ from torch_sinkhorn_attn.distributed.masks import MaskReader, ScoresReader, own_
 from torch_sinkhorn_attn.distributed.share import ENGINES, Share
 from torch_sinkhorn_attn.distributed.wire import Wire
 from torch_sinkhorn_attn.dustbin import Dustbin
+from torch_sinkhorn_attn.engines import missing, triton
 from torch_sinkhorn_attn.problem import data_checks
 from torch_sinkhorn_attn.problem.argument_checks import dustbin_tensors, options, score_mask
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, canonical_tokens, prepare, without_inactive
@@ -220,9 +221,10 @@ def _share(wire: Wire, local: _Local, agreed: Agreed, each: bool) -> Sharded:
     seed = prepared.problem.dropout_seed
     if seed is not None:
         prepared = prepared._replace(problem=replace(prepared.problem, dropout_seed=wire.stacked(seed)[0]))
-    share = share_of(wire, prepared.problem, agreed, (math.prod(batch), heads), local.keywords.get("engine"))
+    share = share_of(wire, prepared.problem, agreed, (math.prod(batch), heads))
     bins = _dustbin(local, cols[1] - cols[0]) if local.dustbin is None else local.dustbin
     inputs = Inputs(*flat, own, *bins)  # type: ignore[arg-type, call-arg]
+    share = replace(share, chosen=_choice(local.keywords.get("engine"), inputs, share))
     found = prepared._replace(inputs=inputs, problem=share.problem, headless=local.headless, active=None)
     return Sharded(found._replace(batch=batch, dtype=local.dtype), share, prepared.problem)
 
@@ -275,3 +277,19 @@ def _without_inactive(flat: list[Tensor | None], prepared: Prepared, rows: Span,
         by_head = not torch.equal(col_active[:, ::group].repeat_interleave(group, 1), col_active)
     here = row_active[..., slice(*rows)], col_active[..., slice(*cols)]
     return without_inactive(flat, *here, by_head, look=False)
+
+
+def _choice(engine: str | None, inputs: Inputs, share: Share) -> str:
+    """Who makes the half-steps of the rows here: "triton" where its kernels are asked for, or the tensors are of its
+    device, and else tiles of plain PyTorch. All ranks have one dtype and one kind of device, so one answer."""
+    if engine == "tiled" or (engine is None and inputs.query.device.type != triton.ENGINE.device):
+        return "tiled"
+    reason = triton.ENGINE.refusal(inputs, share.problem)
+    if reason is None and share.problem.dropout_seed is not None:
+        reason = "its kernels draw dropout by the rows of one device"
+    if reason is None:
+        return triton.ENGINE.name
+    if engine is not None:
+        raise ValueError(f"engine={engine!r} cannot run this problem over a process group: {reason}.")
+    missing.warn_once(inputs.query.device.type, triton.ENGINE.name, reason, "tiled")
+    return "tiled"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.distributed.columns import Columns, blocks, part
-from torch_sinkhorn_attn.distributed.tiles import SharedPasses, SharedTiles
+from torch_sinkhorn_attn.distributed.tiles import OfRank, SharedPasses, SharedTiles
 from torch_sinkhorn_attn.distributed.wire import Wire
 from torch_sinkhorn_attn.engines.tiled.engine import attend, gradients, iterate, marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
@@ -18,7 +18,7 @@ from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.problem.segments import Components, largest
 
-ENGINES = (None, "tiled")
+ENGINES = (None, "tiled", "triton")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Share:
     own: Components  # of its lines, in the numbers of the whole problem
     parts: Components
     intervals: tuple[Tensor, Tensor] | None  # of its rows among held columns, on the CPU; None: all
-    engine: str | None = None  # as asked for
+    chosen: str = "tiled"  # the engine of its half-steps
 
     @property
     def first_row(self) -> int:
@@ -58,12 +58,20 @@ class Share:
         """Its tiles, before there are potentials."""
         return SharedTiles(self.gathered(local), self)
 
+    def plan(self, local: Inputs) -> OfRank:
+        """Likewise, by the engine that makes half-steps and the passes of attention."""
+        if self.chosen == "tiled":
+            return self.scores(local)
+        from torch_sinkhorn_attn.distributed import streams
+
+        return streams.SharedStream(self.gathered(local), self)
+
     # Attention
 
     def solve(self, local: Inputs, residuals: bool) -> Result:
         """Output, rows' potentials and masses of the rows here, those of columns for the owned ones; residuals of the
         whole problem."""
-        tiles = self.scores(local)
+        tiles = self.plan(local)
         found = attend(tiles, residuals)
         potentials = found.potentials._replace(col=self.owned(found.potentials.col))
         if tiles.bins:
@@ -94,10 +102,15 @@ class Share:
         """The adjoint of `solve`. What all ranks have alike (corner, the dustbin's value, masks of one row) gets its
         cotangent in parts, to be summed over ranks, as a parameter does."""
         whole = potentials._replace(col=self.held(potentials.col))
-        tiles = self.scores(local).at(whole.row[-1], whole.col[-1])
         if grads.from_bin is not None:
             grads = grads._replace(from_bin=self.columns.spread(grads.from_bin, -1))
-        found = gradients(SharedPasses(tiles, output, grads, whole), whole).inputs
+        plan = self.plan(local).at(whole.row[-1], whole.col[-1])
+        if isinstance(plan, Tiles):
+            found = gradients(SharedPasses(plan, output, grads, whole), whole).inputs
+        else:
+            from torch_sinkhorn_attn.distributed import streams
+
+            found = streams.gradients(plan, output, whole, grads)  # type: ignore[arg-type]
         return self.home(local, found)
 
     def home(self, local: Inputs, found: Inputs) -> Inputs:
@@ -122,7 +135,10 @@ class Share:
     def potentials(self, local: Inputs, known: Potentials | None = None) -> tuple[Tiles, Potentials]:
         """The tiles at the last potentials; all kept ones, local and held. `known`: local and owned."""
         scores = self.scores(local)
-        found = iterate(scores) if known is None else known._replace(col=self.held(known.col))
+        if known is not None:
+            found = known._replace(col=self.held(known.col))
+        else:
+            found = iterate(scores if self.chosen == "tiled" else self.plan(local))
         return scores.at(found.row[-1], found.col[-1]), found
 
     # Augmented vectors

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.distributed.lines import SharedDustbin, SharedLines
+from torch_sinkhorn_attn.engines.tiled.augmented import AugmentedPlan
 from torch_sinkhorn_attn.engines.tiled.engine import TiledPasses
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method.dropout import keep_tile
@@ -20,12 +21,10 @@ if TYPE_CHECKING:
     from torch_sinkhorn_attn.distributed.share import Share
 
 
-class SharedTiles(Tiles):
-    """Tiles of the rows here; vectors of columns are completed by the other ranks."""
+class OfRank(AugmentedPlan):
+    """A plan of the rows here and the columns they reach; vectors of columns are completed by the other ranks."""
 
-    def __init__(self, inputs: Inputs, share: Share):
-        self.share = share
-        super().__init__(inputs, share.problem)
+    share: Share
 
     def _dustbin(self) -> SharedDustbin:
         return SharedDustbin(self.inputs, self.problem, self.dtype, self.share.wire, self.share.columns)
@@ -43,6 +42,14 @@ class SharedTiles(Tiles):
 
     def complete_sums(self, partial: Tensor) -> Tensor:
         return self.share.columns.sum(partial)
+
+
+class SharedTiles(OfRank, Tiles):
+    """Tiles of it, in plain PyTorch."""
+
+    def __init__(self, inputs: Inputs, share: Share):
+        self.share = share
+        super().__init__(inputs, share.problem)
 
     def _intervals(self) -> tuple[Tensor, Tensor] | None:
         return self.share.intervals
