@@ -1,6 +1,7 @@
 """A sequence sharded over processes: half-steps, messages, bytes and memory here, and a projection to many devices.
 
     python benchmarks/scale.py [--ranks 1 2 4] [--tokens 4096] [--window 256] [--full 512] [--rounds 3]
+    python benchmarks/scale.py --engines
 
 First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per
 rank on full support. "x one" is the time of an iteration over that of one process, which with more processes than
@@ -14,6 +15,9 @@ Then a PROJECTION, which measures nothing: what an iteration of a band over `--l
 devices, from `--entries` score entries a second and device, and `--latency` and `--bandwidth` of the interconnect;
 beside softmax by ring attention at the same length, whose keys and values go round all devices, in full, and hidden
 behind the matrix products where those take longer. These inputs are assumptions: replace them by your own.
+
+`--engines` measures something else: an iteration and a backward in one process, by the tiles that ranks compute with
+and by the C++ engine, which they cannot, in processor time.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -142,6 +148,40 @@ def measured(arguments: argparse.Namespace) -> float:
     return one["band"][0]
 
 
+def engines(rounds: int) -> None:
+    """What the C++ engine's kernels would buy a rank."""
+    torch.set_num_threads(1)
+    print(f"{HEADS} heads of {WIDTH}, float32, one thread: ms of processor time, tiles and C++")
+    widths = (-24, 12, 10, 8, 12, 10, 8)
+    print_rows([("", "iteration", "C++", "ratio", "backward", "C++", "ratio")], widths)
+    for tokens, window in ((4096, 256), (4096, 64), (512, None), (2048, None)):
+        sides = None if window is None else (window, window)
+        found = [by_engine(name, tokens, sides, many, rounds) for name, many in (("tiled", MANY), ("cpu", 100))]
+        name = f"{tokens} tokens, " + ("all pairs" if window is None else f"window {window}")
+        numbers = [y for x in zip(*found, strict=True) for y in (f"{x[0]:.2f}", f"{x[1]:.2f}", f"{x[0] / x[1]:.1f}")]
+        print_rows([(name, *numbers)], widths)
+
+
+def by_engine(engine: str, tokens: int, window: tuple[int, int] | None, many: int, rounds: int) -> tuple[float, float]:
+    """ms of an iteration, from calls of few and of `many`, and of a backward."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, HEADS, tokens, WIDTH, generator=g).requires_grad_() for _ in range(3)]
+
+    def taken(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(rounds + 1):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        return median(times[1:]) * 1e3
+
+    def attend(iterations: int) -> torch.Tensor:
+        return sinkhorn_attention(*leaves, base_iters=iterations, window=window, engine=engine)
+
+    iteration = (taken(partial(attend, many)) - taken(partial(attend, FEW))) / (many - FEW)
+    return iteration, taken(partial(torch.autograd.grad, attend(20).sum(), leaves, retain_graph=True))
+
+
 def projected(arguments: argparse.Namespace) -> None:
     length, entry = arguments.length, arguments.entries
     latency, bandwidth, halo = arguments.latency, arguments.bandwidth, arguments.halo
@@ -200,12 +240,15 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=5e-6, help="projection: seconds a message")
     parser.add_argument("--bandwidth", type=float, default=5e10, help="projection: bytes a second")
     parser.add_argument("--projection-only", action="store_true")
+    parser.add_argument("--engines", action="store_true")
     for name in ("--rank", "--size"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     arguments, _ = parser.parse_known_args()
     if arguments.rank is not None:
         return rank_main(arguments)
+    if arguments.engines:
+        return engines(arguments.rounds)
     if not arguments.projection_only:
         seconds = measured(arguments)
         pairs = 2 * arguments.tokens * (2 * arguments.window + 1) * HEADS / seconds
