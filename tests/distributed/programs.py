@@ -258,6 +258,13 @@ def dtensors(rank: int, size: int) -> list[float]:
     (found.to_local() ** 2).sum().backward()
     errors = [(found.full_tensor() - expected).abs().max().item()]
     errors += [(x.grad.full_tensor() - y).abs().max().item() for x, y in zip(given, wanted, strict=True)]
+    plan = sinkhorn_plan(*given[:2], window=(3, 3))
+    assert plan.placements == given[0].placements
+    errors.append((plan.full_tensor() - sinkhorn_plan(*whole[:2], window=(3, 3))).abs().max().item())
+    at = mesh.get_coordinate()
+    matches, of_all = (sinkhorn_matches(*x[:2], window=(3, 3)).row_index for x in (given, whole))
+    assert torch.equal(matches, own(own(of_all, at[0], 2, 0), at[1], size // 2, 2))
+    assert "is no DTensor" in said(lambda: sinkhorn_plan(*given[:2], dustbin=Dustbin(0.0, 0.0)))
     assert "placements" in said(
         lambda: sinkhorn_attention(given[0].redistribute(mesh, [Shard(2), Shard(2)]), *given[1:])
     )

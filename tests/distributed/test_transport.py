@@ -16,11 +16,14 @@ HERE = Path(__file__).parent
 SECONDS = 120  # until a rank gives up on the others
 
 
-def run(size: int, folder: Path, *programs: str, seconds: float = SECONDS) -> dict[str, list[Any]]:
-    """What the ranks of one group of processes found, by program."""
+def run(
+    size: int, folder: Path, *programs: str, seconds: float = SECONDS, interpreted: bool = False
+) -> dict[str, list[Any]]:
+    """What the ranks of one group of processes found, by program; `interpreted`: with Triton's interpreter."""
     paths = [HERE, HERE.parent, HERE.parent.parent]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": str(int(interpreted)),
     }  # fmt: skip
     command = [sys.executable, str(HERE / "programs.py")]
     ranks = [
@@ -78,6 +81,18 @@ def test_random_problems_on_four_ranks(of_four: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_more_random_problems(size: int, tmp_path: Path) -> None:
     check_problems(run(size, tmp_path, f"problems:{1000 * size}:200")["problems"])
+
+
+@pytest.mark.slow
+def test_the_half_steps_of_kernels(tmp_path: Path) -> None:
+    check_problems(run(2, tmp_path, "kernels:0:5", interpreted=True)["kernels"])
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [2, 3])
+def test_more_half_steps_of_kernels(size: int, tmp_path: Path) -> None:
+    check_problems(run(size, tmp_path, "kernels:5:40", interpreted=True)["kernels"])
 
 
 @pytest.mark.slow
