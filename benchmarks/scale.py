@@ -5,11 +5,12 @@
 
 First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per
 rank on full support. "x one" is the time of an iteration over that of one process, which with more processes than
-cores cannot stay 1. "cpu ms" is the processor time of the busiest rank (all its threads; who waits for a message
-sleeps), which other processes on the machine do not change: its ratio to one process's, over the work that a rank has
-beside it, is what weak scaling can mean here. Messages and bytes are those that the busiest rank sends in one
-iteration. Strong scaling: a band of `--tokens` times the most ranks in all,
-and what a training step keeps between forward and backward, and adds to the process at its peak, on each rank.
+cores cannot stay 1. "cpu ms" is the processor time of the busiest rank, all its threads; who waits for a message
+sleeps. "alone" is that of the same tokens without the other ranks, taken in turn with it at the same time on the same
+cores, so whatever else the machine does slows both: "x alone", over the work that a rank has beside it, is what weak
+scaling can mean here. Messages and bytes are those that the busiest rank sends in one iteration. Strong scaling: a
+band of `--tokens` times the most ranks in all, and what a training step keeps between forward and backward, and adds
+to the process at its peak, on each rank.
 
 Then a PROJECTION, which measures nothing: what an iteration of a band over `--length` tokens would take on 8 to 4096
 devices, from `--entries` score entries a second and device, and `--latency` and `--bandwidth` of the interconnect;
@@ -57,21 +58,26 @@ def iteration(count: int, window: tuple[int, int] | None, rounds: int) -> dict[s
     from torch_sinkhorn_attn.distributed.wire import traffic
 
     tokens, sent = own_tokens(count, False), {}
-    taken: dict[int, list[tuple[float, float]]] = {FEW: [], MANY: []}
+    ways: dict[str, dict[str, Any]] = {"group": {"sequence_group": dist.group.WORLD}, "alone": {"engine": "tiled"}}
+    taken: dict[tuple[str, int], list[tuple[float, float]]] = {(x, k): [] for x in ways for k in (FEW, MANY)}
     for k in range(rounds + 1):
-        for iterations, times in taken.items():
+        for (way, iterations), times in taken.items():
             before = replace(traffic)
             dist.barrier()
             start = time.perf_counter(), time.process_time()
-            sinkhorn_attention(*tokens, window=window, base_iters=iterations, sequence_group=dist.group.WORLD)
+            sinkhorn_attention(*tokens, window=window, base_iters=iterations, **ways[way])
             if k:
                 times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-            sent[iterations] = traffic.bytes - before.bytes, traffic.messages - before.messages
-    seconds, processor = (
-        (median(x[kind] for x in taken[MANY]) - median(x[kind] for x in taken[FEW])) / (MANY - FEW) for kind in (0, 1)
-    )
-    each = [(a - b) / (MANY - FEW) for a, b in zip(sent[MANY], sent[FEW], strict=True)]
-    return {"seconds": seconds, "processor": processor, "bytes": each[0], "messages": each[1]}
+            sent[way, iterations] = traffic.bytes - before.bytes, traffic.messages - before.messages
+
+    def each(way: str, kind: int) -> float:
+        few, many = (median(x[kind] for x in taken[way, k]) for k in (FEW, MANY))
+        return (many - few) / (MANY - FEW)
+
+    bytes_and_messages = zip(sent["group", MANY], sent["group", FEW], strict=True)
+    wire = [(a - b) / (MANY - FEW) for a, b in bytes_and_messages]
+    found = {"seconds": each("group", 0), "processor": each("group", 1), "alone": each("alone", 1)}
+    return {**found, "bytes": wire[0], "messages": wire[1]}
 
 
 def memory(count: int, window: tuple[int, int]) -> dict[str, float]:
@@ -122,20 +128,19 @@ def measured(arguments: argparse.Namespace) -> float:
     """Print what this machine does; seconds of an iteration of one process in a band."""
     found = {size: group(size) for size in arguments.ranks}
     print(f"{HEADS} heads of {WIDTH}, float32, {os.cpu_count()} cores; one iteration, weak scaling")
-    widths = (-6, 6, 10, 8, 10, 8, 10, 9, 12)
-    head = ("", "ranks", "ms", "x one", "cpu ms", "x one", "x work", "messages", "bytes")
-    print_rows([head], widths)
-    one: dict[str, tuple[float, float]] = {}
+    widths = (-6, 6, 10, 8, 10, 10, 9, 9, 9, 12)
+    print_rows([("", "ranks", "ms", "x one", "cpu ms", "alone", "x alone", "x work", "messages", "bytes")], widths)
+    one: dict[str, float] = {}
     for kind in ("band", "full"):
         for size, ranks in found.items():
-            seconds, processor = (max(x[kind][y] for x in ranks) for y in ("seconds", "processor"))
-            first = one.setdefault(kind, (seconds, processor))
+            seconds, processor, alone, messages, sent = (
+                max(x[kind][y] for x in ranks) for y in ("seconds", "processor", "alone", "messages", "bytes")
+            )
+            ratio = max(x[kind]["processor"] / x[kind]["alone"] for x in ranks)
             work = 1 if kind == "band" else size  # on full support every row meets all columns
-            ratio = processor / first[1]
-            times = f"{seconds * 1e3:.1f}", f"{seconds / first[0]:.2f}", f"{processor * 1e3:.1f}", f"{ratio:.2f}"
-            messages, sent = (max(x[kind][y] for x in ranks) for y in ("messages", "bytes"))
-            row = (kind, str(size), *times, f"{ratio / work:.2f}", f"{messages:.0f}", f"{sent:,.0f}")
-            print_rows([row], widths)
+            times = f"{seconds * 1e3:.1f}", f"{seconds / one.setdefault(kind, seconds):.2f}"
+            times += f"{processor * 1e3:.1f}", f"{alone * 1e3:.1f}", f"{ratio:.2f}", f"{ratio / work:.2f}"
+            print_rows([(kind, str(size), *times, f"{messages:.0f}", f"{sent:,.0f}")], widths)
     total = arguments.tokens * max(arguments.ranks)
     print(f"\nA training step of {total} tokens in a band, strong scaling: the largest rank")
     print_rows([("ranks", "kept MiB", "x one", "peak MiB", "x one")], (6, 10, 8, 10, 8))
@@ -145,7 +150,7 @@ def measured(arguments: argparse.Namespace) -> float:
         first = first or (kept * size, peak * size)
         ratios = [f"{x / y:.3f}" for x, y in zip((kept, peak), first, strict=True)]
         print_rows([(str(size), f"{kept / 2**20:.2f}", ratios[0], f"{peak / 2**20:.1f}", ratios[1])], (6, 10, 8, 10, 8))
-    return one["band"][0]
+    return one["band"]
 
 
 def engines(rounds: int) -> None:
