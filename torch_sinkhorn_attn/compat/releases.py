@@ -85,6 +85,14 @@ def constant_in_programs(function: F) -> F:
     return function
 
 
+@constant_in_programs
+def takes_unknown_sizes() -> bool:
+    """Whether torch.compile was told to take ops into its graphs whose results have sizes that it does not know."""
+    from torch._dynamo import config
+
+    return bool(config.capture_dynamic_output_shape_ops)
+
+
 def functionalized(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]) -> tuple[Tensor, ...]:
     """The function on tensors as they are outside of an op, where views are views: inside, the dispatcher has taken off
     the wrapper that makes them so."""

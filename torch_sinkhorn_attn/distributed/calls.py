@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import matches
 from torch_sinkhorn_attn.bands import PlanBand
+from torch_sinkhorn_attn.compat.releases import takes_unknown_sizes
 from torch_sinkhorn_attn.distributed import attention, compiled, partners, plans
 from torch_sinkhorn_attn.distributed.dtensors import Sharding, local, sharding_of, wrapped
 from torch_sinkhorn_attn.distributed.preparation import Call, Sharded, prepare_shard
@@ -34,6 +35,10 @@ def sharded_attention(
     group: Any, query: Tensor, key: Tensor | None, value: Tensor, mask: Tensor | None, keywords: Keywords, aux: bool
 ) -> Tensor | tuple[Tensor, SinkhornAux]:
     """`sinkhorn_attention` of this rank's shards; residuals and status are those of the whole problem."""
+    if torch.compiler.is_compiling():
+        hidden = keywords.get("dustbin") is not None and keywords.get("query_segment_ids") is not None
+        if hidden and not takes_unknown_sizes():
+            return _attention(group, query, key, value, mask, keywords, aux)
     call, sharding = opened(f"sinkhorn_attention(return_aux={aux})", group, query, key, value, mask, keywords)
     if torch.compiler.is_compiling():
         found = compiled.attention(group, call, aux)
@@ -50,6 +55,8 @@ def sharded_plan(
     group: Any, query: Tensor, key: Tensor | None, mask: Tensor | None, keywords: Keywords, log: bool
 ) -> Tensor:
     """`sinkhorn_plan`: the rows here of all columns; with a dustbin its row, alike on all ranks, last."""
+    if torch.compiler.is_compiling() and not takes_unknown_sizes():
+        return _plan(group, query, key, mask, keywords, log)
     call, sharding = opened(f"sinkhorn_plan(log={log})", group, query, key, None, mask, keywords)
     if sharding is not None and keywords.get("dustbin") is not None:
         raise ValueError(
@@ -67,10 +74,19 @@ def sharded_band(
     group: Any, query: Tensor, key: Tensor | None, mask: Tensor | None, keywords: Keywords, log: bool
 ) -> PlanBand:
     """`sinkhorn_plan_band`: the rows here, `first_column` counted in all columns, `col_dustbin` of the keys here."""
+    if torch.compiler.is_compiling() and not takes_unknown_sizes():
+        return _band(group, query, key, mask, keywords, log)
     call, _ = opened(f"sinkhorn_plan_band(log={log})", group, query, key, None, mask, keywords)
     if torch.compiler.is_compiling():
         return compiled.band(group, call, log)
     return plans.returned_band(prepare_shard(Wire(group), call), log, keywords.get("window"))[0]
+
+
+# Where a program breaks, because it was not told to take results whose sizes it does not know
+
+_attention = torch.compiler.disable(sharded_attention)
+_plan = torch.compiler.disable(sharded_plan)
+_band = torch.compiler.disable(sharded_band)
 
 
 def _prepared(group: Any, call: Call, log: bool) -> Sharded:
