@@ -1,17 +1,24 @@
 """A sequence sharded over processes: half-steps, messages, bytes and memory here, and a projection to many devices.
 
     python benchmarks/scale.py [--ranks 1 2 4] [--tokens 4096] [--window 256] [--full 512] [--rounds 3]
+    python benchmarks/scale.py --engines
 
 First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per
 rank on full support. "x one" is the time of an iteration over that of one process, which with more processes than
-cores cannot stay 1: compare "x cores", the same divided by how many processes share a core. Messages and bytes are
-those that the busiest rank sends in one iteration. Strong scaling: a band of `--tokens` times the most ranks in all,
-and what a training step keeps between forward and backward, and adds to the process at its peak, on each rank.
+cores cannot stay 1. "cpu ms" is the processor time of the busiest rank, all its threads; who waits for a message
+sleeps. "alone" is that of the same tokens without the other ranks, taken in turn with it at the same time on the same
+cores, so whatever else the machine does slows both: "x alone", over the work that a rank has beside it, is what weak
+scaling can mean here. Messages and bytes are those that the busiest rank sends in one iteration. Strong scaling: a
+band of `--tokens` times the most ranks in all, and what a training step keeps between forward and backward, and adds
+to the process at its peak, on each rank.
 
 Then a PROJECTION, which measures nothing: what an iteration of a band over `--length` tokens would take on 8 to 4096
 devices, from `--entries` score entries a second and device, and `--latency` and `--bandwidth` of the interconnect;
 beside softmax by ring attention at the same length, whose keys and values go round all devices, in full, and hidden
 behind the matrix products where those take longer. These inputs are assumptions: replace them by your own.
+
+`--engines` measures something else: an iteration and a backward in one process, by the tiles that ranks compute with
+and by the C++ engine, which they cannot, in processor time.
 """
 
 from __future__ import annotations
@@ -23,7 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,22 +54,30 @@ def own_tokens(count: int, grad: bool) -> list[torch.Tensor]:
 
 
 def iteration(count: int, window: tuple[int, int] | None, rounds: int) -> dict[str, float]:
-    """Seconds, bytes and messages of one iteration of `count` tokens on each rank."""
+    """Seconds, of the clock and of processors, bytes and messages of one iteration of `count` tokens on each rank."""
     from torch_sinkhorn_attn.distributed.wire import traffic
 
-    tokens, taken, sent = own_tokens(count, False), {FEW: [], MANY: []}, {}
+    tokens, sent = own_tokens(count, False), {}
+    ways: dict[str, dict[str, Any]] = {"group": {"sequence_group": dist.group.WORLD}, "alone": {"engine": "tiled"}}
+    taken: dict[tuple[str, int], list[tuple[float, float]]] = {(x, k): [] for x in ways for k in (FEW, MANY)}
     for k in range(rounds + 1):
-        for iterations, times in taken.items():
+        for (way, iterations), times in taken.items():
             before = replace(traffic)
             dist.barrier()
-            start = time.perf_counter()
-            sinkhorn_attention(*tokens, window=window, base_iters=iterations, sequence_group=dist.group.WORLD)
+            start = time.perf_counter(), time.process_time()
+            sinkhorn_attention(*tokens, window=window, base_iters=iterations, **ways[way])
             if k:
-                times.append(time.perf_counter() - start)
-            sent[iterations] = traffic.bytes - before.bytes, traffic.messages - before.messages
-    seconds = (median(taken[MANY]) - median(taken[FEW])) / (MANY - FEW)
-    each = [(a - b) / (MANY - FEW) for a, b in zip(sent[MANY], sent[FEW], strict=True)]
-    return {"seconds": seconds, "bytes": each[0], "messages": each[1]}
+                times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            sent[way, iterations] = traffic.bytes - before.bytes, traffic.messages - before.messages
+
+    def each(way: str, kind: int) -> float:
+        few, many = (median(x[kind] for x in taken[way, k]) for k in (FEW, MANY))
+        return (many - few) / (MANY - FEW)
+
+    bytes_and_messages = zip(sent["group", MANY], sent["group", FEW], strict=True)
+    wire = [(a - b) / (MANY - FEW) for a, b in bytes_and_messages]
+    found = {"seconds": each("group", 0), "processor": each("group", 1), "alone": each("alone", 1)}
+    return {**found, "bytes": wire[0], "messages": wire[1]}
 
 
 def memory(count: int, window: tuple[int, int]) -> dict[str, float]:
@@ -111,19 +128,19 @@ def measured(arguments: argparse.Namespace) -> float:
     """Print what this machine does; seconds of an iteration of one process in a band."""
     found = {size: group(size) for size in arguments.ranks}
     print(f"{HEADS} heads of {WIDTH}, float32, {os.cpu_count()} cores; one iteration, weak scaling")
-    widths = (-6, 6, 10, 8, 8, 9, 12)
-    print_rows([("", "ranks", "ms", "x one", "x cores", "messages", "bytes")], widths)
-    one = {}
+    widths = (-6, 6, 10, 8, 10, 10, 9, 9, 9, 12)
+    print_rows([("", "ranks", "ms", "x one", "cpu ms", "alone", "x alone", "x work", "messages", "bytes")], widths)
+    one: dict[str, float] = {}
     for kind in ("band", "full"):
         for size, ranks in found.items():
-            seconds = max(x[kind]["seconds"] for x in ranks)
-            one.setdefault(kind, seconds)
-            ratio = seconds / one[kind]
+            seconds, processor, alone, messages, sent = (
+                max(x[kind][y] for x in ranks) for y in ("seconds", "processor", "alone", "messages", "bytes")
+            )
+            ratio = max(x[kind]["processor"] / x[kind]["alone"] for x in ranks)
             work = 1 if kind == "band" else size  # on full support every row meets all columns
-            shared = work * max(1, size / (os.cpu_count() or 1))
-            messages, sent = (max(x[kind][y] for x in ranks) for y in ("messages", "bytes"))
-            row = (kind, str(size), f"{seconds * 1e3:.1f}", f"{ratio:.2f}", f"{ratio / shared:.2f}", f"{messages:.0f}")
-            print_rows([(*row, f"{sent:,.0f}")], widths)
+            times = f"{seconds * 1e3:.1f}", f"{seconds / one.setdefault(kind, seconds):.2f}"
+            times += f"{processor * 1e3:.1f}", f"{alone * 1e3:.1f}", f"{ratio:.2f}", f"{ratio / work:.2f}"
+            print_rows([(kind, str(size), *times, f"{messages:.0f}", f"{sent:,.0f}")], widths)
     total = arguments.tokens * max(arguments.ranks)
     print(f"\nA training step of {total} tokens in a band, strong scaling: the largest rank")
     print_rows([("ranks", "kept MiB", "x one", "peak MiB", "x one")], (6, 10, 8, 10, 8))
@@ -134,6 +151,40 @@ def measured(arguments: argparse.Namespace) -> float:
         ratios = [f"{x / y:.3f}" for x, y in zip((kept, peak), first, strict=True)]
         print_rows([(str(size), f"{kept / 2**20:.2f}", ratios[0], f"{peak / 2**20:.1f}", ratios[1])], (6, 10, 8, 10, 8))
     return one["band"]
+
+
+def engines(rounds: int) -> None:
+    """What the C++ engine's kernels would buy a rank."""
+    torch.set_num_threads(1)
+    print(f"{HEADS} heads of {WIDTH}, float32, one thread: ms of processor time, tiles and C++")
+    widths = (-24, 12, 10, 8, 12, 10, 8)
+    print_rows([("", "iteration", "C++", "ratio", "backward", "C++", "ratio")], widths)
+    for tokens, window in ((4096, 256), (4096, 64), (512, None), (2048, None)):
+        sides = None if window is None else (window, window)
+        found = [by_engine(name, tokens, sides, many, rounds) for name, many in (("tiled", MANY), ("cpu", 100))]
+        name = f"{tokens} tokens, " + ("all pairs" if window is None else f"window {window}")
+        numbers = [y for x in zip(*found, strict=True) for y in (f"{x[0]:.2f}", f"{x[1]:.2f}", f"{x[0] / x[1]:.1f}")]
+        print_rows([(name, *numbers)], widths)
+
+
+def by_engine(engine: str, tokens: int, window: tuple[int, int] | None, many: int, rounds: int) -> tuple[float, float]:
+    """ms of an iteration, from calls of few and of `many`, and of a backward."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, HEADS, tokens, WIDTH, generator=g).requires_grad_() for _ in range(3)]
+
+    def taken(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(rounds + 1):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        return median(times[1:]) * 1e3
+
+    def attend(iterations: int) -> torch.Tensor:
+        return sinkhorn_attention(*leaves, base_iters=iterations, window=window, engine=engine)
+
+    iteration = (taken(partial(attend, many)) - taken(partial(attend, FEW))) / (many - FEW)
+    return iteration, taken(partial(torch.autograd.grad, attend(20).sum(), leaves, retain_graph=True))
 
 
 def projected(arguments: argparse.Namespace) -> None:
@@ -194,12 +245,15 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=5e-6, help="projection: seconds a message")
     parser.add_argument("--bandwidth", type=float, default=5e10, help="projection: bytes a second")
     parser.add_argument("--projection-only", action="store_true")
+    parser.add_argument("--engines", action="store_true")
     for name in ("--rank", "--size"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     arguments, _ = parser.parse_known_args()
     if arguments.rank is not None:
         return rank_main(arguments)
+    if arguments.engines:
+        return engines(arguments.rounds)
     if not arguments.projection_only:
         seconds = measured(arguments)
         pairs = 2 * arguments.tokens * (2 * arguments.window + 1) * HEADS / seconds

@@ -30,7 +30,7 @@ class Call:
     leaves: list[Tensor] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        shapes = [tuple(x.shape) for x in (self.query, self.key, self.value)]
+        shapes = [None if x is None else tuple(x.shape) for x in (self.query, self.key, self.value)]
         return f"problems.make({self.seed}): shapes={shapes} mask={_brief(self.mask)} {_brief(self.options)}"
 
 

@@ -290,7 +290,7 @@ def test_one_zero_among_many_pairs_is_seen_in_float32() -> None:
         prepared = prepare(q, k, None, mask)
         zero = torch.zeros(1, 1, n)
         tiles = Tiles(prepared.inputs, prepared.problem).at(zero, zero)
-        positive, _ = exact._log_plan_spread(tiles, exact.BySegment(prepared.problem))
+        positive, _ = exact._log_plan_spread(tiles, exact.ByProblem(tiles))
         assert positive.item() == (not missing)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.boundary import bands
 from torch_sinkhorn_attn.compat.tracing import one_node
+from torch_sinkhorn_attn.distributed import context
 from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.functional import refuse_dropout, refuse_unknown
 from torch_sinkhorn_attn.method import reference
@@ -57,6 +58,7 @@ def sinkhorn_plan_band(
     attn_mask: Tensor | None = None,
     *,
     log: bool = False,
+    sequence_group: Any = None,
     **options: Unpack[Keywords],
 ) -> PlanBand:
     """`sinkhorn_plan` of a window as a band: O(L W) memory, W = min(S, left + right + 1).
@@ -71,6 +73,8 @@ def sinkhorn_plan_band(
         query, key, attn_mask, options: as in `sinkhorn_plan`; `window` is needed, with both its sides. Lengths,
             segments and centres may be data: they move `first_column`.
         log: give logarithms, as in `sinkhorn_plan`.
+        sequence_group: as in `sinkhorn_attention`; the rows are the local ones, `first_column` counts all keys, and
+            `col_dustbin` is of the local keys.
 
     Returns:
         `PlanBand`.
@@ -90,21 +94,24 @@ def sinkhorn_plan_band(
     flag("log", log)
     refuse_unknown("sinkhorn_plan_band", options)
     refuse_dropout("sinkhorn_plan_band", options, "the plan has no dropout")
+    group = context.group_of(sequence_group, query)
+    if group is not None:
+        from torch_sinkhorn_attn.distributed import calls
+
+        return calls.sharded_band(group, query, key, attn_mask, options, log)
     prepared = prepare(query, key, None, attn_mask, **options)
     inputs, problem = prepared.inputs, prepared.problem
-    first, width, cut = _place(problem, options.get("window"))
+    first, width, cut = place(problem, options.get("window"))
     engine = choose(prepared.engine, inputs, problem)
     if engine == REFERENCE:
         with full_precision(inputs.query.device):
             found = reference_band(inputs, problem, first, width, log)
     else:
         found = bands.plan_band(inputs, problem, engine, first, width, log)
-    if cut is not None:
-        found = found[0].masked_fill(cut[:, None, :, None], torch.nan), *found[1:]
-    return _given_back(prepared, found, first, log)
+    return given_back(prepared, found, first, log, cut)
 
 
-def _place(problem: Problem, window: object) -> tuple[Tensor, int, Tensor | None]:
+def place(problem: Problem, window: object) -> tuple[Tensor, int, Tensor | None]:
     """The first column of each row `[N, L]`, how many there are, and which rows would need more, if some may."""
     left, right = problem.outline.window_left, problem.outline.window_right
     if min(left, right) < 0:
@@ -138,8 +145,12 @@ def reference_band(
     return values, full[..., :length, -1], full[..., -1, :size]
 
 
-def _given_back(prepared: Prepared, found: tuple[Tensor, Tensor, Tensor], first: Tensor, log: bool) -> PlanBand:
-    """In the caller's unit of mass, shapes and dtype."""
+def given_back(
+    prepared: Prepared, found: tuple[Tensor, Tensor, Tensor], first: Tensor, log: bool, cut: Tensor | None = None
+) -> PlanBand:
+    """In the caller's unit of mass, shapes and dtype; NaN in rows `cut` `[N, L]`, which need more columns."""
+    if cut is not None:
+        found = found[0].masked_fill(cut[:, None, :, None], torch.nan), *found[1:]
     parts: list[Tensor | None] = list(found) if prepared.problem.has_dustbin else [found[0], None, None]
     scale = prepared.scale
     for i, x in enumerate(parts):
@@ -148,4 +159,4 @@ def _given_back(prepared: Prepared, found: tuple[Tensor, Tensor, Tensor], first:
             parts[i] = (scale.of_log_plan(wide) if log else scale.of_plan(wide)).reshape(x.shape)
     values, *bins = (None if x is None else prepared.unflatten(x if log else x.to(prepared.dtype)) for x in parts)
     assert values is not None
-    return PlanBand(values, first.reshape(*prepared.batch, -1), *bins)
+    return PlanBand(values, first.reshape(*prepared.batch, first.shape[-1]), *bins)

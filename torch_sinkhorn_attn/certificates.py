@@ -5,24 +5,25 @@ gradient is from the implicit one, and what would bring the plan into balance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from torch_sinkhorn_attn.compat.tracing import one_node
+from torch_sinkhorn_attn.distributed import context
 from torch_sinkhorn_attn.engines import engine_of
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.functional import refuse_unknown
 from torch_sinkhorn_attn.options import CONVERGED_WITHIN
-from torch_sinkhorn_attn.problem.arguments import Keywords, prepare
+from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
 from torch_sinkhorn_attn.problem.problem import Potentials, without_autocast
 from torch_sinkhorn_attn.problem.status import judge
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
-from torch_sinkhorn_attn.thermometer import quick
+from torch_sinkhorn_attn.thermometer import exact, quick
 from torch_sinkhorn_attn.thermometer.advice import advice
-from torch_sinkhorn_attn.thermometer.exact import exact_numbers
-from torch_sinkhorn_attn.thermometer.passes import solved
+from torch_sinkhorn_attn.thermometer.passes import Passes, solved
 from torch_sinkhorn_attn.thermometer.probes import probe
 from torch_sinkhorn_attn.thermometer.table import table
 
@@ -103,6 +104,7 @@ def certify(
     exact_diameter: bool = False,
     mode: str = "exact",
     advise: bool = True,
+    sequence_group: Any = None,
     **options: Unpack[Keywords],
 ) -> Certificate:
     """Certificates of the plan that `sinkhorn_attention` computes with the same options (dropout aside).
@@ -126,6 +128,9 @@ def certify(
             that plain iterations are hopeless, not how much. Relaxed, it is exact.
         advise: look for settings where the plan is not balanced. Takes up to 12 (T + R) iterations of one head in some
             20 calls, which is the time of 25 calls at most.
+        sequence_group: as in `sinkhorn_attention`: the certificate is that of the whole problem, the same on every
+            rank. `value` and `grad_output` are local; what stands in for them is drawn whole on every rank for a
+            moment. `exact_diameter` gathers the scores of all pairs.
 
     Returns:
         A frozen `Certificate`; print it for a table. Of XLA tensors it is on the CPU: only the plan is computed there.
@@ -155,32 +160,71 @@ def certify(
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
         check_kind(name, x)
     keywords: Keywords = {**options, "dropout_p": 0.0}
+    group = context.group_of(sequence_group, query)
     with torch.no_grad(), without_autocast(query):
-        query, key = query.detach(), None if key is None else key.detach()
-        if mode == "exact" and value is None:
-            value = probe(_value_shape(query, key), query, seed=0)
-        prepared = prepare(query, key, None if value is None else value.detach(), attn_mask, **keywords)
-        cotangent = None if value is None else _cotangent(query, value, grad_output)
-        if cotangent is None:
-            passes, at = quick.returned(prepared)
-            found = quick.numbers(passes, at, prepared.scale)
+        query, key, value = query.detach(), *(None if x is None else x.detach() for x in (key, value))
+        asked = Asked(query, key, value, attn_mask, grad_output, exact_diameter, mode)
+        if group is not None:
+            from torch_sinkhorn_attn.distributed import certificates
+
+            measured = certificates.measured(group, asked, keywords)
         else:
-            passes, inputs, potentials = solved(prepared)
-            last = Potentials(potentials.row[-1], potentials.col[-1])
-            (cotangent,) = engine_of(query.device).fetched((cotangent,))
-            cotangent = cotangent.reshape(*inputs.query.shape[:3], cotangent.shape[-1])
-            tiles = Tiles(inputs, passes.problem).at(*last)
-            found = exact_numbers(tiles, potentials, cotangent, exact_diameter, prepared.scale)
-            at = quick.following(passes, last)
-        packed = passes.problem.support.row_segment is not None
-        residuals = tuple(found[k].cpu().double() for k in (1, 3))
-        status, reasons = judge(residuals, CONVERGED_WITHIN, prepared.existence, by_segment=packed)
-        said = advice(passes, at, found[RATE].cpu(), status, reasons, prepared) if advise else ""
-        fields = (x if packed or x is None else x[..., 0] for x in (*found, status.to(found[RATE].device)))
-        certificate = Certificate(*(None if x is None else prepared.unflatten(x) for x in fields))  # type: ignore[arg-type]
-        for name, words in (("reasons", tuple(reasons)), ("advice", said), ("mode", mode)):
-            object.__setattr__(certificate, name, words)
-        return certificate
+            measured = _measured(asked, keywords)
+        return _certificate(measured, mode, advise)
+
+
+class Asked(NamedTuple):
+    """What is to be certified; `grad_output` as it was given."""
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor | None
+    mask: Tensor | None
+    grad_output: Tensor | None
+    exact_diameter: bool
+    mode: str
+
+
+class Measured(NamedTuple):
+    """The numbers of a certificate up to its status, `[N, H, G]` each, and what advice needs."""
+
+    numbers: tuple[Any, ...]
+    passes: Passes
+    at: quick.Returned
+    prepared: Prepared
+
+
+def _measured(asked: Asked, keywords: Keywords) -> Measured:
+    """On one device."""
+    query, key, value = asked[:3]
+    if asked.mode == "exact" and value is None:
+        value = probe(value_shape(query, key), query, seed=0)
+    prepared = prepare(query, key, value, asked.mask, **keywords)
+    if asked.mode == "quick":
+        passes, at = quick.returned(prepared)
+        return Measured(quick.numbers(passes, at, prepared.scale), passes, at, prepared)
+    assert value is not None
+    cotangent = cotangent_of(asked.grad_output, (*query.shape[:-1], value.shape[-1]), query)
+    passes, inputs, potentials = solved(prepared)
+    last = Potentials(potentials.row[-1], potentials.col[-1])
+    (cotangent,) = engine_of(query.device).fetched((cotangent,))
+    cotangent = cotangent.reshape(*inputs.query.shape[:3], cotangent.shape[-1])
+    solution = exact.solved(Tiles(inputs, passes.problem).at(*last), potentials, cotangent)
+    numbers = exact.exact_numbers(solution, asked.exact_diameter, prepared.scale)
+    return Measured(numbers, passes, quick.following(passes, last), prepared)
+
+
+def _certificate(measured: Measured, mode: str, advise: bool) -> Certificate:
+    found, passes, at, prepared = measured
+    packed = passes.problem.support.row_segment is not None
+    residuals = tuple(found[k].cpu().double() for k in (1, 3))
+    status, reasons = judge(residuals, CONVERGED_WITHIN, prepared.existence, by_segment=packed)
+    said = advice(passes, at, found[RATE].cpu(), status, reasons, prepared) if advise else ""
+    fields = (x if packed or x is None else x[..., 0] for x in (*found, status.to(found[RATE].device)))
+    certificate = Certificate(*(None if x is None else prepared.unflatten(x) for x in fields))  # type: ignore[arg-type]
+    for name, words in (("reasons", tuple(reasons)), ("advice", said), ("mode", mode)):
+        object.__setattr__(certificate, name, words)
+    return certificate
 
 
 def _check(mode: str, value: Tensor | None, grad_output: Tensor | None, exact_diameter: bool) -> None:
@@ -197,15 +241,15 @@ def _check(mode: str, value: Tensor | None, grad_output: Tensor | None, exact_di
         )
 
 
-def _value_shape(query: Tensor, key: Tensor | None) -> tuple[int, ...]:
+def value_shape(query: Tensor, key: Tensor | None) -> tuple[int, ...]:
     """Of a probe of values: of the keys' width, or of `PROBE_WIDTH` beside scores that are given."""
     return (*query.shape[:-2], query.shape[-1], PROBE_WIDTH) if key is None else tuple(key.shape)
 
 
-def _cotangent(query: Tensor, value: Tensor, grad_output: Tensor | None) -> Tensor:
-    shape = (*query.shape[:-1], value.shape[-1])
+def cotangent_of(grad_output: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The cotangent of the output, which has that shape: the caller's, or a probe."""
     if grad_output is None:
-        return probe(shape, query, seed=1)
+        return probe(shape, like, seed=1)
     if grad_output.shape != shape:
         raise ValueError(f"grad_output has shape {tuple(grad_output.shape)}; the output's, {shape}, is needed.")
     return grad_output

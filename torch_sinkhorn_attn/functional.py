@@ -195,9 +195,9 @@ def sinkhorn_attention(
         dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa, mask_floor=mask_floor, engine=engine,
     )  # fmt: skip
     if group is not None:
-        from torch_sinkhorn_attn.distributed import attention
+        from torch_sinkhorn_attn.distributed import calls
 
-        return attention.sharded_attention(group, query, key, value, attn_mask, options, return_aux)
+        return calls.sharded_attention(group, query, key, value, attn_mask, options, return_aux)
     prepared = remembered.prepared(query, key, value, attn_mask, **options)
     return given_back(prepared, run(prepared, residuals=return_aux), return_aux)
 
@@ -270,6 +270,7 @@ def sinkhorn_plan(
     attn_mask: Tensor | None = None,
     *,
     log: bool = False,
+    sequence_group: Any = None,
     **options: Unpack[Keywords],
 ) -> Tensor:
     """The transport plan itself, `(..., H, L, S)`, or `(..., H, L+1, S+1)` with a dustbin (its row and column last).
@@ -280,6 +281,11 @@ def sinkhorn_plan(
         log: give the logarithm of the plan, S + u + v, -inf off the support. It has passed through no exp, so entries
             that are 0 in the plan keep their digits and their gradient: what losses such as SuperGlue's want. In
             float32 for float16 and bfloat16, under autocast too.
+        sequence_group: as in `sinkhorn_attention`: the plan has the local rows of all columns, `(..., H, l, S)`; with a
+            dustbin `(..., H, l+1, S+1)`, its row the same on every rank. A loss that reads that row on several ranks is
+            added up over them, as all gradients are. Without a value, which tells how many of the scores' keys are
+            local, it is told by what is given of them (segments, masses), and else they are `S` split as
+            `torch.tensor_split` does. It may be differentiated once.
 
     It is differentiable exactly like the output of `sinkhorn_attention`, whose options it takes (`dropout_p` must stay
     0: the plan is returned before dropout). It materialises L x S, because that is what was asked for. With a dustbin
@@ -299,6 +305,11 @@ def sinkhorn_plan(
     flag("log", log)
     refuse_unknown("sinkhorn_plan", options)
     refuse_dropout("sinkhorn_plan", options, "the plan has no dropout; use F.dropout on it")
+    group = context.group_of(sequence_group) if type(query) is Tensor else context.group_of(sequence_group, query)
+    if group is not None:
+        from torch_sinkhorn_attn.distributed import calls
+
+        return calls.sharded_plan(group, query, key, attn_mask, options, log)
     with without_autocast(query if log else None):
         prepared = remembered.prepared(query, key, None, attn_mask, **options)
     inputs, problem = prepared.inputs, prepared.problem

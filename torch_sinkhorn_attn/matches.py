@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from typing_extensions import Unpack
 from torch_sinkhorn_attn._ops import ops as lib
 from torch_sinkhorn_attn.boundary import ops
 from torch_sinkhorn_attn.compat.tracing import one_node
+from torch_sinkhorn_attn.distributed import context
 from torch_sinkhorn_attn.engines import REFERENCE, choose
 from torch_sinkhorn_attn.functional import refuse_dropout, refuse_unknown
 from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.options import count
-from torch_sinkhorn_attn.problem.arguments import Keywords, prepare
+from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, prepare
 from torch_sinkhorn_attn.problem.problem import Inputs, Partners, full_precision
 from torch_sinkhorn_attn.problem.segments import mass_of
 
@@ -70,6 +71,7 @@ def sinkhorn_matches(
     attn_mask: Tensor | None = None,
     *,
     k: int = 1,
+    sequence_group: Any = None,
     **options: Unpack[Keywords],
 ) -> Matches:
     """The k best partners of every query and of every key in the transport plan, and the mutual matches among them.
@@ -81,6 +83,8 @@ def sinkhorn_matches(
     Args:
         query, key, attn_mask, options: as `sinkhorn_plan`; without a key `query` holds the scores.
         k: how many partners, 1 or more; more than there are leaves -1.
+        sequence_group: as in `sinkhorn_attention`: what is found is of the local queries and keys, in indices of the
+            whole sequence.
 
     Returns:
         `Matches`.
@@ -103,7 +107,12 @@ def sinkhorn_matches(
     k = count("k", k)
     if k < 1:
         raise ValueError(f"k={k} must be 1 or more.")
+    group = context.group_of(sequence_group, query)
     with torch.no_grad():
+        if group is not None:
+            from torch_sinkhorn_attn.distributed import calls
+
+            return calls.sharded_matches(group, query, key, attn_mask, options, k)
         prepared = prepare(query, key, None, attn_mask, **options)
         inputs, problem = Inputs(*(None if x is None else x.detach() for x in prepared.inputs)), prepared.problem  # type: ignore[arg-type]
         engine = choose(prepared.engine, inputs, problem)
@@ -112,20 +121,25 @@ def sinkhorn_matches(
                 found = reference.matches(inputs, problem, k)
         else:
             found = Partners(*lib.matches(*ops.with_residuals(ops.flatten(inputs, problem, engine), k)))
-        row_match, col_match = _mutual(found.row_index[..., 0], found.col_index[..., 0])
-        best = found.row_plan[..., 0]
-        share = best / mass_of(problem.marginals.log_row_mass).to(best.dtype)
-        probability = torch.where((row_match >= 0) | best.isnan(), share, 0.0)
-        masses = [found.row_plan, found.col_plan, found.row_dustbin, found.col_dustbin]
-        if prepared.scale is not None:
-            probability = prepared.scale.of_output(probability)
-            masses = [x if x.numel() == 0 else prepared.scale.of_plan(x) for x in masses]
+        return of_partners(prepared, found, *mutual(found.row_index[..., 0], found.col_index[..., 0]))
+
+
+def of_partners(prepared: Prepared, found: Partners, row_match: Tensor, col_match: Tensor) -> Matches:
+    """In the caller's unit of mass and shapes; the masses of `prepared` are those of the same rows."""
+    problem, scale = prepared.problem, prepared.scale
+    best = found.row_plan[..., 0]
+    share = best / mass_of(problem.marginals.log_row_mass).to(best.dtype)
+    probability = torch.where((row_match >= 0) | best.isnan(), share, 0.0)
+    masses = [found.row_plan, found.col_plan, found.row_dustbin, found.col_dustbin]
+    if scale is not None:
+        probability = scale.of_output(probability)
+        masses = [x if x.numel() == 0 else scale.of_plan(x) for x in masses]
     bins = masses[2:] if problem.has_dustbin else (None, None)
     results = (found.row_index, masses[0], found.col_index, masses[1], row_match, col_match, probability, *bins)
     return Matches(*(None if x is None else prepared.unflatten(x) for x in results))  # type: ignore[arg-type]
 
 
-def _mutual(key_of: Tensor, query_of: Tensor) -> tuple[Tensor, Tensor]:
+def mutual(key_of: Tensor, query_of: Tensor) -> tuple[Tensor, Tensor]:
     """`[N, H, L]` and `[N, H, S]`: partners that are each other's, -1 elsewhere."""
     return _returned(key_of, query_of), _returned(query_of, key_of)
 

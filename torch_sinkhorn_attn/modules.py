@@ -287,8 +287,8 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
                 mode by both being the same memory; pass this where a wrapper copies its arguments (FSDP with input
                 casts around this very module, say).
             sequence_group: as in `sinkhorn_attention`: tokens and their padding are local shards along the sequence,
-                and `attn_mask` has local rows and all keys. It needs `need_weights=False`. None: that of
-                `distributed.sequence_parallel`, if any.
+                and `attn_mask` and the weights have local rows and all keys; weights are those before dropout. None:
+                that of `distributed.sequence_parallel`, if any.
 
         Returns:
             The output, shaped as the query with `embed_dim` features, and the weights `(N, L, S)`, `(N, H, L, S)`
@@ -307,7 +307,7 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         group = context.group_of(sequence_group)
         nested = [isinstance(x, Tensor) and x.is_nested for x in (query, key, value)]
         if group is not None:
-            self._check_sharded(need_weights, any(nested))
+            context.check_module(self, any(nested))
         if not any(nested):
             return self._attend_dense(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
@@ -391,26 +391,18 @@ class SinkhornMultiheadAttention(nn.MultiheadAttention):
         if extra_keys:
             options["window"] = None
         dropout = self.dropout if self.training else 0.0
-        if not need_weights or need_weights == "band":
-            band = sinkhorn_plan_band(q, k, masks.scores, **options) if need_weights else None  # masses are 1
-            output = sinkhorn_attention(q, k, v, masks.scores, dropout_p=dropout, sequence_group=group, **options)
+        if not need_weights or need_weights == "band" or group is not None:
+            shared = {"sequence_group": group, **options}
+            output = sinkhorn_attention(q, k, v, masks.scores, dropout_p=dropout, **shared)
             assert isinstance(output, Tensor)
-            return output, band
+            if not need_weights:
+                return output, None
+            if need_weights == "band":
+                return output, sinkhorn_plan_band(q, k, masks.scores, **shared)  # masses are 1
+            return output, _without_dustbin(sinkhorn_plan(q, k, masks.scores, **shared), dustbin)
         plan = sinkhorn_plan(q, k, masks.scores, **options)
         weights = F.dropout(plan[..., : q.shape[-2], : k.shape[-2]], dropout)  # masses are 1, so P/a = P
         return weights @ v.to(weights.dtype), weights
-
-    def _check_sharded(self, need_weights: bool | str, nested: bool) -> None:
-        """What does not go with a sequence that is sharded."""
-        refused = {
-            "need_weights": need_weights and "pass need_weights=False: weights of all keys would not be here",
-            "nested tensors": nested and "pad them and pass key_padding_mask in shards",
-            "add_bias_kv": self.bias_k is not None and "its key would be added on every rank",
-            "add_zero_attn": self.add_zero_attn and "its key would be added on every rank",
-        }
-        for name, reason in refused.items():
-            if reason:
-                raise ValueError(f"{name} does not go with a sequence sharded over a process group: {reason}.")
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Shapes; returns whether the inputs are unbatched."""
@@ -470,6 +462,10 @@ def _averaged(band: PlanBand, average: bool, unbatched: bool) -> PlanBand:
     """As weights are returned: averaged over heads, without a batch where there was none, and without the dustbin."""
     values, first = band.values.mean(1) if average else band.values, band.first_column
     return PlanBand(values[0], first[0]) if unbatched else PlanBand(values, first)
+
+
+def _without_dustbin(plan: Tensor, dustbin: Dustbin | None) -> Tensor:
+    return plan if dustbin is None else plan[..., :-1, :-1]
 
 
 def _same_tokens(query: Tensor, key: Tensor) -> bool:

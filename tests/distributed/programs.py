@@ -11,15 +11,24 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import ranks
 import torch
 import torch.distributed as dist
+import triton_interpreter
 from torch import Tensor
 
-from torch_sinkhorn_attn import SinkhornMultiheadAttention, sinkhorn_attention
+from torch_sinkhorn_attn import (
+    Dustbin,
+    SinkhornMultiheadAttention,
+    certify,
+    sinkhorn_attention,
+    sinkhorn_divergence,
+    sinkhorn_matches,
+    sinkhorn_plan,
+    sinkhorn_plan_band,
+)
 from torch_sinkhorn_attn.distributed import sequence_parallel, wire
 
 TOKENS, HEADS, WINDOW = 24, 2, 3  # of the programs that count what is sent; tokens of each rank
@@ -74,11 +83,16 @@ def disagreements(rank: int, size: int) -> dict[str, str]:
         "engine": said(call(engine="cpu")),
         "balance": said(call(window=(2, 0))),
         "scores": said(lambda: sinkhorn_attention(q @ k.mT, None, v, sequence_group=group)),
+        "log": said(lambda: sinkhorn_plan(q, k, log=last, sequence_group=group)),
+        "k": said(lambda: sinkhorn_matches(q, k, k=2 + last, sequence_group=group)),
+        "cotangent": said(lambda: certify(q, k, value=v, grad_output=v if last else v[..., 1:], sequence_group=group)),
+        "band": said(lambda: sinkhorn_plan_band(q, k, sequence_group=group)),
     }
+    attention = SinkhornMultiheadAttention(8, 2, add_zero_attn=True, dtype=q.dtype)
+    x = torch.zeros(3, 1, 8, dtype=q.dtype)
     with sequence_parallel(group):
-        from torch_sinkhorn_attn import sinkhorn_matches
-
-        found["alone"] = said(lambda: sinkhorn_matches(q, k, 1))
+        found["alone"] = said(lambda: sinkhorn_divergence(q, k))
+        found["module"] = said(lambda: attention(x, x, x))
     again = call(window=(2, 2))()  # the group goes on
     assert torch.isfinite(again).all()
     return found
@@ -131,10 +145,9 @@ def module(rank: int, size: int) -> dict[str, float]:
             part = _attended(attention, *shard)
             compiled = _attended(torch.compile(attention, backend="eager"), *shard)
         assert torch.equal(part, compiled)
-        refused = said(partial(attention, x, x, x, sequence_group=group))
-        assert refused.startswith("ValueError: need_weights")
         grads = torch.autograd.grad((part**2).sum(), [x, *attention.parameters()])
         error = (part - own(whole, rank, size, 1)).abs().max().item() if part.numel() else 0.0
+        error = max(error, _weights_differ(attention.eval(), (x, padding, mask), shard, group))
         for grad, y in zip(grads, wanted, strict=True):
             dist.all_reduce(grad)
             error = max(error, (grad - y).abs().max().item() / max(1.0, y.abs().max().item()))
@@ -142,9 +155,90 @@ def module(rank: int, size: int) -> dict[str, float]:
     return found
 
 
+def _weights_differ(attention: SinkhornMultiheadAttention, whole: Any, shard: Any, group: Any) -> float:
+    """Weights of the rows here, averaged, by head and as a band, and their gradients, against one process."""
+    (x, padding, mask), (local, local_padding, local_mask), error = whole, shard, 0.0
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for kind, averaged in ((True, True), (True, False), ("band", True)):
+        options: Any = {"need_weights": kind, "average_attn_weights": averaged}
+        _, expected = attention(x, x, x, padding, attn_mask=mask, **options)
+        out, found = attention(
+            local, local, local, local_padding, attn_mask=local_mask, sequence_group=group, **options
+        )
+        if kind == "band":
+            assert torch.equal(found.first_column, own(expected.first_column, rank, size, -1))
+            expected, found = expected.values, found.values
+        error = max(error, (found - own(expected, rank, size, -2)).abs().max().item() if found.numel() else 0.0)
+        pairs = [torch.autograd.grad((y**2).sum() + 0 * out.sum(), x, retain_graph=True)[0] for y in (found, expected)]
+        dist.all_reduce(pairs[0])
+        error = max(error, (pairs[0] - pairs[1]).abs().max().item())
+    return error
+
+
 def _attended(attention: SinkhornMultiheadAttention, x: Tensor, padding: Tensor, mask: Tensor | None) -> Tensor:
     torch.manual_seed(5)  # of dropout
     return attention(x, x, x, padding, need_weights=False, attn_mask=mask)[0]
+
+
+@program
+def compiled(rank: int, size: int) -> dict[str, float]:
+    """A whole graph under torch.compile against eager calls: values and gradients."""
+    return _compiled(rank, size, ("by_module",))
+
+
+@program
+def compiled_others(rank: int, size: int) -> dict[str, float]:
+    """Likewise of what may have more columns than a program knows, which needs dynamic shapes."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    return _compiled(rank, size, ("with_weights", "with_band", "by_scores", "with_aux", "log_plan"))
+
+
+def _compiled(rank: int, size: int, names: tuple[str, ...]) -> dict[str, float]:
+    group, found = dist.group.WORLD, {}
+    q, k, v = (own(x, rank, size).requires_grad_() for x in tokens(11))
+    bin_score = torch.tensor(0.3, dtype=q.dtype, requires_grad=True)
+    ids = own(torch.tensor([3] * 5 + [4] * 6), rank, size, -1)[None]
+    packed = {"query_segment_ids": ids, "key_segment_ids": ids, "base_iters": 4}
+    torch.manual_seed(0)
+    attention = SinkhornMultiheadAttention(8, 2, batch_first=True, dropout=0.2, dustbin=True, window=(4, 4)).double()
+    x = own(torch.randn(2, 11, 8, dtype=q.dtype), rank, size, 1).requires_grad_()
+    scores = (q @ wire.Wire(group).gathered(k.detach(), [4, 4, 3], -2).mT).detach().requires_grad_()
+
+    def by_module() -> list[Any]:
+        return [attention(x, x, x, need_weights=False)[0]]
+
+    def with_weights() -> list[Any]:
+        return [*attention(x, x, x, average_attn_weights=False)]
+
+    def with_band() -> list[Any]:
+        output, band = attention(x, x, x, need_weights="band")
+        return [output, band.values, band.first_column]
+
+    def by_scores() -> list[Any]:
+        return [sinkhorn_attention(scores, None, v, base_iters=4, row_mass=torch.full((1,), 2.0, dtype=q.dtype))]
+
+    def with_aux() -> list[Any]:
+        output, aux = sinkhorn_attention(q, k, v, dustbin=Dustbin(bin_score, 0.1), return_aux=True, **packed)
+        return [output, *aux]
+
+    def log_plan() -> list[Any]:
+        return [sinkhorn_plan(q, k, log=True, dustbin=Dustbin(bin_score, 0.1), **packed).exp()]
+
+    leaves = [x, q, k, v, bin_score, scores, *attention.parameters()]
+    functions = (by_module, with_weights, with_band, by_scores, with_aux, log_plan)
+    for function in (x for x in functions if x.__name__ in names):
+        results = []
+        with sequence_parallel(group):
+            for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+                torch.manual_seed(5)
+                outputs = run()
+                loss = sum((y**2).sum() for y in outputs if y.requires_grad)
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+                results.append([*outputs, *(g for g in grads if g is not None)])
+        assert len(results[0]) == len(results[1])
+        errors = [float((a - b).detach().abs().max()) for a, b in zip(*results, strict=True) if a.numel()]
+        found[function.__name__] = max(errors)
+    return found
 
 
 @program
@@ -164,6 +258,13 @@ def dtensors(rank: int, size: int) -> list[float]:
     (found.to_local() ** 2).sum().backward()
     errors = [(found.full_tensor() - expected).abs().max().item()]
     errors += [(x.grad.full_tensor() - y).abs().max().item() for x, y in zip(given, wanted, strict=True)]
+    plan = sinkhorn_plan(*given[:2], window=(3, 3))
+    assert plan.placements == given[0].placements
+    errors.append((plan.full_tensor() - sinkhorn_plan(*whole[:2], window=(3, 3))).abs().max().item())
+    at = mesh.get_coordinate()
+    matches, of_all = (sinkhorn_matches(*x[:2], window=(3, 3)).row_index for x in (given, whole))
+    assert torch.equal(matches, own(own(of_all, at[0], 2, 0), at[1], size // 2, 2))
+    assert "is no DTensor" in said(lambda: sinkhorn_plan(*given[:2], dustbin=Dustbin(0.0, 0.0)))
     assert "placements" in said(
         lambda: sinkhorn_attention(given[0].redistribute(mesh, [Shard(2), Shard(2)]), *given[1:])
     )
@@ -245,8 +346,12 @@ def report(name: str, found: Any) -> None:
 def main(rank: int, size: int, store: str, seconds: float, names: list[str]) -> None:
     ranks.start(rank, size, store, seconds)
     for name in names:
-        if name.startswith("problems:"):
-            report("problems", ranks.disagreements(rank, size, *map(int, name.split(":")[1:])))
+        kind, *numbers = name.split(":")
+        if kind == "problems":
+            report(kind, ranks.disagreements(rank, size, *map(int, numbers)))
+        elif kind == "kernels":
+            triton_interpreter.quicken()
+            report(kind, ranks.disagreements_of_kernels(rank, size, *map(int, numbers)))
         else:
             report(name, PROGRAMS[name](rank, size))
     dist.destroy_process_group()

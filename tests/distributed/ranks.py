@@ -7,12 +7,13 @@ over ranks, are those of the whole call. Rank seed % size compares.
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
 import conformance
+import functions
 import problems
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ def _cut(x: Any, total: int, at: tuple[int, int], dim: int = -1) -> Any:
 
 def shard(call: problems.Call, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[list[Any], dict[str, Any]]:
     """Query, key, value and mask of a rank, and its options."""
-    length, size = call.query.shape[-2], call.key.shape[-2]
+    length, size = sizes(call)
     options = dict(call.options)
     for names, total, at in ((OF_ROWS, length, rows), (OF_COLS, size, cols)):
         options |= {name: _cut(options[name], total, at) for name in names if name in options}
@@ -73,6 +74,11 @@ def shard(call: problems.Call, rows: tuple[int, int], cols: tuple[int, int]) -> 
         for x, n, at in ((call.query, length, rows), (call.key, size, cols), (call.value, size, cols))
     ]
     return [*tokens, _cut(call.mask, length, rows, -2)], options
+
+
+def sizes(call: problems.Call) -> tuple[int, int]:
+    """All queries and keys."""
+    return call.query.shape[-2], call.value.shape[-2]
 
 
 def results(call: problems.Call, group: Any, counts: tuple[list[int], list[int]]) -> dict[str, Tensor]:
@@ -112,20 +118,21 @@ def joined(parts: list[dict[str, Tensor]], bins: bool) -> dict[str, Tensor]:
 
 def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
     """What differs between the group and one device; "refused" where both refuse."""
-    size = dist.get_world_size(group)
-    counts = split(call.query.shape[-2], size, call.seed), split(call.key.shape[-2], size, call.seed + 1)
+    parts = dist.get_world_size(group)
+    length, size = sizes(call)
+    counts = split(length, parts, call.seed), split(size, parts, call.seed + 1)
     try:
         mine: Any = results(call, group, counts)
     except ValueError as error:
         mine = str(error)
-    every: list[Any] = [None] * size
-    dist.all_gather_object(every, mine, group=group)
+    every = functions.gather(mine, group)
     if not compare:
         return None
     try:
-        expected = conformance.results(call, "tiled", plan=False)
+        options = {name: x for name, x in call.options.items() if name != "engine"}
+        expected = conformance.results(replace(call, options=options), "tiled", plan=False)
     except ValueError as error:
-        return "refused" if all(isinstance(x, str) for x in every) else f"one device refuses: {error}"
+        return "refused" if all(isinstance(x, str) for x in every) or _unseen(call, error) else f"one refuses: {error}"
     if any(isinstance(x, str) for x in every):
         return f"refused: {every}"
     dustbins = call.options.get("dustbin") is not None
@@ -133,7 +140,7 @@ def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
     for name, y in expected.items():
         x = found[name]
         if isinstance(x, list):
-            total = call.query.shape[-2] if name.startswith("row") else call.key.shape[-2]
+            total = length if name.startswith("row") else size
             own = counts[0] if name.startswith("row") else counts[1]
             x = torch.cat([*(z[..., :n] for z, n in zip(x, own, strict=True)), x[0][..., own[0] :]], -1)
             assert x.shape[-1] > total
@@ -145,13 +152,77 @@ def disagreement(call: problems.Call, group: Any, compare: bool) -> str | None:
     return None
 
 
+def disagreement_of_functions(call: problems.Call, group: Any, compare: bool) -> str | None:
+    """Likewise, of the function that the seed says."""
+    parts, rank = dist.get_world_size(group), dist.get_rank(group)
+    length, size = sizes(call)
+    counts = split(length, parts, call.seed), split(size, parts, call.seed + 1)
+    if call.key is None and not _told(call, size):
+        counts = counts[0], [size // parts + (r < size % parts) for r in range(parts)]
+    rows, cols = (blocks(x)[rank] for x in counts)
+    share = (rank + 1) / (parts * (parts + 1) / 2)
+    arguments, options = shard(call, rows, cols)
+    try:
+        mine: Any = functions.results(call, arguments, options, group, share, rows)
+    except ValueError as error:
+        mine = str(error)
+    every = functions.gather(mine, group)
+    if not compare:
+        return None
+    whole = [call.query, call.key, call.value, call.mask]
+    try:
+        expected = functions.results(call, whole, call.options | {"engine": "tiled"}, None, 1.0, (0, length))
+    except ValueError as error:
+        return "refused" if all(isinstance(x, str) for x in every) or _unseen(call, error) else f"one refuses: {error}"
+    if any(isinstance(x, str) for x in every):
+        return f"refused: {every}"
+    found = functions.joined(every)
+    for name, y in expected.items():
+        error = functions.difference(name, found[name], y)
+        if not error < TOLERANCE:
+            return f"{functions.function_of(call)} {name}: {error:.1e}"
+    return None
+
+
+def _unseen(call: problems.Call, error: ValueError) -> bool:
+    """Whether one device refuses for what a dense mask leaves, which no rank has whole."""
+    dense = call.key is None or (call.mask is not None and 1 not in call.mask.shape[-2:])
+    return dense and ("attn_mask" in str(error) or "scores" in str(error))
+
+
+def _told(call: problems.Call, size: int) -> bool:
+    """Whether something beside the value tells which keys are a rank's."""
+    given = [call.options.get(name) for name in OF_COLS]
+    given += [getattr(call.options.get("dustbin"), name, None) for name in ("col_score", "col_capacity")]
+    return any(isinstance(x, Tensor) and x.ndim > 0 and x.shape[-1] == size for x in given)
+
+
+def disagreements_of_kernels(rank: int, size: int, first: int, count: int) -> tuple[list[str], int]:
+    """As below, of attention, plan and band of smaller problems without dropout, whose half-steps Triton's kernels
+    make, interpreted."""
+    wrong, refused = [], 0
+    for seed in range(first, first + count):
+        call = problems.make(seed, dropout=False, largest=7)
+        call.options |= {"engine": "triton", "base_iters": min(call.options["base_iters"], 5)}
+        checks = [disagreement, disagreement_of_functions][: 1 + (functions.function_of(call) in ("log", "band"))]
+        for check in checks:
+            found = check(call, dist.group.WORLD, compare=seed % size == rank)
+            refused += found == "refused"
+            if found not in (None, "refused"):
+                wrong.append(f"{found} in {call}")
+    return wrong, refused
+
+
 def disagreements(rank: int, size: int, first: int, count: int) -> tuple[list[str], int]:
     """What differs in problems `first`, ...; and how many both refuse."""
     wrong, refused = [], 0
     for seed in range(first, first + count):
         call = problems.make(seed, largest=20)
-        found = disagreement(call, dist.group.WORLD, compare=seed % size == rank)
-        refused += found == "refused"
-        if found not in (None, "refused"):
-            wrong.append(f"{found} in {call}")
+        if seed // 2 % 3 == 0:
+            call = functions.of_scores(call)
+        for check in (disagreement, disagreement_of_functions):
+            found = check(call, dist.group.WORLD, compare=seed % size == rank)
+            refused += found == "refused"
+            if found not in (None, "refused"):
+                wrong.append(f"{found} in {call}")
     return wrong, refused

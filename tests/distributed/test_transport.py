@@ -16,11 +16,14 @@ HERE = Path(__file__).parent
 SECONDS = 120  # until a rank gives up on the others
 
 
-def run(size: int, folder: Path, *programs: str, seconds: float = SECONDS) -> dict[str, list[Any]]:
-    """What the ranks of one group of processes found, by program."""
+def run(
+    size: int, folder: Path, *programs: str, seconds: float = SECONDS, interpreted: bool = False
+) -> dict[str, list[Any]]:
+    """What the ranks of one group of processes found, by program; `interpreted`: with Triton's interpreter."""
     paths = [HERE, HERE.parent, HERE.parent.parent]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": str(int(interpreted)),
     }  # fmt: skip
     command = [sys.executable, str(HERE / "programs.py")]
     ranks = [
@@ -31,7 +34,7 @@ def run(size: int, folder: Path, *programs: str, seconds: float = SECONDS) -> di
         for rank in range(size)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=900) for process in ranks]
+        outputs = [process.communicate(timeout=3600) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
@@ -45,7 +48,7 @@ def run(size: int, folder: Path, *programs: str, seconds: float = SECONDS) -> di
 
 @pytest.fixture(scope="module")
 def of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    return run(3, tmp_path_factory.mktemp("three"), "problems:100:30", "disagreements", "module", "traffic")
+    return run(3, tmp_path_factory.mktemp("three"), "problems:100:30", "disagreements", "module", "traffic", "compiled")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,19 @@ def test_random_problems_on_four_ranks(of_four: dict[str, list[Any]]) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_more_random_problems(size: int, tmp_path: Path) -> None:
-    check_problems(run(size, tmp_path, f"problems:{1000 * size}:50")["problems"])
+    check_problems(run(size, tmp_path, f"problems:{1000 * size}:200")["problems"])
+
+
+@pytest.mark.slow
+def test_the_half_steps_of_kernels(tmp_path: Path) -> None:
+    check_problems(run(2, tmp_path, "kernels:0:5", interpreted=True)["kernels"])
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [2, 3])
+def test_more_half_steps_of_kernels(size: int, tmp_path: Path) -> None:
+    check_problems(run(size, tmp_path, "kernels:5:40", interpreted=True)["kernels"])
 
 
 @pytest.mark.slow
@@ -95,8 +110,13 @@ def test_every_rank_is_told_both_values_of_what_they_disagree_on(of_three: dict[
         assert "local rows by all 9 keys" in found["mask"]
         assert found["engine"].startswith("ValueError: engine='cpu'")
         assert found["balance"].startswith("ValueError: window=(2, 0) has no balanced plan")
-        assert found["scores"].startswith("ValueError: key is None")
+        assert "query holds scores of 3 keys but the ranks have [3, 3, 3] values" in found["scores"]
+        assert "function=sinkhorn_plan(log=False) on rank 0, function=sinkhorn_plan(log=True)" in found["log"]
+        assert "function=sinkhorn_matches(k=2) on rank 0, function=sinkhorn_matches(k=3) on rank 2" in found["k"]
+        assert "grad_output has shape (1, 2, 2, 4)" in found["cotangent"]
+        assert found["band"].startswith("ValueError: sinkhorn_plan_band got window=None")
         assert "local shard alone" in found["alone"]
+        assert found["module"].startswith("ValueError: add_zero_attn does not go with a sequence sharded")
 
 
 @pytest.mark.slow
@@ -110,6 +130,19 @@ def test_a_lost_rank_ends_the_others_with_a_message(name: str, tmp_path: Path) -
 def test_the_module_in_the_context(of_three: dict[str, list[Any]]) -> None:
     for found in of_three["module"]:
         assert max(found.values()) < 1e-12
+
+
+@pytest.mark.slow
+def test_a_compiled_program_has_no_break_and_the_same_numbers(of_three: dict[str, list[Any]]) -> None:
+    for found in of_three["compiled"]:
+        assert max(found.values()) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_other_compiled_programs(tmp_path: Path) -> None:
+    for found in run(3, tmp_path, "compiled_others")["compiled_others"]:
+        assert len(found) == 5 and max(found.values()) < 1e-12
 
 
 @pytest.mark.slow

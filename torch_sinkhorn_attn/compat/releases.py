@@ -7,7 +7,8 @@ one torch alone. A release that is not known yet is tried.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +85,14 @@ def constant_in_programs(function: F) -> F:
     return function
 
 
+@constant_in_programs
+def takes_unknown_sizes() -> bool:
+    """Whether torch.compile was told to take ops into its graphs whose results have sizes that it does not know."""
+    from torch._dynamo import config
+
+    return bool(config.capture_dynamic_output_shape_ops)
+
+
 def functionalized(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]) -> tuple[Tensor, ...]:
     """The function on tensors as they are outside of an op, where views are views: inside, the dispatcher has taken off
     the wrapper that makes them so."""
@@ -94,6 +103,24 @@ def functionalized(function: Callable[..., tuple[Tensor, ...]], args: Sequence[A
         for x in results:
             torch._sync(x)  # type: ignore[attr-defined]
         return tuple(torch._from_functional_tensor(x) for x in results)
+
+
+@contextmanager
+def recorded_inside() -> Iterator[None]:
+    """Within the body of an op, autograd as it is outside, where it was taken off before the body was called."""
+    left = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        left = left.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), left), torch.enable_grad():
+        yield
+
+
+def group_named(name: str) -> Any:
+    """The process group that is registered by a name, as ops are told it."""
+    from torch.distributed import distributed_c10d
+
+    resolve: Callable[[str], Any] = vars(distributed_c10d)["_resolve_process_group"]
+    return resolve(name)
 
 
 def poisons_memory() -> bool:

@@ -52,6 +52,11 @@ class Columns(ABC):
     def home(self, partial: Tensor, dim: int) -> Tensor:
         """The sums of the owned columns."""
 
+    @abstractmethod
+    def candidates(self, partial: Tensor, dim: int, nothing: float) -> Tensor:
+        """`[ranks, ...]`: what each rank that holds an owned column has for it, in the order of ranks; `nothing` where
+        one does not."""
+
     def own(self, x: Tensor, dim: int = -1) -> Tensor:
         """The owned among the held."""
         return x.narrow(dim, self.owned.start, self.owned.stop - self.owned.start)
@@ -77,6 +82,9 @@ class AllColumns(Columns):
 
     def home(self, partial: Tensor, dim: int) -> Tensor:
         return self.wire.scattered(partial, self.counts, dim).sum(0)
+
+    def candidates(self, partial: Tensor, dim: int, nothing: float) -> Tensor:
+        return self.wire.scattered(partial, self.counts, dim)
 
 
 class BandColumns(Columns):
@@ -107,14 +115,29 @@ class BandColumns(Columns):
         return self._completed(partial, torch.logaddexp, -torch.inf)
 
     def home(self, partial: Tensor, dim: int) -> Tensor:
-        sent = {r: self._at(partial, span, dim) for r, span in self._borrowed.items() if span[0] < span[1]}
-        parts = self._swapped(partial, sent, self._lent, dim)
         total = self.own(partial, dim).clone()
-        first = self.start + self.owned.start
-        for r, part in parts.items():
-            a, b = self._lent[r]
-            total.narrow(dim, a - first, b - a).add_(part)
+        for r, found in self._returned(partial, dim).items():
+            self._among_owned(total, r, dim).add_(found)
         return total
+
+    def candidates(self, partial: Tensor, dim: int, nothing: float) -> Tensor:
+        own = self.own(partial, dim)
+        parts = self._returned(partial, dim) | {self.wire.rank: own}
+        of_ranks = []
+        for r in sorted(parts):
+            of_ranks.append(torch.full_like(own, nothing))
+            (of_ranks[-1] if r == self.wire.rank else self._among_owned(of_ranks[-1], r, dim)).copy_(parts[r])
+        return torch.stack(of_ranks)
+
+    def _returned(self, partial: Tensor, dim: int) -> dict[int, Tensor]:
+        """What the others have for columns that are owned here, and get of theirs."""
+        sent = {r: self._at(partial, span, dim) for r, span in self._borrowed.items() if span[0] < span[1]}
+        return self._swapped(partial, sent, self._lent, dim)
+
+    def _among_owned(self, owned: Tensor, rank: int, dim: int) -> Tensor:
+        """The owned columns that the rank holds."""
+        (a, b), first = self._lent[rank], self.start + self.owned.start
+        return owned.narrow(dim, a - first, b - a)
 
     def _completed(self, partial: Tensor, add: object, nothing: float) -> Tensor:
         """In the order of ranks, so that all get the same bits."""
@@ -158,6 +181,12 @@ def blocks(counts: Sequence[int]) -> list[Span]:
     """
     ends = list(accumulate(counts))
     return [(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def part(x: Tensor, at: Span, count: int) -> Tensor:
+    """The lines `at` of an augmented vector of `count` real lines, and the dustbins' entries behind."""
+    real = x[..., slice(*at)]
+    return torch.cat([real, x[..., count:]], -1) if x.shape[-1] > count else real
 
 
 def _meet(x: Span, y: Span) -> Span:

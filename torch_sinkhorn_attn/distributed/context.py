@@ -14,9 +14,9 @@ _active: Any = None  # of the process, not of a thread: recomputation runs in th
 
 @contextmanager
 def sequence_parallel(mesh_or_group: Any) -> Iterator[None]:
-    """Within it, `sinkhorn_attention` and `SinkhornMultiheadAttention` take local shards
-    along the sequence and give local shards: rank r holds the r-th block of queries and the r-th block of keys and
-    values.
+    """Within it, `sinkhorn_attention` and `SinkhornMultiheadAttention` take local shards along the sequence and give
+    local shards: rank r holds the r-th block of queries and the r-th block of keys and values. So do `sinkhorn_plan`,
+    `sinkhorn_plan_band`, `sinkhorn_matches` and `certify`; the other functions refuse.
 
     Args:
         mesh_or_group: a `ProcessGroup`, or a `DeviceMesh` of one dimension, as `mesh["cp"]`. None: no sharding, within
@@ -76,6 +76,18 @@ def refuse_local() -> None:
     if _active is not None:
         raise ValueError(
             "Within sequence_parallel this function would see the local shard alone, which is another problem. "
-            "sinkhorn_attention and SinkhornMultiheadAttention know the other ranks; to compute "
-            "on the shard alone, call it within sequence_parallel(None)."
+            "sinkhorn_attention, SinkhornMultiheadAttention, sinkhorn_plan, sinkhorn_plan_band, sinkhorn_matches and "
+            "certify know the other ranks; to compute on the shard alone, call it within sequence_parallel(None)."
         )
+
+
+def check_module(module: Any, nested: bool) -> None:
+    """ValueError for what does not go with tokens that are sharded: of a module, and of nested tensors."""
+    refused = {
+        "nested tensors": nested and "pad them and pass key_padding_mask in shards",
+        "add_bias_kv": module.bias_k is not None and "its key would be added on every rank",
+        "add_zero_attn": module.add_zero_attn and "its key would be added on every rank",
+    }
+    for name, reason in refused.items():
+        if reason:
+            raise ValueError(f"{name} does not go with a sequence sharded over a process group: {reason}.")

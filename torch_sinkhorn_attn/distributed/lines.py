@@ -29,6 +29,9 @@ class SharedLines(Components):
     def row_sum(self, x: Tensor) -> Tensor:
         return self.wire.all_reduce(segment_sum(self._rows(x), self._labels(self.row, self._rows), self.number))
 
+    def row_max(self, x: Tensor) -> Tensor:
+        return self.wire.maximum(segment_max(self._rows(x), self._labels(self.row, self._rows), self.number))
+
     def col_sum(self, x: Tensor) -> Tensor:
         return self.wire.all_reduce(segment_sum(self._cols(x), self._labels(self.col, self._cols), self.number))
 

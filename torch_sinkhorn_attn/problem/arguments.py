@@ -137,7 +137,10 @@ def prepare(
         support = _support(given, (num, length, size), query.device, window, causal, look)
     scan, mask, floor = None, given.mask, None if softmax_mode else o.mask_floor
     if given.scores is not None:
-        mask, floor = scores_as_mask(given.scores, mask, support, given.packed, o, floor), None
+        left = None
+        if floor is not None and mask is not None and mask.dtype != torch.bool:
+            left = scan_mask(mask, support, given.packed, dtype, floor, hulls=False)
+        mask, floor = scores_as_mask(given.scores, mask, left, o), None
     of_pairs = mask  # the mask where it may forbid some
     if look and mask is not None and (window is None or 1 in mask.shape[-2:]) and keeps_all(mask, dtype, floor):
         of_pairs = None
@@ -219,17 +222,23 @@ MaskReader = Callable[
 
 
 def canonical_tokens(
-    query: Tensor, key: Tensor | None, value: Tensor | None, attn_mask: Tensor | None, keywords: Keywords
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    keywords: Keywords,
+    keys: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Any, Tensor | None, Keywords, bool]:
     """Query, key, value, mask, scores `(..., H, L, S)` (without a key), keywords, and whether what is found has a head
-    that the user did not give: of scores `(L, S)`, or of heads that are batch elements."""
+    that the user did not give: of scores `(L, S)`, or of heads that are batch elements. `keys`: how many of the scores'
+    S keys are here, None for all."""
     enable_gqa, scores = keywords.get("enable_gqa", False), None
     headless = key is None and isinstance(query, Tensor) and query.ndim == 2
     if headless:
         query, value = query[None], value[None] if isinstance(value, Tensor) and value.ndim == 2 else value
     if key is None:
         scores = query
-        query, key, value = tokens_of(scores, value, enable_gqa)
+        query, key, value = tokens_of(scores, value, enable_gqa, keys)
     else:
         query, key, value = tokens(query, key, value, enable_gqa)
     if not headless and per_head.wanted(query.shape[:-3], query.shape[-3], keywords):

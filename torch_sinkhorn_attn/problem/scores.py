@@ -11,15 +11,17 @@ from torch import Tensor
 from torch_sinkhorn_attn.options import Options
 from torch_sinkhorn_attn.problem.argument_checks import DTYPES, lower_precision
 from torch_sinkhorn_attn.problem.masks.entries import kept
-from torch_sinkhorn_attn.problem.masks.scan import scan_mask
+from torch_sinkhorn_attn.problem.masks.lines import MaskScan
 from torch_sinkhorn_attn.problem.problem import compute_dtype
 from torch_sinkhorn_attn.problem.shapes import token_shapes
-from torch_sinkhorn_attn.problem.support import Support
 from torch_sinkhorn_attn.problem.tensor_kinds import check_kind
 
 
-def tokens_of(scores: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Query and key of one feature, all 0, for scores `(..., H, L, S)`; and the value, autocast applied.
+def tokens_of(
+    scores: Any, value: Any, enable_gqa: bool, keys: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Query and key of one feature, all 0, for scores `(..., H, L, S)`; and the value, autocast applied. `keys`: how
+    many of the S keys are here, None for all.
 
     Raises:
         TypeError, ValueError: scores are no floating-point matrix, or lie elsewhere than the value.
@@ -33,7 +35,8 @@ def tokens_of(scores: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, Tensor
         raise ValueError(
             f"query has shape {tuple(scores.shape)}; without a key it holds scores, (..., heads, L, S) or (L, S)."
         )
-    heads, size, dtype = scores.shape[-3], scores.shape[-1], compute_dtype(scores.dtype)
+    heads, dtype = scores.shape[-3], compute_dtype(scores.dtype)
+    size = scores.shape[-1] if keys is None else keys
     if value is not None:
         if not isinstance(value, Tensor):
             raise TypeError(f"value must be a tensor, got {type(value).__name__}.")
@@ -55,12 +58,10 @@ def tokens_of(scores: Any, value: Any, enable_gqa: bool) -> tuple[Tensor, Tensor
     return query, key, value
 
 
-def as_mask(
-    scores: Tensor, mask: Tensor | None, support: Support, packed: bool, options: Options, floor: float | None
-) -> Tensor:
+def as_mask(scores: Tensor, mask: Tensor | None, left: MaskScan | None, options: Options) -> Tensor:
     """The float mask that the scores `[N, H, L, S]` come to: scale * scores / epsilon + mask, -inf where the scores or
-    the mask forbid the pair. The `floor` under low entries is the mask's alone: scores may lie as far apart as they do.
-    Not copied where nothing changes."""
+    the mask forbid the pair. `left`: the scan of a float mask by its floor, which is the mask's alone: scores may lie
+    as far apart as they do. Not copied where nothing changes."""
     dtype = compute_dtype(scores.dtype)
     found = scaled(scores, options.scale, options.epsilon)
     if mask is None:
@@ -68,8 +69,7 @@ def as_mask(
     if mask.dtype == torch.bool:
         return found.masked_fill(~mask, -torch.inf)
     forbidden = ~kept(mask.detach(), dtype)
-    if floor is not None:
-        left = scan_mask(mask, support, packed, dtype, floor, hulls=False)
+    if left is not None:
         forbidden = forbidden | ~left.row_active[..., :, None] | ~left.col_active[..., None, :]
     added = found.to(dtype) + mask.to(dtype).masked_fill(forbidden, 0.0)
     return added.masked_fill(forbidden, -torch.inf)

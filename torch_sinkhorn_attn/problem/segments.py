@@ -27,6 +27,10 @@ class Components(NamedTuple):
         """Over rows."""
         return segment_sum(x, self.row, self.number)
 
+    def row_max(self, x: Array) -> Array:
+        """The largest over rows; -inf over none."""
+        return segment_max(x, self.row, self.number)
+
     def col_sum(self, x: Array) -> Array:
         """Over columns."""
         return segment_sum(x, self.col, self.number)

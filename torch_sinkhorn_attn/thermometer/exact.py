@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,45 +16,82 @@ from torch_sinkhorn_attn.method.staircase import Factor, Field, implicit_field, 
 from torch_sinkhorn_attn.problem.feasibility.parts import masked_components
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import OutputGrads, Potentials, Problem
-from torch_sinkhorn_attn.problem.segments import Components, by_segment, segment_max, segment_sum, segments
+from torch_sinkhorn_attn.problem.segments import Components, by_segment
 from torch_sinkhorn_attn.thermometer.probes import probe
 
 POWER_ITERS = 100
 
 
-class BySegment:
-    """Sums and maxima of augmented row or column vectors by problem, `[N, H, n(+G)]` to `[N, H, G]`."""
+class Solved(NamedTuple):
+    """A problem at its potentials, and what the exact numbers are computed with. Where its lines lie on several devices
+    (`distributed.certificates`), each has its own part of it."""
 
-    def __init__(self, problem: Problem):
-        self.row, self.col, self.count = segments(problem)
+    tiles: Tiles
+    potentials: Potentials
+    passes: TiledPasses  # for the cotangent of the output
+    parts: Components  # of the support with its mask
+    start: Tensor  # of the power iteration, [N, H, S(+G)]
+    scores: Callable[[], Tensor]  # dense and augmented, of all lines
+    all_own: Components  # the problem of each of all lines
 
-    def sum(self, x: Tensor, index: Tensor | None) -> Tensor:
-        return segment_sum(x, index, self.count)
 
-    def max(self, x: Tensor, index: Tensor | None) -> Tensor:
-        return segment_max(x, index, self.count)
+def solved(tiles: Tiles, potentials: Potentials, grad_output: Tensor) -> Solved:
+    """On one device."""
+    passes = TiledPasses(tiles, attention_output(tiles), OutputGrads(grad_output))
+    parts = masked_components(tiles.inputs, tiles.problem)
+    start = power_start(tiles.v.shape, tiles.v)
+
+    def scores() -> Tensor:
+        return reference.dense_problem(tiles.inputs, tiles.problem).scores
+
+    return Solved(tiles, potentials, passes, parts, start, scores, tiles.own)
 
 
-def exact_numbers(
-    tiles: Tiles, potentials: Potentials, grad_output: Tensor, exact_diameter: bool, scale: MassScale | None
-) -> tuple[Any, ...]:
+def power_start(shape: Sequence[int], like: Tensor) -> Tensor:
+    return probe(shape, like, seed=2)
+
+
+class ByProblem:
+    """Sums and maxima by problem, `[N, H, n]` to `[N, H, G]`, of vectors with or without the dustbins' entries."""
+
+    def __init__(self, tiles: Tiles):
+        self.own, self.bins = tiles.own, tiles.bins
+        self.rows, self.cols = tiles.length + tiles.bins, tiles.size + tiles.bins
+
+    def row_sum(self, x: Tensor) -> Tensor:
+        return self.own.row_sum(self._wide(x, self.rows, 0))
+
+    def col_sum(self, x: Tensor) -> Tensor:
+        return self.own.col_sum(self._wide(x, self.cols, 0))
+
+    def row_max(self, x: Tensor) -> Tensor:
+        return self.own.row_max(self._wide(x, self.rows, -torch.inf))
+
+    def col_max(self, x: Tensor) -> Tensor:
+        return self.own.col_max(self._wide(x, self.cols, -torch.inf))
+
+    def _wide(self, x: Tensor, count: int, fill: float) -> Tensor:
+        return x if x.shape[-1] == count else torch.nn.functional.pad(x, (0, self.bins), value=fill)
+
+
+def exact_numbers(at: Solved, exact_diameter: bool, scale: MassScale | None) -> tuple[Any, ...]:
     """The fields of a `Certificate` up to its status, `[N, H, G]` each."""
-    problem, by = tiles.problem, BySegment(tiles.problem)
+    tiles = at.tiles
+    problem, by = tiles.problem, ByProblem(tiles)
     row_error, col_error = (x.abs() for x in marginal_errors(tiles, scale))
     positive, spread = _log_plan_spread(tiles, by)
-    diameter = _exact_diameter(tiles, by) if exact_diameter else 2 * spread
+    diameter = _exact_diameter(at.scores(), at.all_own) if exact_diameter else 2 * spread
     diameter = torch.where(positive, diameter, torch.inf)
     contraction = torch.where(positive, (diameter / 4).tanh(), 1.0)
-    parts = masked_components(tiles.inputs, problem)
-    fields = _fields(tiles, potentials, grad_output, parts)
+    fields = _fields(at)
     rows_dropped = problem.solver.gradient == "implicit" or problem.solver.kept > 0
-    dropped = by.sum(fields.dropped.abs(), by.row if rows_dropped else by.col)
+    dropped = (by.row_sum if rows_dropped else by.col_sum)(fields.dropped.abs())
     bound, implicit_bound = _bias_bounds(dropped, contraction, problem)
-    measured, norm = _field_distance(tiles, fields, by)
+    measured, norm = _field_distance(at, fields, by)
     return (
-        by.sum(row_error, by.row), by.max(row_error, by.row).clamp(min=0),
-        by.sum(col_error, by.col), by.max(col_error, by.col).clamp(min=0),
-        positive, diameter, contraction, convergence_rate(tiles, parts, by),
+        by.row_sum(row_error), by.row_max(row_error).clamp(min=0),
+        by.col_sum(col_error), by.col_max(col_error).clamp(min=0),
+        positive, diameter, contraction, convergence_rate(at, by),
         dropped, bound, implicit_bound, measured, norm,
     )  # fmt: skip
 
@@ -78,7 +116,7 @@ def _bias_bounds(dropped: Tensor, kappa: Tensor, problem: Problem) -> tuple[Tens
     )
 
 
-def _log_plan_spread(tiles: Tiles, by: BySegment) -> tuple[Tensor, Tensor]:
+def _log_plan_spread(tiles: Tiles, by: ByProblem) -> tuple[Tensor, Tensor]:
     """Whether each problem's active block is positive, and max log P - min log P over its support."""
     shape = (tiles.num, tiles.heads, tiles.length)
     most, least = tiles.u.new_full(shape, -torch.inf), tiles.u.new_full(shape, torch.inf)
@@ -92,44 +130,42 @@ def _log_plan_spread(tiles: Tiles, by: BySegment) -> tuple[Tensor, Tensor]:
             count[..., rows] += inside.sum(-1)
     live_rows, live_cols = (~dead for dead in (tiles.row_dead, tiles.col_dead))
     real_rows, real_cols = live_rows[..., : tiles.length], live_cols[..., : tiles.size]
-    row, col = (None if s is None else s[..., :n] for s, n in ((by.row, tiles.length), (by.col, tiles.size)))
-    pairs = by.sum(real_rows.long(), row) * by.sum(real_cols.long(), col)
-    positive = by.sum(count, row) == pairs
-    largest, smallest = by.max(most, row), -by.max(-least, row)
+    pairs = by.row_sum(real_rows.long()) * by.col_sum(real_cols.long())
+    positive = by.row_sum(count) == pairs
+    largest, smallest = by.row_max(most), -by.row_max(-least)
     if tiles.bins:
         to_bin, from_bin, corner = tiles.log_dustbin_plan
-        largest = torch.stack([largest, by.max(to_bin, row), by.max(from_bin, col), corner]).amax(0)
+        largest = torch.stack([largest, by.row_max(to_bin), by.col_max(from_bin), corner]).amax(0)
         to_bin, from_bin, corner = (x.masked_fill(x == -torch.inf, torch.inf) for x in (to_bin, from_bin, corner))
-        smallest = torch.stack([smallest, -by.max(-to_bin, row), -by.max(-from_bin, col), corner]).amin(0)
+        smallest = torch.stack([smallest, -by.row_max(-to_bin), -by.col_max(-from_bin), corner]).amin(0)
     spread = largest - smallest
     return positive, torch.where(spread.isnan(), 0.0, spread).clamp(min=0)
 
 
-def _exact_diameter(tiles: Tiles, by: BySegment) -> Tensor:
+def _exact_diameter(scores: Tensor, own: Components) -> Tensor:
     """Delta = max over i, k, j, l of S_ij + S_kl - S_il - S_kj, dense and in O(n^2 m)."""
-    scores = reference.dense_problem(tiles.inputs, tiles.problem).scores
-    diameter = scores.new_zeros(tiles.num, tiles.heads, by.count)
+    diameter = scores.new_zeros(*scores.shape[:2], own.number)
     for i in range(scores.shape[-2]):
         inside = (scores > -torch.inf) & (scores[..., i : i + 1, :] > -torch.inf)
         gap = scores[..., i : i + 1, :] - scores
         span = gap.masked_fill(~inside, -torch.inf).amax(-1) + (-gap).masked_fill(~inside, -torch.inf).amax(-1)
-        diameter = torch.maximum(diameter, by.max(span, by.row))
+        diameter = torch.maximum(diameter, own.row_max(span))
     return diameter
 
 
-def convergence_rate(tiles: Tiles, parts: Components, by: BySegment, max_iters: int = POWER_ITERS) -> Tensor:
+def convergence_rate(at: Solved, by: ByProblem, max_iters: int = POWER_ITERS) -> Tensor:
     """Largest eigenvalue of rho_r rho_c N^T N, N = diag(r)^(-1/2) P diag(c)^(-1/2), off the null vectors if
     balanced."""
-    problem = tiles.problem
-    normal = NormalPlan(tiles, problem, parts)
-    x = probe(tiles.v.shape, tiles.v, seed=2) * (normal.root > 0)
-    rate = x.new_zeros(*x.shape[:-1], by.count)
+    problem, own = at.tiles.problem, at.tiles.own
+    normal = NormalPlan(at.tiles, problem, at.parts)
+    x = at.start * (normal.root > 0)
+    rate = x.new_zeros(*x.shape[:-1], own.number)
     for _ in range(max_iters):
         x = normal.project(x)
-        size = by.sum(x * x, by.col).sqrt()
-        x = x * by_segment(torch.where(size > 0, 1 / size, 0.0), by.col, x.shape[-1])
+        size = by.col_sum(x * x).sqrt()
+        x = x * by_segment(torch.where(size > 0, 1 / size, 0.0), own.col, x.shape[-1])
         image = normal.gram(x)
-        previous, rate = rate, by.sum(x * image, by.col)
+        previous, rate = rate, by.col_sum(x * image)
         x = image
         if ((rate - previous).abs() <= 1e-6 * rate).all():
             break
@@ -140,24 +176,23 @@ class _Fields(NamedTuple):
     surrogate: Field
     implicit: Field
     dropped: Tensor
-    passes: TiledPasses
 
 
-def _fields(tiles: Tiles, potentials: Potentials, grad_output: Tensor, parts: Components) -> _Fields:
+def _fields(at: Solved) -> _Fields:
     """Modifier fields of the gradient asked for and of the implicit one, for the same cotangent."""
-    passes = TiledPasses(tiles, attention_output(tiles), OutputGrads(grad_output))
+    tiles, passes, problem = at.tiles, at.passes, at.tiles.problem
     zero = Factor(torch.zeros_like(tiles.u), torch.zeros_like(tiles.v), scaled=True)
     passes.column(zero.row, zero)
-    implicit = implicit_field(tiles, passes.row_sums, passes.column_sums(), tiles.problem, parts)
-    if tiles.problem.solver.gradient == "implicit":
-        return _Fields(implicit, implicit, zero.row, passes)
-    surrogate, dropped = tail_field(passes, potentials, tiles.problem)
-    return _Fields(surrogate, implicit, dropped, passes)
+    implicit = implicit_field(tiles, passes.row_sums, passes.column_sums(), problem, at.parts, tiles.own)
+    if problem.solver.gradient == "implicit":
+        return _Fields(implicit, implicit, zero.row)
+    surrogate, dropped = tail_field(passes, at.potentials, problem)
+    return _Fields(surrogate, implicit, dropped)
 
 
-def _field_distance(tiles: Tiles, fields: _Fields, by: BySegment) -> tuple[Tensor, Tensor]:
+def _field_distance(at: Solved, fields: _Fields, by: ByProblem) -> tuple[Tensor, Tensor]:
     """(||dS_surrogate - dS_implicit||_1, ||dS_implicit||_1) by problem, tile by tile."""
-    d, (one, other) = fields.passes.d, (fields.surrogate, fields.implicit)
+    tiles, d, (one, other) = at.tiles, at.passes.d, (fields.surrogate, fields.implicit)
     distance, norm = torch.zeros_like(tiles.u), torch.zeros_like(tiles.u)
     for i, rows in enumerate(tiles.row_blocks):
         for j in tiles.columns(i):
@@ -165,16 +200,12 @@ def _field_distance(tiles: Tiles, fields: _Fields, by: BySegment) -> tuple[Tenso
             second = tiles.score_cotangent(d.grad, other, i, j)
             norm[..., rows] += second.abs().sum(-1)
             distance[..., rows] += first.sub_(second).abs().sum(-1)
-    distance, norm = by.sum(distance, by.row), by.sum(norm, by.row)
+    distance, norm = by.row_sum(distance), by.row_sum(norm)
     if tiles.dustbin is None or d.to_bin is None or d.from_bin is None:
         return distance, norm
     bins_one, bins_other = (
         tiles.dustbin.score_cotangent(tiles.log_dustbin_plan, d.to_bin, d.from_bin, field) for field in (one, other)
     )
-    index = (
-        None if by.row is None else by.row[..., : tiles.length],
-        None if by.col is None else by.col[..., : tiles.size],
-    )
-    for x, y, where in zip(bins_one[:2], bins_other[:2], index, strict=True):
-        distance, norm = distance + by.sum((x - y).abs(), where), norm + by.sum(y.abs(), where)
+    for x, y, total in zip(bins_one[:2], bins_other[:2], (by.row_sum, by.col_sum), strict=True):
+        distance, norm = distance + total((x - y).abs()), norm + total(y.abs())
     return distance + (bins_one[2] - bins_other[2]).abs(), norm + bins_other[2].abs()

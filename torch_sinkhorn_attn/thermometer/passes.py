@@ -19,8 +19,9 @@ from torch_sinkhorn_attn.method import reference
 from torch_sinkhorn_attn.method.dustbin_vectors import DustbinVectors
 from torch_sinkhorn_attn.options import Solver
 from torch_sinkhorn_attn.problem.arguments import Prepared
+from torch_sinkhorn_attn.problem.feasibility.parts import masked_components
 from torch_sinkhorn_attn.problem.problem import Inputs, Potentials, Problem, Result, compute_dtype
-from torch_sinkhorn_attn.problem.segments import mass_of, segment_max, segments
+from torch_sinkhorn_attn.problem.segments import Components, mass_of, segment_max, segments
 
 PLAIN: dict[str, Any] = {
     "base_iters": 0, "gradient": "tail", "tolerance": 0.0, "over_relaxation": 1.0, "acceleration": None,
@@ -83,6 +84,10 @@ class Passes:
         )
         plan = each_tensor(vectors.log_plan(*live), torch.exp)
         return vectors.complete_rows(real, plan, x)
+
+    def parts(self) -> Components:
+        """The connected component of each line, by the intervals and the mask."""
+        return masked_components(self.inputs, self.problem)
 
     def movement(self, v: Tensor, plain: Tensor) -> Tensor:
         """The largest |plain - v| of each problem `[N, H, G]`, where `plain` is the column half-step that follows v:

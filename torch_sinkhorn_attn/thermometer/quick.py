@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from torch_sinkhorn_attn.problem.arguments import Prepared
-from torch_sinkhorn_attn.problem.feasibility.parts import masked_components
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Potentials
 from torch_sinkhorn_attn.problem.segments import Components, by_segment, segment_max, segment_sum
@@ -43,9 +42,14 @@ class Returned(NamedTuple):
 def returned(prepared: Prepared) -> tuple[Passes, Returned]:
     """Solve, where there is a tail by one iteration more than asked for."""
     passes, _, found = solved(prepared, more=True)
+    return passes, at_end(passes, found)
+
+
+def at_end(passes: Passes, found: Potentials) -> Returned:
+    """Of the potentials of a solve, which may have had one iteration more than the problem's own."""
     if len(found.col) > passes.problem.solver.kept + 1:
-        return passes, Returned(found.row[-2], found.col[-2], found.col[-1])
-    return passes, following(passes, Potentials(found.row[-1], found.col[-1]))
+        return Returned(found.row[-2], found.col[-2], found.col[-1])
+    return following(passes, Potentials(found.row[-1], found.col[-1]))
 
 
 def following(passes: Passes, at: Potentials) -> Returned:
@@ -94,12 +98,12 @@ def residuals(passes: Passes, r: Tensor, c: Tensor, scale: MassScale | None) -> 
 def rate(passes: Passes, at: Returned, r: Tensor, c: Tensor) -> Tensor:
     """`[N, H, G]`: of plain iterations near the fixed point, at most the true one but for rounding; 0 where a problem
     has no tokens."""
-    solver, own, inputs = passes.problem.solver, passes.own, passes.inputs
+    solver, own = passes.problem.solver, passes.own
     present = segment_sum(c, own.col, own.number) > 0
     if not solver.balanced:
         return present.to(c) * (solver.rho_row * solver.rho_col)
     vectors = _slow_vectors(passes, at, c)
-    vectors = _off_constants(vectors, c, masked_components(inputs, passes.problem))
+    vectors = _off_constants(vectors, c, passes.parts())
     image = passes.times(at.v, vectors)
     used = own.number if own.col is None else 1 + int(own.col.max())
     row, col = (None if x is None else x[:, 0] for x in own[:2])

@@ -44,7 +44,11 @@ def band_gradients(
     log: bool,
 ) -> Inputs:
     """The adjoint of `band`, of whose result it is given the values, for cotangents of its three results."""
-    passes = BandPasses(tiles, first, values, grads, mask, log)
+    return plan_gradients(BandPasses(tiles, first, values, grads, mask, log), potentials)
+
+
+def plan_gradients(passes: BandPasses, potentials: Potentials) -> Inputs:
+    """The adjoint by such passes."""
     field, _ = adjoint_field(passes, potentials)
     return score_gradients(passes, field)
 
@@ -63,7 +67,9 @@ class BandPasses(TiledPasses):
         grads: tuple[Tensor, Tensor | None, Tensor | None],
         mask: bool,
         log: bool,
+        corner_grad: Tensor | None = None,
     ):
+        """`corner_grad` `[N, H]`: the cotangent of the corner, where there is one, summed over segments."""
         AdjointPasses.__init__(self, tiles)
         self.tiles, self.first, self.wants_mask = tiles, first, mask
         grad, to_bin, from_bin = (None if x is None else x.to(tiles.dtype) for x in grads)
@@ -74,14 +80,16 @@ class BandPasses(TiledPasses):
             self.bins = Vectors(
                 _weighted(column, to_bin, tiles.log_dustbin_plan.column, log),
                 _weighted(row, from_bin, tiles.log_dustbin_plan.row, log),
-                torch.zeros_like(corner),
+                _weighted_corner(corner, corner_grad, tiles.log_dustbin_plan.corner, log),
             )
         self.row_sums = self.complete_row_sums(self.weighted.sum(-1))
 
     def real_column_sums(self) -> Tensor:
         t, width = self.tiles, self.weighted.shape[-1]
+        if t.size == 0:
+            return self.weighted.new_zeros(t.num, t.heads, 0)
         place = self.first[..., None] + torch.arange(width, device=self.first.device)
-        place = place.clamp(0, max(0, t.size - 1)).flatten(-2)[:, None].expand(t.num, t.heads, -1)
+        place = place.clamp(0, t.size - 1).flatten(-2)[:, None].expand(t.num, t.heads, -1)
         return self.weighted.new_zeros(t.num, t.heads, t.size).scatter_add(-1, place, self.weighted.flatten(-2))
 
     def score_cotangent(self, field: Field, i: int, j: int) -> Tensor:
@@ -99,3 +107,11 @@ def _weighted(plan: Tensor, grad: Tensor | None, log_plan: Tensor, log: bool) ->
     if grad is None:
         return torch.zeros_like(plan)
     return grad.masked_fill(log_plan == -torch.inf, 0.0) if log else plan * grad
+
+
+def _weighted_corner(plan: Tensor, grad: Tensor | None, log_plan: Tensor, log: bool) -> Tensor:
+    """P*D of the corners `[N, H, G]`, for the cotangent of their sum or of its logarithm."""
+    if grad is None:
+        return torch.zeros_like(plan)
+    share = log_plan.softmax(-1).masked_fill(log_plan == -torch.inf, 0.0) if log else plan
+    return share * grad[..., None]

@@ -51,8 +51,8 @@ class TiledEngine(Engine):
 ENGINE = TiledEngine()
 
 
-def attend(scores: Tiles, residuals: bool) -> Result:
-    """Forward over the tiles of the scores."""
+def attend(scores: AugmentedPlan, residuals: bool) -> Result:
+    """Forward over the scores."""
     potentials = iterate(scores)
     u, v = potentials.row[-1], potentials.col[-1]
     tiles = scores.at(u, v)

@@ -87,7 +87,7 @@ class StreamedPlan(AugmentedPlan):
         omega = self.problem.solver.over_relaxation
         relax = old is not None and omega != 1
         log_mass = self.log_b if column else self.log_a
-        found = torch.zeros_like(log_mass) if 0 in other.shape else torch.empty_like(log_mass)
+        found = (log_mass.new_zeros if 0 in other.shape else log_mass.new_empty)(log_mass.shape)  # contiguous
         last = self._held.get(column)
         if relax and old is not None:
             own = self._held_live(old, column)
