@@ -7,8 +7,8 @@ all that a program keeps between forward and backward are its arguments, the pot
 
 from __future__ import annotations
 
-import ast
 import functools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +38,7 @@ _KEYWORDS = (
 _TOKENS = ("query", "key", "value", "attn_mask")
 _TENSORS = (*_TOKENS, *(f"bin_{x}" for x in _BINS), *_KEYWORDS, "initial_row", "initial_col")
 _DIFFERENTIABLE = len(_TOKENS) + 4  # of them, the first
-_ARGUMENTS = f"Tensor {', Tensor? '.join(_TENSORS)}, str options, str group, str kind"
+_ARGUMENTS = f"Tensor {', Tensor? '.join(_TENSORS)}, float[] floats, int[] ints, str options, str group, str kind"
 
 
 class _Kind(NamedTuple):
@@ -96,12 +96,43 @@ def _called(name: str, group: Any, call: Call, kind: str) -> Sequence[Tensor]:
     row, col = (None, None) if initial is None else initial
     tensors: list[Any] = [y if isinstance(y, Tensor) else None for y in (bins.get(x) for x in _BINS)]
     tensors += [keywords.get(x) for x in _KEYWORDS]
-    words = repr((scalars, told if dustbin is not None else None))
+    floats: list[float] = []
+    ints: list[int] = []
+    words = _worded((scalars, told if dustbin is not None else None), floats, ints)
     op = getattr(lib, f"sharded_{name}")
     found: Sequence[Tensor] = op(
-        call.query, call.key, call.value, mask, *tensors, row, col, words, group.group_name, kind
+        call.query, call.key, call.value, mask, *tensors, row, col, floats, ints, words, group.group_name, kind
     )
     return found
+
+
+def _worded(x: Any, floats: list[float], ints: list[int]) -> str:
+    """As JSON, but for numbers, which a compiler may know as symbols: they go into the lists, and their place says so."""
+    if isinstance(x, dict):
+        return "{" + ", ".join([f'"{k}": {_worded(y, floats, ints)}' for k, y in x.items()]) + "}"
+    if isinstance(x, (tuple, list)):
+        return "[" + ", ".join([_worded(y, floats, ints) for y in x]) + "]"
+    if x is None or isinstance(x, (bool, str)):
+        return {None: "null", True: "true", False: "false"}[x] if not isinstance(x, str) else f'"{x}"'
+    if isinstance(x, float):
+        floats.append(x)
+        return '{"is": "float"}'
+    ints.append(x)
+    return '{"is": "int"}'
+
+
+def _told(words: str, floats: Sequence[float], ints: Sequence[int]) -> Any:
+    """Its inverse, with tuples for lists."""
+    numbers = {"float": iter(floats), "int": iter(ints)}
+
+    def read(x: Any) -> Any:
+        if isinstance(x, list):
+            return tuple(read(y) for y in x)
+        if not isinstance(x, dict):
+            return x
+        return next(numbers[x["is"]]) if "is" in x else {k: read(y) for k, y in x.items()}
+
+    return read(json.loads(words))
 
 
 # The ops' side
@@ -110,7 +141,7 @@ def _called(name: str, group: Any, call: Call, kind: str) -> Sequence[Tensor]:
 def _unpacked(args: Sequence[Any]) -> tuple[Call, str, bool]:
     """The call, its group's name, and what its kind says."""
     given = dict(zip(_TENSORS, args, strict=False))
-    (scalars, told), kind = ast.literal_eval(args[len(_TENSORS)]), args[-1] == "True"
+    (scalars, told), kind = _scalars(args), args[-1] == "True"
     keywords = {**scalars, **{x: given[x] for x in _KEYWORDS}}
     if told is not None:
         keywords["dustbin"] = Dustbin(**(told | {x: y for x in _BINS if (y := given[f"bin_{x}"]) is not None}))
@@ -130,8 +161,11 @@ def _sharded(name: str, args: Sequence[Any], seed: Tensor | None = None) -> tupl
     return sharded, kind
 
 
-def _window(args: Sequence[Any]) -> object:
-    return ast.literal_eval(args[len(_TENSORS)])[0]["window"]
+def _scalars(args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Options, and the dustbin's numbers."""
+    floats, ints, words = args[len(_TENSORS) : len(_TENSORS) + 3]
+    found: tuple[dict[str, Any], dict[str, Any] | None] = _told(words, floats, ints)
+    return found
 
 
 def _run(name: str, sharded: Sharded, kind: bool, args: Sequence[Any], known: Any = None) -> list[Tensor | None]:
@@ -144,7 +178,7 @@ def _run(name: str, sharded: Sharded, kind: bool, args: Sequence[Any], known: An
     if name == "plan":
         dense, potentials = plans.returned_plan(sharded, kind, known)
         return [dense, *potentials]
-    entries, potentials = plans.returned_band(sharded, kind, _window(args), known)
+    entries, potentials = plans.returned_band(sharded, kind, _scalars(args)[0]["window"], known)
     return [*entries, *potentials]
 
 
