@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 
-from torch_sinkhorn_attn.engines.tpu import Dustbin, sinkhorn_attention
+from torch_sinkhorn_attn.engines.tpu import Dustbin, SinkhornAux, sinkhorn_attention
 from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
 
 AXIS = "cp"
@@ -170,8 +170,8 @@ def outcome(case: Case, call: Callable[[Arrays], Any]) -> Any:
     return *found, gradients
 
 
-def check(name: str, devices: int) -> None:
-    case = CASES[name]()
+def on_devices(case: Case, devices: int) -> Any:
+    """`outcome` with the tokens on so many devices."""
     mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     specs = {name: spec for name, (_, spec) in case.arrays.items()}
     tokens, everywhere = P(None, None, AXIS), P()
@@ -186,21 +186,40 @@ def check(name: str, devices: int) -> None:
 
     def sharded(arrays: Arrays) -> Any:
         bins = tokens if "row_score" in arrays else None
-        aux = type(shape[1])(tokens, tokens, everywhere, everywhere, bins, bins)
+        aux = SinkhornAux(tokens, tokens, everywhere, everywhere, bins, bins)
         run = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=(tokens, aux, (everywhere, everywhere)))
         output, aux, (row, col) = run(arrays)
         row, col = jnp.concatenate([aux.row_potential, row], -1), jnp.concatenate([aux.col_potential, col], -1)
         return output, aux._replace(row_potential=row, col_potential=col)
 
-    shape = jax.eval_shape(lambda: case.call({name: x for name, (x, _) in case.arrays.items()}, None))
-    expected = outcome(case, lambda arrays: case.call(arrays, None))
-    found = outcome(case, sharded)
+    return outcome(case, sharded)
+
+
+def on_one(case: Case) -> Any:
+    """`outcome` with all tokens on one device."""
+    return outcome(case, lambda arrays: case.call(arrays, None))
+
+
+def compare(told: str, expected: Any, found: Any) -> float:
+    """The largest error, relative to entries above 1.
+
+    Raises:
+        AssertionError: one of 1e-10 or more, other shapes, or a number that is not finite.
+    """
+    largest, there = 0.0, dict(jax.tree_util.tree_leaves_with_path(found))
     for path, x in jax.tree_util.tree_leaves_with_path(expected):
-        y = dict(jax.tree_util.tree_leaves_with_path(found))[path]
-        error = float(jnp.abs(x - y).max()) if x.size else 0.0
-        scale = max(1.0, float(jnp.abs(x).max())) if x.size else 1.0
-        assert x.shape == y.shape and error < 1e-10 * scale, (name, devices, jax.tree_util.keystr(path), error)
-        assert bool(jnp.isfinite(x).all()), (name, path)
+        y, where = there[path], f"{told}: {jax.tree_util.keystr(path)}"
+        assert x.shape == y.shape, (where, x.shape, y.shape)
+        assert bool(jnp.isfinite(x).all()), where
+        error = float(jnp.abs(x - y).max() / jnp.maximum(1.0, jnp.abs(x).max())) if x.size else 0.0
+        assert error < 1e-10, (where, error)
+        largest = max(largest, error)
+    return largest
+
+
+def check(name: str, devices: int) -> None:
+    case = CASES[name]()
+    compare(f"{name} on {devices}", on_one(case), on_devices(case, devices))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_calls_from_before_acceleration_are_understood() -> None:
     """Programs exported then: torch.export writes an op's arguments down in order, without those at the end that have
     their default."""
     names = (*ops.Inputs._fields, *ops.PROBLEM_FIELDS, "engine")
-    assert (*names, "acceleration", "contraction") == ops.NAMES
+    assert (*names, "acceleration", "contraction", "paired") == ops.NAMES
     flat = flat_of(problems.make(0), engine="tiled")
     before, results = flat[: len(names)], lib.forward(*ops.with_residuals(flat, True))
     assert flat[len(names) :] == [None, 0.0]

@@ -196,8 +196,9 @@ def prepare(
             )
             initial = unit.shifted(row, col, back=True)
 
-    aligned = whole and not causal and not centered
-    outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), aligned)
+    diagonal = not causal and not centered
+    paired = diagonal and not whole and length == size and _same_on_both_sides(keywords)
+    outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), diagonal and whole, paired)
     intervals = Intervals(support.row_lo, support.row_hi, support.col_lo, support.col_hi, row_segment, col_segment)
     marginals = Marginals(*(None if x is None else log_mass(x, dtype) for x in masses))  # type: ignore[arg-type]
     problem = Problem(intervals, marginals, *initial, dropout_seed(o.dropout_p, query.device), solver, outline)
@@ -260,6 +261,12 @@ def _support(
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side
+
+
+def _same_on_both_sides(keywords: Keywords) -> bool:
+    """Whether queries and keys have one tensor of lengths, and one of segments."""
+    pairs = ("query_lengths", "key_lengths"), ("query_segment_ids", "key_segment_ids")
+    return all(keywords.get(one) is keywords.get(other) for one, other in pairs)
 
 
 def _absent(pair: Pair) -> bool:
