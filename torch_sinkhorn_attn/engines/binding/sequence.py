@@ -1,5 +1,5 @@
-"""The functions of `functions` with the tokens of a problem on several devices: whole arrays in, whole arrays out, and in
-between `jax.shard_map`, where devices tell each other what `engines.tpu.method.sequence` says.
+"""The functions of `functions` with the tokens of a problem on several devices: whole arrays in, whole arrays out, and
+in between `jax.shard_map`, where devices tell each other what `engines.tpu.method.sequence` says.
 
 Arrays are in even blocks. Those that have dustbins after their tokens come in two, the second named with `BINS`.
 Intervals are of rows, counted over all columns; those of columns are not read. Results that are the same for several

@@ -62,7 +62,9 @@ def axes_in_order(placement: Placement) -> tuple[tuple[int, int], ...]:
     """
     grid = np.array(placement.devices).reshape(placement.shape)
     origin = (0,) * grid.ndim
-    steps = [int(grid[(*origin[:i], 1, *origin[i + 1 :])] - grid[origin]) if n > 1 else 0 for i, n in enumerate(grid.shape)]
+    steps = [
+        int(grid[(*origin[:i], 1, *origin[i + 1 :])] - grid[origin]) if n > 1 else 0 for i, n in enumerate(grid.shape)
+    ]
     order = sorted(range(grid.ndim), key=lambda i: -steps[i])
     if grid.transpose(order).flatten().tolist() != list(range(grid.size)):
         raise ValueError(
