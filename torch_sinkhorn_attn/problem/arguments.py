@@ -113,6 +113,12 @@ def prepare(
     whole, in place of `attn_mask`; whether it leaves a plan is not asked then."""
     refuse_local()
     query, key, value, attn_mask, scores, keywords, headless = canonical_tokens(query, key, value, attn_mask, keywords)
+    if engine_of(query.device).over_ranks() is not None:
+        raise ValueError(
+            "With the sequence sharded over ranks (mesh.set_sharding) this function would see the local tokens alone, "
+            "which is another problem. sinkhorn_attention knows the other ranks; set_sharding(None) computes on these "
+            "alone."
+        )
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
     o = options(keywords)

@@ -91,12 +91,6 @@ def run(
     made, leaves = program.record(function.__name__, trees, statics)
     given = {name: tuple(x.shape) for name, x in zip(made.names, leaves, strict=True)}
     place = mesh.placement()
-    if place is not None and place.sequence is not None:
-        raise ValueError(
-            "With the sequence sharded over ranks (mesh.set_sharding) this function would see the local tokens alone, "
-            "which is another problem. sinkhorn_attention knows the other ranks; set_sharding(None) computes on these "
-            "alone."
-        )
     if place is None:
         results = op(made.function)(leaves, made.text())
     else:
