@@ -57,8 +57,9 @@ def attention(
     if not return_aux:
         output: Tensor = found["output"]
         return output
-    fixed = (found[name].detach() for name in call.result_names[1:5])
-    return found["output"], SinkhornAux(*fixed, found.get("row_dustbin"), found.get("col_dustbin"))
+    row, col, row_residual, col_residual = (found[name].detach() for name in call.result_names[1:5])
+    bins = found.get("row_dustbin"), found.get("col_dustbin")
+    return found["output"], SinkhornAux(row, col, row_residual, col_residual, *bins)
 
 
 def _arguments(

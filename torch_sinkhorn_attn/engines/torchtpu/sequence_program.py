@@ -115,7 +115,7 @@ class Call:
 
     def _backward(self, arrays: dict[str, Array]) -> dict[str, Any]:
         rest = {name: x for name, x in arrays.items() if name not in (*SAVED, *GRADS)}
-        saved = tuple(arrays[name] for name in SAVED)
+        saved = arrays[SAVED[0]], arrays[SAVED[1]], arrays[SAVED[2]]
         statics: list[Any] = []
 
         def pose(moving: dict[str, Array]) -> Any:
@@ -128,18 +128,18 @@ class Call:
 
         floats, pull, (inputs, constants, power) = jax.vjp(pose, {n: rest[n] for n in self.moving}, has_aux=True)
         ((how, shares),) = statics
-        output, *bins = (arrays.get(name) for name in GRADS)
-        assert output is not None
         shape = saved[0].shape
-        grads = [None if x is None else x.reshape(*shape[:2], x.shape[-1]) for x in bins]
-        if grads[1] is not None:  # of the owned, where a plan has the held
-            grads[1] = how.sequence.held(grads[1])
-        if power is not None and shares is not None:
-            factor = jnp.exp2(sum(shares) * power)[..., None]
-            grads = [None if x is None else x * factor for x in grads]
-        found = batching.backward(
-            inputs, constants, how, self.lowering, saved, (output.reshape(shape), *grads), "attn_mask" in self.moving
-        )
+        factor = 1 if power is None or shares is None else jnp.exp2(sum(shares) * power)[..., None]
+
+        def of_bin(name: str) -> Array | None:
+            x = arrays.get(name)
+            return None if x is None else x.reshape(*shape[:2], x.shape[-1]) * factor
+
+        to_bin, from_bin = (of_bin(name) for name in GRADS[1:])
+        if from_bin is not None:  # of the owned, where a plan has the held
+            from_bin = how.sequence.held(from_bin)
+        grads = arrays[GRADS[0]].reshape(shape), to_bin, from_bin
+        found = batching.backward(inputs, constants, how, self.lowering, saved, grads, "attn_mask" in self.moving)
         wanted = {
             name: jnp.zeros_like(x) if (g := getattr(found, name)) is None else g.astype(x.dtype)
             for name, x in floats.items()

@@ -131,8 +131,8 @@ def _placement(mesh: xs.Mesh, batch: Axes, heads: Axes, sequence: Axes) -> Place
         places.append([x if isinstance(x, int) else names.index(x) for x in given])
     used = [axis for place in places for axis in place]
     if len(set(used)) != len(used):
-        given = f"batch={batch!r}, heads={heads!r} and sequence={sequence!r}"
-        raise ValueError(f"{given} name an axis twice; give each axis of the mesh one use.")
+        told = f"batch={batch!r}, heads={heads!r} and sequence={sequence!r}"
+        raise ValueError(f"{told} name an axis twice; give each axis of the mesh one use.")
     rest = [axis for axis in range(len(names)) if axis not in used]
     devices = mesh.get_logical_mesh().transpose([*used, *rest])
     count = [math.prod(mesh.mesh_shape[i] for i in axes) for axes in (*places, rest)]
