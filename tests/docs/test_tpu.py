@@ -12,9 +12,12 @@ import pytest
 from marks import FAST
 
 PAGE = Path(__file__).parents[2] / "docs" / "tpu.md"
-BLOCKS = dict(
-    re.findall(r"^## (\S+)\n(?:(?!^## |^```).*\n)*^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
-)
+SECTIONS = {text.split("\n", 1)[0]: text for text in PAGE.read_text().split("\n## ")[1:]}
+BLOCKS = {
+    title: "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S))
+    for title, text in SECTIONS.items()
+    if "```python" in text
+}
 
 
 def test_the_page_has_them() -> None:
