@@ -25,8 +25,9 @@ TRACED: list[str] = []  # the functions, each time that one is traced
 _SCHEMA = {list[jax.Array]: "Tensor[]", str: "str"}
 
 
-def jax_op(name: str, function: Callable[..., Any]) -> Any:
-    """The op of a JAX function."""
+def jax_op(name: str, function: Callable[..., Any], **sharding: Any) -> Any:
+    """The op of a JAX function. A mesh is of this one device: its specs are not looked at."""
+    assert not sharding or sharding["mesh"].size == 1, "a stand-in of one rank"
     signature = inspect.signature(function, eval_str=True)
     assert signature.return_annotation == list[jax.Array], f"{name} must return list[jax.Array]: {signature}"
     parameters = signature.parameters
@@ -71,3 +72,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "platform", lambda: "cpu")
     monkeypatch.setattr(binding, "jax_op", jax_op)
     binding.op.cache_clear()
+    binding.sharded_op.cache_clear()

@@ -13,7 +13,7 @@ from torch_sinkhorn_attn.boundary import autograd, direct
 from torch_sinkhorn_attn.compat.tracing import one_node
 from torch_sinkhorn_attn.distributed import context
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import REFERENCE, choose, cpu
+from torch_sinkhorn_attn.engines import REFERENCE, choose, cpu, engine_of
 from torch_sinkhorn_attn.engines.tiled.engine import marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference
@@ -198,6 +198,9 @@ def sinkhorn_attention(
         from torch_sinkhorn_attn.distributed import calls
 
         return calls.sharded_attention(group, query, key, value, attn_mask, options, return_aux)
+    if isinstance(query, Tensor) and (shared := engine_of(query.device).over_ranks()) is not None:
+        found: Tensor | tuple[Tensor, SinkhornAux] = shared(query, key, value, attn_mask, options, return_aux)
+        return found
     prepared = remembered.prepared(query, key, value, attn_mask, **options)
     return given_back(prepared, run(prepared, residuals=return_aux), return_aux)
 

@@ -57,10 +57,10 @@ def test_calls_from_before_acceleration_are_understood() -> None:
     """Programs exported then: torch.export writes an op's arguments down in order, without those at the end that have
     their default."""
     names = (*ops.Inputs._fields, *ops.PROBLEM_FIELDS, "engine")
-    assert (*names, "acceleration", "contraction") == ops.NAMES
+    assert (*names, "acceleration", "contraction", "paired") == ops.NAMES
     flat = flat_of(problems.make(0), engine="tiled")
     before, results = flat[: len(names)], lib.forward(*ops.with_residuals(flat, True))
-    assert flat[len(names) :] == [None, 0.0]
+    assert flat[len(names) :] == [None, 0.0, False]
     assert all(torch.equal(x, y) for x, y in zip(lib.forward(*before, True), results, strict=True))
     given = (torch.ones_like(results[0]), None, None, False, *results[:3])
     found = zip(lib.backward(*given, *before), lib.backward(*given, *flat), strict=True)

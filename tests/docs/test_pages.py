@@ -9,7 +9,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
-ELSEWHERE = {"torchtpu.md"}  # needs a TPU
+ELSEWHERE = {"torchtpu.md", "tpu.md"}  # needs a TPU; test_tpu.py, on several devices
 PAGES = sorted(x.name for x in DOCS.glob("*.md") if "```python" in x.read_text() and x.name not in ELSEWHERE)
 
 

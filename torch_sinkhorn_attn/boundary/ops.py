@@ -28,6 +28,7 @@ from torch_sinkhorn_attn.problem.fits import check_present
 from torch_sinkhorn_attn.problem.problem import (
     LEAVES,
     Inputs,
+    Outline,
     OutputGrads,
     Potentials,
     Problem,
@@ -38,7 +39,7 @@ from torch_sinkhorn_attn.problem.problem import (
 )
 
 NUM_INPUTS = len(Inputs._fields)
-_LATER = {x.name: x.default for x in fields(Solver) if x.default is not MISSING}
+_LATER = {x.name: x.default for part in (Solver, Outline) for x in fields(part) if x.default is not MISSING}
 PROBLEM_FIELDS = tuple(name for _, name, _ in LEAVES if name not in _LATER)
 NAMES = (*Inputs._fields, *PROBLEM_FIELDS, "engine", *_LATER)  # of a flat problem
 _ENGINE = NAMES.index("engine")

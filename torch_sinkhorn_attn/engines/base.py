@@ -94,6 +94,11 @@ class Engine(ABC):
         """`function(*args)`: the body of an op, run on its tensors."""
         return function(*args)
 
+    def over_ranks(self) -> Callable[..., Any] | None:
+        """The attention of tokens that lie on several ranks, where its library was told that they do: a function of
+        query, key, value, attn_mask, the other options and return_aux."""
+        return None
+
     def placed(self, x: Tensor, source: Tensor) -> Tensor:
         """x `[N, H, L, E]`, made from the user's `source`, lying on the devices that source lies on."""
         return x

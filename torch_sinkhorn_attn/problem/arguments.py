@@ -113,6 +113,12 @@ def prepare(
     whole, in place of `attn_mask`; whether it leaves a plan is not asked then."""
     refuse_local()
     query, key, value, attn_mask, scores, keywords, headless = canonical_tokens(query, key, value, attn_mask, keywords)
+    if engine_of(query.device).over_ranks() is not None:
+        raise ValueError(
+            "With the sequence sharded over ranks (mesh.set_sharding) this function would see the local tokens alone, "
+            "which is another problem. sinkhorn_attention knows the other ranks; set_sharding(None) computes on these "
+            "alone."
+        )
     batch, (heads, length, features), size = query.shape[:-3], query.shape[-3:], key.shape[-2]
     num, dtype = math.prod(batch), compute_dtype(query.dtype)
     o = options(keywords)
@@ -199,8 +205,9 @@ def prepare(
             )
             initial = unit.shifted(row, col, back=True)
 
-    aligned = whole and not causal and not centered
-    outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), aligned)
+    diagonal = not causal and not centered
+    paired = diagonal and not whole and length == size and _same_on_both_sides(keywords)
+    outline = Outline(given.packed or window is not None or causal, *(window or (-1, -1)), diagonal and whole, paired)
     intervals = Intervals(support.row_lo, support.row_hi, support.col_lo, support.col_hi, row_segment, col_segment)
     marginals = Marginals(*(None if x is None else log_mass(x, dtype) for x in masses))  # type: ignore[arg-type]
     problem = Problem(intervals, marginals, *initial, dropout_seed(o.dropout_p, query.device), solver, outline)
@@ -269,6 +276,12 @@ def _support(
 
 
 Pair = tuple[Tensor | None, Tensor | None]  # a row side and a column side
+
+
+def _same_on_both_sides(keywords: Keywords) -> bool:
+    """Whether queries and keys have one tensor of lengths, and one of segments."""
+    pairs = ("query_lengths", "key_lengths"), ("query_segment_ids", "key_segment_ids")
+    return all(keywords.get(one) is keywords.get(other) for one, other in pairs)
 
 
 def _absent(pair: Pair) -> bool:

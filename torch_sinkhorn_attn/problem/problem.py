@@ -122,12 +122,15 @@ class Outline:
     banded: False if every pair of active tokens is in the support before the mask, so intervals need no test.
     window_left, window_right: the user's window, -1 for unlimited.
     uniform: every batch element has all L queries and S keys in one segment before the mask.
+    paired: not uniform, but queries and keys have the same lengths and segments, L = S, and the window lies around the
+        diagonal: query k is then beside key k.
     """
 
     banded: bool
     window_left: int
     window_right: int
     uniform: bool
+    paired: bool = False
 
 
 @dataclass(frozen=True)

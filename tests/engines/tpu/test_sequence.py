@@ -61,6 +61,28 @@ def test_several_devices_are_one(devices: int, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "count", "devices"),
+    [
+        (1, 2, ["3", "8"]),
+        *[pytest.param(n, 20, ["2,8", "3,4"], marks=pytest.mark.exhaustive) for n in range(0, 200, 20)],
+    ],
+)
+def test_random_problems(first: int, count: int, devices: list[str]) -> None:
+    """Over all options (`tests/tpu_sequence_random.py`): output, aux and all gradients, float64, 1e-10."""
+    in_a_process("tpu_sequence_random.py", str(first), str(count), *devices)
+
+
+@pytest.mark.slow
+def test_blocks_are_even() -> None:
+    mesh = jax.sharding.AbstractMesh((3,), ("cp",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((1, 1, 10, 4), jnp.float32)
+    call = partial(sinkhorn_attention, sequence_axis="cp")
+    with pytest.raises(ValueError, match="evenly divi"):
+        jax.eval_shape(jax.shard_map(call, mesh=mesh, in_specs=(TOKENS,) * 3, out_specs=TOKENS), x, x, x)
+
+
+@pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("shape", ["resident", "streaming"])
 def test_kernels_are_interpreted_over_three_devices(shape: str) -> None:

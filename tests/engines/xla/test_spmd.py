@@ -108,20 +108,19 @@ from pytest import raises
 q = on(randn(4, 2, 8, 4)) * 1  # still to be computed: it has no annotation
 assert spmd.placement(q) is None
 spmd.set_sharding(mesh, "data", "fsdp")
-assert spmd.placement(q) == spmd.Placement((2, 2, 1), (0, 1, 2, 3))
+assert spmd.placement(q) == spmd.Placement((2, 2, 1, 1), (0, 1, 2, 3))
 with spmd.sharding(mesh, ("fsdp", "data")):
-    assert spmd.placement(q) == spmd.Placement((4, 1, 1), (0, 2, 1, 3))
+    assert spmd.placement(q) == spmd.Placement((4, 1, 1, 1), (0, 2, 1, 3))
 spmd.set_sharding(None)
 assert spmd.placement(q) is None
 xs.set_global_mesh(mesh)
-assert spmd.placement(q) == spmd.Placement((4, 1, 1), (0, 1, 2, 3))
+assert spmd.placement(q) == spmd.Placement((4, 1, 1, 1), (0, 1, 2, 3))
 with spmd.sharding(mesh):
-    assert spmd.placement(q) == spmd.Placement((1, 1, 4), (0, 1, 2, 3))
+    assert spmd.placement(q) == spmd.Placement((1, 1, 1, 4), (0, 1, 2, 3))
 xs.set_global_mesh(None)
 tokens = on(randn(4, 2, 8, 4))
 xs.mark_sharding(tokens, mesh, (None, None, "data", None))
-with raises(ValueError, match="lies on a grid of .1, 1, 2, 1. devices: the tokens and features"):
-    sinkhorn_attention(tokens, tokens, tokens)
+assert spmd.placement(tokens) == spmd.Placement((1, 1, 2, 2), (0, 1, 2, 3))
 with spmd.sharding(mesh, "data"):
     output = sinkhorn_attention(tokens, tokens, tokens)
 assert relative_error(output.cpu(), sinkhorn_attention(*[tokens.cpu()] * 3)) < 2e-6

@@ -7,7 +7,9 @@ over the ranks of a job, where that matters.
 
 from __future__ import annotations
 
-from typing import TypeVar
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch_sinkhorn_attn.engines.base import each_tensor
 from torch_sinkhorn_attn.engines.binding.engine import BoundEngine
@@ -33,6 +35,15 @@ class TorchTpuEngine(BoundEngine):
         from torch_sinkhorn_attn.engines.torchtpu import binding
 
         return binding
+
+    def over_ranks(self) -> Callable[..., Any] | None:
+        mesh = sys.modules.get("torch_sinkhorn_attn.engines.torchtpu.mesh")
+        place = None if mesh is None else mesh.placement()
+        if place is None or place.sequence is None:
+            return None
+        from torch_sinkhorn_attn.engines.torchtpu import sequence
+
+        return sequence.attention
 
     def fetched(self, tree: T) -> T:
         """Copies on the CPU."""

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from torch_sinkhorn_attn.engines.binding import program as shared
 from torch_sinkhorn_attn.engines.binding.library import Tensors
 from torch_sinkhorn_attn.engines.torchtpu import mesh, program
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
+from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
 from torch_sinkhorn_attn.problem.problem import compute_dtype
 
 
@@ -67,7 +69,13 @@ def sharded_op(made: mesh.Sharded) -> Any:
     found = jax_op(add_op_namespace_prefix(f"tpu_{made.name}"), made.function(), mesh=made.place.mesh, **specs)
 
     def fake(*groups: Any) -> list[Tensor]:
-        return _fake(made.ungrouped(groups[:-1]), groups[-1])
+        leaves = made.ungrouped(groups[:-1])
+        if made.read is program.parse:
+            return _fake(leaves, groups[-1])
+        types = [jax.ShapeDtypeStruct(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in leaves]
+        with enable_x64(any(x.dtype == torch.float64 for x in leaves)):
+            found = made.result_types(types, groups[-1])
+        return [leaves[0].new_empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in found]
 
     found.register_fake(fake)
     return found

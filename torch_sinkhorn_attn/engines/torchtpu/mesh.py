@@ -1,8 +1,10 @@
-"""Problems spread over the ranks of a job, one TPU each: a rank's tensors are its shard of the batch and of the heads.
+"""Problems spread over the ranks of a job, one TPU each: a rank's tensors are its shard of the batch, of the heads and
+of the tokens.
 
 Problems are independent, so without a word of this each rank computes its own, and data and tensor parallelism are
 right as they are. What `set_sharding` adds: the kernels run as one program over the mesh, which knows each shard's
-place in the whole, so that dropout is that of one device with all of the batch.
+place in the whole, so that dropout is that of one device with all of the batch; and tokens may lie along an axis too
+(`sequence`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import torch
 from jax.sharding import Mesh, PartitionSpec
 
-from torch_sinkhorn_attn.engines.binding.shards import BATCH, HEADS, axes
+from torch_sinkhorn_attn.engines.binding.shards import BATCH, HEADS, TOKENS, axes
 from torch_sinkhorn_attn.engines.torchtpu.program import Program, Shape, parse
 
 
@@ -34,16 +36,18 @@ def experimental() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """A mesh over all ranks, and the axes of it that batch and heads lie along; None for neither."""
+    """A mesh over all ranks, and the axes of it that batch, heads and tokens lie along; None for none."""
 
     mesh: Mesh
     batch: str | None
     heads: str | None
+    sequence: str | None = None
 
     def spec(self, lie: Sequence[int | None]) -> PartitionSpec:
-        """Of an array whose dimensions lie along BATCH, HEADS or None; those at the end that lie along none are left
-        out."""
-        names = [{BATCH: self.batch, HEADS: self.heads}.get(x) if x is not None else None for x in lie]
+        """Of an array whose dimensions lie along BATCH, HEADS, TOKENS or None; those at the end that lie along none are
+        left out."""
+        along = {BATCH: self.batch, HEADS: self.heads, TOKENS: self.sequence}
+        names = [along.get(x) if x is not None else None for x in lie]
         while names and names[-1] is None:
             names.pop()
         return PartitionSpec(*names)
@@ -52,7 +56,9 @@ class Place:
 _place: Place | None = None
 
 
-def set_sharding(shape: Mapping[str, int] | None, batch: str | None = None, heads: str | None = None) -> None:
+def set_sharding(
+    shape: Mapping[str, int] | None, batch: str | None = None, heads: str | None = None, sequence: str | None = None
+) -> None:
     """Say, once torch.distributed is initialised, that each rank's tensors are its shard; None takes it back.
 
     Lengths, segments and masks are sharded with the batch (and heads) that they belong to; the seed of dropout must be
@@ -64,6 +70,9 @@ def set_sharding(shape: Mapping[str, int] | None, batch: str | None = None, head
             axis fastest.
         batch: the axis that the first dimension of query lies along.
         heads: likewise for the heads of query and key.
+        sequence: likewise for the tokens: `sinkhorn_attention` then takes this rank's block of queries and of keys, as
+            many on each, and what belongs to them, as JAX's takes them inside `jax.shard_map` (docs/jax.md): lengths
+            count the tokens of all ranks, attn_mask has local queries and all keys. Other functions refuse.
 
     Raises:
         ValueError: an axis that the mesh has not, one used twice, or sizes that do not make up the ranks (torch_tpu's).
@@ -74,14 +83,18 @@ def set_sharding(shape: Mapping[str, int] | None, batch: str | None = None, head
     if shape is None:
         _place = None
         return
-    for argument, axis in (("batch", batch), ("heads", heads)):
-        if axis is not None and axis not in shape:
+    used: dict[str, str] = {}
+    for argument, axis in (("batch", batch), ("heads", heads), ("sequence", sequence)):
+        if axis is None:
+            continue
+        if axis not in shape:
             raise ValueError(f"{argument}={axis!r} is not an axis of the mesh; its axes are {list(shape)}.")
-    if batch is not None and batch == heads:
-        raise ValueError(f"batch and heads both name {batch!r}; give each axis of the mesh one use.")
+        if axis in used:
+            raise ValueError(f"{used[axis]} and {argument} both name {axis!r}; give each axis of the mesh one use.")
+        used[axis] = argument
     with experimental():
         mesh = torch.tpu.pallas.get_pallas_mesh(tuple(shape), tuple(shape.values()))  # type: ignore[attr-defined]
-    _place = Place(mesh, batch, heads)
+    _place = Place(mesh, batch, heads, sequence)
 
 
 def placement() -> Place | None:
@@ -99,12 +112,14 @@ class Sharded:
         program_function: the name of the program's function.
         specs: of each leaf.
         results: the names of the results and their specs.
+        read: what makes the program of its text.
     """
 
     place: Place
     program_function: str
     specs: tuple[PartitionSpec, ...]
     results: tuple[tuple[str, PartitionSpec], ...]
+    read: Callable[[str], Any] = parse
 
     @property
     def name(self) -> str:
@@ -136,7 +151,7 @@ class Sharded:
         """The JAX function of the lists and the program, annotated as the registration wants it."""
 
         def on_the_mesh(*given: Any) -> list[jax.Array]:
-            program = parse(given[-1])
+            program = self.read(given[-1])
             leaves = self.ungrouped(given[:-1])
             if "head_index" in program.names:  # each rank counts its own from 0: this counts all
                 at = program.names.index("head_index")
@@ -158,6 +173,21 @@ class Sharded:
         signature = inspect.Signature(parameters, return_annotation=list[jax.Array])
         on_the_mesh.__signature__ = signature  # type: ignore[attr-defined]
         return on_the_mesh
+
+    def result_types(self, leaves: Sequence[jax.ShapeDtypeStruct], text: str) -> list[tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of a rank's results, from its leaves, by tracing."""
+
+        def sized(shape: Sequence[int], spec: PartitionSpec, whole: bool) -> tuple[int, ...]:
+            sizes = [1 if name is None else self.place.mesh.shape[name] for name in (*spec, *[None] * len(shape))]
+            return tuple(n * k if whole else n // k for n, k in zip(shape, sizes))
+
+        every = [
+            jax.ShapeDtypeStruct(sized(x.shape, spec, True), x.dtype)
+            for x, spec in zip(leaves, self.specs, strict=True)
+        ]
+        found = jax.eval_shape(lambda *groups: self.function()(*groups, text), *self.grouped(every))
+        specs = [spec for _, spec in self.results]
+        return [(sized(x.shape, spec, False), str(x.dtype)) for x, spec in zip(found, specs, strict=True)]
 
 
 def sharded(program: Program, shapes: Mapping[str, Shape], place: Place) -> Sharded:

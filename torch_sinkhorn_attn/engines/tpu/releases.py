@@ -22,6 +22,14 @@ def enable_x64(new: bool = True) -> AbstractContextManager[None]:
     return enable_x64(new)
 
 
+def for_gspmd() -> AbstractContextManager[Any]:
+    """A context in which programs for several devices are written for the partitioner of torch_xla 2.9, GSPMD: 0.7
+    writes for Shardy where nothing says otherwise."""
+    from jax._src.config import use_shardy_partitioner
+
+    return cast("AbstractContextManager[Any]", use_shardy_partitioner(False))
+
+
 def interpreter(cores: int = 1, **options: Any) -> Any:
     """`pltpu.InterpretParams` for so many cores a device, whose field 0.10 renamed."""
     from jax.experimental.pallas import tpu as pltpu

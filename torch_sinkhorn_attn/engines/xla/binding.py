@@ -75,14 +75,14 @@ def _lower(
 ) -> _Lowered:
     import jax
 
-    from torch_sinkhorn_attn.engines.tpu.releases import enable_x64
+    from torch_sinkhorn_attn.engines.tpu.releases import enable_x64, for_gspmd
 
     options = dict(statics)
 
     def flat(*leaves: Any) -> Any:
         return function(*jax.tree.unflatten(structure, leaves), **options)
 
-    with enable_x64(any(dtype == torch.float64 for dtype, _ in types)):
+    with enable_x64(any(dtype == torch.float64 for dtype, _ in types)), for_gspmd():
         shapes = [jax.ShapeDtypeStruct(shape, str(dtype).removeprefix("torch.")) for dtype, shape in types]
         program, results = _program(flat, shapes, platform)
     name = function.__name__

@@ -17,13 +17,12 @@ from torch_xla import _XLAC  # type: ignore[attr-defined]
 
 from torch_sinkhorn_attn.engines.binding import program
 from torch_sinkhorn_attn.engines.binding.library import Tensors
-from torch_sinkhorn_attn.engines.binding.shards import axes
+from torch_sinkhorn_attn.engines.binding.shards import EMPTY, axes
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
-from torch_sinkhorn_attn.engines.xla import binding, spmd
+from torch_sinkhorn_attn.engines.xla import binding, sequence, spmd
 from torch_sinkhorn_attn.engines.xla.spmd import Placement
 
 _MANUAL = 4  # torch_xla's ShardingType.MANUAL
-_EMPTY = {"log_row_mass", "log_col_mass", "log_row_capacity", "log_col_capacity"}  # -inf is an empty problem
 
 
 def platform() -> str:
@@ -50,13 +49,15 @@ def run(
     query = trees[0]["query"]
     assert query is not None
     place = spmd.placement(query, output)
+    if place is not None and place.tokens > 1:
+        return sequence.run(function.__name__, place, trees, statics)
     if place is not None:
         return _reduced(_in_shards(function, place, trees, statics), trees[0], place)
     if xr.is_spmd() and statics["lowering"].shape != "blockwise":
         raise ValueError(
             "XLA cannot split a kernel over devices, and nothing says how query is sharded: mark the attention's input "
-            "(xs.mark_sharding along batch and heads), or say it: with "
-            "torch_sinkhorn_attn.engines.xla.spmd.sharding(mesh, batch=..., heads=...)."
+            "(xs.mark_sharding along batch, heads and tokens), or say it: with "
+            "torch_sinkhorn_attn.engines.xla.spmd.sharding(mesh, batch=..., heads=..., sequence=...)."
         )
     return binding.call(function, *trees, **statics)
 
@@ -105,7 +106,7 @@ def _shard(name: str, x: Tensor, place: Placement) -> Tensor:
     if missing:
         shape = list(x.shape)
         shape[spec.index(0)] = missing
-        x = torch.cat([x, x.new_full(shape, -torch.inf if name in _EMPTY else 0)], spec.index(0))
+        x = torch.cat([x, x.new_full(shape, -torch.inf if name in EMPTY else 0)], spec.index(0))
     x = x.clone()  # the annotation is of this use, and not the caller's
     _XLAC._xla_annotate_custom_sharding(x, place.sharding(spec))
     return _XLAC._spmd_full_to_shard_shape(x)

@@ -1,7 +1,8 @@
-"""Manual sharding around a computation: each device works on its own batch elements and heads.
+"""Manual sharding around a computation: each device works on its own batch elements, heads and tokens.
 
-The partitioner of XLA cannot split a kernel, so the arguments are handed to it in shards, along the two dimensions that
-are independent, N and H; the tokens of a problem stay together. A `Placement` says which device has which shard. It is
+The partitioner of XLA cannot split a kernel, so the arguments are handed to it in shards: along the two dimensions that
+are independent, N and H (`sharded`), and along the tokens, where devices complete each other's sums (`sequence`).
+A `Placement` says which device has which shard. It is
 found in this order: what `sharding` or `set_sharding` says; the annotation of query (`xs.mark_sharding`), which a
 tensor that is still to be computed does not have; a global mesh (`xs.set_global_mesh`) with an axis "fsdp", where the
 batch lies along "data", if there is such an axis, and "fsdp".
@@ -29,7 +30,8 @@ Axes = str | int | Sequence[str | int] | None  # of a mesh: a name or a place, s
 
 @dataclass(frozen=True)
 class Placement:
-    """Shards of the batch and of the heads, and copies: (batch, heads, copies); and the devices, in that order."""
+    """Shards of the batch, of the heads and of the tokens, and copies: (batch, heads, tokens, copies); and the devices,
+    in that order."""
 
     shape: tuple[int, ...]
     devices: tuple[int, ...]
@@ -42,9 +44,35 @@ class Placement:
     def heads(self) -> int:
         return self.shape[1]
 
+    @property
+    def tokens(self) -> int:
+        return self.shape[2]
+
     def sharding(self, spec: tuple[int | None, ...]) -> Any:
-        """The `OpSharding` of a tensor with dimension i along axis spec[i], 0 the batch, 1 the heads."""
+        """The `OpSharding` of a tensor with dimension i along axis spec[i]: 0 the batch, 1 the heads, 2 the tokens."""
         return _mesh(self).get_op_sharding(spec)
+
+
+@functools.cache
+def axes_in_order(placement: Placement) -> tuple[tuple[int, int], ...]:
+    """(axis, size) of the placement's shape, such that devices are counted with the last axis fastest.
+
+    Raises:
+        ValueError: no order of the axes counts them.
+    """
+    grid = np.array(placement.devices).reshape(placement.shape)
+    origin = (0,) * grid.ndim
+    steps = [
+        int(grid[(*origin[:i], 1, *origin[i + 1 :])] - grid[origin]) if n > 1 else 0 for i, n in enumerate(grid.shape)
+    ]
+    order = sorted(range(grid.ndim), key=lambda i: -steps[i])
+    if grid.transpose(order).flatten().tolist() != list(range(grid.size)):
+        raise ValueError(
+            f"a sequence cannot be sharded over the devices {placement.devices} in shards of {placement.shape} (batch, "
+            "heads, tokens, copies), for no order of these counts them; make the mesh of numpy.arange(devices), and "
+            "let axes that share a dimension follow each other."
+        )
+    return tuple((i, placement.shape[i]) for i in order)
 
 
 @functools.cache
@@ -55,13 +83,15 @@ def _mesh(placement: Placement) -> xs.Mesh:
 _chosen: Placement | None = None
 
 
-def set_sharding(mesh: xs.Mesh | None, batch: Axes = None, heads: Axes = None) -> None:
+def set_sharding(mesh: xs.Mesh | None, batch: Axes = None, heads: Axes = None, sequence: Axes = None) -> None:
     """Say how query is sharded, for all following calls of this process; mesh=None takes it back.
 
     Args:
         mesh: of `torch_xla.distributed.spmd`.
         batch: axis or axes of the mesh that the first dimension of query lies along, as in `xs.mark_sharding`.
         heads: likewise for the heads.
+        sequence: likewise for the tokens of query, key and value, and all that is given for each token: a problem's
+            tokens then lie on several devices, and the numbers are those of one.
 
     Raises:
         TypeError: a mesh that is none.
@@ -70,38 +100,39 @@ def set_sharding(mesh: xs.Mesh | None, batch: Axes = None, heads: Axes = None) -
     >>> set_sharding(mesh, batch=("data", "fsdp"))  # doctest: +SKIP
     """
     global _chosen
-    _chosen = None if mesh is None else _placement(mesh, batch, heads)
+    _chosen = None if mesh is None else _placement(mesh, batch, heads, sequence)
 
 
 @contextmanager
-def sharding(mesh: xs.Mesh, batch: Axes = None, heads: Axes = None) -> Iterator[None]:
+def sharding(mesh: xs.Mesh, batch: Axes = None, heads: Axes = None, sequence: Axes = None) -> Iterator[None]:
     """`set_sharding` for the calls inside. Their backward needs it no more: it follows the forward.
 
     >>> with sharding(mesh, batch="data", heads="model"):  # doctest: +SKIP
     ...     output = sinkhorn_attention(query, key, value)
     """
     global _chosen
-    before, _chosen = _chosen, _placement(mesh, batch, heads)
+    before, _chosen = _chosen, _placement(mesh, batch, heads, sequence)
     try:
         yield
     finally:
         _chosen = before
 
 
-def _placement(mesh: xs.Mesh, batch: Axes, heads: Axes) -> Placement:
+def _placement(mesh: xs.Mesh, batch: Axes, heads: Axes, sequence: Axes) -> Placement:
     if not isinstance(mesh, xs.Mesh):
         raise TypeError(f"mesh must be a torch_xla.distributed.spmd.Mesh, got {mesh!r}.")
     names = list(mesh.shape())
     places = []
-    for argument, axes in (("batch", batch), ("heads", heads)):
+    for argument, axes in (("batch", batch), ("heads", heads), ("sequence", sequence)):
         given = () if axes is None else (axes,) if isinstance(axes, (str, int)) else tuple(axes)
         unknown = [x for x in given if x not in names and x not in range(len(names))]
         if unknown:
             raise ValueError(f"{argument}={axes!r} names {unknown[0]!r}, which the mesh has not; its axes are {names}.")
         places.append([x if isinstance(x, int) else names.index(x) for x in given])
-    used = [*places[0], *places[1]]
+    used = [axis for place in places for axis in place]
     if len(set(used)) != len(used):
-        raise ValueError(f"batch={batch!r} and heads={heads!r} name an axis twice; give each axis of the mesh one use.")
+        told = f"batch={batch!r}, heads={heads!r} and sequence={sequence!r}"
+        raise ValueError(f"{told} name an axis twice; give each axis of the mesh one use.")
     rest = [axis for axis in range(len(names)) if axis not in used]
     devices = mesh.get_logical_mesh().transpose([*used, *rest])
     count = [math.prod(mesh.mesh_shape[i] for i in axes) for axes in (*places, rest)]
@@ -113,7 +144,7 @@ def placement(query: Tensor, output: Tensor | None = None) -> Placement | None:
     computed from an output `[N, H, L, Ev]` lies where that does.
 
     Raises:
-        ValueError: query is sharded along its tokens or features.
+        ValueError: query is sharded along its features.
     """
     if not xr.is_spmd():
         return None
@@ -127,7 +158,7 @@ def placement(query: Tensor, output: Tensor | None = None) -> Placement | None:
     mesh = xs.get_global_mesh()
     if mesh is None or mesh.axis_names is None or "fsdp" not in mesh.axis_names:
         return None
-    return _placement(mesh, [name for name in ("data", "fsdp") if name in mesh.axis_names], None)
+    return _placement(mesh, [name for name in ("data", "fsdp") if name in mesh.axis_names], None, None)
 
 
 def carry(x: Tensor, source: Tensor) -> Tensor:
@@ -146,13 +177,13 @@ def annotated(x: Tensor) -> Placement | None:
     tiles = _tiles(x)
     if tiles is None:
         return None
-    if tiles.shape[2:4] != (1, 1):
+    if tiles.shape[3] != 1:
         raise ValueError(
-            f"query of shape {tuple(x.shape)} lies on a grid of {tiles.shape[:4]} devices: the tokens and features of "
-            "a problem must stay on one. Mark it along batch and heads only, or say how its problems shall be sharded: "
-            "torch_sinkhorn_attn.engines.xla.spmd.sharding(mesh, batch=..., heads=...)."
+            f"query of shape {tuple(x.shape)} lies on a grid of {tiles.shape[:4]} devices: the features of a token "
+            "must stay on one. Mark it along batch, heads and tokens only, or say how its problems shall be sharded: "
+            "torch_sinkhorn_attn.engines.xla.spmd.sharding(mesh, batch=..., heads=..., sequence=...)."
         )
-    return Placement((*tiles.shape[:2], tiles.shape[4]), tiles.devices)
+    return Placement((*tiles.shape[:3], tiles.shape[4]), tiles.devices)
 
 
 def _tiles(x: Tensor) -> Placement | None:

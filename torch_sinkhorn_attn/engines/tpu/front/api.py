@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from torch_sinkhorn_attn.engines.tpu.front import explicit, status
-from torch_sinkhorn_attn.engines.tpu.front.prepare import Dustbin, prepare
+from torch_sinkhorn_attn.engines.tpu.front.prepare import Dustbin, Prepared, prepare
 from torch_sinkhorn_attn.engines.tpu.method import batching
 from torch_sinkhorn_attn.engines.tpu.method.lowering import Lowering
 from torch_sinkhorn_attn.engines.tpu.method.manual import vary_together
@@ -201,27 +201,21 @@ def sinkhorn_attention(
             sinkhorn_attention, place, arguments, dimensions
         )
         return found
-    inputs, constants, statics, batch, unit = prepare(
-        query, key, value, attn_mask, enable_gqa=enable_gqa,
-        dropout_p=dropout_p, is_causal=is_causal, scale=scale, epsilon=epsilon, window=window,
-        window_centers=window_centers, query_lengths=query_lengths, key_lengths=key_lengths,
-        query_segment_ids=query_segment_ids, key_segment_ids=key_segment_ids, row_mass=row_mass,
-        col_mass=col_mass, relaxation=relaxation, dustbin=dustbin,
-        base_iters=base_iters, tail_iters=tail_iters, tolerance=tolerance, over_relaxation=over_relaxation,
-        acceleration=acceleration, contraction=contraction, gradient=gradient,
-        initial_potentials=initial_potentials, mask_floor=mask_floor, dropout_seed=dropout_seed,
-        sequence_axis=sequence_axis,
-    )  # fmt: skip
-    how = _How(statics, Lowering() if lowering is None else lowering, return_aux)
-    result = _attention(how, *vary_together((inputs, constants)))
+    prepared = prepare(**{name: x for name, x in arguments.items() if name not in ("lowering", "return_aux")})
+    how = _How(prepared.statics, Lowering() if lowering is None else lowering, return_aux)
+    result = _attention(how, *vary_together((prepared.inputs, prepared.constants)))
+    output, aux = given_back(prepared, result, value.dtype)
+    return (output, aux) if return_aux else output
+
+
+def given_back(prepared: Prepared, result: Result, dtype: Any) -> tuple[Array, SinkhornAux]:
+    """What a call returns, and its aux."""
+    _, constants, statics, batch, unit = prepared
 
     def shaped(x: Array) -> Array:
         return x.reshape(*batch, *x.shape[1:])
 
     assert result.output is not None
-    output = shaped(result.output).astype(value.dtype)
-    if not return_aux:
-        return output
     fixed = (result.row_potentials[-1], result.col_potentials[-1], result.row_residual, result.col_residual)
     masses = (result.row_dustbin, result.col_dustbin)
     if unit is not None:
@@ -235,7 +229,8 @@ def sinkhorn_attention(
         fixed = (fixed[0], col, *fixed[2:])
         masses = masses[0], None if col_mass is None else statics.sequence.owned(col_mass)
     bins = (None if x is None else shaped(x) for x in masses)
-    return output, SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
+    aux = SinkhornAux(*(shaped(lax.stop_gradient(x)) for x in fixed), *bins)
+    return shaped(result.output).astype(dtype), aux
 
 
 class _How(NamedTuple):

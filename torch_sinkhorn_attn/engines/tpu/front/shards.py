@@ -101,11 +101,15 @@ def of_held(sequence: Sequence, found: Support) -> Support:
 
 
 def _intervals_of_held(sequence: Sequence, found: Support) -> Support:
-    """Row intervals counted from the first held column, and their transpose."""
-    some, first = found.row_lo < found.row_hi, sequence.first_held
-    row_lo, row_hi = (jnp.where(some, x - first, 0) for x in (found.row_lo, found.row_hi))
-    col_lo, col_hi = transpose_intervals(row_lo, row_hi, sequence.held_count)
+    row_lo, row_hi, col_lo, col_hi = held_intervals(sequence, found.row_lo, found.row_hi)
     return found._replace(row_lo=row_lo, row_hi=row_hi, col_lo=col_lo, col_hi=col_hi)
+
+
+def held_intervals(sequence: Sequence, row_lo: Array, row_hi: Array) -> tuple[Array, Array, Array, Array]:
+    """Row intervals counted from the first held column, and their transpose."""
+    some, first = row_lo < row_hi, sequence.first_held
+    row_lo, row_hi = (jnp.where(some, x - first, 0) for x in (row_lo, row_hi))
+    return row_lo, row_hi, *transpose_intervals(row_lo, row_hi, sequence.held_count)
 
 
 def extremes(sequence: Sequence, mass: Array) -> Array:

@@ -80,6 +80,7 @@ class Statics:
     window_left: int = -1
     window_right: int = -1
     uniform: bool = True
+    paired: bool = False
     sequence: Sequence | None = None
 
     @classmethod
