@@ -107,7 +107,7 @@ def _called(name: str, group: Any, call: Call, kind: str) -> Sequence[Tensor]:
 
 
 def _worded(x: Any, floats: list[float], ints: list[int]) -> str:
-    """As JSON, but for numbers, which a compiler may know as symbols: they go into the lists, and their place says so."""
+    """As JSON, but for numbers, which may be symbols of a compiler: they go into the lists, and say where."""
     if isinstance(x, dict):
         return "{" + ", ".join([f'"{k}": {_worded(y, floats, ints)}' for k, y in x.items()]) + "}"
     if isinstance(x, (tuple, list)):

@@ -84,8 +84,8 @@ def check_balanced_totals(row_total: Tensor, col_total: Tensor, tolerance: float
         n, h, g = wrong.nonzero()[0].tolist()
         rows, cols = told_apart(row_total[n, h, g].item(), col_total[n, h, g].item())
         raise ValueError(
-            f"row_mass sums to {rows} and col_mass to {cols} (batch {n}, head {h}, segment {g}): a balanced plan needs equal totals. Rescale one, leave one out (it is then derived), or "
-            "pass relaxation=tau."
+            f"row_mass sums to {rows} and col_mass to {cols} (batch {n}, head {h}, segment {g}): a balanced plan needs "
+            "equal totals. Rescale one, leave one out (it is then derived), or pass relaxation=tau."
         )
 
 
@@ -206,8 +206,8 @@ def refusal(
         hold, reach = ("holds", "reaches") if int(rows.sum()) == 1 else ("hold", "reach")
         why = f"{queries} {hold} mass {mass} but {reach} {keys} of mass {free} only"
     forced = (
-        " Masses that are equal, or nearly so, force a block (the identity, for a causal or one-sided support) and leave the rest of the "
-        "support empty: the iteration would crawl towards it with diverging potentials."
+        " Masses that are equal, or nearly so, force a block (the identity, for a causal or one-sided support) and leave "
+        "the rest of the support empty: the iteration would crawl towards it with diverging potentials."
         if tight and not apart
         else ""
     )
