@@ -206,8 +206,8 @@ def refusal(
         hold, reach = ("holds", "reaches") if int(rows.sum()) == 1 else ("hold", "reach")
         why = f"{queries} {hold} mass {mass} but {reach} {keys} of mass {free} only"
     forced = (
-        " Masses that are equal, or nearly so, force a block (the identity, for a causal or one-sided support) and leave "
-        "the rest of the support empty: the iteration would crawl towards it with diverging potentials."
+        " Masses that are equal, or nearly so, force a block (the identity, for a causal or one-sided support) and "
+        "leave the rest of the support empty: the iteration would crawl towards it with diverging potentials."
         if tight and not apart
         else ""
     )
