@@ -313,10 +313,10 @@ def _register(name: str) -> None:
         ),
     }
     for op, (schema, run, fake) in ops.items():
-        full = add_op_namespace_prefix(op)
-        torch.library.define(full, schema, tags=(torch.Tag.nondeterministic_seeded,))  # dropout; and never merged
-        torch.library.impl(full, "default", functools.partial(run, name))
-        torch.library.register_fake(full, functools.partial(fake, name))
+        tags = (torch.Tag.nondeterministic_seeded,)  # dropout; and never merged
+        torch.library.define(add_op_namespace_prefix(op), schema, tags=tags)
+        torch.library.impl(add_op_namespace_prefix(op), "default", functools.partial(run, name))
+        torch.library.register_fake(add_op_namespace_prefix(op), functools.partial(fake, name))
     torch.library.register_autograd(
         add_op_namespace_prefix(f"sharded_{name}"),
         functools.partial(_derivative, name),

@@ -21,10 +21,12 @@ from torch_sinkhorn_attn.distributed.agreement import Agreed, Along
 from torch_sinkhorn_attn.distributed.columns import Span, blocks
 from torch_sinkhorn_attn.distributed.cut import share_of
 from torch_sinkhorn_attn.distributed.masks import MaskReader, ScoresReader, own_mask
-from torch_sinkhorn_attn.distributed.share import ENGINES, Share
+from torch_sinkhorn_attn.distributed.share import Share
 from torch_sinkhorn_attn.distributed.wire import Wire
 from torch_sinkhorn_attn.dustbin import Dustbin
-from torch_sinkhorn_attn.engines import missing, triton
+from torch_sinkhorn_attn.engines import ENGINES, engine_of, missing
+from torch_sinkhorn_attn.engines.base import Engine
+from torch_sinkhorn_attn.engines.tiled import engine as tiled
 from torch_sinkhorn_attn.problem import data_checks
 from torch_sinkhorn_attn.problem.argument_checks import dustbin_tensors, options, score_mask
 from torch_sinkhorn_attn.problem.arguments import Keywords, Prepared, canonical_tokens, prepare, without_inactive
@@ -98,10 +100,11 @@ def _local(call: Call) -> _Local:
     keywords, mask, value = dict(call.keywords), call.mask, call.value
     if call.check is not None:
         call.check()
-    if keywords.get("engine") not in ENGINES:
+    able = [tiled.ENGINE.name, *(name for name, engine in ENGINES.items() if engine.of_ranks)]
+    if keywords.get("engine") not in (None, *able):
         raise ValueError(
             f"engine={keywords['engine']!r} gives no half-steps that ranks could share; choose one of "
-            f"{', '.join(map(repr, ENGINES[1:]))}, or None for the one that fits the tensors."
+            f"{', '.join(map(repr, able))}, or None for the one that fits the tensors."
         )
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}.")
@@ -279,17 +282,17 @@ def _without_inactive(flat: list[Tensor | None], prepared: Prepared, rows: Span,
     return without_inactive(flat, *here, by_head, look=False)
 
 
-def _choice(engine: str | None, inputs: Inputs, share: Share) -> str:
-    """Who makes the half-steps of the rows here: "triton" where its kernels are asked for, or the tensors are of its
-    device, and else tiles of plain PyTorch. All ranks have one dtype and one kind of device, so one answer."""
-    if engine == "tiled" or (engine is None and inputs.query.device.type != triton.ENGINE.device):
-        return "tiled"
-    reason = triton.ENGINE.refusal(inputs, share.problem)
-    if reason is None and share.problem.dropout_seed is not None:
-        reason = "its kernels draw dropout by the rows of one device"
+def _choice(name: str | None, inputs: Inputs, share: Share) -> Engine | None:
+    """Who makes the half-steps of the rows here: the engine named, or the device's own where it can; None: tiles of
+    plain PyTorch. All ranks have one dtype and one kind of device, so one answer."""
+    device = inputs.query.device
+    engine = engine_of(device) if name is None else ENGINES[name]
+    if not engine.of_ranks:
+        return None
+    reason = engine.rank_refusal(inputs, share.problem)
     if reason is None:
-        return triton.ENGINE.name
-    if engine is not None:
-        raise ValueError(f"engine={engine!r} cannot run this problem over a process group: {reason}.")
-    missing.warn_once(inputs.query.device.type, triton.ENGINE.name, reason, "tiled")
-    return "tiled"
+        return engine
+    if name is not None:
+        raise ValueError(f"engine={name!r} cannot run this problem over a process group: {reason}.")
+    missing.warn_once(device.type, engine.name, reason, tiled.ENGINE.name)
+    return None

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch_sinkhorn_attn.distributed.columns import Columns, blocks, part
 from torch_sinkhorn_attn.distributed.tiles import OfRank, SharedPasses, SharedTiles
 from torch_sinkhorn_attn.distributed.wire import Wire
+from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.engines.tiled.engine import attend, gradients, iterate, marginal_errors
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.problem.arguments import Prepared
 from torch_sinkhorn_attn.problem.mass_scale import MassScale
 from torch_sinkhorn_attn.problem.problem import Inputs, OutputGrads, Potentials, Problem, Result
 from torch_sinkhorn_attn.problem.segments import Components, largest
-
-ENGINES = (None, "tiled", "triton")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Share:
     own: Components  # of its lines, in the numbers of the whole problem
     parts: Components
     intervals: tuple[Tensor, Tensor] | None  # of its rows among held columns, on the CPU; None: all
-    chosen: str = "tiled"  # the engine of its half-steps
+    chosen: Engine | None = None  # the engine of its half-steps; None: tiles of plain PyTorch
 
     @property
     def first_row(self) -> int:
@@ -60,11 +59,9 @@ class Share:
 
     def plan(self, local: Inputs) -> OfRank:
         """Likewise, by the engine that makes half-steps and the passes of attention."""
-        if self.chosen == "tiled":
+        if self.chosen is None:
             return self.scores(local)
-        from torch_sinkhorn_attn.distributed import streams
-
-        return streams.SharedStream(self.gathered(local), self)
+        return self.chosen.rank_plan(self.gathered(local), self)
 
     # Attention
 
@@ -105,12 +102,11 @@ class Share:
         if grads.from_bin is not None:
             grads = grads._replace(from_bin=self.columns.spread(grads.from_bin, -1))
         plan = self.plan(local).at(whole.row[-1], whole.col[-1])
-        if isinstance(plan, Tiles):
+        if self.chosen is None:
+            assert isinstance(plan, Tiles)
             found = gradients(SharedPasses(plan, output, grads, whole), whole).inputs
         else:
-            from torch_sinkhorn_attn.distributed import streams
-
-            found = streams.gradients(plan, output, whole, grads)  # type: ignore[arg-type]
+            found = self.chosen.rank_gradients(plan, output, whole, grads)
         return self.home(local, found)
 
     def home(self, local: Inputs, found: Inputs) -> Inputs:
@@ -138,7 +134,7 @@ class Share:
         if known is not None:
             found = known._replace(col=self.held(known.col))
         else:
-            found = iterate(scores if self.chosen == "tiled" else self.plan(local))
+            found = iterate(scores if self.chosen is None else self.plan(local))
         return scores.at(found.row[-1], found.col[-1]), found
 
     # Augmented vectors

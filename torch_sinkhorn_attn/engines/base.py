@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,10 @@ from torch_sinkhorn_attn.engines.tiled.partners import partners
 from torch_sinkhorn_attn.engines.tiled.tiles import Tiles
 from torch_sinkhorn_attn.method import reference, staircase
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Partners, Potentials, Problem, Result
+
+if TYPE_CHECKING:
+    from torch_sinkhorn_attn.distributed.share import Share
+    from torch_sinkhorn_attn.distributed.tiles import OfRank
 
 T = TypeVar("T")
 
@@ -31,12 +35,15 @@ class Engine(ABC):
         compiles: every new computation is compiled there, so what data hold must not decide what is computed, and
             loops in Python are unrolled.
         wrappers: packages of the subclasses of Tensor that stand for plain tensors there.
+        of_ranks: it has kernels for the half-steps of one rank, where the sequence is sharded over a process group:
+            `rank_plan` and `rank_gradients`. Where none has, they are made in tiles of plain PyTorch.
     """
 
     name: str
     device: str | None = None
     compiles: bool = False
     wrappers: tuple[str, ...] = ()
+    of_ranks: bool = False
 
     @abstractmethod
     def status(self) -> str:
@@ -87,6 +94,20 @@ class Engine(ABC):
         inputs = inputs._replace(value=None)
         potentials = self.solve(inputs, problem)
         return partners(Tiles(inputs, problem).at(potentials.row[-1], potentials.col[-1]), k)
+
+    # The rows of one rank, where the sequence is sharded over a process group
+
+    def rank_refusal(self, inputs: Inputs, problem: Problem) -> str | None:
+        """As `refusal`, of the half-steps of a rank; asked where `of_ranks`."""
+        return self.refusal(inputs, problem)
+
+    def rank_plan(self, inputs: Inputs, share: Share) -> OfRank:
+        """The plan of the rows and columns of one rank, as `distributed.tiles.SharedTiles` has it."""
+        raise NotImplementedError
+
+    def rank_gradients(self, plan: OfRank, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Inputs:
+        """The adjoint of attention with such a plan, of the inputs of its tiles."""
+        raise NotImplementedError
 
     # What it does with tensors of its own device
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from torch import Tensor
 from torch_sinkhorn_attn.compat.releases import constant_in_programs
 from torch_sinkhorn_attn.engines.base import Engine
 from torch_sinkhorn_attn.problem.problem import Gradients, Inputs, OutputGrads, Potentials, Problem, Result
+
+if TYPE_CHECKING:
+    from torch_sinkhorn_attn.distributed.share import Share
+    from torch_sinkhorn_attn.distributed.tiles import OfRank
 
 __all__ = ["ENGINE", "TritonEngine"]
 OLDEST = (8, 0)  # compute capability: the first with bfloat16 tensor cores
@@ -38,6 +43,7 @@ class TritonEngine(Engine):
 
     name = "triton"
     device = "cuda"
+    of_ranks = True
 
     def status(self) -> str:
         if (missing := _missing()) is not None:
@@ -87,6 +93,22 @@ class TritonEngine(Engine):
         from torch_sinkhorn_attn.engines.triton.streaming import run
 
         return run.plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
+
+    def rank_refusal(self, inputs: Inputs, problem: Problem) -> str | None:
+        if problem.dropout_seed is not None:
+            return "its kernels draw dropout by the rows of one device"
+        return self.refusal(inputs, problem)
+
+    def rank_plan(self, inputs: Inputs, share: Share) -> OfRank:
+        from torch_sinkhorn_attn.engines.triton import ranks
+
+        return ranks.SharedStream(inputs, share)
+
+    def rank_gradients(self, plan: OfRank, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Inputs:
+        from torch_sinkhorn_attn.engines.triton import ranks
+
+        assert isinstance(plan, ranks.SharedStream)
+        return ranks.gradients(plan, output, potentials, grads)
 
 
 @cache

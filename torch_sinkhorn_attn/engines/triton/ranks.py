@@ -1,4 +1,4 @@
-"""The rows of a rank by the streaming kernels of engine "triton", and its vectors completed."""
+"""The rows of a rank of a sharded sequence, by the streaming kernels; its vectors are completed by the others."""
 
 from __future__ import annotations
 
