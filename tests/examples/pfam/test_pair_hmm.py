@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,12 +73,13 @@ def with_free_ends(scores: Tensor, costs: Costs) -> Posterior:
                     count(path, weight * once[kind], (begun, kind))
         if i < n and j < m:
             grow(i + 1, j + 1, "pair", weight * math.exp(scores[i, j] - costs.pair), [*path, (i, j)], begun)
-        if i < n:
-            cost = costs.extension if last == "query" else costs.opening
-            grow(i + 1, j, "query", weight * math.exp(-cost), path, begun)
-        if j < m:
-            cost = costs.extension if last == "key" else costs.opening
-            grow(i, j + 1, "key", weight * math.exp(-cost), path, begun)
+        for length, (opening, extension) in zip(("short", "long"), costs.gaps, strict=True):
+            for side, (down, right) in (("query", (1, 0)), ("key", (0, 1))):
+                before_is_same = last.split() == [length, side]
+                if (last.endswith(side) and not before_is_same) or i + down > n or j + right > m:
+                    continue
+                cost = extension if before_is_same else opening
+                grow(i + down, j + right, f"{length} {side}", weight * math.exp(-cost), path, begun)
 
     grow(0, 0, "", once[0], [], 0)
     for i in range(n):
@@ -90,10 +92,11 @@ def with_free_ends(scores: Tensor, costs: Costs) -> Posterior:
 
 
 FREE = Costs(1.5, 0.4, 0.2, (0.5, 0.2, 0.3), 0.1)
+LONG = replace(FREE, long_opening=2.0, long_extension=0.1)
 
 
 @pytest.mark.parametrize(
-    "costs", [FREE, Costs(0.3, 0.3, -0.1, (0.0, 1.0, 0.0)), Costs(2.0, 0.1, 0.5, (0.0, 0.0, 1.0), 1.0)]
+    "costs", [FREE, LONG, Costs(0.3, 0.3, -0.1, (0.0, 1.0, 0.0)), Costs(2.0, 0.1, 0.5, (0.0, 0.0, 1.0), 1.0)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_free_ends_are_the_sum_over_every_alignment_and_every_kind_of_end(costs: Costs, dtype: torch.dtype) -> None:
