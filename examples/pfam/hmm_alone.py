@@ -20,8 +20,11 @@ class HmmAlone(nn.Module):
 
     def __init__(self, aligner: Aligner) -> None:
         super().__init__()
-        assert aligner.runs is not None
-        self.used = nn.ModuleList([aligner.embedding, aligner.context, aligner.norm, aligner.runs])
+        runs = aligner.runs
+        assert runs is not None
+        # Each of them must take part: see ``Processes.share_gradients``.
+        self.modules_used = nn.ModuleList([aligner.embedding, aligner.context, aligner.norm, runs.project])
+        self.numbers_used = nn.ParameterList([runs.gain, runs.offset, runs.metric])
         self._aligner = (aligner,)  # in a tuple, so that the rest of it is no part of this
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
