@@ -152,6 +152,23 @@ def test_sharp_scores_give_the_needleman_wunsch_alignment() -> None:
     assert float(found.sum(dim=1).max()) <= 1 + 1e-4 and float(found.sum(dim=0).max()) <= 1 + 1e-4
 
 
+def test_one_long_insertion_beside_weak_scores_is_one_where_gaps_may_be_long() -> None:
+    """Of a domain whose middle has ninety residues more in one sequence; where they begin is told by what is likely."""
+    rng = np.random.default_rng(5)
+    query = rng.integers(0, 20, 120)
+    noisy = np.where(rng.random(120) < 0.7, rng.integers(0, 20, 120), query)
+    key = np.concatenate([noisy[:60], rng.integers(0, 20, 90), noisy[60:]])
+    scores = torch.tensor(0.25 * blosum62()[np.ix_(query, key)])[None]
+    at = torch.arange(120)
+    right = at + 90 * (at >= 60)
+    short = Costs(5.4, 0.9)
+    of_short, of_long = (
+        posterior(scores, torch.tensor([120]), torch.tensor([210]), costs).log_pairs[0, at, right].exp().mean()
+        for costs in (short, replace(short, long_opening=7.9, long_extension=0.057))
+    )
+    assert of_long > 0.8 > 0.65 > of_short
+
+
 def test_thousands_of_residues_stay_finite() -> None:
     residues = encode("MKVLAWWGHPDEACDEFGHIKLMNPQRSTVWY" * 40)
     scores = torch.tensor(HALF_BIT * blosum62()[np.ix_(residues, residues[:900])])[None].float()
