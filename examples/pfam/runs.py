@@ -34,7 +34,7 @@ START = (3.0, 0.0, 0.0, 2.0, 0.0)
 """Weights of the maps in the evidence before anything is learned: what the pair HMM says is near the truth already."""
 MAPS = len(START)
 _START_DUSTBIN = (-1.0, 0.0, 0.5, 0.0, 0.0, 0.0)
-_START_GAIN, _START_OFFSET = 0.245, 0.06
+START_GAIN, START_OFFSET = 0.245, 0.06
 """Nats that a half bit of BLOSUM62 counts: less than its 0.35, for it was made of closer relatives. And what is added."""
 _LENIENT = 1.5
 """Nats: about the prior odds of having anything to align."""
@@ -73,8 +73,8 @@ class Runs(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor(_START_GAIN))
-        self.offset = nn.Parameter(torch.tensor(_START_OFFSET))
+        self.gain = nn.Parameter(torch.tensor(START_GAIN))
+        self.offset = nn.Parameter(torch.tensor(START_OFFSET))
         self.project = nn.Linear(dim, _WIDTH, bias=False)
         # A metric of either sign: what residues in context have in common may also speak against their pair.
         self.metric = nn.Parameter(torch.zeros(_WIDTH))
