@@ -12,7 +12,7 @@ They share everything but the normalisation: scores, padding, window, and a dust
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,14 +42,6 @@ class AttentionProblem:
     def plan(self) -> Tensor:
         """[N, L+1, S+1], the dustbin last."""
         return ATTENTIONS[self.attention](self)
-
-    def calibrated(self, sharpness: Tensor | float, shift: Tensor | float) -> AttentionProblem:
-        """All scores times ``sharpness``, the inverse of a temperature, and the dustbin's ``shift`` higher."""
-        known: Dustbin = self.options["dustbin"]
-        to_bin, from_bin = (torch.as_tensor(score) * sharpness + shift for score in (known.row_score, known.col_score))
-        mask = None if self.attn_mask is None else self.attn_mask * sharpness
-        options = {**self.options, "dustbin": replace(known, row_score=to_bin, col_score=from_bin)}
-        return replace(self, query=self.query * sharpness, attn_mask=mask, options=options)
 
 
 def _sinkhorn(problem: AttentionProblem) -> Tensor:

@@ -147,9 +147,6 @@ class Aligner(nn.Module):
         self.log_reach = nn.Parameter(torch.tensor(1.5))
         self.second = PairScore(12 + len(_PLAN_WIDTHS) + maps, config.hidden)
         self.gap = GapScore(dim)
-        # Of the last plan in evaluation, see ``AttentionProblem.calibrated``: fitted when the aligner is released.
-        self.calibration: Tensor
-        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
         nn.init.zeros_(self.dustbin.weight)
         nn.init.zeros_(self.dustbin.bias)
 
@@ -174,14 +171,9 @@ class Aligner(nn.Module):
         with torch.autocast(a.tokens.device.type, enabled=False):
             scored = self._score(a, b)
             asked = (scored.query, scored.key, scored.evidence, scored.query_bin, scored.key_bin)
-            problem = self._problem(*asked, options)
-            solved = [(problem, problem.plan())]
-            rounds = self.config.train_rounds if self.training else self.config.rounds
-            for number in range(1, rounds + 1):
-                problem = self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options)
-                if number == rounds and not self.training:
-                    problem = problem.calibrated(*self.calibration)
-                solved.append((problem, problem.plan()))
+            solved = [self._solved(*asked, options)]
+            for _ in range(self.config.train_rounds if self.training else self.config.rounds):
+                solved.append(self._again(a, b, scored, solved[-1][1][:, :-1, :-1], options))
         return scored, solved
 
     def run_evidence(self, batch: Batch) -> RunEvidence:
@@ -278,7 +270,7 @@ class Aligner(nn.Module):
 
     def _again(
         self, a: Side, b: Side, scored: Scored, plan: Tensor, options: dict[str, Any]
-    ) -> AttentionProblem:
+    ) -> tuple[AttentionProblem, Tensor]:
         a_tokens, b_tokens = self._reread(a, b, plan), self._reread(b, a, plan.transpose(1, 2))
         query, key = (
             self.project_again(self.norm_again(tokens)) * (side.active * _READ_DIM**-0.25)
@@ -312,7 +304,7 @@ class Aligner(nn.Module):
             where = None if scored.where is None else scored.where[part]
             return self.second(torch.stack(judged, dim=1), means, *scored.maps(part), where=where)
 
-        return self._problem(
+        return self._solved(
             torch.cat([scored.query, query], dim=2),
             torch.cat([scored.key, key], dim=2),
             scored.evidence + in_parts(more_evidence, known),
@@ -321,13 +313,14 @@ class Aligner(nn.Module):
             options,
         )
 
-    def _problem(
+    def _solved(
         self, query: Tensor, key: Tensor, mask: Tensor, query_bin: Tensor, key_bin: Tensor, options: dict[str, Any]
-    ) -> AttentionProblem:
+    ) -> tuple[AttentionProblem, Tensor]:
         capacity = 1.0 if self.config.capacity == "one" else None
         dustbin = Dustbin(query_bin[:, None], key_bin[:, None], row_capacity=capacity, col_capacity=capacity)
         options = {**options, "dustbin": dustbin}
-        return AttentionProblem(query[:, None], key[:, None], mask[:, None], options, self.config.attention)
+        problem = AttentionProblem(query[:, None], key[:, None], mask[:, None], options, self.config.attention)
+        return problem, problem.plan()
 
     def _options(self, batch: Batch) -> dict[str, Any]:
         config = self.config

@@ -31,7 +31,7 @@ from .verdict import UNFITTED, Verdict
 
 SHIPPED = Path(__file__).parent / "data" / "aligner.safetensors"
 SUFFIX = ".safetensors"
-_FORMAT = "torch_sinkhorn_attn protein aligner, 3"
+_FORMAT = "torch_sinkhorn_attn protein aligner, 2"
 _PATHS = ("data", "eval_data")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

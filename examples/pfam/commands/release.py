@@ -10,7 +10,6 @@ from examples.common.text import say
 
 from ..dataset import in_brief, read_families
 from ..homology import fitted
-from ..plan_calibration import fit_plans
 from ..release import load_aligner, save_release
 from ..stockholm import shown
 
@@ -28,7 +27,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=Path("aligner.safetensors"),
         help="file to write, one that exists is kept (default: %(default)s)",
     )
-    text = "families it was not trained on, Stockholm, to fit confidences and the probability of homology on (default: none)"
+    text = "families it was not trained on, Stockholm, to fit the probability of homology on (default: none)"
     parser.add_argument("--calibrate", metavar="PATH", help=text)
     add_quiet(parser)
     add_threads(parser)
@@ -44,7 +43,6 @@ def run(options: argparse.Namespace) -> int:
         families = read_families(options.calibrate)
         if seen := aligner.seen(families):
             raise ValueError(f"--calibrate {shown(options.calibrate)} holds families of the training: {in_brief(seen)}")
-        fit_plans(aligner.model, families)
         verdict = fitted(aligner.model, families, not options.quiet)
     path = save_release(aligner.model, aligner.config, options.out, aligner.trained_on, verdict)
     say(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
