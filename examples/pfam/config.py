@@ -38,7 +38,7 @@ class Config:
     max_sequences: int | None = setting(None, Range(2, VAST), "read no more sequences of a family than this")
     seed: int = setting(0, Range(0, 2**32 - 1), "seed of the initial weights, the batches and the dropout")
     steps: int = setting(200, _COUNT, "training steps")
-    hmm_steps: int = setting(0, _ANY_COUNT, "of the steps, the first ones, that train the pair HMM alone, which is fast")
+    hmm_steps: int = setting(0, _ANY_COUNT, "steps, the first ones of all, that train the pair HMM alone")
     batch_size: int = setting(6, _COUNT, "pairs in a batch, over all processes")
     batch_cells: int = setting(320_000, _CELLS, "most plan entries computed at once; larger batches go in parts")
     pool: int = setting(4, _COUNT, "pairs of so many steps are sorted by length: more, less padding, more like batches")
@@ -78,8 +78,8 @@ class Config:
             raise ValueError(f"--flanked {self.flanked:g} and --unrelated {self.unrelated:g} are more than all pairs")
         if self.hmm_steps and (self.hmm_steps >= self.steps or self.gaps != "affine"):
             raise ValueError(
-                f"--hmm-steps {self.hmm_steps} are the first of --steps {self.steps}, of which the attentions need some, "
-                "and train what --gaps single has not"
+                f"--hmm-steps {self.hmm_steps} are the first of --steps {self.steps}, some of which the attentions "
+                "need, and train what --gaps single has not"
             )
         if self.attention != "sinkhorn" and (self.capacity != "full" or self.relaxation is not None):
             raise ValueError(f"--capacity and --relaxation are Sinkhorn's: {self.attention} has no masses to keep")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
+Gap = tuple[float, float]
+"""What a gap's first and each further residue costs, in nats."""
 
 BLOCK = 64
 """Columns that share a scale: a gap of so many, or so many pairs of ``MOST`` nats each, stay in a float64's range."""
@@ -23,7 +25,7 @@ MOST = 10.0
 
 
 def forward_weights(
-    scores: Tensor, n: Tensor, m: Tensor, start: Tensor, edge: Tensor, inner: Tensor, gaps: tuple[tuple[float, float], ...]
+    scores: Tensor, n: Tensor, m: Tensor, start: Tensor, edge: Tensor, inner: Tensor, gaps: tuple[Gap, Gap]
 ) -> tuple[Tensor, Tensor]:
     """Log weight of everything up to and including each pair, [N, L, S], and of all that ends with both sequences'
     last residues, [N]. What follows the lengths is below -1e8, as is what no alignment leads to.
@@ -34,7 +36,7 @@ def forward_weights(
         start: log weight of beginning before the first residues of both, [N].
         edge, inner: log weights of beginning with a pair that holds a first residue, and with any other, [N]; -1e9 is
             never.
-        gaps: of short and of long gaps, what the first and each further residue costs, in nats.
+        gaps: short ones and long ones.
     """
     count, length, size = scores.shape
     weights, totals = torch.empty_like(scores, memory_format=torch.contiguous_format), scores.new_empty(count)
@@ -142,7 +144,8 @@ def _forward_weights(
                 here = max(max(above_scale[block], corner_scale), max(left_scale, inner[k]))
                 if i == 0 or block == 0:
                     here = max(here, edge[k])
-                here_pair, here_query, here_key = (pair[low + 1 : high + 1], query[low + 1 : high + 1], key[low + 1 : high + 1])
+                here_pair = pair[low + 1 : high + 1]
+                here_query, here_key = query[low + 1 : high + 1], key[low + 1 : high + 1]
                 here_long_query, here_long_key = long_query[low + 1 : high + 1], long_key[low + 1 : high + 1]
                 if here == -np.inf:
                     here_pair[:], here_query[:], here_key[:] = 0.0, 0.0, 0.0

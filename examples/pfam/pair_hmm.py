@@ -26,14 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import MOST, forward_weights, turned_maps
+from .kernels import MOST, Gap, forward_weights, turned_maps
 
 ENDS = ("global", "overlap", "local")
 
 _NEVER = -1e9
 """The logarithm of zero, but finite: differences of two of them are not NaN."""
 
-_Gaps = tuple[tuple[float, float], tuple[float, float]]
 _States = tuple[Tensor, ...]
 _Step = Callable[[_States, Tensor], tuple[_States, tuple[Tensor, Tensor]]]
 
@@ -64,8 +63,8 @@ class Costs:
     long_extension: float = 0.0
 
     @property
-    def gaps(self) -> _Gaps:
-        """Opening and extension of short gaps, and of long ones."""
+    def gaps(self) -> tuple[Gap, Gap]:
+        """Short ones, and long ones."""
         return (self.opening, self.extension), (self.long_opening, self.long_extension)
 
     def __post_init__(self) -> None:
@@ -219,7 +218,7 @@ def _forward(
 
 
 @lru_cache
-def _step(gaps: _Gaps) -> _Step:
+def _step(gaps: tuple[Gap, Gap]) -> _Step:
     """From the states at d - 1 (last comes a pair, a query residue alone in a short gap, in a long one, a key residue
     alone likewise, any of them; and any at d - 2) and, at d, scores and weights of free beginnings [2, N, L + 1] to the
     states at d."""

@@ -35,7 +35,7 @@ START = (3.0, 0.0, 0.0, 2.0, 0.0)
 MAPS = len(START)
 _START_DUSTBIN = (-1.0, 0.0, 0.5, 0.0, 0.0, 0.0)
 START_GAIN, START_OFFSET = 0.245, 0.06
-"""Nats that a half bit of BLOSUM62 counts: less than its 0.35, for it was made of closer relatives. And what is added."""
+"""Nats that a half bit of BLOSUM62 counts, less than its 0.35, for it was made of closer relatives; what is added."""
 _LENIENT = 1.5
 """Nats: about the prior odds of having anything to align."""
 _WIDTH = 32
