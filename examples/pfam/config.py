@@ -65,7 +65,7 @@ class Config:
     window: int | None = setting(None, _ANY_COUNT, "tokens to either side of the scaled diagonal that may be aligned")
     gradient: str = setting("implicit", Choice(("tail", "implicit", "unrolled")), "what is differentiated")
     capacity: str = setting("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")
-    gaps: str = setting("affine", Choice(("affine", "single")), "whether gaps are seen as runs (a pair HMM) or not")
+    gaps: str = setting("two-piece", Choice(("two-piece", "affine", "single")), "of the pair HMM, or single: none")
     relaxation: float | None = setting(None, Range(0, ends="(]"), "strength of a KL penalty in place of exact masses")
     train_rounds: int = setting(2, _ROUNDS, "how often the second attention is repeated in training")
     rounds: int = setting(2, _ROUNDS, "the same in evaluation")
@@ -76,7 +76,7 @@ class Config:
         check_settings(self)
         if self.flanked + self.unrelated > 1:
             raise ValueError(f"--flanked {self.flanked:g} and --unrelated {self.unrelated:g} are more than all pairs")
-        if self.hmm_steps and (self.hmm_steps >= self.steps or self.gaps != "affine"):
+        if self.hmm_steps and (self.hmm_steps >= self.steps or self.gaps == "single"):
             raise ValueError(
                 f"--hmm-steps {self.hmm_steps} are the first of --steps {self.steps}, some of which the attentions "
                 "need, and train what --gaps single has not"

@@ -135,9 +135,9 @@ class Aligner(nn.Module):
         self.project = nn.Linear(dim, heads * _HEAD_DIM, bias=False)
         # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.
         self.gain = nn.Parameter(torch.tensor([_START[0], *[0.0] * heads]))
-        maps = (1 + heads) * (1 + len(_WIDTHS)) + (MAPS if config.gaps == "affine" else 0)
+        maps = (1 + heads) * (1 + len(_WIDTHS)) + (MAPS if config.gaps != "single" else 0)
         self.first = PairScore(4 + maps, config.hidden, self._initial_weights(heads)[: 4 + maps])
-        self.runs = Runs(dim) if config.gaps == "affine" else None
+        self.runs = Runs(dim, config.gaps) if config.gaps != "single" else None
         self.dustbin = nn.Linear(dim, 1)
         self.read = nn.Linear(2 * dim + 2, dim)
         nn.init.normal_(self.read.weight, std=0.02)

@@ -20,7 +20,7 @@ from ..homology import Judged, judge, relatedness
 from ..metrics import sequence_identity
 from ..pairs import IntArray, Pair, evaluation_pairs
 from ..release import load_aligner
-from ..runs import MODES, START_GAIN, START_OFFSET
+from ..runs import BEGINNINGS
 from .options import add_reading, check_reading
 
 _PAIRS, _CAP, _LOW = 8, 250, 0.2
@@ -66,12 +66,13 @@ def run(options: argparse.Namespace) -> int:
         judged[list(TESTS)[len(judged)]] = found
         return [one.decoded for one in found]
 
+    begun = BEGINNINGS["two-piece"]
+    untrained = replace(begun.costs, pair=-begun.offset)
     aligners: dict[str, Align] = {
         "Needleman-Wunsch": lambda pairs: [needleman_wunsch(pair.query, pair.key) for pair in pairs],
         "Smith-Waterman": lambda pairs: [smith_waterman(pair.query, pair.key) for pair in pairs],
         "pair HMM, free ends": lambda pairs: [
-            expected_accuracy(pair_hmm_plan(pair, replace(MODES["auto"], pair=-START_OFFSET), START_GAIN))
-            for pair in pairs
+            expected_accuracy(pair_hmm_plan(pair, untrained, begun.gain)) for pair in pairs
         ],
         "aligner": model,
     }
