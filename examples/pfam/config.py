@@ -16,6 +16,7 @@ _COUNT, _FRACTION, _ANY_COUNT = Range(1, VAST), Range(0, 1, "[)"), Range(0, VAST
 _CELLS = Range(1, VAST_AREA)
 # A released file holds settings that somebody else chose: what they may cost has bounds.
 _WIDTH, _ROUNDS = 1024, Range(1, 8)
+GAPS = ("two-piece", "affine", "fitted", "single")
 _KINDS = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
@@ -65,7 +66,7 @@ class Config:
     window: int | None = setting(None, _ANY_COUNT, "tokens to either side of the scaled diagonal that may be aligned")
     gradient: str = setting("implicit", Choice(("tail", "implicit", "unrolled")), "what is differentiated")
     capacity: str = setting("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")
-    gaps: str = setting("two-piece", Choice(("two-piece", "affine", "single")), "of the pair HMM, or single: none")
+    gaps: str = setting("two-piece", Choice(GAPS), "what they cost in the pair HMM; single: there is none")
     relaxation: float | None = setting(None, Range(0, ends="(]"), "strength of a KL penalty in place of exact masses")
     train_rounds: int = setting(2, _ROUNDS, "how often the second attention is repeated in training")
     rounds: int = setting(2, _ROUNDS, "the same in evaluation")

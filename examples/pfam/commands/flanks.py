@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         judged[list(TESTS)[len(judged)]] = found
         return [one.decoded for one in found]
 
-    begun = BEGINNINGS["two-piece"]
+    begun = BEGINNINGS["fitted"]
     untrained = replace(begun.costs, pair=-begun.offset)
     aligners: dict[str, Align] = {
         "Needleman-Wunsch": lambda pairs: [needleman_wunsch(pair.query, pair.key) for pair in pairs],
