@@ -51,8 +51,8 @@ BEGINNINGS = {
         Costs(5.4, 0.9, ends=(0.28, 0.16, 0.56), stop=0.01, long_opening=7.9, long_extension=0.057), 0.245, 0.06
     ),
 }
-"""By ``--gaps``: Needleman and Wunsch's costs; long gaps beside them; and numbers that make the right partners of residues
-likeliest over whole domains, flank tests and unrelated pairs of 35 curated training families."""
+"""By ``--gaps``: Needleman and Wunsch's costs; long gaps beside them; and numbers that make the right partners of
+residues likeliest over whole domains, flank tests and unrelated pairs of 35 curated training families."""
 
 START = (3.0, 0.0, 0.0, 2.0, 0.0)
 """Weights of the maps in the evidence before anything is learned: what the pair HMM says is near the truth already."""

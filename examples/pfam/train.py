@@ -251,7 +251,8 @@ class Trainer:
         with self.device.precision():
             output = self.trained(placed.batch)
         if self.hmm_is_alone:
-            loss = share * self.device.hmm_loss(*output, placed)
+            scores, log_odds = output
+            loss = share * self.device.hmm_loss(scores, log_odds, placed)
             loss.backward()
             return torch.stack([loss.detach()] * 2)
         # The plans may be in half precision.

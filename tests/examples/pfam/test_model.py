@@ -120,7 +120,8 @@ def test_the_log_odds_learn_by_the_posterior() -> None:
     for at in ((0, 1, 1), (1, 2, 5), (1, 0, 0)):
         moved = found.scores.detach().double()
         moved[at] += step
-        above, below = (posterior(x, *lengths, BEGINNINGS["two-piece"].costs).log_odds.sum() for x in (moved, found.scores.double()))
+        here, costs = found.scores.double(), BEGINNINGS["two-piece"].costs
+        above, below = (posterior(x, *lengths, costs).log_odds.sum() for x in (moved, here))
         assert float(gradient[at]) == pytest.approx(float(above - below) / step, abs=2e-3)
 
 
