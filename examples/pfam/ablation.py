@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dustbin of capacity 1": {"capacity": "one"},
     "window of 48": {"window": 48},
     "relaxation 4": {"relaxation": 4.0},
+    "gaps of one kind": {"gaps": "affine"},
     "no pair HMM": {"gaps": "single"},
     "second attention once": {"train_rounds": 1, "rounds": 1},
     "no augmentation": {"mutation_rate": 0.0, "indels": 0.0},

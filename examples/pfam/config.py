@@ -16,6 +16,7 @@ _COUNT, _FRACTION, _ANY_COUNT = Range(1, VAST), Range(0, 1, "[)"), Range(0, VAST
 _CELLS = Range(1, VAST_AREA)
 # A released file holds settings that somebody else chose: what they may cost has bounds.
 _WIDTH, _ROUNDS = 1024, Range(1, 8)
+GAPS = ("two-piece", "affine", "fitted", "single")
 _KINDS = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
@@ -38,6 +39,7 @@ class Config:
     max_sequences: int | None = setting(None, Range(2, VAST), "read no more sequences of a family than this")
     seed: int = setting(0, Range(0, 2**32 - 1), "seed of the initial weights, the batches and the dropout")
     steps: int = setting(200, _COUNT, "training steps")
+    hmm_steps: int = setting(0, _ANY_COUNT, "steps, the first ones of all, that train the pair HMM alone")
     batch_size: int = setting(6, _COUNT, "pairs in a batch, over all processes")
     batch_cells: int = setting(320_000, _CELLS, "most plan entries computed at once; larger batches go in parts")
     pool: int = setting(4, _COUNT, "pairs of so many steps are sorted by length: more, less padding, more like batches")
@@ -64,7 +66,7 @@ class Config:
     window: int | None = setting(None, _ANY_COUNT, "tokens to either side of the scaled diagonal that may be aligned")
     gradient: str = setting("implicit", Choice(("tail", "implicit", "unrolled")), "what is differentiated")
     capacity: str = setting("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")
-    gaps: str = setting("affine", Choice(("affine", "single")), "whether gaps are seen as runs (a pair HMM) or not")
+    gaps: str = setting("two-piece", Choice(GAPS), "what they cost in the pair HMM; single: there is none")
     relaxation: float | None = setting(None, Range(0, ends="(]"), "strength of a KL penalty in place of exact masses")
     train_rounds: int = setting(2, _ROUNDS, "how often the second attention is repeated in training")
     rounds: int = setting(2, _ROUNDS, "the same in evaluation")
@@ -75,6 +77,11 @@ class Config:
         check_settings(self)
         if self.flanked + self.unrelated > 1:
             raise ValueError(f"--flanked {self.flanked:g} and --unrelated {self.unrelated:g} are more than all pairs")
+        if self.hmm_steps and (self.hmm_steps >= self.steps or self.gaps == "single"):
+            raise ValueError(
+                f"--hmm-steps {self.hmm_steps} are the first of --steps {self.steps}, some of which the attentions "
+                "need, and train what --gaps single has not"
+            )
         if self.attention != "sinkhorn" and (self.capacity != "full" or self.relaxation is not None):
             raise ValueError(f"--capacity and --relaxation are Sinkhorn's: {self.attention} has no masses to keep")
 

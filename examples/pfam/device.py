@@ -74,6 +74,12 @@ class Device:
         loss = objective.training_loss(output, pairs, barycentre_weight)
         return loss, objective.plan_loss(output.last.detach(), pairs)
 
+    def hmm_loss(self, scores: Tensor, log_odds: Tensor, placed: Placed) -> Tensor:
+        """The loss where the pair HMM is trained alone."""
+        if placed.known is not None:
+            return static.runs_loss(scores, log_odds, placed.known)
+        return objective.runs_loss(scores, log_odds, placed.batch.pairs)
+
     def precision(self) -> AbstractContextManager[object]:
         """Around the forward."""
         return torch.autocast(self.name, dtype=torch.bfloat16, enabled=self.precision_name == "bfloat16")

@@ -68,13 +68,13 @@ class FixedScores:
         return plan[0].numpy()
 
 
-def pair_hmm_plan(pair: Pair, costs: Costs | None = None) -> FloatArray:
+def pair_hmm_plan(pair: Pair, costs: Costs | None = None, unit: float = HALF_BIT) -> FloatArray:
     """[n+1, m+1], the dustbin last: how probable each pair is if alignments are as probable as their scores say.
 
     Scores and gap costs are those of ``needleman_wunsch``, taken for log odds, and alignments are global, unless
-    ``costs`` are given. The dustbin has what a residue lacks.
+    ``costs`` are given; ``unit`` is what a half bit counts, in nats. The dustbin has what a residue lacks.
     """
-    scores = torch.from_numpy(HALF_BIT * blosum62()[np.ix_(pair.query, pair.key)])[None]
+    scores = torch.from_numpy(unit * blosum62()[np.ix_(pair.query, pair.key)])[None]
     n, m = (torch.tensor([length]) for length in scores.shape[1:])
     costs = costs or Costs(HALF_BIT * GLOBAL_GAP[0], HALF_BIT * GLOBAL_GAP[1])
     real = posterior(scores, n, m, costs).log_pairs[0].exp().numpy()

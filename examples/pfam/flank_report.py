@@ -25,7 +25,7 @@ from .pairs import Family, IntArray, Pair, evaluation_pairs
 from .program_results import align_program, remembered
 from .programs import TIMEOUT, Installed
 from .release import TrainedAligner
-from .runs import MODES
+from .runs import BEGINNINGS
 from .seconds import Seconds
 from .summary import Interval, differences, summarise
 
@@ -40,7 +40,8 @@ class NoFlankTest(ValueError):
 
 
 def _pair_hmm(pair: Pair) -> IntArray:
-    return expected_accuracy(pair_hmm_plan(pair, replace(MODES["auto"], pair=0.02)))
+    begun = BEGINNINGS["fitted"]
+    return expected_accuracy(pair_hmm_plan(pair, replace(begun.costs, pair=-begun.offset), begun.gain))
 
 
 BASELINES = {

@@ -142,9 +142,9 @@ class Aligner(nn.Module):
         self.project = nn.Linear(dim, heads * _HEAD_DIM, bias=False)
         # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.
         self.gain = nn.Parameter(torch.tensor([_START[0], *[0.0] * heads]))
-        maps = (1 + heads) * (1 + len(_WIDTHS)) + (MAPS if config.gaps == "affine" else 0)
+        maps = (1 + heads) * (1 + len(_WIDTHS)) + (MAPS if config.gaps != "single" else 0)
         self.first = PairScore(4 + maps, config.hidden, self._initial_weights(heads)[: 4 + maps])
-        self.runs = Runs(dim) if config.gaps == "affine" else None
+        self.runs = Runs(dim, config.gaps) if config.gaps != "single" else None
         self.dustbin = nn.Linear(dim, 1)
         self.read = nn.Linear(2 * dim + 2, dim)
         nn.init.normal_(self.read.weight, std=0.02)
@@ -185,6 +185,24 @@ class Aligner(nn.Module):
                 solved.append(self._again(a, b, scored, solved[-1][1], options))
         return scored, solved
 
+    def run_evidence(self, batch: Batch) -> RunEvidence:
+        """What the pair HMM says, without the attentions.
+
+        Raises:
+            ValueError: the aligner has none.
+        """
+        if self.runs is None:
+            raise ValueError("an aligner with --gaps single has no pair HMM")
+        a = self._encode(batch.query, batch.query_lengths)
+        b = self._encode(batch.key, batch.key_lengths)
+        with torch.autocast(a.tokens.device.type, enabled=False):
+            normal = (self.norm(a.tokens), self.norm(b.tokens))
+            return self.runs(self._substitution(a, b), *normal, (a.lengths, b.lengths), self.mode)
+
+    def _substitution(self, a: Side, b: Side) -> Tensor:
+        """Scores of pairs of residues, whatever stands around them, [N, L, S]; BLOSUM62 at the start."""
+        return (a.embedded * self.metric) @ b.embedded.transpose(1, 2)
+
     def _encode(self, residues: Tensor, lengths: Tensor, known: Encodings | None = None) -> Side:
         active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
         tokens = known.tokens(residues, lengths, self._tokens, PADDING) if known else self._tokens(residues)
@@ -205,7 +223,7 @@ class Aligner(nn.Module):
         a_normal, b_normal = self.norm(a.tokens), self.norm(b.tokens)
         a_heads, b_heads = self.project(a_normal) * a.active, self.project(b_normal) * b.active
         split = (heads, _HEAD_DIM)
-        substitution = (a.embedded * self.metric) @ b.embedded.transpose(1, 2)
+        substitution = self._substitution(a, b)
         runs, doubt, where = None, torch.zeros((), device=substitution.device), None
         if self.runs is not None:
             runs = self.runs(substitution, a_normal, b_normal, (a.lengths, b.lengths), self.mode)

@@ -14,6 +14,9 @@ from .pairs import Pair
 
 FIRST_STAGE_WEIGHT = 0.3
 RUNS_WEIGHT = 0.5
+UNRELATED_RESIDUES = 60
+"""Pairs with nothing to align count as if they were so long to the pair HMM. That a score of nothing but chance is less
+than none is said by the odds of the whole pair alone, so it weighs more than a residue's part."""
 
 
 def plan_loss(plan: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -65,7 +68,8 @@ def runs_loss(scores: Tensor, log_odds: Tensor, pairs: Sequence[Pair]) -> Tensor
     total = scores.new_zeros(())
     for index, pair in enumerate(pairs):
         i, j = torch.from_numpy(pair.target).unbind(dim=1)
-        total = total + (F.softplus(log_odds[index]) - scores[index, i, j].sum()) / (len(pair.query) + len(pair.key))
+        residues = len(pair.query) + len(pair.key) if len(pair.target) else UNRELATED_RESIDUES
+        total = total + (F.softplus(log_odds[index]) - scores[index, i, j].sum()) / residues
     return total / len(pairs)
 
 

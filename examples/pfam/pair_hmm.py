@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import MOST, forward_weights, turned_maps
+from .kernels import MOST, Gap, forward_weights, turned_maps
 
 ENDS = ("global", "overlap", "local")
 
@@ -42,7 +42,9 @@ class Costs:
     """What an alignment weighs: the exponential of the sum of its pairs' scores less these, in nats.
 
     Attributes:
-        opening, extension: of a gap's first and of each further residue.
+        opening, extension: of a short gap's first and of each further residue.
+        long_opening, long_extension: the same of a long gap. Every gap is of either kind, so what it weighs is the sum
+            of both; by default there are no long ones.
         pair: of every pair. Scores are log odds against chance; a model that can also end, or open a gap, pairs on
             with a probability below 1.
         ends: prior probabilities of an end's kinds, in the order of ``ENDS``.
@@ -57,6 +59,13 @@ class Costs:
     pair: float = 0.0
     ends: tuple[float, float, float] = (1.0, 0.0, 0.0)
     stop: float = 0.01
+    long_opening: float = -_NEVER
+    long_extension: float = 0.0
+
+    @property
+    def gaps(self) -> tuple[Gap, Gap]:
+        """Short ones, and long ones."""
+        return (self.opening, self.extension), (self.long_opening, self.long_extension)
 
     def __post_init__(self) -> None:
         if min(self.ends) < 0 or not math.isclose(sum(self.ends), 1.0, abs_tol=1e-6):
@@ -218,7 +227,7 @@ def _forward(
     """
     if scores.device.type == "cpu" and bool(scores.max() <= MOST):
         edge, inner = torch.logaddexp(kinds[1], kinds[2]), kinds[2]
-        return forward_weights(scores, n, m, kinds[0], edge, inner, costs.opening, costs.extension)
+        return forward_weights(scores, n, m, kinds[0], edge, inner, costs.gaps)
     length, size = scores.shape[1:]
     never = scores.new_full((len(scores), length + 1), _NEVER)
     start = torch.cat([kinds[0][:, None], never[:, 1:]], dim=1)
@@ -226,25 +235,31 @@ def _forward(
     both = torch.stack([scores, free], dim=1).flatten(0, 1)
     antidiagonals = _antidiagonals(F.pad(both, (1, 0, 1, 0), value=_NEVER))[1:]
     antidiagonals = antidiagonals.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
-    step = _step(costs.opening, costs.extension)
-    weights, ends = _scan(step, (start, never, never, start, never), antidiagonals)
+    states = (start, *[never] * 4, start, never)
+    weights, ends = _scan(_step(costs.gaps), states, antidiagonals)
     total = ends[n + m - 1, torch.arange(len(n), device=n.device), n]
     pairs = _from_antidiagonals(torch.cat([never[None], weights]), size + 1)[:, 1:, 1:]
     return pairs, total
 
 
 @lru_cache
-def _step(opening: float, extension: float) -> _Step:
-    """From the states at d - 1 (last comes a pair, a query residue alone, a key residue alone, any of them; and any at
-    d - 2) and, at d, scores and weights of free beginnings [2, N, L + 1] to the states at d."""
+def _step(gaps: tuple[Gap, Gap]) -> _Step:
+    """From the states at d - 1 (last comes a pair, a query residue alone in a short gap, in a long one, a key residue
+    alone likewise, any of them; and any at d - 2) and, at d, scores and weights of free beginnings [2, N, L + 1] to the
+    states at d."""
+
+    def alone(ready: Tensor, last: _States) -> _States:
+        of_kinds = zip(gaps, last, strict=True)
+        return tuple(_log_add(ready - opening, before - extension) for (opening, extension), before in of_kinds)
 
     def step(states: _States, given: Tensor) -> tuple[_States, tuple[Tensor, Tensor]]:
-        pair, query, key, last, before = states
+        pair, query, long_query, key, long_key, last, before = states
         next_pair = given[0] + _log_add(_down(before), given[1])
-        next_query = _down(_log_add(_log_add(pair, key) - opening, query - extension))
-        next_key = _log_add(_log_add(pair, query) - opening, key - extension)
-        ends = _log_add(next_pair, _log_add(next_query, next_key))
-        return (next_pair, next_query, next_key, ends, last), (next_pair, ends)
+        after_query, after_key = (_log_add(pair, _log_add(*side)) for side in ((query, long_query), (key, long_key)))
+        queries = tuple(_down(state) for state in alone(after_key, (query, long_query)))
+        keys = alone(after_query, (key, long_key))
+        ends = _log_add(next_pair, _log_add(_log_add(*queries), _log_add(*keys)))
+        return (next_pair, *queries, *keys, ends, last), (next_pair, ends)
 
     return step
 

@@ -67,6 +67,20 @@ class TrainedAligner:
         return [family.key for family in families if known.may_hold(family)]
 
 
+def with_gaps(aligner: TrainedAligner, gaps: str) -> TrainedAligner:
+    """The same weights over a pair HMM with other costs, those of ``runs.BEGINNINGS[gaps]``.
+
+    Raises:
+        ValueError: it has no pair HMM.
+    """
+    if aligner.model.runs is None:
+        raise ValueError(f"an aligner with --gaps single has no pair HMM, whose costs could be {gaps}")
+    config = replace(aligner.config, gaps=gaps)
+    model = Aligner(config)
+    model.load_state_dict(aligner.model.state_dict())
+    return replace(aligner, model=model.eval(), config=config)
+
+
 def save_release(
     model: Aligner,
     config: Config,

@@ -20,21 +20,45 @@ from .baselines import GLOBAL_GAP, HALF_BIT
 from .pair_hmm import Costs, Posterior, posterior
 from .parts import Part
 
-_OPENING, _EXTENSION = (HALF_BIT * cost for cost in GLOBAL_GAP)
-_AUTO = Costs(_OPENING, _EXTENSION, ends=(0.8, 0.1, 0.1), stop=0.01)
-MODES = {
-    "auto": _AUTO,
-    "global": replace(_AUTO, ends=(1.0, 0.0, 0.0)),
-    "local": replace(_AUTO, ends=(0.0, 0.0, 1.0)),
+MODES = ("auto", "global", "local")
+"""What is known of an alignment's ends: nothing, that both sequences begin and end together, or that both are free."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A pair HMM before anything is learned.
+
+    Attributes:
+        costs: of gaps, and the priors of ends of which nothing is known; these stay.
+        gain: nats that a half bit of BLOSUM62 counts: less than its 0.35, for it was made of closer relatives.
+        offset: nats that are added to every score.
+    """
+
+    costs: Costs
+    gain: float
+    offset: float
+
+    def of_mode(self, mode: str) -> Costs:
+        """The costs where ``mode``, one of ``MODES``, is known of the ends."""
+        ends = {"auto": self.costs.ends, "global": (1.0, 0.0, 0.0), "local": (0.0, 0.0, 1.0)}[mode]
+        return replace(self.costs, ends=ends)
+
+
+_AFFINE = Costs(HALF_BIT * GLOBAL_GAP[0], HALF_BIT * GLOBAL_GAP[1], ends=(0.8, 0.1, 0.1), stop=0.01)
+BEGINNINGS = {
+    "affine": Beginning(_AFFINE, 0.25, 0.0),
+    "two-piece": Beginning(replace(_AFFINE, long_opening=HALF_BIT * 30, long_extension=0.03), 0.25, 0.0),
+    "fitted": Beginning(
+        Costs(5.4, 0.9, ends=(0.28, 0.16, 0.56), stop=0.01, long_opening=7.9, long_extension=0.057), 0.245, 0.06
+    ),
 }
-"""Costs by what is known of the ends: nothing, that both sequences begin and end together, or that both are free."""
+"""By ``--gaps``: Needleman and Wunsch's costs; long gaps beside them; and numbers that make the right partners of
+residues likeliest over whole domains, flank tests and unrelated pairs of 35 curated training families."""
 
 START = (3.0, 0.0, 0.0, 2.0, 0.0)
 """Weights of the maps in the evidence before anything is learned: what the pair HMM says is near the truth already."""
 MAPS = len(START)
 _START_DUSTBIN = (-1.0, 0.0, 0.5, 0.0, 0.0, 0.0)
-_START_GAIN = 0.25
-"""Nats that a half bit of BLOSUM62 counts: less than its 0.35, for it was made of closer relatives."""
 _LENIENT = 1.5
 """Nats: about the prior odds of having anything to align."""
 _WIDTH = 32
@@ -74,12 +98,16 @@ class RunEvidence:
 
 
 class Runs(nn.Module):
-    """From the substitution scores of residues, in BLOSUM62's half bits, and from tokens to evidence."""
+    """From the substitution scores of residues, in BLOSUM62's half bits, and from tokens to evidence.
 
-    def __init__(self, dim: int) -> None:
+    ``beginning`` is one of ``BEGINNINGS``.
+    """
+
+    def __init__(self, dim: int, beginning: str) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor(_START_GAIN))
-        self.offset = nn.Parameter(torch.tensor(0.0))
+        self.beginning = BEGINNINGS[beginning]
+        self.gain = nn.Parameter(torch.tensor(self.beginning.gain))
+        self.offset = nn.Parameter(torch.tensor(self.beginning.offset))
         self.project = nn.Linear(dim, _WIDTH, bias=False)
         # A metric of either sign: what residues in context have in common may also speak against their pair.
         self.metric = nn.Parameter(torch.zeros(_WIDTH))
@@ -91,7 +119,7 @@ class Runs(nn.Module):
         """Of scores [N, L, S], normalised tokens [N, L, d] and [N, S, d], and both lengths [N]; ``mode`` in MODES."""
         context = (self.project(query) * self.metric) @ self.project(key).transpose(1, 2)
         scores = self.gain * substitution + context + self.offset
-        found = posterior(scores.detach(), *lengths, MODES[mode])
+        found = posterior(scores.detach(), *lengths, self.beginning.of_mode(mode))
         return RunEvidence(
             scores=scores,
             log_odds=_LogOdds.apply(scores, found),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .metrics import LOG_FLOOR, unmatched
 from .model import Output
-from .objective import FIRST_STAGE_WEIGHT, RUNS_WEIGHT, centres
+from .objective import FIRST_STAGE_WEIGHT, RUNS_WEIGHT, UNRELATED_RESIDUES, centres
 from .pairs import Pair
 from .sampler import PADDING, Batch, collate
 
@@ -33,7 +33,7 @@ class Targets:
         row_weight, col_weight: [N, L], [N, S] weight of the entry in the mean negative log plan; a matched pair counts
             with its row, and its column has weight 0.
         row_aligned, col_aligned: [N, L], [N, S] weight of the token in the barycentre loss.
-        share: [N] weight of a residue of the pair, 1 / (n + m) over the number of pairs.
+        share: [N] weight of a residue of the pair, 1 / (n + m) over the number of pairs, to the pair HMM.
     """
 
     row_partner: Tensor
@@ -85,7 +85,7 @@ def targets(pairs: Sequence[Pair], size: int, length: int) -> Targets:
     for index, pair in enumerate(pairs):
         n, m = len(pair.query), len(pair.key)
         i, j = pair.target.T
-        share[index] = 1.0 / (n + m) / len(pairs)
+        share[index] = 1.0 / (n + m if len(i) else UNRELATED_RESIDUES) / len(pairs)
         partner[0, index, i], partner[1, index, j] = j, i
         weight[0, index, i] = 2.0 / (n + m)
         aligned[:, index][0, i] = aligned[:, index][1, j] = 0.5 / max(len(i), 1)

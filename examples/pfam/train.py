@@ -28,6 +28,7 @@ from .dataset import Dataset, load_dataset
 from .device import Device, on_cpu
 from .distributed import Processes
 from .evaluate import Interrupted, Scores, align_pairs, score_model
+from .hmm_alone import HmmAlone
 from .loader import drawn_ahead
 from .model import Aligner, Output
 from .pairs import Pair
@@ -116,7 +117,6 @@ class Trainer:
             with restoring(folder):
                 self.model.load_state_dict(resume["model"])
         self.device.model(self.model)
-        self.trained = self.processes.share_gradients(self.model)
         self.optimizer = self.device.optimizer(self.model.parameters(), config.learning_rate, config.weight_decay)
         self.history, self.step = History(), 0
         self.interrupted = False
@@ -128,6 +128,7 @@ class Trainer:
                 self.history, self.step = History.from_dict(resume["history"]), int(resume["step"])
                 restore_rng(resume["rng"])
                 self.device.set_rng_state(resume.get("device_rng"))
+        self.trained = self._shared()
 
     @classmethod
     def resume(cls, folder: str | Path, device: Device | None = None, **options: Any) -> Trainer:
@@ -172,6 +173,15 @@ class Trainer:
         if (rng := self.device.rng_state()) is not None:
             state["device_rng"] = rng
         return save_checkpoint(self.folder, state)
+
+    @property
+    def hmm_is_alone(self) -> bool:
+        """Whether the next step trains nothing but the pair HMM."""
+        return self.step < self.config.hmm_steps
+
+    def _shared(self) -> nn.Module:
+        """What is called in training now."""
+        return self.processes.share_gradients(HmmAlone(self.model) if self.hmm_is_alone else self.model)
 
     @property
     def examples_per_second(self) -> float:
@@ -230,17 +240,24 @@ class Trainer:
         self.losses_unread.append(total)
         self.device.finish_step()
         self.step += 1
+        if self.step == self.config.hmm_steps:
+            self.trained = self._shared()
 
     def _backward(self, part: Batch) -> Tensor:
         """Its share of the losses [2], to minimise and to show."""
         placed = self.device.place(part, self.config.batch_size, self.config.cap, learning=True)
+        # Losses are means over the part's pairs, and gradients will be means over the processes.
+        share = len(part.pairs) * self.processes.world / self.config.batch_size
         with self.device.precision():
             output = self.trained(placed.batch)
+        if self.hmm_is_alone:
+            scores, log_odds = output
+            loss = share * self.device.hmm_loss(scores, log_odds, placed)
+            loss.backward()
+            return torch.stack([loss.detach()] * 2)
         # The plans may be in half precision.
         output = Output(output.first.float(), output.last.float(), *output[2:])
         loss, shown = self.device.losses(output, placed, self.config.barycentre_weight)
-        # Losses are means over the part's pairs, and gradients will be means over the processes.
-        share = len(part.pairs) * self.processes.world / self.config.batch_size
         (share * loss).backward()
         return share * torch.stack([loss.detach(), shown])
 
@@ -346,6 +363,11 @@ def _mixed(*numbers: int) -> int:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then a cosine to a fiftieth of the peak."""
+    """Linear warm-up, then a cosine to a fiftieth of the peak; for the pair HMM alone, and for all of it again."""
+    steps = config.steps - config.hmm_steps
+    if step < config.hmm_steps:
+        steps = config.hmm_steps
+    else:
+        step -= config.hmm_steps
     warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    return config.learning_rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
+    return config.learning_rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))

@@ -10,7 +10,8 @@ from examples.common.text import say
 
 from ..dataset import in_brief, read_families
 from ..homology import fitted
-from ..release import load_aligner, save_release
+from ..release import load_aligner, save_release, with_gaps
+from ..runs import BEGINNINGS
 from ..stockholm import shown
 
 
@@ -29,6 +30,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     text = "families it was not trained on, Stockholm, to fit the probability of homology on (default: none)"
     parser.add_argument("--calibrate", metavar="PATH", help=text)
+    text = "align with other costs of gaps than those trained with (default: the same)"
+    parser.add_argument("--gaps", metavar="NAME", choices=list(BEGINNINGS), help=text)
     add_quiet(parser)
     add_threads(parser)
 
@@ -38,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise FileExistsError(f"--out {options.out} exists; remove it first, or choose another name")
     aligner = load_aligner(options.checkpoint)
+    if options.gaps is not None:
+        aligner = with_gaps(aligner, options.gaps)
     verdict = aligner.verdict
     if options.calibrate is not None:
         families = read_families(options.calibrate)

@@ -45,7 +45,7 @@ with join("cpu") as processes:
     print("losses", *plain.history.loss)
     print("evaluations", len(plain.history.evaluations))
     if processes.world > 1:
-        config = dataclasses.replace(config, dropout=0.2)
+        config = dataclasses.replace(config, dropout=0.2, hmm_steps=2)
         straight = trainer("straight", config)
         straight.run(progress=False)
         halves = trainer("halves", config)

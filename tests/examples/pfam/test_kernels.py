@@ -27,7 +27,7 @@ def test_the_compiled_sweep_is_the_pair_hmm_s(
 ) -> None:
     scores = torch.randn(3, length, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.5 - 0.4
     n, m = torch.tensor([length, length // 2 + 1, 1]), torch.tensor([size, size, size // 2])
-    costs = Costs(5.2, 0.35, 0.1, ends)
+    costs = Costs(5.2, 0.8, 0.1, ends, long_opening=7.5, long_extension=0.02)
     compiled = posterior(scores, n, m, costs)
     monkeypatch.setattr(pair_hmm, "MOST", -1e30)  # no scores are so low, so the sweep is the one in tensors
     expected = posterior(scores, n, m, costs)

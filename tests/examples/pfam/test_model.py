@@ -16,7 +16,7 @@ from examples.pfam.model import DOUBT, DOUBT_IN_TRAINING, Aligner
 from examples.pfam.objective import training_loss
 from examples.pfam.pair_hmm import posterior
 from examples.pfam.pairs import Pair, encode
-from examples.pfam.runs import MODES, Runs
+from examples.pfam.runs import BEGINNINGS, MODES, Runs
 from examples.pfam.sampler import collate
 
 TARGET = np.array([[0, 0], [1, 1], [4, 3]])
@@ -110,7 +110,7 @@ def test_residues_start_at_blosum62_exactly() -> None:
 
 def test_the_log_odds_learn_by_the_posterior() -> None:
     torch.manual_seed(0)
-    runs, lengths = Runs(4), (torch.tensor([5, 3]), torch.tensor([4, 6]))
+    runs, lengths = Runs(4, "two-piece"), (torch.tensor([5, 3]), torch.tensor([4, 6]))
     with torch.no_grad():
         runs.metric.normal_()
     inputs = (4 * torch.randn(2, 5, 6), torch.randn(2, 5, 4), torch.randn(2, 6, 4))
@@ -120,7 +120,8 @@ def test_the_log_odds_learn_by_the_posterior() -> None:
     for at in ((0, 1, 1), (1, 2, 5), (1, 0, 0)):
         moved = found.scores.detach().double()
         moved[at] += step
-        above, below = (posterior(x, *lengths, MODES["auto"]).log_odds.sum() for x in (moved, found.scores.double()))
+        here, costs = found.scores.double(), BEGINNINGS["two-piece"].costs
+        above, below = (posterior(x, *lengths, costs).log_odds.sum() for x in (moved, here))
         assert float(gradient[at]) == pytest.approx(float(above - below) / step, abs=2e-3)
 
 

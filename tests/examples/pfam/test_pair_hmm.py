@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,12 +73,13 @@ def with_free_ends(scores: Tensor, costs: Costs) -> Posterior:
                     count(path, weight * once[kind], (begun, kind))
         if i < n and j < m:
             grow(i + 1, j + 1, "pair", weight * math.exp(scores[i, j] - costs.pair), [*path, (i, j)], begun)
-        if i < n:
-            cost = costs.extension if last == "query" else costs.opening
-            grow(i + 1, j, "query", weight * math.exp(-cost), path, begun)
-        if j < m:
-            cost = costs.extension if last == "key" else costs.opening
-            grow(i, j + 1, "key", weight * math.exp(-cost), path, begun)
+        for length, (opening, extension) in zip(("short", "long"), costs.gaps, strict=True):
+            for side, (down, right) in (("query", (1, 0)), ("key", (0, 1))):
+                before_is_same = last.split() == [length, side]
+                if (last.endswith(side) and not before_is_same) or i + down > n or j + right > m:
+                    continue
+                cost = extension if before_is_same else opening
+                grow(i + down, j + right, f"{length} {side}", weight * math.exp(-cost), path, begun)
 
     grow(0, 0, "", once[0], [], 0)
     for i in range(n):
@@ -90,10 +92,11 @@ def with_free_ends(scores: Tensor, costs: Costs) -> Posterior:
 
 
 FREE = Costs(1.5, 0.4, 0.2, (0.5, 0.2, 0.3), 0.1)
+LONG = replace(FREE, long_opening=2.0, long_extension=0.1)
 
 
 @pytest.mark.parametrize(
-    "costs", [FREE, Costs(0.3, 0.3, -0.1, (0.0, 1.0, 0.0)), Costs(2.0, 0.1, 0.5, (0.0, 0.0, 1.0), 1.0)]
+    "costs", [FREE, LONG, Costs(0.3, 0.3, -0.1, (0.0, 1.0, 0.0)), Costs(2.0, 0.1, 0.5, (0.0, 0.0, 1.0), 1.0)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_free_ends_are_the_sum_over_every_alignment_and_every_kind_of_end(costs: Costs, dtype: torch.dtype) -> None:
@@ -147,6 +150,23 @@ def test_sharp_scores_give_the_needleman_wunsch_alignment() -> None:
     assert len(expected) == 120
     assert found[expected[:, 0], expected[:, 1]].mean() > 0.97
     assert float(found.sum(dim=1).max()) <= 1 + 1e-4 and float(found.sum(dim=0).max()) <= 1 + 1e-4
+
+
+def test_one_long_insertion_beside_weak_scores_is_one_where_gaps_may_be_long() -> None:
+    """Of a domain whose middle has ninety residues more in one sequence; where they begin is told by what is likely."""
+    rng = np.random.default_rng(5)
+    query = rng.integers(0, 20, 120)
+    noisy = np.where(rng.random(120) < 0.7, rng.integers(0, 20, 120), query)
+    key = np.concatenate([noisy[:60], rng.integers(0, 20, 90), noisy[60:]])
+    scores = torch.tensor(0.25 * blosum62()[np.ix_(query, key)])[None]
+    at = torch.arange(120)
+    right = at + 90 * (at >= 60)
+    short = Costs(5.4, 0.9)
+    of_short, of_long = (
+        posterior(scores, torch.tensor([120]), torch.tensor([210]), costs).log_pairs[0, at, right].exp().mean()
+        for costs in (short, replace(short, long_opening=7.9, long_extension=0.057))
+    )
+    assert of_long > 0.8 > 0.65 > of_short
 
 
 def test_thousands_of_residues_stay_finite() -> None:

@@ -40,11 +40,12 @@ def assert_same_run(first: Trainer, second: Trainer) -> None:
 
 @pytest.mark.slow
 def test_resuming_is_bitwise_exact(tmp_path: Path) -> None:
-    straight = Trainer(SMALL, tmp_path / "straight")
+    small = dataclasses.replace(SMALL, hmm_steps=3)
+    straight = Trainer(small, tmp_path / "straight")
     assert straight.run(progress=False)
     draws = (torch.rand(1), np.random.rand(), random.random())
 
-    assert Trainer(SMALL, tmp_path / "halves").run(until=5, progress=False)
+    assert Trainer(small, tmp_path / "halves").run(until=5, progress=False)
     torch.rand(7), np.random.rand(3), random.random()  # what else the process draws must not matter
     resumed = Trainer.resume(tmp_path / "halves")
     assert resumed.step == 5
@@ -53,6 +54,29 @@ def test_resuming_is_bitwise_exact(tmp_path: Path) -> None:
     assert_same_run(straight, resumed)
     assert [step for step, _ in resumed.history.evaluations] == [0, 5, 10]
     assert (torch.rand(1), np.random.rand(), random.random()) == draws
+
+
+def test_the_pair_hmm_is_trained_alone_first(tmp_path: Path) -> None:
+    trainer = Trainer(dataclasses.replace(SMALL, steps=3, hmm_steps=2, eval_every=0, dropout=0.0), tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    def changed() -> set[str]:
+        now = trainer.model.state_dict().items()
+        return {name.split(".")[0] for name, value in now if not torch.equal(value, before[name])}
+
+    assert trainer.run(until=2, progress=False)
+    assert changed() == {"embedding", "context", "norm", "runs"}
+    assert torch.equal(trainer.model.runs.dustbin, before["runs.dustbin"])
+    assert trainer.run(progress=False)
+    assert {"first", "second", "dustbin"} <= changed()
+    rates = [learning_rate(trainer.config, step) for step in range(3)]
+    assert rates[2] == rates[0], "each of the two has its own warm-up"
+
+
+@pytest.mark.parametrize("setting", [{"hmm_steps": 10}, {"hmm_steps": 2, "gaps": "single"}])
+def test_a_pair_hmm_that_is_never_used_is_not_trained(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"--hmm-steps \d+ are the first of --steps 10"):
+        dataclasses.replace(SMALL, **setting)
 
 
 def test_a_run_stopped_during_an_evaluation_makes_up_for_it(tmp_path: Path) -> None:
