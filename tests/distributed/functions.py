@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_sinkhorn_attn import certify, sinkhorn_matches, sinkhorn_plan, sinkhorn_plan_band
+from torch_sinkhorn_attn.matches import Matches
 
 FUNCTIONS = ("plan", "log", "band", "matches", "certify")
 K = 2  # partners
@@ -42,12 +43,27 @@ def _numbers(kind: str, call: problems.Call, tokens: list[Any], options: dict[st
     if kind == "band":
         return sinkhorn_plan_band(query, key, mask, **given)
     if kind == "matches":
-        return sinkhorn_matches(query, key, mask, k=K, **given)
+        return sinkhorn_matches(query, key, mask, k=K + 1, **given)  # one more, to see ties
     quick = call.seed // len(FUNCTIONS) % 2 == 1
     extra: dict[str, Any] = {"mode": "quick"} if quick else {"exact_diameter": call.seed % 4 == 0}
     if call.seed % 3 == 0 and not quick:
         extra["value"] = value.detach()
     return certify(query, key, mask, advise=call.seed % 2 == 0, **extra, **given)
+
+
+_OF_PARTNERS = ("row_index", "row_plan", "col_index", "col_plan")
+_INDICES = ("row_index", "col_index", "row_match", "col_match", "probability")
+
+
+def _tied(found: Matches, group: Any) -> bool:
+    """Whether two of the largest entries of some line, here or on another rank, are equal but for rounding."""
+    tied = torch.zeros((), dtype=torch.int32)
+    for plan in (found.row_plan, found.col_plan):
+        more, less = plan[..., :-1], plan[..., 1:]
+        tied += bool(((more - less <= 1e-9 * more) & (less > 0)).any())
+    if group is not None:
+        dist.all_reduce(tied, dist.ReduceOp.MAX, group)
+    return bool(tied)
 
 
 def results(
@@ -57,10 +73,11 @@ def results(
     kind = function_of(call)
     options = {name: x for name, x in options.items() if name != "dropout_p"}
     found = _numbers(kind, call, tokens, options, group)
-    if kind == "matches":  # which of equal entries comes first rounding decides
-        ties = ("row_index", "col_index", "row_match", "col_match", "probability")
-        same = "query_segment_ids" not in options
-        return {name: x for name, x in found._asdict().items() if x is not None and (same or name not in ties)}
+    if kind == "matches":
+        first = {name: x[..., :K] for name, x in found._asdict().items() if name in _OF_PARTNERS}
+        others = {name: x for name, x in found._asdict().items() if x is not None and name not in _OF_PARTNERS}
+        decided_by_rounding = _INDICES if _tied(found, group) else ()
+        return {name: x for name, x in (first | others).items() if name not in decided_by_rounding}
     if kind == "certify":
         numbers = {name: x for name, x in vars(found).items() if isinstance(x, Tensor)}
         if "query_segment_ids" in options:  # of a segment with one key rounding alone decides the rate
