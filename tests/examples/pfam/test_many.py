@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,10 +161,56 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     refused(["tsv"], ABOUT, "bytes where")
     table.unlink()
     refused(["tsv"], ABOUT, "is missing")
-    (tmp_path / LOG).write_text("my own notes\n")
+    for notes in ("my own notes\n", "my own notes", "0123abcd my own", "\0\0mine"):
+        (tmp_path / LOG).write_text(notes)
+        refused(["tsv"], ABOUT, "was not written by this command; choose another --out")
+        assert (tmp_path / LOG).read_text() == notes
     table.write_text("mine")
-    refused(["tsv"], ABOUT, "is there without")
-    assert table.read_text() == "mine"
+    for begun in ("", "0123ab", '0123abcd {"aligner": "', "\0\0\0"):  # as a crash may leave it
+        (tmp_path / LOG).write_text(begun)
+        refused(["tsv"], ABOUT, "is there without")
+        assert table.read_text() == "mine"
+    table.unlink()
+    with Results.open(tmp_path, ["tsv"], ABOUT) as results:
+        assert results.done == 0
+    (tmp_path / LOG).unlink()
+    (tmp_path / LOG).mkdir()
+    refused(["tsv"], ABOUT, "was not written by this command")
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    code = "import sys; from examples.common.files import lock; file = open(sys.argv[1]); print(lock(file))"
+    other = [sys.executable, "-c", code, str(tmp_path / LOG)]
+    with Results.open(tmp_path, ["tsv"], ABOUT) as results:
+        results.add([hand_made()])
+        before = (tmp_path / "alignments.tsv").read_bytes()
+        with (
+            pytest.raises(FileExistsError, match="another run is writing to --out"),
+            Results.open(tmp_path, ["tsv"], ABOUT),
+        ):
+            pass
+        assert (tmp_path / "alignments.tsv").read_bytes() == before
+        assert subprocess.run(other, check=True, capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run(other, check=True, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Results.open(tmp_path, ["tsv", "fasta"], ABOUT) as results:
+        results.add([hand_made()])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    size = max(map(len, before.values())) + 20  # in the midst of a row
+    message = r"cannot write to --out .*; the 1 pairs that are there are kept: make room, and start it again to go on"
+    try:
+        with pytest.raises(OSError, match=message), Results.open(tmp_path, ["tsv", "fasta"], ABOUT) as results:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            results.add([hand_made()] * 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "alignments.tsv").stat().st_size == size
+    with Results.open(tmp_path, ["tsv", "fasta"], ABOUT) as results:
+        assert results.done == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.fixture(scope="module")
