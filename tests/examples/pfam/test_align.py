@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from Bio import AlignIO, SeqIO
 
+from examples.common import files
 from examples.pfam import align_files, cli
 from examples.pfam.align_files import FASTA, PICTURE, RECORD, STOCKHOLM, check_folder, write_files
 from examples.pfam.alignment import PairwiseAlignment
@@ -192,6 +195,40 @@ def test_only_its_own_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write to --out"):
         check_folder(tmp_path / "file")
+
+
+def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path) -> None:
+    write_files(tmp_path, PROTEINS, hand_made(), b"picture", {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write to --out .*; what was there is as it was"):
+            write_files(tmp_path, PROTEINS, random_alignment(0), b"picture" * 1000, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("replaced", range(5))
+def test_what_a_crash_leaves_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int) -> None:
+    """Killed after so many files, over files of another alignment or none."""
+    left: list[int] = []
+
+    def replace(source: Path, target: Path) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        source.rename(target)
+
+    for number in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(files.os, "replace", replace)
+            left[:] = [0] * replaced
+            with contextlib.suppress(KeyboardInterrupt):
+                write_files(tmp_path, PROTEINS, random_alignment(number), b"picture", {})
+        check_folder(tmp_path)
+        write_files(tmp_path, PROTEINS, hand_made(), b"picture", {})
 
 
 def write(path: Path, text: str) -> str:
