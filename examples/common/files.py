@@ -84,8 +84,11 @@ def prepare_folder(folder: str | Path, option: str = "--out") -> None:
     """Make a run's folder and write to it once: better to fail before the training than after it.
 
     Raises:
+        ValueError: its name is empty.
         OSError: it cannot be made or written to; the message names ``option``.
     """
+    if not str(folder):
+        raise ValueError(f"{option} is empty; name a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

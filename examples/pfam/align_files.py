@@ -32,8 +32,8 @@ def check_folder(folder: str | Path) -> None:
         FileExistsError: a file there is not ours; nothing was touched.
         OSError: the folder cannot be made or written to.
     """
-    folder = Path(folder)
     prepare_folder(folder)
+    folder = Path(folder)
     hashes = _hashes(folder / RECORD)
     for name in (FASTA, STOCKHOLM, PICTURE, RECORD):
         path = folder / name

@@ -73,8 +73,8 @@ class Results:
             FileExistsError: what is there is of something else, or was changed; or another run is writing there.
             OSError: it cannot be written.
         """
-        folder = Path(folder)
         prepare_folder(folder)
+        folder = Path(folder)
         log, about = folder / LOG, {**about, "formats": list(formats)}
         paths = {name: folder / FORMATS[name].file for name in formats}
         if not log.exists():

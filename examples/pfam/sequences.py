@@ -99,6 +99,13 @@ def read_many(arguments: Sequence[str], notes: list[str], longest: int = LONGEST
     return proteins
 
 
+def count_of_pairs(pairs: int) -> str:
+    """A number of pairs of residues in words: in millions from a hundred thousand on."""
+    if pairs < 100_000:
+        return str(pairs)
+    return f"{pairs / 1e6:.4g} million" if pairs < 10**10 else f"{pairs / 1e6:.0f} million"
+
+
 def short_name(name: str, width: int = 20) -> str:
     """A name to show: of sp|P69905|HBA_HUMAN the last part, and the ends of what is longer than ``width``."""
     short = next((part for part in reversed(name.split("|")) if part), name)
@@ -177,7 +184,7 @@ def _bounded(path: str, count: int | None, longest: int, found: _Found) -> Itera
             line = line[:1]  # it is only counted
         elif letters > longest:
             what = f"in sequence {found.headers}" if found.headers else "before the first '>'"
-            raise TooLargeError(f"more than {longest} letters {what}")
+            raise TooLargeError(f"more than {longest} letters {what}, too many for any pair; cut it")
         yield line + "\n"
 
 

@@ -386,7 +386,13 @@ def test_the_command_refuses_before_it_works(
     assert main(["align", "M" * 5000, "K" * 5000, "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: sequence_1 has 5000 residues and sequence_2 5000: 25 million pairs, where memory")
+    few = write(tmp_path / "few.fasta", ">a\nMKVL\n>b\nMKV\n")
+    assert main(["align", few, "--most-pairs", "2", "--out", str(out)]) == 1
+    assert "a has 4 residues and b 3: 12 pairs, where memory for 2 is foreseen" in capsys.readouterr().err
     assert not out.exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["align", "MKV", "MRV", "--out", ""]) == 1
+    assert capsys.readouterr().err == "error: --out is empty; name a folder\n"
     out.mkdir()
     (out / PICTURE).write_text("a picture of my own")
     assert main(["align", "MKV", "MRV", "--out", str(out)]) == 1

@@ -86,6 +86,17 @@ def test_all_against_all_is_every_pair_once(monkeypatch: pytest.MonkeyPatch, mos
     assert list(found.chunks(found.total)) == []
 
 
+def test_a_sequence_too_long_for_any_pair_is_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(align_many, "load_aligner", lambda path: (_ for _ in ()).throw(ValueError("far enough")))
+    file = tmp_path / "some.fa"
+    file.write_text(">a\nMKV\n>b\nMKVLAAGW\n>c\nMM\n")
+    assert main(["align", str(file), "--pairs", "all", "--most-pairs", "6"]) == 1
+    error = capsys.readouterr().err
+    assert "left out: 2 of more than 6 pairs of residues" in error and error.endswith("error: far enough\n")
+
+
 def test_the_first_against_the_rest_in_order_of_length() -> None:
     found = PairList.first_against_rest(proteins(5, 9, 2, 7), 40)
     assert np.concatenate(list(found.chunks())).tolist() == [[0, 2], [0, 3]] and found.left_out == 1
@@ -101,6 +112,7 @@ def test_pairs_of_a_table(tmp_path: Path) -> None:
     for text, message in (
         ("p0\tp1\np0 p1\n", f"{table}, line 2: 'p0 p1' is not two names with a tab between"),
         ("p0\t\x1bx\n", rf"{table}, line 1: no sequence is called '\\\\x1bx'"),
+        ("query\tkey\np0\tp1\n", "line 1: no sequence is called 'query'; .* header, begin it with '#'"),
         ("# nothing\n", f"{table} names no pair"),
     ):
         table.write_text(text)
@@ -278,7 +290,11 @@ def test_one_against_many_as_a3m_and_as_the_command_for_two(
         (["--pairs", "all", "--format", "a3m"], "goes with --pairs first alone"),
         (["--pairs", "absent.tsv"], "--pairs absent.tsv is neither all nor first nor a table that exists"),
         (["--pairs", "all", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--pairs", "all", "--most-pairs", "8"], "there is no pair to align"),
+        (["--pairs", "all", "--most-pairs", "8"], "there is no pair to align: all are left out, see --most-pairs"),
+        (["--pairs", "all", "--most-pairs", "8"], "note: left out: 1 of more than 8 pairs of residues; cut"),
+        (["--pairs", ""], "--pairs '' is neither all nor first nor a table that exists"),
+        (["--pairs", "/"], "--pairs / is neither all nor first nor a table that exists"),
+        (["--pairs", "all", "--format", ""], "--format: '' is none of tsv, jsonl, fasta, a3m, paf"),
         (["--format", "tsv"], "--format is for many pairs; give --pairs too"),
     ],
 )
