@@ -28,7 +28,7 @@ from .evaluate import aligned
 from .pairs import Pair, encode
 from .release import TrainedAligner, load_aligner
 from .runs import MODES
-from .sequences import LONGEST, clean_letters, plain_name
+from .sequences import LONGEST, MOST_PAIRS, TOO_LONG, clean_letters, count_of_pairs, plain_name
 from .three_lines import LEGEND, summary_lines, three_lines
 
 FloatArray = npt.NDArray[np.floating]
@@ -153,9 +153,11 @@ def align_many(
         place = f" of pairs[{number}]" if len(given) > 1 else ""
         letters = tuple(clean_letters(row, f"{_brief(name)}{place}") for row, name in zip(rows, of_pair, strict=True))
         n, m = map(len, letters)
-        if n * m > LONGEST:
+        if max(n, m) > LONGEST:
+            raise ValueError(f"{_brief(of_pair[0 if n > m else 1])}{place} has {TOO_LONG}")
+        if n * m > MOST_PAIRS:
             raise ValueError(
-                f"{n} and {m} residues{place} are more than {LONGEST / 1e6:g} million pairs; cut the sequences"
+                f"{n} and {m} residues{place} are more than {count_of_pairs(MOST_PAIRS)} pairs; cut the sequences"
             )
         shown = (plain_name(of_pair[0]) or "query", plain_name(of_pair[1]) or "key")
         asked.append(Asked(number, shown, (letters[0], letters[1])))

@@ -15,7 +15,7 @@ from ..library import BATCH, MONOTONE, Asked, solve
 from ..pair_formats import FORMATS
 from ..release import SHIPPED, load_aligner
 from ..runs import MODES
-from ..sequences import LONGEST, Protein, count_of_pairs, read_proteins
+from ..sequences import MOST_PAIRS, Protein, count_of_pairs, read_proteins
 from ..three_lines import LEGEND, display_names, summary_lines, three_lines
 from . import align_many
 
@@ -58,7 +58,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help=f"folder for what is written (default: {_FOLDER}, of many pairs {_FOLDER_OF_MANY})",
     )
     text = "refuse sequences with more pairs of residues (default: %(default)s, twice three thousand residues)"
-    parser.add_argument("--most-pairs", type=int, metavar="N", default=LONGEST, help=text)
+    parser.add_argument("--most-pairs", type=int, metavar="N", default=MOST_PAIRS, help=text)
     parser.add_argument("--quiet", action="store_true", help="print the alignment alone; of many, nothing but notes")
     add_threads(parser)
 
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             raise ValueError(f"{option_name(name)} is for many pairs; give --pairs too, or leave it out")
     notes: list[str] = []
-    proteins = read_proteins(options.sequences, notes, max(options.most_pairs, LONGEST))
+    proteins = read_proteins(options.sequences, notes)
     _check_size(proteins, options.most_pairs)
     for note in notes:
         say(f"note: {note}", sys.stderr)

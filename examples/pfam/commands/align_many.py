@@ -19,7 +19,7 @@ from ..many import Results, fingerprint
 from ..pair_formats import FORMATS
 from ..pair_lists import ALL, FIRST, PairList
 from ..release import load_aligner
-from ..sequences import LONGEST, Protein, count_of_pairs, read_many
+from ..sequences import Protein, count_of_pairs, read_many
 from ..source import is_readable
 from ..stockholm import shown
 
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace, folder: str) -> int:
     batch = BATCH if options.batch_size is None else options.batch_size
     _BATCH.check("--batch-size", batch)
     notes: list[str] = []
-    proteins = read_many(options.sequences, notes, max(options.most_pairs, LONGEST))
+    proteins = read_many(options.sequences, notes)
     pairs = _pairs(options.pairs, proteins, options.most_pairs, notes)
     if pairs.left_out:
         notes.append(

@@ -73,6 +73,7 @@ def test_many_are_as_one_by_one_and_in_their_order(checkpoint: str) -> None:
         ({"query": ""}, "'query' has no residues"),
         ({"query": "MK1"}, "'query': '1' at residue 3 is not an amino acid's letter"),
         ({"query": "M" * 9000, "key": "M" * 9000}, "9000 and 9000 residues are more than 9 million pairs"),
+        ({"key": "M" * 100_001}, "'key' has more than 100000 residues, more than any known protein has; cut it"),
         ({"mode": ["auto"]}, r"mode must be one of auto, global, local, got \['auto'\]"),
         ({"names": ("a",)}, "names must be two strings, got 1"),
         ({"checkpoint": ""}, "the aligner's path is empty"),

@@ -31,7 +31,7 @@ from examples.pfam.config import Config
 from examples.pfam.dataset import load_dataset, read_families
 from examples.pfam.pairs import Pair, encode
 from examples.pfam.plots import plot_plan
-from examples.pfam.sequences import read_proteins
+from examples.pfam.sequences import read_many, read_proteins
 from examples.pfam.source import Budget, TooLargeError, UnlikelyError, lines
 from examples.pfam.stockholm import StockholmError, read_stockholm
 
@@ -242,11 +242,16 @@ def test_what_grows_is_stopped_while_it_grows(tmp_path: Path, monkeypatch: pytes
         read_proteins([str(path), "MKV"], [])
     path.write_bytes(gzip.compress(b">a\n" + b"A\n" * 4_000_000, 9)[:-1000])
     with pytest.raises(ValueError, match=r"bomb\.gz: 0\.0 MB of gzip data grow to more than .*with gunzip first"):
-        read_proteins([str(path), "MKV"], [])
+        read_proteins([str(path), "MKV"], [], longest=10**7)
     for text in (b"MK\n" * 1000, b">a\n" + b"MK\n" * 1000, b">a\nMKV\n>b\n" + b"MK\n" * 1000):
         path.write_bytes(text)
         with pytest.raises(ValueError, match="more than 1999 letters"):
             read_proteins([str(path)], [], longest=1999)
+    path.write_bytes(b">a\nMKV\n>b\n" + b"M" * 100_001)
+    with pytest.raises(ValueError, match="more than 100000 letters in sequence 2, more than any known protein has"):
+        read_many([str(path)], [])
+    with pytest.raises(ValueError, match="sequence 2 has more than 100000 residues"):
+        read_proteins(["MKV", "M" * 100_001], [])
     monkeypatch.setattr(sequences, "_LOOK_ON", 100)
     path.write_bytes(b">a\nMKV\n>b\nMKV\n" + b">c\nMKVMKVMKV\n" * 1000)
     notes: list[str] = []
