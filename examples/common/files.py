@@ -57,9 +57,9 @@ def file_mode(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether ``path`` can be read, but only once: standard input, a pipe, a terminal, a device."""
+    """Whether ``path`` can be read, but only once: standard input, even of a file, a pipe, a terminal, a device."""
     mode = file_mode(path)
-    return mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    return mode is not None and not stat.S_ISDIR(mode) and (str(path) == STDIN or not stat.S_ISREG(mode))
 
 
 def read_file(path: Path) -> Any:
