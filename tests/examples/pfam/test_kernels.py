@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.pfam import layers, model as aligner, pair_hmm, parts
+from examples.pfam import layers, loops, model as aligner, pair_hmm, parts
 from examples.pfam.config import Config
 from examples.pfam.encodings import Encodings
 from examples.pfam.evaluate import align_pairs, aligned
@@ -179,3 +179,16 @@ def test_plans_are_the_same_whether_sequences_were_encoded_before() -> None:
     for a, b, c in zip(first, again, alone, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a[:-1], c[:-1], atol=1e-5)
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def locators(function: object) -> None:
+        raise RuntimeError(f"cannot cache function {function!r}: no locator available")
+
+    monkeypatch.setattr("numba.core.dispatcher.FunctionCache", locators)
+    loops._say_once.cache_clear()
+    one, other = loops.loop()(lambda x: x + 1), loops.loop(error_model="numpy")(lambda x: 1.0 / x)
+    assert one(2) == 3 and other(0.0) == np.inf
+    assert capsys.readouterr().err.count("NUMBA_CACHE_DIR can name one") == 1
