@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +195,23 @@ def test_loops_are_compiled_where_nothing_can_be_kept(
     one, other = loops.loop()(lambda x: x + 1), loops.loop(error_model="numpy")(lambda x: 1.0 / x)
     assert one(2) == 3 and other(0.0) == np.inf
     assert capsys.readouterr().err.count("NUMBA_CACHE_DIR can name one") == 1
+
+
+def test_a_damaged_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a crash leaves it, which Numba reads as it is; and an index without its code."""
+    program, kept = tmp_path / "some.py", tmp_path / "kept"
+    program.write_text("from examples.pfam.loops import loop\n@loop()\ndef twice(x):\n    return 2 * x\n")
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(kept))
+
+    def notes() -> int:
+        assert runpy.run_path(str(program))["twice"](4) == 8
+        return capsys.readouterr().err.count("is compiled anew")
+
+    assert notes() == 0 == notes()
+    for suffix, content in ((".nbi", b""), (".nbc", b"damaged")):
+        (file,) = kept.rglob(f"*{suffix}")
+        file.write_bytes(content)
+        assert notes() == 1
+        assert notes() == 0
