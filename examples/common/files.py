@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ STDIN = "-"
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, moved over ``path`` at the end: after a crash or on a full disk the old one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -30,6 +32,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def lock(file: BinaryIO) -> bool:
+    """Hold ``file`` against other processes until it is closed; False if one of them holds it.
+
+    Where the file system has no locks, which is said, nothing is held.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        say(f"note: {file.name} cannot be locked ({error.strerror}): nothing keeps a second run from it", sys.stderr)
+    return True
 
 
 def file_mode(path: str | Path) -> int | None:
@@ -41,9 +57,9 @@ def file_mode(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether ``path`` can be read, but only once: standard input, a pipe, a terminal, a device."""
+    """Whether ``path`` can be read, but only once: standard input, even of a file, a pipe, a terminal, a device."""
     mode = file_mode(path)
-    return mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    return mode is not None and not stat.S_ISDIR(mode) and (str(path) == STDIN or not stat.S_ISREG(mode))
 
 
 def read_file(path: Path) -> Any:
@@ -68,8 +84,11 @@ def prepare_folder(folder: str | Path, option: str = "--out") -> None:
     """Make a run's folder and write to it once: better to fail before the training than after it.
 
     Raises:
+        ValueError: its name is empty.
         OSError: it cannot be made or written to; the message names ``option``.
     """
+    if not str(folder):
+        raise ValueError(f"{option} is empty; name a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -16,6 +16,7 @@ INTERRUPTED = 130
 def start(package: str) -> NoReturn:
     """Import `package.cli` and exit with the status of its `main()`; Ctrl-C is clean from the first moment on."""
     signal.signal(signal.SIGINT, _stop)
+    _fill_closed_streams()
     main = importlib.import_module(f"{package}.cli").main
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
@@ -35,6 +36,17 @@ def exit_status(run: Callable[[], int | None], *errors: type[Exception], stopped
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return INTERRUPTED
+
+
+def _fill_closed_streams() -> None:
+    """Read and write nothing where a standard stream is closed, as by >&-: the next file would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
 
 
 def _stop(number: int, frame: object) -> None:

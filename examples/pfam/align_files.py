@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -31,12 +32,12 @@ def check_folder(folder: str | Path) -> None:
         FileExistsError: a file there is not ours; nothing was touched.
         OSError: the folder cannot be made or written to.
     """
-    folder = Path(folder)
     prepare_folder(folder)
+    folder = Path(folder)
     hashes = _hashes(folder / RECORD)
     for name in (FASTA, STOCKHOLM, PICTURE, RECORD):
         path = folder / name
-        ours = hashes is not None and (name == RECORD or not path.exists() or _hash(path) == hashes.get(name))
+        ours = hashes is not None and (name == RECORD or not path.exists() or _hash(path) in hashes.get(name, ()))
         if path.exists() and not ours:
             raise FileExistsError(
                 f"{path} was not written by this command, or was changed since; move it, or choose another --out"
@@ -51,8 +52,14 @@ def write_files(
     made_with: Mapping[str, str],
     homology: float | None = None,
 ) -> list[Path]:
-    """Write the four files, and ``made_with`` and the probability of ``homology`` into the record. Files of the same
-    names are replaced."""
+    """Write the four files, and ``made_with`` and the probability of ``homology`` into the record.
+
+    Files of the same names are replaced, once all four are written: on a full disk the old ones stay. The record, which
+    knows both, is replaced first, so whatever a crash leaves is known to be ours.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     aligned = _biopython(proteins, alignment)
     contents = {
         FASTA: _formatted(aligned, "fasta"),
@@ -61,13 +68,18 @@ def write_files(
     }
     record = _record(proteins, alignment) | {"made_with": dict(made_with), "homology": homology}
     record["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    paths = {name: Path(folder) / name for name in (*contents, RECORD)}
+    record["replaced"] = {name: _hash(paths[name]) for name in contents if paths[name].exists()}
     contents[RECORD] = (json.dumps(record) + "\n").encode()
-    paths = []
-    for name, data in contents.items():
-        paths.append(Path(folder) / name)
-        with replacing(paths[-1]) as file:
-            file.write(data)
-    return paths
+    try:
+        with contextlib.ExitStack() as stack:  # which ends with what was begun last, the record, first
+            for name, data in contents.items():
+                file = stack.enter_context(replacing(paths[name]))
+                file.write(data)
+                file.flush()
+    except OSError as error:
+        raise OSError(f"cannot write to --out {folder} ({error.strerror}); what was there is as it was") from error
+    return list(paths.values())
 
 
 def _record(proteins: tuple[Protein, Protein], alignment: PairwiseAlignment) -> dict[str, Any]:
@@ -99,14 +111,18 @@ def _formatted(alignment: MultipleSeqAlignment, kind: str) -> bytes:
     return text.getvalue().encode()
 
 
-def _hashes(record: Path) -> dict[str, str] | None:
-    """Of the files as they were written, by name; None if there is no record of ours."""
+def _hashes(record: Path) -> dict[str, tuple[str, ...]] | None:
+    """Of the files as they were written, and before, by name; None if there is no record of ours."""
     try:
         values = json.loads(record.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    ours = isinstance(values, dict) and values.get("written_by") == _WRITER and isinstance(values.get("files"), dict)
-    return values["files"] if ours else None
+    if not isinstance(values, dict) or values.get("written_by") != _WRITER:
+        return None
+    written, replaced = values.get("files"), values.get("replaced", {})
+    if not (isinstance(written, dict) and isinstance(replaced, dict)):
+        return None
+    return {name: (written[name], replaced.get(name, "")) for name in written}
 
 
 def _hash(path: Path) -> str:

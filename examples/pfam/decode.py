@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from .loops import loop
 from .metrics import LOG_FLOOR
 
 FloatArray = npt.NDArray[np.floating]
@@ -80,7 +80,7 @@ DECODERS: dict[str, Decoder] = {
 DEFAULT_DECODER = "accuracy"
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def _best_monotone(gain: FloatArray) -> IntArray:
     n, m = gain.shape
     came_from = np.zeros((n, m), dtype=np.uint8)  # 0: row above, 1: column before, 2: a pair

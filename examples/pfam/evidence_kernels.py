@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from .kernels import FloatArray, IntArray
+from .loops import loop
 
 _TOGETHER = 128
 """Entries that are judged together, what is known of them in the fastest cache."""
@@ -56,7 +56,7 @@ def plan_sums(plan: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns.mT
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def _averages_at(maps: FloatArray, entries: IntArray, widths: IntArray, found: FloatArray) -> None:
     """``averages_at`` into ``found``, the maps first.
 
@@ -121,7 +121,7 @@ def _averages_at(maps: FloatArray, entries: IntArray, widths: IntArray, found: F
                     run += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def _depthwise(x: FloatArray, weight: FloatArray, bias: FloatArray, dilation: int, found: FloatArray) -> None:
     """``depthwise`` into ``found``, by weights [width, d]."""
     count, length, size = x.shape
@@ -137,7 +137,7 @@ def _depthwise(x: FloatArray, weight: FloatArray, bias: FloatArray, dilation: in
                         to[c] += by[c] * of[c]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@loop(fastmath={"contract"})
 def _perceptron(
     groups: tuple[FloatArray, ...],
     linear: FloatArray,
@@ -180,7 +180,7 @@ def _perceptron(
         found[start : start + many] = total[:many]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@loop(fastmath={"reassoc", "contract", "nsz"})
 def _plan_sums(plan: FloatArray, rows: FloatArray, columns: FloatArray) -> None:
     """``plan_sums`` into ``rows`` and, [N, 3, S], into ``columns``, which are zeros."""
     for k in range(len(plan)):

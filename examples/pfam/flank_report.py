@@ -208,7 +208,7 @@ def flank_report(
     """
     chosen = evaluation_pairs(families, pairs, cap, seed)
     if not chosen.pairs:
-        raise NoFlankTest(f"no pair of at most {cap} residues a side; raise the cap")
+        raise NoFlankTest(f"no pair of at most {cap} residues a side, with upper case in one column; raise the cap")
     try:
         others = unrelated(families, len(chosen.pairs), cap, seed)
     except ValueError as error:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from .loops import loop
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
@@ -75,7 +76,7 @@ def diagonal_averages(maps: Tensor, widths: tuple[int, ...]) -> Tensor:
     return found
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def _turned_maps(maps: FloatArray, n: IntArray, m: IntArray, found: FloatArray) -> None:
     """``turned_maps`` into ``found``, zeros, for lengths ``n`` and ``m``."""
     for k in range(len(maps)):
@@ -85,7 +86,7 @@ def _turned_maps(maps: FloatArray, n: IntArray, m: IntArray, found: FloatArray) 
                 target[j] = source[last - j]
 
 
-@numba.njit(cache=True, nogil=True)
+@loop()
 def _forward_weights(
     odds: FloatArray,
     n: IntArray,
@@ -207,7 +208,7 @@ def _forward_weights(
         totals[k] = np.log(last) + scale[used - 1] if last > 0 else -1e9
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def _diagonal_averages(maps: FloatArray, widths: IntArray, found: FloatArray) -> None:
     """``diagonal_averages`` into ``found``.
 

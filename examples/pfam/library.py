@@ -7,13 +7,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from examples.common.text import clip
 
 from .alignment import PairwiseAlignment, Summary
 from .decode import DECODERS, DEFAULT_DECODER
@@ -22,7 +28,7 @@ from .evaluate import aligned
 from .pairs import Pair, encode
 from .release import TrainedAligner, load_aligner
 from .runs import MODES
-from .sequences import LONGEST, clean_letters, plain_name
+from .sequences import LONGEST, MOST_PAIRS, TOO_LONG, clean_letters, count_of_pairs, plain_name
 from .three_lines import LEGEND, summary_lines, three_lines
 
 FloatArray = npt.NDArray[np.floating]
@@ -32,6 +38,9 @@ MONOTONE = tuple(name for name in DECODERS if name != "mutual")
 """The decoders whose pairs never cross, as columns need it."""
 BATCH = 32
 """Pairs that are aligned at once; of long sequences fewer, see ``evaluate.CELLS``."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""``mode`` is set in the model, which several threads share."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,13 @@ def align(
     Raises:
         ValueError: a sequence is empty, has what is no amino acid's letter, or the two are too long for memory; an
             option is none of its values.
+        TypeError: an argument is of another type.
+        FileNotFoundError: there is no such checkpoint.
     """
+    for name, value in (("query", query), ("key", key)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, letters of amino acids, got {_brief(value)}")
+    names = _two_strings("names", names)
     return align_many([(query, key)], names=[names], mode=mode, decoder=decoder, checkpoint=checkpoint)[0]
 
 
@@ -122,25 +137,34 @@ def align_many(
         keep_plans: whether the objects hold their plans, 8 bytes for every pair of residues.
 
     Raises:
-        ValueError: see ``align``; the number of ``names`` is another.
+        ValueError, TypeError, FileNotFoundError: see ``align``; the number of ``names`` is another. Nothing was
+            aligned.
     """
-    if names is not None and len(names) != len(pairs):
-        raise ValueError(f"names must be as many as pairs, {len(pairs)}, got {len(names)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    found: list[AlignedPair | None] = [None] * len(pairs)
+    _check_options(mode, decoder, batch_size)
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"checkpoint must be a path, or None for the shipped aligner, got {_brief(checkpoint)}")
+    given = _pairs_of_strings("pairs", pairs)
+    called = [("query", "key")] * len(given) if names is None else _pairs_of_strings("names", names)
+    if len(called) != len(given):
+        raise ValueError(f"names must be as many as pairs, {len(given)}, got {len(called)}")
+    found: list[AlignedPair | None] = [None] * len(given)
     asked = []
-    for number, (query, key) in enumerate(pairs):
-        of_pair = names[number] if names is not None else ("query", "key")
-        letters = tuple(clean_letters(row, f"{name!r}") for row, name in zip((query, key), of_pair, strict=True))
+    for number, (rows, of_pair) in enumerate(zip(given, called, strict=True)):
+        place = f" of pairs[{number}]" if len(given) > 1 else ""
+        letters = tuple(clean_letters(row, f"{_brief(name)}{place}") for row, name in zip(rows, of_pair, strict=True))
         n, m = map(len, letters)
-        if n * m > LONGEST:
-            raise ValueError(f"{n} and {m} residues are more than {LONGEST / 1e6:g} million pairs; cut the sequences")
+        if max(n, m) > LONGEST:
+            raise ValueError(f"{_brief(of_pair[0 if n > m else 1])}{place} has {TOO_LONG}")
+        if n * m > MOST_PAIRS:
+            raise ValueError(
+                f"{n} and {m} residues{place} are more than {count_of_pairs(MOST_PAIRS)} pairs; cut the sequences"
+            )
         shown = (plain_name(of_pair[0]) or "query", plain_name(of_pair[1]) or "key")
         asked.append(Asked(number, shown, (letters[0], letters[1])))
     aligner = _loaded(None if checkpoint is None else str(checkpoint))
-    for of, pair in solve(aligner, asked, mode, decoder, batch_size, keep_plans):
-        found[of.number] = pair
+    with _ONE_AT_A_TIME:
+        for of, pair in solve(aligner, asked, mode, decoder, batch_size, keep_plans):
+            found[of.number] = pair
     return [pair for pair in found if pair is not None]
 
 
@@ -169,10 +193,7 @@ def solve(
     Raises:
         ValueError: ``mode`` or ``decoder`` is none of its names.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if decoder not in MONOTONE:
-        raise ValueError(f"decoder must be one of {', '.join(MONOTONE)}, got {decoder!r}")
+    _check_options(mode, decoder, batch_size)
     nothing = np.zeros((0, 2), dtype=np.int64)
     pairs = [Pair("", a.names, encode(a.letters[0]), encode(a.letters[1]), nothing, k) for k, a in enumerate(asked)]
     before, aligner.model.mode = aligner.model.mode, mode
@@ -188,6 +209,40 @@ def solve(
             yield of, AlignedPair(of.names, alignment, plan, homology, found.log_odds)
     finally:
         aligner.model.mode = before
+
+
+def _check_options(mode: str, decoder: str, batch_size: int) -> None:
+    for name, value, allowed in (("mode", mode, tuple(MODES)), ("decoder", decoder, MONOTONE)):
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {_brief(value)}")
+    try:
+        operator.index(batch_size)
+    except TypeError:
+        raise TypeError(f"batch_size must be a whole number, got {_brief(batch_size)}") from None
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _pairs_of_strings(name: str, values: Any) -> list[tuple[str, str]]:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise TypeError(f"{name} must be a sequence of two strings each, got {_brief(values)}")
+    return [_two_strings(f"{name}[{number}]", value) for number, value in enumerate(values)]
+
+
+def _two_strings(name: str, value: Any) -> tuple[str, str]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be two strings, got {_brief(value)}")
+    if len(value) != 2:
+        raise ValueError(f"{name} must be two strings, got {len(value)}: {_brief(value)}")
+    for index, one in enumerate(value):
+        if not isinstance(one, str):
+            raise TypeError(f"{name}[{index}] must be a string, got {_brief(one)}")
+    return value[0], value[1]
+
+
+def _brief(value: Any) -> str:
+    return clip(repr(value))
 
 
 @lru_cache(maxsize=4)

@@ -81,9 +81,10 @@ class PairList:
                 pair = tuple(number_of.get(plain_name(name.strip()), -1) for name in names)
                 if -1 in pair:
                     unknown = clip(visible(names[pair.index(-1)]))
+                    header = "; if that line is a header, begin it with '#'" if rows == 1 else ""
                     raise ValueError(
                         f"{where}: no sequence is called {unknown!r}; a name is what stands before the first blank of "
-                        "a FASTA header"
+                        f"a FASTA header{header}"
                     )
                 found[pair[0], pair[1]] = None
                 if len(found) > _MOST_LISTED:

@@ -82,9 +82,14 @@ def check_program_results(path: Path) -> None:
     Raises:
         ValueError, OSError: as there.
     """
-    _records(path)
-    with open(path, "a", encoding="utf-8"):
-        pass
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--program-results {path} is no file; choose another name")
+    try:
+        _records(path)
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to --program-results {path} ({error.strerror}); choose another name") from error
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -98,8 +103,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             ours = False
         if not ours:
-            what = "was cut off; remove it" if line[-1:] != b"\n" and records else "was not written by this command"
-            raise ValueError(f"--program-results {path}: line {number} {what}, or choose another file")
+            cut_off = line[-1:] != b"\n" and records
+            what = "was cut off; remove it, or" if cut_off else "was not written by this command;"
+            raise ValueError(f"--program-results {path}: line {number} {what} choose another file")
         records.append(record)
     return records
 

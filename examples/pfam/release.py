@@ -187,6 +187,8 @@ def load_aligner(path: str | Path | None = None) -> TrainedAligner:
         if not SHIPPED.is_file():
             raise FileNotFoundError(f"{SHIPPED}, the shipped aligner, is missing; give another with --checkpoint")
         return load_release(SHIPPED)
+    if not str(path):
+        raise ValueError("the aligner's path is empty; give a release or a run's folder, or none for the shipped one")
     path = Path(path)
     if path.suffix == SUFFIX and not path.is_dir():
         return load_release(path)

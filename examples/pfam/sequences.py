@@ -18,8 +18,11 @@ from .pairs import encode, looks_like_nucleotides, residue_counts
 from .source import MB, DamagedError, TooLargeError, UnlikelyError, is_readable, lines
 from .stockholm import GAPS, STOP, shown
 
-LONGEST = 9_000_000
-"""Residues of a sequence, unless told otherwise: more than could be aligned with a single one."""
+MOST_PAIRS = 9_000_000
+"""Pairs of residues of two sequences, unless told otherwise: memory is some 80 bytes each."""
+LONGEST = 100_000
+"""Residues of a sequence: more than any known protein has, and half a gigabyte whatever it is aligned with."""
+TOO_LONG = f"more than {LONGEST} residues, more than any known protein has; cut it, for example into domains"
 _BARE = re.compile(r"[A-Za-z*-]*[A-Za-z][A-Za-z*-]*")
 _LOOK_ON = 64 * MB
 """Characters that are read beyond the sequences that are aligned, to say how many there are."""
@@ -99,6 +102,13 @@ def read_many(arguments: Sequence[str], notes: list[str], longest: int = LONGEST
     return proteins
 
 
+def count_of_pairs(pairs: int) -> str:
+    """A number of pairs of residues in words: in millions from a hundred thousand on."""
+    if pairs < 100_000:
+        return str(pairs)
+    return f"{pairs / 1e6:.4g} million" if pairs < 10**10 else f"{pairs / 1e6:.0f} million"
+
+
 def short_name(name: str, width: int = 20) -> str:
     """A name to show: of sp|P69905|HBA_HUMAN the last part, and the ends of what is longer than ``width``."""
     short = next((part for part in reversed(name.split("|")) if part), name)
@@ -117,6 +127,8 @@ def _read(argument: str, count: int | None, index: int, notes: list[str], longes
         raise FileNotFoundError(f"{clip(argument, 60)!r} is neither a file that exists nor a sequence, letters alone")
     if count is not None and count > 1:
         raise ValueError("one sequence is not enough; give two of them, or one FASTA file that holds two sequences")
+    if len(argument) > longest:
+        raise ValueError(f"sequence {index} has {TOO_LONG}")
     name = f"sequence_{index}"
     return [Protein(name, "", clean_letters(argument, f"sequence {index}", notes), "command line")]
 
@@ -177,7 +189,7 @@ def _bounded(path: str, count: int | None, longest: int, found: _Found) -> Itera
             line = line[:1]  # it is only counted
         elif letters > longest:
             what = f"in sequence {found.headers}" if found.headers else "before the first '>'"
-            raise TooLargeError(f"more than {longest} letters {what}")
+            raise TooLargeError(f"more than {longest} letters {what}, more than any known protein has; cut it")
         yield line + "\n"
 
 

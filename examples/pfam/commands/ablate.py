@@ -13,7 +13,7 @@ from examples.common.text import say
 from ..ablation import VARIANTS, ablate, ablation_table
 from ..config import Config
 from ..dataset import load_dataset, nucleotide_notes
-from .options import NUMBERS, add_reading, check_reading, given_settings, keep_streams
+from .options import NUMBERS, add_reading, check_reading, given_settings, keep_streams, named_path
 
 _FOLDER = "runs/ablation"
 _SEEDS, _JOBS = Range(1, 100), Range(1, 256)
@@ -33,7 +33,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--data", metavar="PATH", help="alignments to train on (default: the shipped sample)")
     parser.add_argument("--eval-data", metavar="PATH", help="held-out families (default: as for train)")
     text = f"folder for the runs and the table; runs that it holds are not repeated (default: {_FOLDER})"
-    parser.add_argument("--out", metavar="PATH", type=Path, default=Path(_FOLDER), help=text)
+    parser.add_argument("--out", metavar="PATH", type=named_path, default=Path(_FOLDER), help=text)
     for name in NUMBERS:
         if name not in ("seed", "eval_every"):
             add_setting(parser, NUMBERS[name])

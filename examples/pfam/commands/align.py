@@ -15,7 +15,7 @@ from ..library import BATCH, MONOTONE, Asked, solve
 from ..pair_formats import FORMATS
 from ..release import SHIPPED, load_aligner
 from ..runs import MODES
-from ..sequences import LONGEST, Protein, read_proteins
+from ..sequences import MOST_PAIRS, Protein, count_of_pairs, read_proteins
 from ..three_lines import LEGEND, display_names, summary_lines, three_lines
 from . import align_many
 
@@ -58,7 +58,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help=f"folder for what is written (default: {_FOLDER}, of many pairs {_FOLDER_OF_MANY})",
     )
     text = "refuse sequences with more pairs of residues (default: %(default)s, twice three thousand residues)"
-    parser.add_argument("--most-pairs", type=int, metavar="N", default=LONGEST, help=text)
+    parser.add_argument("--most-pairs", type=int, metavar="N", default=MOST_PAIRS, help=text)
     parser.add_argument("--quiet", action="store_true", help="print the alignment alone; of many, nothing but notes")
     add_threads(parser)
 
@@ -67,16 +67,16 @@ def run(options: argparse.Namespace) -> int:
     """Print the alignment to standard output, notes to standard error; write the files."""
     _PAIRS.check("--most-pairs", options.most_pairs)
     if options.pairs is not None:
-        return align_many.run(options, options.out or _FOLDER_OF_MANY)
+        return align_many.run(options, _FOLDER_OF_MANY if options.out is None else options.out)
     for name in ("format", "batch_size"):
         if getattr(options, name) is not None:
             raise ValueError(f"{option_name(name)} is for many pairs; give --pairs too, or leave it out")
     notes: list[str] = []
-    proteins = read_proteins(options.sequences, notes, options.most_pairs)
+    proteins = read_proteins(options.sequences, notes)
     _check_size(proteins, options.most_pairs)
     for note in notes:
         say(f"note: {note}", sys.stderr)
-    folder = options.out or _FOLDER
+    folder = _FOLDER if options.out is None else options.out
     check_folder(folder)
     aligner = load_aligner(options.checkpoint)
     names = display_names(proteins)
@@ -101,6 +101,6 @@ def _check_size(proteins: tuple[Protein, Protein], most: int) -> None:
     if n * m > most:
         first, second = (clip(protein.name) for protein in proteins)
         raise ValueError(
-            f"{first} has {n} residues and {second} {m}: {n * m / 1e6:.0f} million pairs, where memory for "
-            f"{most / 1e6:g} million is foreseen; cut the sequences, for example into domains, or see --most-pairs"
+            f"{first} has {n} residues and {second} {m}: {count_of_pairs(n * m)} pairs, where memory for "
+            f"{count_of_pairs(most)} is foreseen; cut the sequences, for example into domains, or see --most-pairs"
         )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from examples.common.files import file_mode, is_stream
+from examples.common.files import is_stream
 from examples.common.settings import Range
 from examples.common.text import clip, say, visible
 
@@ -19,7 +19,8 @@ from ..many import Results, fingerprint
 from ..pair_formats import FORMATS
 from ..pair_lists import ALL, FIRST, PairList
 from ..release import load_aligner
-from ..sequences import Protein, read_many
+from ..sequences import Protein, count_of_pairs, read_many
+from ..source import is_readable
 from ..stockholm import shown
 
 WHICH = (
@@ -32,23 +33,24 @@ _NOTES = 10
 
 def run(options: argparse.Namespace, folder: str) -> int:
     """Align what is not there yet; notes go to standard error."""
-    formats = _formats(options.format or "tsv", options.pairs)
+    formats = _formats("tsv" if options.format is None else options.format, options.pairs)
     batch = BATCH if options.batch_size is None else options.batch_size
     _BATCH.check("--batch-size", batch)
     notes: list[str] = []
-    proteins = read_many(options.sequences, notes, options.most_pairs)
+    proteins = read_many(options.sequences, notes)
     pairs = _pairs(options.pairs, proteins, options.most_pairs, notes)
     if pairs.left_out:
         notes.append(
-            f"{pairs.left_out} pairs have more than {options.most_pairs / 1e6:g} million pairs of residues and are "
-            "left out; cut long sequences, for example into domains, or see --most-pairs"
+            f"left out: {pairs.left_out} of more than {count_of_pairs(options.most_pairs)} pairs of residues; "
+            "cut long sequences, for example into domains, or see --most-pairs"
         )
     for note in notes[:_NOTES]:
         say(f"note: {note}", sys.stderr)
     if len(notes) > _NOTES:
         say(f"note: and {len(notes) - _NOTES} more of such notes", sys.stderr)
     if not pairs.total:
-        raise ValueError("there is no pair to align; give two or more sequences, or see --most-pairs")
+        why = "all are left out, see --most-pairs" if pairs.left_out else "give two or more sequences"
+        raise ValueError(f"there is no pair to align: {why}")
     aligner = load_aligner(options.checkpoint)
     settings = {"aligner": aligner.digest(), "mode": options.mode, "decoder": options.decoder}
     heads = {"a3m": f">{proteins[0].name}\n{proteins[0].letters}\n"}
@@ -94,8 +96,9 @@ def _pairs(which: str, proteins: Sequence[Protein], most: int, notes: list[str])
         return PairList.all_against_all(proteins, most)
     if which == FIRST:
         return PairList.first_against_rest(proteins, most)
-    if file_mode(which) is None:
-        raise FileNotFoundError(f"--pairs {shown(which)} is neither {ALL} nor {FIRST} nor a table that exists")
+    if not is_readable(which):
+        given = shown(which) or repr(which)
+        raise FileNotFoundError(f"--pairs {given} is neither {ALL} nor {FIRST} nor a table that exists")
     if is_stream(which) and which == "-" and any(protein.source == "-" for protein in proteins):
         raise ValueError("standard input is read for the sequences; give the table another way")
     return PairList.from_table(which, proteins, most, notes)

@@ -10,7 +10,7 @@ from examples.common.settings import add_quiet
 from examples.common.text import say
 
 from ..download import PFAM_SEED_URL, download
-from .options import command_line
+from .options import command_line, named_path
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,7 +22,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--out",
         metavar="PATH",
-        type=Path,
+        type=named_path,
         default=Path("Pfam-A.seed.gz"),
         help="file to write; one that exists is kept (default: %(default)s)",
     )

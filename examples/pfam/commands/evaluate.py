@@ -27,7 +27,7 @@ from ..programs import PROGRAMS, TIMEOUT, Installed, find
 from ..release import SUFFIX, TrainedAligner, load_aligner
 from ..stockholm import shown
 from ..tables import aligner_name
-from .options import add_device, add_reading, check_reading
+from .options import add_device, add_reading, check_reading, named_path
 
 _FOLDER = "runs/evaluation"
 _PAIRS, _CAP, _FLANKED = 40, 1024, 6
@@ -59,11 +59,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     text = f"seconds that an installed aligner may take over a pair, then it is stopped (default: {TIMEOUT:g})"
     parser.add_argument("--program-timeout", type=float, metavar="X", default=TIMEOUT, help=text)
     text = "file for what installed aligners find: what it has of the same versions and pairs is not done again"
-    parser.add_argument("--program-results", metavar="PATH", type=Path, help=text)
+    parser.add_argument("--program-results", metavar="PATH", type=named_path, help=text)
     text = "instead, score gap costs of both alignment programs on --data, or on the shipped training families"
     parser.add_argument("--gap-grid", action="store_true", help=text)
     text = f"folder for the tables and pictures (default: {_FOLDER})"
-    parser.add_argument("--out", metavar="PATH", type=Path, default=Path(_FOLDER), help=text)
+    parser.add_argument("--out", metavar="PATH", type=named_path, default=Path(_FOLDER), help=text)
     add_reading(parser)
     add_quiet(parser)
     add_device(parser)

@@ -40,6 +40,13 @@ def given_settings(options: argparse.Namespace, config: Config) -> Config:
     return replace(config, **found)
 
 
+def named_path(text: str) -> Path:
+    """An option's value; ``argparse`` says which one is empty, as of a shell's variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a file or a folder")
+    return Path(text)
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """``--max-text`` and ``--cache``."""
     text = f"megabytes of text, unpacked, that are read of the data; more is refused (default: {MOST_TEXT})"
@@ -49,8 +56,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def check_reading(options: argparse.Namespace) -> None:
-    """Raise ValueError if ``--max-text`` is out of range."""
+    """Raise ValueError if ``--max-text`` is out of range, or a path is empty."""
     _TEXT.check("--max-text", options.max_text)
+    for name in ("data", "eval_data", "cache"):
+        if getattr(options, name, None) == "":
+            raise ValueError(f"{option_name(name)} is empty; name a file or a folder, or leave it out")
 
 
 def keep_streams(options: argparse.Namespace, processes: int = 1) -> None:

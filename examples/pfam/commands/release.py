@@ -13,6 +13,7 @@ from ..homology import fitted
 from ..release import load_aligner, save_release, with_gaps
 from ..runs import BEGINNINGS
 from ..stockholm import shown
+from .options import named_path
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,7 +25,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--out",
         metavar="PATH",
-        type=Path,
+        type=named_path,
         default=Path("aligner.safetensors"),
         help="file to write, one that exists is kept (default: %(default)s)",
     )

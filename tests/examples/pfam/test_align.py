@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from Bio import AlignIO, SeqIO
 
+from examples.common import files
 from examples.pfam import align_files, cli
 from examples.pfam.align_files import FASTA, PICTURE, RECORD, STOCKHOLM, check_folder, write_files
 from examples.pfam.alignment import PairwiseAlignment
@@ -194,6 +197,40 @@ def test_only_its_own_files_are_replaced(tmp_path: Path) -> None:
         check_folder(tmp_path / "file")
 
 
+def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path) -> None:
+    write_files(tmp_path, PROTEINS, hand_made(), b"picture", {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write to --out .*; what was there is as it was"):
+            write_files(tmp_path, PROTEINS, random_alignment(0), b"picture" * 1000, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("replaced", range(5))
+def test_what_a_crash_leaves_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int) -> None:
+    """Killed after so many files, over files of another alignment or none."""
+    left: list[int] = []
+
+    def replace(source: Path, target: Path) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        source.rename(target)
+
+    for number in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(files.os, "replace", replace)
+            left[:] = [0] * replaced
+            with contextlib.suppress(KeyboardInterrupt):
+                write_files(tmp_path, PROTEINS, random_alignment(number), b"picture", {})
+        check_folder(tmp_path)
+        write_files(tmp_path, PROTEINS, hand_made(), b"picture", {})
+
+
 def write(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
@@ -349,7 +386,13 @@ def test_the_command_refuses_before_it_works(
     assert main(["align", "M" * 5000, "K" * 5000, "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: sequence_1 has 5000 residues and sequence_2 5000: 25 million pairs, where memory")
+    few = write(tmp_path / "few.fasta", ">a\nMKVL\n>b\nMKV\n")
+    assert main(["align", few, "--most-pairs", "2", "--out", str(out)]) == 1
+    assert "a has 4 residues and b 3: 12 pairs, where memory for 2 is foreseen" in capsys.readouterr().err
     assert not out.exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["align", "MKV", "MRV", "--out", ""]) == 1
+    assert capsys.readouterr().err == "error: --out is empty; name a folder\n"
     out.mkdir()
     (out / PICTURE).write_text("a picture of my own")
     assert main(["align", "MKV", "MRV", "--out", str(out)]) == 1

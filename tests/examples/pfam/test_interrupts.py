@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,6 +38,25 @@ def start_training(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     return process
+
+
+def test_a_closed_stream_does_not_give_its_number_to_a_file(tmp_path: Path) -> None:
+    """What a program prints after >&- would else be written into the file that it opened next."""
+    folder = tmp_path / "program"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "cli.py").write_text(
+        "import os, sys\n"
+        "def main():\n"
+        "    with open('kept', 'w') as file:\n"
+        "        print('lost', flush=True); print('lost', file=sys.stderr, flush=True); os.write(1, b'lost')\n"
+        "        file.write(f'{sys.stdin.read()!r} {file.fileno() > 2}')\n"
+    )
+    code = "from examples.common.start import start; start('program')"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
+    path = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, env=path, check=True, timeout=50)
+    assert (tmp_path / "kept").read_text() == "'' True"
 
 
 @pytest.mark.slow

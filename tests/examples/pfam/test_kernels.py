@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.pfam import layers, model as aligner, pair_hmm, parts
+from examples.pfam import layers, loops, model as aligner, pair_hmm, parts
 from examples.pfam.config import Config
 from examples.pfam.encodings import Encodings
 from examples.pfam.evaluate import align_pairs, aligned
@@ -179,3 +182,36 @@ def test_plans_are_the_same_whether_sequences_were_encoded_before() -> None:
     for a, b, c in zip(first, again, alone, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a[:-1], c[:-1], atol=1e-5)
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def locators(function: object) -> None:
+        raise RuntimeError(f"cannot cache function {function!r}: no locator available")
+
+    monkeypatch.setattr("numba.core.dispatcher.FunctionCache", locators)
+    loops._say_once.cache_clear()
+    one, other = loops.loop()(lambda x: x + 1), loops.loop(error_model="numpy")(lambda x: 1.0 / x)
+    assert one(2) == 3 and other(0.0) == np.inf
+    assert capsys.readouterr().err.count("NUMBA_CACHE_DIR can name one") == 1
+
+
+def test_a_damaged_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a crash leaves it, which Numba reads as it is; and an index without its code."""
+    program, kept = tmp_path / "some.py", tmp_path / "kept"
+    program.write_text("from examples.pfam.loops import loop\n@loop()\ndef twice(x):\n    return 2 * x\n")
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(kept))
+
+    def notes() -> int:
+        assert runpy.run_path(str(program))["twice"](4) == 8
+        return capsys.readouterr().err.count("is compiled anew")
+
+    assert notes() == 0 == notes()
+    for suffix, content in ((".nbi", b""), (".nbc", b"damaged")):
+        (file,) = kept.rglob(f"*{suffix}")
+        file.write_bytes(content)
+        assert notes() == 1
+        assert notes() == 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +73,10 @@ def test_many_are_as_one_by_one_and_in_their_order(checkpoint: str) -> None:
         ({"query": ""}, "'query' has no residues"),
         ({"query": "MK1"}, "'query': '1' at residue 3 is not an amino acid's letter"),
         ({"query": "M" * 9000, "key": "M" * 9000}, "9000 and 9000 residues are more than 9 million pairs"),
+        ({"key": "M" * 100_001}, "'key' has more than 100000 residues, more than any known protein has; cut it"),
+        ({"mode": ["auto"]}, r"mode must be one of auto, global, local, got \['auto'\]"),
+        ({"names": ("a",)}, "names must be two strings, got 1"),
+        ({"checkpoint": ""}, "the aligner's path is empty"),
         ({"mode": "best"}, "mode must be one of auto, global, local, got 'best'"),
         ({"decoder": "mutual"}, "decoder must be one of monotone, accuracy, got 'mutual'"),
     ],
@@ -80,6 +86,53 @@ def test_what_the_library_refuses(checkpoint: str, arguments: dict[str, str], me
         align(**{"query": QUERY, "key": KEY, "checkpoint": checkpoint, **arguments})
     with pytest.raises(ValueError, match="names must be as many as pairs, 1, got 0"):
         align_many([(QUERY, KEY)], names=[])
+    with pytest.raises(ValueError, match=r"'key' of pairs\[1\]: '1' at residue 1 is not"):
+        align_many([(QUERY, KEY), (QUERY, "1")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pairs": None}, "pairs must be a sequence of two strings each, got None"),
+        ({"pairs": QUERY}, "pairs must be a sequence of two strings each, got 'MKV"),
+        ({"pairs": {QUERY: KEY}}, "pairs must be a sequence of two strings each, got {"),
+        ({"pairs": [QUERY, KEY]}, r"pairs\[0\] must be two strings, got 'MKV"),
+        ({"pairs": [(QUERY, KEY), None]}, r"pairs\[1\] must be two strings, got None"),
+        ({"pairs": [(QUERY, b"MKV")]}, r"pairs\[0\]\[1\] must be a string, got b'MKV'"),
+        ({"pairs": [(QUERY, KEY)], "names": ["ab"]}, r"names\[0\] must be two strings, got 'ab'"),
+        ({"pairs": [(QUERY, KEY)], "names": [(1, "b")]}, r"names\[0\]\[0\] must be a string, got 1"),
+        ({"pairs": [], "batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+        ({"pairs": [], "batch_size": None}, "batch_size must be a whole number, got None"),
+        ({"pairs": [], "checkpoint": 5}, "checkpoint must be a path, or None for the shipped aligner, got 5"),
+    ],
+)
+def test_what_is_of_another_type_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        align_many(**arguments)
+
+
+@pytest.mark.parametrize("value", [None, b"MKV", 5, ["M", "K"]])
+def test_a_sequence_is_a_string(value: Any) -> None:
+    with pytest.raises(TypeError, match="query must be a string, letters of amino acids, got"):
+        align(value, KEY)
+    with pytest.raises(TypeError, match="key must be a string, letters of amino acids, got"):
+        align(QUERY, value)
+    if not isinstance(value, list):
+        with pytest.raises(TypeError, match="names must be two strings, got"):
+            align(QUERY, KEY, names=value)
+
+
+def test_arrays_and_generators_are_sequences_of_pairs(checkpoint: str) -> None:
+    for pairs in (np.array([[QUERY, KEY]]), [[QUERY, KEY]], (pair for pair in [(QUERY, KEY)])):
+        assert align_many(pairs, checkpoint=checkpoint)[0].alignment.letters == (QUERY, KEY)  # type: ignore[arg-type]
+
+
+def test_threads_do_not_change_each_other_s_mode(checkpoint: str) -> None:
+    modes = ["local", "global"] * 4
+    expected = [align(QUERY, KEY[9:], mode=mode, checkpoint=checkpoint).log_odds for mode in modes]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda mode: align(QUERY, KEY[9:], mode=mode, checkpoint=checkpoint).log_odds, modes)
+        assert list(found) == expected
 
 
 def test_the_notebook_runs(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +86,17 @@ def test_all_against_all_is_every_pair_once(monkeypatch: pytest.MonkeyPatch, mos
     assert list(found.chunks(found.total)) == []
 
 
+def test_a_sequence_too_long_for_any_pair_is_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(align_many, "load_aligner", lambda path: (_ for _ in ()).throw(ValueError("far enough")))
+    file = tmp_path / "some.fa"
+    file.write_text(">a\nMKV\n>b\nMKVLAAGW\n>c\nMM\n")
+    assert main(["align", str(file), "--pairs", "all", "--most-pairs", "6"]) == 1
+    error = capsys.readouterr().err
+    assert "left out: 2 of more than 6 pairs of residues" in error and error.endswith("error: far enough\n")
+
+
 def test_the_first_against_the_rest_in_order_of_length() -> None:
     found = PairList.first_against_rest(proteins(5, 9, 2, 7), 40)
     assert np.concatenate(list(found.chunks())).tolist() == [[0, 2], [0, 3]] and found.left_out == 1
@@ -98,6 +112,7 @@ def test_pairs_of_a_table(tmp_path: Path) -> None:
     for text, message in (
         ("p0\tp1\np0 p1\n", f"{table}, line 2: 'p0 p1' is not two names with a tab between"),
         ("p0\t\x1bx\n", rf"{table}, line 1: no sequence is called '\\\\x1bx'"),
+        ("query\tkey\np0\tp1\n", "line 1: no sequence is called 'query'; .* header, begin it with '#'"),
         ("# nothing\n", f"{table} names no pair"),
     ):
         table.write_text(text)
@@ -158,10 +173,56 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     refused(["tsv"], ABOUT, "bytes where")
     table.unlink()
     refused(["tsv"], ABOUT, "is missing")
-    (tmp_path / LOG).write_text("my own notes\n")
+    for notes in ("my own notes\n", "my own notes", "0123abcd my own", "\0\0mine"):
+        (tmp_path / LOG).write_text(notes)
+        refused(["tsv"], ABOUT, "was not written by this command; choose another --out")
+        assert (tmp_path / LOG).read_text() == notes
     table.write_text("mine")
-    refused(["tsv"], ABOUT, "is there without")
-    assert table.read_text() == "mine"
+    for begun in ("", "0123ab", '0123abcd {"aligner": "', "\0\0\0"):  # as a crash may leave it
+        (tmp_path / LOG).write_text(begun)
+        refused(["tsv"], ABOUT, "is there without")
+        assert table.read_text() == "mine"
+    table.unlink()
+    with Results.open(tmp_path, ["tsv"], ABOUT) as results:
+        assert results.done == 0
+    (tmp_path / LOG).unlink()
+    (tmp_path / LOG).mkdir()
+    refused(["tsv"], ABOUT, "was not written by this command")
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    code = "import sys; from examples.common.files import lock; file = open(sys.argv[1]); print(lock(file))"
+    other = [sys.executable, "-c", code, str(tmp_path / LOG)]
+    with Results.open(tmp_path, ["tsv"], ABOUT) as results:
+        results.add([hand_made()])
+        before = (tmp_path / "alignments.tsv").read_bytes()
+        with (
+            pytest.raises(FileExistsError, match="another run is writing to --out"),
+            Results.open(tmp_path, ["tsv"], ABOUT),
+        ):
+            pass
+        assert (tmp_path / "alignments.tsv").read_bytes() == before
+        assert subprocess.run(other, check=True, capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run(other, check=True, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Results.open(tmp_path, ["tsv", "fasta"], ABOUT) as results:
+        results.add([hand_made()])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    size = max(map(len, before.values())) + 20  # in the midst of a row
+    message = r"cannot write to --out .*; the 1 pairs that are there are kept: make room, and start it again to go on"
+    try:
+        with pytest.raises(OSError, match=message), Results.open(tmp_path, ["tsv", "fasta"], ABOUT) as results:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            results.add([hand_made()] * 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "alignments.tsv").stat().st_size == size
+    with Results.open(tmp_path, ["tsv", "fasta"], ABOUT) as results:
+        assert results.done == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +290,11 @@ def test_one_against_many_as_a3m_and_as_the_command_for_two(
         (["--pairs", "all", "--format", "a3m"], "goes with --pairs first alone"),
         (["--pairs", "absent.tsv"], "--pairs absent.tsv is neither all nor first nor a table that exists"),
         (["--pairs", "all", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--pairs", "all", "--most-pairs", "8"], "there is no pair to align"),
+        (["--pairs", "all", "--most-pairs", "8"], "there is no pair to align: all are left out, see --most-pairs"),
+        (["--pairs", "all", "--most-pairs", "8"], "note: left out: 1 of more than 8 pairs of residues; cut"),
+        (["--pairs", ""], "--pairs '' is neither all nor first nor a table that exists"),
+        (["--pairs", "/"], "--pairs / is neither all nor first nor a table that exists"),
+        (["--pairs", "all", "--format", ""], "--format: '' is none of tsv, jsonl, fasta, a3m, paf"),
         (["--format", "tsv"], "--format is for many pairs; give --pairs too"),
     ],
 )

@@ -148,4 +148,8 @@ def test_what_programs_found_is_kept_for_the_same_version_and_pairs(path: Path, 
         file.write_bytes(text)
         with pytest.raises(ValueError, match=message):
             check_program_results(file)
+    with pytest.raises(ValueError, match="is no file; choose another name"):
+        check_program_results(tmp_path)
+    with pytest.raises(OSError, match=r"cannot write to --program-results .* \(No such file or directory\)"):
+        check_program_results(tmp_path / "absent" / "file")
     assert file.read_bytes() == b"my notes\n"

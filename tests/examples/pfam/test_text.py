@@ -31,7 +31,7 @@ from examples.pfam.config import Config
 from examples.pfam.dataset import load_dataset, read_families
 from examples.pfam.pairs import Pair, encode
 from examples.pfam.plots import plot_plan
-from examples.pfam.sequences import read_proteins
+from examples.pfam.sequences import read_many, read_proteins
 from examples.pfam.source import Budget, TooLargeError, UnlikelyError, lines
 from examples.pfam.stockholm import StockholmError, read_stockholm
 
@@ -204,6 +204,46 @@ def test_pipes_are_files_that_are_read_once(tmp_path: Path) -> None:
             read_proteins([str(tmp_path / "locked"), "MKV"], [])
 
 
+def test_standard_input_is_read_once_though_it_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "two.fa"
+    file.write_text(">a\nMKV\n>b\nMKVL\n")
+    kept = os.dup(0)
+    try:
+        with open(file, "rb") as given:
+            os.dup2(given.fileno(), 0)
+        with pytest.raises(ValueError, match="standard input can be read only once; give it once, with both"):
+            read_proteins(["-", "-"], [])
+        assert main(["align", "-", "--pairs", "-", "--out", str(tmp_path / "out")]) == 1
+        assert "standard input is read for the sequences" in capsys.readouterr().err
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--data", ""],
+        ["evaluate", "--out", ""],
+        ["evaluate", "--program-results", ""],
+        ["flanks", "--data", ""],
+        ["train", "--eval-data", ""],
+        ["ablate", "--cache", ""],
+        ["release", "run", "--out", ""],
+    ],
+)
+def test_an_empty_path_is_no_path(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code  # type: ignore[assignment]
+    assert status in (1, 2) and not list(tmp_path.iterdir())
+    assert f"{arguments[-2]}" in (error := capsys.readouterr().err) and "is empty; name a file or a folder" in error
+
+
 def test_a_run_keeps_what_came_through_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(0)
     rows = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=40)) for _ in range(4)]
@@ -242,11 +282,16 @@ def test_what_grows_is_stopped_while_it_grows(tmp_path: Path, monkeypatch: pytes
         read_proteins([str(path), "MKV"], [])
     path.write_bytes(gzip.compress(b">a\n" + b"A\n" * 4_000_000, 9)[:-1000])
     with pytest.raises(ValueError, match=r"bomb\.gz: 0\.0 MB of gzip data grow to more than .*with gunzip first"):
-        read_proteins([str(path), "MKV"], [])
+        read_proteins([str(path), "MKV"], [], longest=10**7)
     for text in (b"MK\n" * 1000, b">a\n" + b"MK\n" * 1000, b">a\nMKV\n>b\n" + b"MK\n" * 1000):
         path.write_bytes(text)
         with pytest.raises(ValueError, match="more than 1999 letters"):
             read_proteins([str(path)], [], longest=1999)
+    path.write_bytes(b">a\nMKV\n>b\n" + b"M" * 100_001)
+    with pytest.raises(ValueError, match="more than 100000 letters in sequence 2, more than any known protein has"):
+        read_many([str(path)], [])
+    with pytest.raises(ValueError, match="sequence 2 has more than 100000 residues"):
+        read_proteins(["MKV", "M" * 100_001], [])
     monkeypatch.setattr(sequences, "_LOOK_ON", 100)
     path.write_bytes(b">a\nMKV\n>b\nMKV\n" + b">c\nMKVMKVMKV\n" * 1000)
     notes: list[str] = []
