@@ -30,9 +30,8 @@ def test_without_a_gpu_it_says_what_to_run() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        "compile",
         "attention",
-        *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("conform", "half-steps", "properties")),
+        *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("compile", "conform", "half-steps", "properties")),
     ],
 )
 def test_its_parts_run(part: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import ENGINES
+from marks import slow_after
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
@@ -64,8 +65,9 @@ class Alone(nn.Module):
 # Compilation
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"window": (3, 3)}, {"dustbin": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", slow_after(0, [{"window": (3, 3)}, {"dustbin": True}], [{"window": (3, 3)}]), ids=str
+)
 def test_one_compilation_serves_all_lengths_of_a_bucket(options: dict[str, Any]) -> None:
     """Padded to the bucket, with the true lengths as data: forward and backward."""
     module, counter = Alone(attention(**options)), CompileCounterWithBackend("aot_eager")
@@ -94,7 +96,13 @@ def test_one_compilation_serves_all_lengths_of_the_functional() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mask", "options"), [(False, {"window": (3, 3)}), (True, {"dustbin": Dustbin(0.1, 0.2)})])
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        pytest.param(False, {"window": (3, 3)}, marks=pytest.mark.exhaustive),
+        (True, {"dustbin": Dustbin(0.1, 0.2)}),
+    ],
+)
 def test_one_compilation_serves_dynamic_shapes(options: dict[str, Any], mask: bool) -> None:
     counter = CompileCounterWithBackend("aot_eager")
 

@@ -164,7 +164,7 @@ def test_the_softmax_original_does_take_the_fast_path(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", slow_after(0, COUNTS, {"transformer"}))
+@pytest.mark.parametrize("kind", slow_after(0, COUNTS, {"transformer", "decoder"}))
 def test_compiled_models_hold_our_op(kind: str) -> None:
     for (training, context), form in itertools.product((MODES["train"], MODES["eval, no_grad"]), ("none", "bool")):
         model = make(kind, by_replacement, early=False).train(training)

@@ -54,6 +54,7 @@ def test_peak_memory_is_linear_and_no_square_tensor_exists() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_certificates_take_linear_memory() -> None:
     peaks = []
     for n in (4096, 8192):

@@ -289,7 +289,9 @@ def without_stacks() -> Iterator[None]:
 @pytest.mark.slow
 @needs_torch_xla
 @pytest.mark.parametrize("name", slow_after(0, ["forward", "backward", "solve"], {"solve"}))
-@pytest.mark.parametrize("options", ["window, kernel", "mask, dustbin, dropout"])
+@pytest.mark.parametrize(
+    "options", slow_after(0, ["window, kernel", "mask, dustbin, dropout"], {"mask, dustbin, dropout"})
+)
 def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
     name: str, options: str, standing_in: None, without_stacks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +330,7 @@ def test_a_tpu_is_given_the_program_that_torch_xla_gives_it(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_a_mesh_it_is_what_it_is_on_one_device() -> None:
     """Dropout too: each shard knows its place in the whole."""
     script = Path(__file__).with_name("shards.py")
@@ -351,7 +354,7 @@ def test_an_axis_of_a_mesh_has_one_use() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("function", slow_after(1, ["backward", "forward"], {"forward"}))
+@pytest.mark.parametrize("function", slow_after(0, ["backward", "forward"], {"backward", "forward"}))
 def test_the_tpus_compiler_takes_it(function: str, standing_in: None, tmp_path: Path) -> None:
     """Exactly what is registered, exported as the library does, for a v6e."""
     from jax import export

@@ -37,7 +37,7 @@ CASES = [*(f"blockwise: {name}" for name in OPTIONS), "streaming: plain", "strea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", slow_after(1, CASES, CASES[1:-3]))
+@pytest.mark.parametrize("case", slow_after(1, CASES, CASES[1:-1]))
 def test_it_is_that_of_the_definition(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled without optimisation, which is most of the time of a small problem."""
     shape, name = case.split(": ")

@@ -126,6 +126,7 @@ ELSEWHERE = {
     "band", "masses", "relaxed, rows without keys", "over-relaxed", "accelerated", "accelerated, given",
     "accelerated, dustbin, tolerance", "accelerated packed band", "tolerance", "unrolled", "no base", "dustbin",
     "nothing in the second", "nothing in the second, dustbin", "nothing in the second, dustbin, relaxed", "warm start",
+    "full", "dropout",
 }  # fmt: skip
 
 

@@ -238,7 +238,7 @@ def assert_close(have, want, tolerance):
 ELSEWHERE = {
     "aligned", "one query", "grouped", "wide", "window", "window of a rectangle", "wide window", "half window",
     "lengths", "nothing", "many terms", "terms far apart", "bool mask", "half mask", "one float mask",
-    "bool mask of keys", "mask of queries", "mask of heads",
+    "bool mask of keys", "mask of queries", "mask of heads", "dropout", "full", "one", "mask of keys",
 }  # fmt: skip
 
 
@@ -326,6 +326,7 @@ def race_states(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_races(small_blocks, race_states):
     case = Case(
         7, length=140, size=150, num=1, heads=1, window=(100, 20), mask=(0, 0, 1, 1), mask_dtype=np.float32,

@@ -110,7 +110,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 ELSEWHERE = {
     "more columns", "more rows", "packed", "wide", "narrow", "longer lengths, steeper", "masses",
     "relaxed, rows with few keys", "over-relaxed", "accelerated", "unrolled", "three kept", "warm start",
-    "nothing in the second", "centres", "lengths", "accelerated, contraction given",
+    "nothing in the second", "centres", "lengths", "accelerated, contraction given", "dropout",
 }  # fmt: skip
 
 

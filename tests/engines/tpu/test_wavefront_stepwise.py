@@ -88,7 +88,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 EXHAUSTIVE = {
     "dustbin", "early", "early, packed, relaxed", "dustbin, warm, masses", "implicit", "no tail",
-    "no tail, accelerated", "packed dustbin, early",
+    "no tail, accelerated", "packed dustbin, early", "dustbin, relaxed, lines without a pair", "no tail, dustbin",
 }  # fmt: skip
 
 

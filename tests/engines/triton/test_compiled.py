@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow_after
 
 triton = pytest.importorskip("triton")
 
@@ -71,6 +72,7 @@ def test_the_half_step_for_hopper() -> None:
     assert [x["products"] for x in found] == [64.0, 128.0]  # the loop is one tile's, its products by tensor cores
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [x for x in TARGETS if x != "sm_90"])
 def test_the_half_step_for_others(target: str) -> None:
@@ -79,8 +81,7 @@ def test_the_half_step_for_others(target: str) -> None:
     check_loop(found)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
+@pytest.mark.parametrize("kernel", slow_after(0, ["forward_kernel", "backward_kernel"], {"backward_kernel"}))
 def test_resident_kernels(kernel: str) -> None:
     found = compiled("sm_90", "plain, short", kernel)
     check(found)
@@ -93,6 +94,7 @@ def test_a_window_and_its_adjoint() -> None:
     check(compiled("sm_90", "band", "half_step", "adjoint_pass"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_float32() -> None:
     """Products in full float32 have no tensor cores."""

@@ -82,6 +82,7 @@ compare("fsdp", None, window=(4, 4), dustbin=Dustbin(0.3, 0.1))
 """)
 
 
+@pytest.mark.exhaustive
 def test_grouped_queries_and_masks_over_heads() -> None:
     run("""
 compare("data", "fsdp", key_heads=1, mask=randn(16, 16, seed=4))
@@ -89,6 +90,7 @@ compare("data", "fsdp", key_heads=2, mask=randn(4, 1, 16, 16, seed=4))
 """)
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_and_a_batch_that_they_do_not_divide() -> None:
     run(
         """
