@@ -26,7 +26,8 @@ except ImportError:  # where JAX is alone, whose tests need no torch
 for _name, _value in {
     "JAX_PLATFORMS": "cpu",
     "PJRT_DEVICE": "CPU",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",  # most of the time of a test is XLA's compiler
+    # most of the time of a test is XLA's compiler
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     "USE_TORCH_XLA": "0",  # else Hugging Face's libraries use XLA's device wherever torch_xla is installed
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v6e-8",
