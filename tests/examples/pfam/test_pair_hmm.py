@@ -100,8 +100,8 @@ LONG = replace(FREE, long_opening=2.0, long_extension=0.1)
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_free_ends_are_the_sum_over_every_alignment_and_every_kind_of_end(costs: Costs, dtype: torch.dtype) -> None:
-    scores = 2 * torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    n, m = torch.tensor([4, 3, 1, 4]), torch.tensor([5, 4, 2, 1])
+    scores = 2 * torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    n, m = torch.tensor([3, 2, 1, 3]), torch.tensor([4, 4, 2, 1])
     for batch, sizes in ((scores, (n, m)), (scores.mT, (m, n))):
         found = posterior(batch.to(dtype), *sizes, costs)
         atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (1e-12, 1e-9)
