@@ -95,6 +95,7 @@ def choose_settings(
     faster = _needed(call, target, {**kept, "acceleration": "chebyshev"})
     if faster <= WORTH * count:
         count, acceleration = faster, "chebyshev"
+    enough: Settings | None = None  # with the fewest tail iterations
     for tail in TAILS:
         base = max(count - tail, 1)
         while True:  # the last iterations are plain, so accelerated ones may need a few more
@@ -108,7 +109,9 @@ def choose_settings(
         gap = gradient_gap(call, chosen)
         if gap <= gradient_within:
             return Settings(base, tail, acceleration, "tail", error, True, gap)
-    return Settings(base, tail, acceleration, "implicit", error, True, 0.0)
+        enough = enough or Settings(base, tail, acceleration, "implicit", error, True, 0.0)
+    assert enough is not None
+    return enough
 
 
 Call = tuple[Tensor, Tensor | None, Tensor | None]

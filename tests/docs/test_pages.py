@@ -31,3 +31,10 @@ def test_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
     missing = [x for x in targets if "://" not in x and not x.startswith("_figures/") and not (DOCS / x).exists()]
     assert not missing
+
+
+def test_every_public_name_is_on_the_page_of_all() -> None:
+    import torch_sinkhorn_attn
+
+    shown = re.findall(r"^\.\. auto\w+:: (\w+)$", (DOCS / "api.md").read_text(), flags=re.M)
+    assert sorted(shown) == sorted(torch_sinkhorn_attn.__all__)

@@ -83,9 +83,10 @@ def check_balanced_totals(row_total: Tensor, col_total: Tensor, tolerance: float
     if wrong.any():
         n, h, g = wrong.nonzero()[0].tolist()
         rows, cols = told_apart(row_total[n, h, g].item(), col_total[n, h, g].item())
+        segment = f", segment {g}" if wrong.shape[-1] > 1 else ""
         raise ValueError(
-            f"row_mass sums to {rows} and col_mass to {cols} (batch {n}, head {h}, segment {g}): a balanced plan needs "
-            "equal totals. Rescale one, leave one out (it is then derived), or pass relaxation=tau."
+            f"row_mass sums to {rows} and col_mass to {cols} (batch {n}, head {h}{segment}): a balanced plan needs "
+            "equal totals. Rescale one, leave one out (it is then derived), or pass relaxation=tau or a dustbin."
         )
 
 
