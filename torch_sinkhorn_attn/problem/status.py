@@ -17,11 +17,13 @@ from torch_sinkhorn_attn.problem.feasibility.existence import Existence
 class Status(IntEnum):
     """Of one problem.
 
-    CONVERGED: no marginal that is enforced is off by more than the tolerance; in softmax mode only rows are enforced.
-    NOT_CONVERGED: some is. More iterations help.
-    NO_PLAN: no plan with these masses is positive on the support, so the potentials grow without end, whatever the
-        residuals are by now. More iterations do not help.
-    RELAXED: no marginal is enforced, so residuals tell nothing.
+    Attributes:
+        CONVERGED: no marginal that is enforced is off by more than the tolerance; in softmax mode only rows are
+            enforced.
+        NOT_CONVERGED: some is. More iterations help.
+        NO_PLAN: no plan with these masses is positive on the support, so the potentials grow without end, whatever the
+            residuals are by now. More iterations do not help.
+        RELAXED: no marginal is enforced, so residuals tell nothing.
     """
 
     CONVERGED = 0
