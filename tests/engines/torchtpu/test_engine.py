@@ -278,7 +278,9 @@ def exported(function: Any, arrays: list[Any], **statics: Any) -> str:
 
 @pytest.fixture
 def without_stacks() -> Iterator[None]:
-    """Kernels hold where their operations were written; the frames above differ, for it is other code that calls."""
+    """Kernels hold where their operations were written; the frames above differ, for it is other code that calls. What
+    other tests traced was called from elsewhere still."""
+    jax.clear_caches()
     name = "jax_include_full_tracebacks_in_locations"
     before = getattr(jax.config, name)
     jax.config.update(name, False)
