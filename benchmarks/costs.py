@@ -1,6 +1,6 @@
 """What a call costs on each engine of this machine, in softmax attention over all pairs: what to expect of a setting.
 
-    python benchmarks/costs.py [--tokens 1024] [--features 64] [--repeat 5]
+    python benchmarks/costs.py [--tokens 1024] [--features 64] [--epsilon 1] [--repeat 5]
 
 Forward and backward, one thread, processor time, float32, 4 heads; 1 is torch's scaled_dot_product_attention over all
 pairs. `default` is T = 20, R = 2; `+ 10` what ten more iterations add, `+ 1 tail` what a tail iteration more adds, and
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--features", type=int, default=64)
+    parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--engines", nargs="+", default=ENGINES)
     arguments, _ = parser.parse_known_args()
@@ -70,7 +71,7 @@ def main() -> None:
         runs = {"softmax": lambda: step(tokens, torch.nn.functional.scaled_dot_product_attention)}
         for engine in arguments.engines:
             for name, setting in SETTINGS.items():
-                function = call(engine, mask, {**options, **setting})
+                function = call(engine, mask, {"epsilon": arguments.epsilon, **options, **setting})
                 runs[f"{engine} {name}"] = lambda function=function: step(tokens, function)  # type: ignore[misc]
         seconds = best_times(runs, arguments.repeat, clock=time.process_time)
         for engine in arguments.engines:
