@@ -39,8 +39,9 @@ class Adjoint : public Cotangents<T> {
   using Base::h, Base::bin, Base::p, Base::out, Base::job, Base::grad, Base::cotangent_tile, Base::gathered, Base::wide;
   using Base::u, Base::log_a, Base::row_sums, Base::read, Base::v, Base::log_b, Base::col_sums, Base::from_grad;
 
-  Adjoint(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, int64_t factor_count)
-      : Base(problem, job, team, arena), count(factor_count) {
+  Adjoint(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, int64_t factor_count,
+          Arena* tokens = nullptr)
+      : Base(problem, job, team, arena, tokens), count(factor_count) {
     field_rows = arena.take<T>(h.rows * count);
     field_panels = arena.take<T>(h.cols * count);
     accumulators = arena.take<T>(h.part_columns());

@@ -319,6 +319,41 @@ void check_cotangents(const Given& g, const Tensor& grad, const MaybeTensor& gra
   check_tensor("col_potentials", col_potentials, g.dtype, {duals, g.num, g.heads, g.size + g.bins});
 }
 
+std::vector<MaybeTensor> check_rank_call(const Given& g, const MaybeTensors& vectors, const RankNeeds& needs,
+                                         Integers first) {
+  SINKHORN_CHECK(vectors.size() == kVectorCount && first.size() == 2, "got ", vectors.size(), " vectors and ",
+                 first.size(), " places; ", static_cast<size_t>(kVectorCount), " and 2 are needed");
+  SINKHORN_CHECK(g.bins == 0 && !g.has(kRowSegment),
+                 "log_row_capacity or row_segment is given; a rank's half-steps are of real pairs and of intervals alone");
+  SINKHORN_CHECK(!needs.value || g.has(kValue), "value is missing");
+  for (const int64_t place : first)
+    SINKHORN_CHECK(0 <= place && place < kMostElements, "first holds ", place, "; places from 0 are needed");
+  std::vector<MaybeTensor> found(kVectorCount);
+  for (const size_t k : needs.vectors) {
+    found[k] = item(vectors, k);
+    const char* name = kVectorNames[k];
+    SINKHORN_CHECK(found[k].has_value() && found[k]->defined(), name, " is missing");
+    const Tensor& x = *found[k];
+    const int64_t lines = k == kV || k == kY || k == kColTerms ? g.size : g.length;
+    if (k == kGrad || k == kOutput) {
+      check_tensor(name, x, g.dtype, {g.num, g.heads, lines, g.value_features}, k == kOutput);
+    } else if (k == kRowTerms || k == kColTerms) {
+      SINKHORN_CHECK(x.dim() == 4 && x.size(3) > 0, name, " is ", described(x), "; four dimensions and a term are needed");
+      const int64_t terms = k == kColTerms ? found[kRowTerms]->size(3) : x.size(3);
+      check_tensor(name, x, g.dtype, {g.num, g.heads, lines, terms});
+    } else {
+      check_tensor(name, x, g.dtype, {g.num, g.heads, lines});
+    }
+  }
+  return found;
+}
+
+void check_state(const Tensor& state, int64_t bytes) {
+  check_plain("state", state);
+  SINKHORN_CHECK(state.scalar_type() == ScalarType::Byte && state.is_contiguous() && state.numel() >= bytes, "state is ",
+                 described(state), "; ", bytes, " bytes of uint8 are needed");
+}
+
 void check_partners(int64_t partners, int64_t most) {
   SINKHORN_CHECK(partners >= 1 && partners <= most, "partners is ", partners, "; 1 to ", most, " are found at a time");
 }

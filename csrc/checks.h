@@ -68,6 +68,22 @@ void check_cotangents(const Given& given, const Tensor& grad, const MaybeTensor&
                       const MaybeTensor& grad_from_bin, const MaybeTensor& output, const Tensor& row_potentials,
                       const Tensor& col_potentials);
 
+// What a verb of a rank reads beside the problem: places in the list, as VECTORS in engines/cpu_ranks.py.
+enum Vectors : size_t { kU, kV, kX, kY, kGrad, kOutput, kRowTerms, kColTerms, kVectorCount };
+inline constexpr const char* kVectorNames[kVectorCount] = {"u",    "v",      "x",         "y",
+                                                           "grad", "output", "row_terms", "col_terms"};
+struct RankNeeds {
+  std::vector<size_t> vectors;
+  bool value = false;
+};
+
+// The vectors that are needed; the others are absent. `first`: the places of the first row and column.
+std::vector<MaybeTensor> check_rank_call(const Given& given, const MaybeTensors& vectors, const RankNeeds& needs,
+                                         Integers first);
+
+// The memory that a rank keeps.
+void check_state(const Tensor& state, int64_t bytes);
+
 // How many partners of each token an op finds.
 void check_partners(int64_t partners, int64_t most);
 

@@ -11,8 +11,9 @@ inline namespace CPU_CAPABILITY {
 template <typename T>
 class Cotangents {
  public:
-  Cotangents(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena)
-      : h(problem, job, team, arena, /*keep_tiles=*/true),
+  // `tokens`: where packed tokens and the plan's tiles lie, if apart from all else.
+  Cotangents(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, Arena* tokens = nullptr)
+      : h(problem, job, team, tokens ? *tokens : arena, /*keep_tiles=*/true, arena),
         bin(h, arena),
         p(problem),
         wide(std::max(h.width, h.value_width)) {
@@ -28,8 +29,13 @@ class Cotangents {
 
   // Reads everything; P's row sums of P*D are <dO, O>, without a pass.
   void start(const BackwardGiven<T>& given, const BackwardResult<T>& result, int64_t last) {
-    out = &result;
     h.pack();
+    read_given(given, result, last);
+  }
+
+  // All but the tokens.
+  void read_given(const BackwardGiven<T>& given, const BackwardResult<T>& result, int64_t last) {
+    out = &result;
     bin.pack();
     load(given.row_potentials, last, p.length, job().row0, h.n, h.rows, p.log_row_mass, p.log_row_capacity, log_a, u);
     load(given.col_potentials, last, p.size, job().col0, h.m, h.cols, p.log_col_mass, p.log_col_capacity, log_b, v);

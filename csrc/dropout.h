@@ -23,8 +23,8 @@ void drop_out(const Head<T>& h, const Block<T>& b, const T* from, T* to) {
   const T kept = static_cast<T>(1 / (1 - p.dropout_p));
   const uint32_t stream = mix(mix(p.seed[0] ^ static_cast<uint32_t>(h.head_index())) + p.seed[1]);
   for (int64_t i = 0; i < b.rows; ++i) {
-    const auto row = static_cast<uint32_t>(h.job.row0 + b.row + i);
-    const auto first = static_cast<uint32_t>(h.job.col0 + b.col);
+    const auto row = static_cast<uint32_t>(p.first_row + h.job.row0 + b.row + i);
+    const auto first = static_cast<uint32_t>(p.first_col + h.job.col0 + b.col);
     const uint32_t line = mix(stream + row * 0x9E3779B1u);
     const T* source = from + i * b.stride;
     T* target = to + i * b.stride;

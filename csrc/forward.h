@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "lse.h"
 #include "partners.h"
 #include "scaling.h"
 
@@ -196,25 +197,17 @@ class Solver : Scalings<T> {
 
   // alpha = the row half-step in the log domain, from the scores of a tile and v = beta.
   void absorb_rows(const Block<T>& block, const T* tile) {
-    constexpr int64_t W = kWidth<T>;
     for (int64_t i = 0; i < block.rows; ++i) {
       const int64_t row = block.row + i;
       if (a[row] == 0) continue;
-      const T *line = tile + i * block.stride, *v = beta + block.col;
       const T to_bin = bin.present() ? bin.to_score[row] + beta[h.cols] : -kInf<T>;
-      Vec<T> tops(-kInf<T>);
-      for (int64_t j = 0; j < block.cols; j += W)
-        tops = maximum(tops, Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j));
-      const T top = larger(max_of(tops), to_bin);
-      if (top == -kInf<T>) {  // no support: its plan is 0 whatever its potential
+      const T lse = row_lse(tile + i * block.stride, beta + block.col, block.cols, to_bin);
+      if (lse == -kInf<T>) {  // no support: its plan is 0 whatever its potential
         a[row] = 0;
         alpha[row] = -kInf<T>;
         continue;
       }
-      Vec<T> total(T(0));  // NaN if the top is infinity, which less itself is no number
-      for (int64_t j = 0; j < block.cols; j += W)
-        total = total + exp_of(Vec<T>::loadu(line + j) + Vec<T>::loadu(v + j) - Vec<T>(top));
-      alpha[row] = next_potential(top + std::log(sum_of(total) + std::exp(to_bin - top)), row);
+      alpha[row] = next_potential(lse, row);
       if (bin.present()) bin.to[row] = std::exp(to_bin + alpha[row]);
     }
   }
@@ -222,36 +215,9 @@ class Solver : Scalings<T> {
   // y_new = the log-sum-exp of the columns, from u = alpha + log x. It needs the scores, and leaves them where K was.
   void column_lse_in_log_domain() {
     overwritten = true;
-    constexpr int64_t W = kWidth<T>;
     for (int64_t i = 0; i <= h.rows; ++i) x_new[i] = a[i] > 0 ? alpha[i] + std::log(x[i]) : -kInf<T>;  // u
-    T *tops = accumulators, *totals = accumulators + h.part_columns();
-    std::fill(tops, totals, -kInf<T>);
-    std::fill(totals, totals + h.part_columns(), T(0));
-    h.each_block([&](const Block<T>& block, int64_t part, int64_t slot) {
-      T* tile = h.own_tile(block, slot);
-      h.scores(block, tile);
-      const int64_t at = h.parts[part].offset + block.col - h.parts[part].col;
-      for (int64_t j = 0; j < block.cols; j += W) {
-        const Vec<T> before = Vec<T>::loadu(tops + at + j);
-        Vec<T> top = before;
-        for (int64_t i = 0; i < block.rows; ++i)
-          top = maximum(top, Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]));
-        top.store(tops + at + j);
-        const Vec<T> shift = finite_or_zero(top);
-        Vec<T> total = Vec<T>::loadu(totals + at + j) * exp_of(before - shift);
-        for (int64_t i = 0; i < block.rows; ++i)
-          total = total + exp_of(Vec<T>::loadu(tile + i * block.stride + j) + Vec<T>(x_new[block.row + i]) - shift);
-        total.store(totals + at + j);
-      }
-    });
-    for (int64_t j = 0; j <= h.cols; ++j) y_new[j] = -kInf<T>;
-    for (const auto& part : h.parts)  // log-sum-exp of the parts, in order
-      for (int64_t j = 0; j < part.cols; ++j) {
-        LogSumExp<T> lse;
-        lse.add(y_new[part.col + j]);
-        if (totals[part.offset + j] != 0) lse.add(tops[part.offset + j] + std::log(totals[part.offset + j]));
-        y_new[part.col + j] = lse.value();
-      }
+    column_lse(h, x_new, accumulators, y_new);
+    y_new[h.cols] = -kInf<T>;
     if (bin.present()) {
       for (int64_t j = 0; j < h.m; ++j) {
         LogSumExp<T> lse;

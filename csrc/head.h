@@ -112,7 +112,8 @@ inline void pack_panels(const T* rows, int64_t padded, int64_t stride, int64_t c
 template <typename T>
 class Head {
  public:
-  Head(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, bool keep_tiles)
+  // What outlives a pass lies in `arena`; the threads' own tiles, of which nothing does, in `scratch`.
+  Head(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, bool keep_tiles, Arena& scratch)
       : p(problem),
         job(job),
         team(team),
@@ -137,7 +138,7 @@ class Head {
       if (!keep_tiles || (kept += size * static_cast<int64_t>(sizeof(T))) > problem.budget) continue;
       b.tile = arena.take<T>(size);
     }
-    tiles = arena.take<T>(largest_tile * team.threads);
+    tiles = scratch.take<T>(largest_tile * team.threads);
   }
 
   // Reads the queries, times scale / epsilon, and the keys.

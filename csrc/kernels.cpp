@@ -1,6 +1,7 @@
 // The kernels of one capability; compiled once for each, with CPU_CAPABILITY naming it.
 #include "backward.h"
 #include "forward.h"
+#include "rank.h"
 
 namespace sinkhorn {
 inline namespace CPU_CAPABILITY {
@@ -45,8 +46,41 @@ void backward(const Problem<T>& problem, const Job& job, const BackwardGiven<T>&
     TailAdjoint<T>(problem, job, team, arena).run(given, result);
 }
 
+constexpr bool of_features(RankVerb verb) {
+  return verb == RankVerb::value_gradient || verb == RankVerb::score_gradients;
+}
+
 template <typename T>
-constexpr Kernels<T> kernels{forward_bytes<T>, forward<T>, backward_bytes<T>, backward<T>};
+int64_t rank_state_bytes(const Problem<T>& problem, const Job& job) {
+  Arena state(nullptr), scratch(nullptr);
+  RankPlan<T>(RankVerb::pack, problem, job, {1, run_nothing, never}, state, scratch);
+  return state.used();
+}
+
+template <typename T>
+int64_t rank_bytes(RankVerb verb, const Problem<T>& problem, const Job& job, int64_t terms, int64_t threads) {
+  Arena state(nullptr), scratch(nullptr);
+  const Team team{threads, run_nothing, never};
+  if (of_features(verb))
+    RankAdjoint<T>(problem, job, team, state, scratch, terms);
+  else
+    RankPlan<T>(verb, problem, job, team, state, scratch);
+  return scratch.used();
+}
+
+template <typename T>
+void rank(RankVerb verb, const Problem<T>& problem, const Job& job, const RankGiven<T>& given,
+          const RankResult<T>& result, const Team& team, void* memory, void* workspace) {
+  Arena state(memory), scratch(workspace);
+  if (of_features(verb))
+    RankAdjoint<T>(problem, job, team, state, scratch, given.terms).run(verb, given, result);
+  else
+    RankPlan<T>(verb, problem, job, team, state, scratch).run(given, result);
+}
+
+template <typename T>
+constexpr Kernels<T> kernels{forward_bytes<T>,    forward<T>,    backward_bytes<T>, backward<T>,
+                             rank_state_bytes<T>, rank_bytes<T>, rank<T>};
 
 }  // namespace
 }  // namespace CPU_CAPABILITY

@@ -42,6 +42,7 @@ struct Problem {
   bool dropout = false;
   uint32_t seed[2] = {0, 0};
   double dropout_p = 0;
+  int64_t first_row = 0, first_col = 0;  // places by which dropout draws: of the first row and column
   int64_t num = 0, heads = 0, key_heads = 1, length = 0, size = 0, features = 0, value_features = 0, bins = 0;
   double score_factor = 1, epsilon = 1, rho_row = 1, rho_col = 1;
   int64_t stopped = 0, kept = 0;  // base and tail iterations
@@ -87,6 +88,27 @@ struct BackwardResult {
   T* dropped = nullptr;  // z^0 [N, H, L+G], or w^0 [N, H, S+G] for R = 0
 };
 
+// What a rank of a sharded sequence is asked for, of its real pairs alone: see rank.h.
+enum class RankVerb { pack, row_lse, col_lse, absorb, row_sums, col_sums, values, value_gradient, score_gradients };
+
+// Vectors [N, H, L] and [N, H, S], as the verb wants them; null elsewhere.
+template <typename T>
+struct RankGiven {
+  const T *u = nullptr, *v = nullptr;  // potentials, -inf on inactive lines
+  const T *x = nullptr, *y = nullptr;  // what the plan is multiplied with
+  bool scored = false;                 // the tiles kept hold scores
+  BackwardGiven<T> backward;           // its potentials are u and v
+  const T *row_terms = nullptr, *col_terms = nullptr;  // the field: [N, H, L, K], [N, H, S, K]
+  int64_t terms = 1;                                   // K
+};
+
+template <typename T>
+struct RankResult {
+  T *rows = nullptr, *cols = nullptr;  // [N, H, L], [N, H, S]
+  T* output = nullptr;                 // [N, H, L, Ev]
+  BackwardResult<T> backward;
+};
+
 // Where the parts of one problem run: body(context, part, slot), slot < threads being private to the caller's thread.
 struct Team {
   int64_t threads;
@@ -109,6 +131,10 @@ struct Kernels {
   int64_t (*backward_bytes)(const Problem<T>&, const Job&, int64_t threads);
   void (*backward)(const Problem<T>&, const Job&, const BackwardGiven<T>&, const BackwardResult<T>&, const Team&,
                    void* workspace);
+  int64_t (*rank_state_bytes)(const Problem<T>&, const Job&);
+  int64_t (*rank_bytes)(RankVerb, const Problem<T>&, const Job&, int64_t terms, int64_t threads);
+  void (*rank)(RankVerb, const Problem<T>&, const Job&, const RankGiven<T>&, const RankResult<T>&, const Team&,
+               void* state, void* workspace);
 };
 
 struct KernelTable {

@@ -24,7 +24,7 @@ template <typename T>
 class Scalings {
  public:
   Scalings(const Problem<T>& problem, const Job& job, const Team& team, Arena& arena, bool keep_tiles)
-      : h(problem, job, team, arena, keep_tiles), bin(h, arena), parts(h, arena), p(problem) {
+      : h(problem, job, team, arena, keep_tiles, arena), bin(h, arena), parts(h, arena), p(problem) {
     for (T** side : {&alpha, &x, &x_new, &log_a, &a, &sums}) *side = arena.take<T>(h.rows + 1);
     for (T** side : {&beta, &y, &y_new, &log_b, &b, &c}) *side = arena.take<T>(h.cols + 1);
   }

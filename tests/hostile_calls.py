@@ -117,8 +117,8 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         own["band"] = [given.problem.support.row_lo, r.choice([3, 0, -1]), r.random() < 0.5]
         values = ops.with_residuals(values, *own.get(op, ()))
         return f"{op} {engine} {what[0]}", lambda: function(*values)
-    tensors, numbers, counts = cpu._arguments(given.inputs, given.problem)
-    place = (*ops.Inputs._fields, *cpu._TENSORS)
+    tensors, numbers, counts = cpu.arguments(given.inputs, given.problem)
+    place = (*ops.Inputs._fields, *cpu.TENSORS)
     lists = dict(zip(place, (None if x is None else x.detach() for x in tensors), strict=True))
     name, lists, numbers, counts, before = _spoil_lists(r, lists, numbers, counts, before, given.problem, op)
     if op == "cpu_backward":

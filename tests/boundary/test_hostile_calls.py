@@ -124,8 +124,8 @@ def test_cotangents_that_do_not_fit(engine: str) -> None:
 
 def lists(**options: Any) -> tuple[dict[str, Tensor | None], list[float], list[int]]:
     given = prepare(*(torch.randn(1, 2, 8, 4) for _ in range(3)), **options)
-    tensors, numbers, counts = cpu._arguments(given.inputs, given.problem)
-    return dict(zip((*ops.Inputs._fields, *cpu._TENSORS), tensors, strict=True)), numbers, counts
+    tensors, numbers, counts = cpu.arguments(given.inputs, given.problem)
+    return dict(zip((*ops.Inputs._fields, *cpu.TENSORS), tensors, strict=True)), numbers, counts
 
 
 def test_the_compiled_ops_look_for_themselves() -> None:
@@ -197,7 +197,7 @@ def test_reading_a_mask_that_does_not_fit(name: str) -> None:
 
 def huge() -> dict[str, Tensor | None]:
     given = prepare(torch.randn(1, 1, 70_000, 1), torch.randn(1, 1, 2, 1), torch.randn(1, 1, 2, 1))
-    return dict(zip((*ops.Inputs._fields, *cpu._TENSORS), cpu._arguments(given.inputs, given.problem)[0], strict=True))
+    return dict(zip((*ops.Inputs._fields, *cpu.TENSORS), cpu.arguments(given.inputs, given.problem)[0], strict=True))
 
 
 @pytest.mark.slow
@@ -232,6 +232,6 @@ def test_the_places_of_the_kernels_lists_are_the_fields_of_a_problem() -> None:
     def constants(names: Iterable[str]) -> list[str]:
         return ["k" + "".join(part.capitalize() for part in name.split("_")) for name in names]
 
-    assert places("Tensors") == constants([*ops.Inputs._fields, *cpu._TENSORS])
+    assert places("Tensors") == constants([*ops.Inputs._fields, *cpu.TENSORS])
     assert places("Numbers") == constants(cpu._NUMBERS)
-    assert places("Counts") == constants(cpu._COUNTS)
+    assert places("Counts") == constants(cpu.COUNTS)

@@ -80,7 +80,7 @@ def disagreements(rank: int, size: int) -> dict[str, str]:
         "own": said(call(q, k[..., :3] if last else k, v)),
         "mass": said(call(row_mass=torch.ones(1 if last else q.shape[-2], dtype=q.dtype))),
         "mask": said(call(attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool))),
-        "engine": said(call(engine="cpu")),
+        "engine": said(call(engine="xla")),
         "balance": said(call(window=(2, 0))),
         "scores": said(lambda: sinkhorn_attention(q @ k.mT, None, v, sequence_group=group)),
         "log": said(lambda: sinkhorn_plan(q, k, log=last, sequence_group=group)),

@@ -218,6 +218,7 @@ def disagreements(rank: int, size: int, first: int, count: int) -> tuple[list[st
     wrong, refused = [], 0
     for seed in range(first, first + count):
         call = problems.make(seed, largest=20)
+        call.options["engine"] = ("tiled", "cpu")[seed % 3 > 0]
         if seed // 2 % 3 == 0:
             call = functions.of_scores(call)
         for check in (disagreement, disagreement_of_functions):

@@ -344,8 +344,8 @@ def test_engine_capability_and_budget_are_heard(monkeypatch: pytest.MonkeyPatch)
     inputs = qkv(shape=(1, 2, 40, 8))
     expected, capability, budget = sinkhorn_attention(*inputs), cpu.capability(), cpu.workspace_budget()
     seen: list[list[int]] = []
-    run = cpu._run
-    monkeypatch.setattr(cpu, "_run", lambda op, *args: (seen.append(args[2]), run(op, *args))[1])
+    run = cpu.run
+    monkeypatch.setattr(cpu, "run", lambda op, *args: (seen.append(args[2]), run(op, *args))[1])
     try:
         for name in cpu.capabilities():
             cpu.set_capability(name)

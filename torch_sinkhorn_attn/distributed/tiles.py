@@ -74,7 +74,7 @@ class SharedPasses(TiledPasses):
         self.may_scale = alike(tiles, potentials)
 
 
-def alike(tiles: Tiles, potentials: Potentials) -> bool:
+def alike(tiles: AugmentedPlan, potentials: Potentials) -> bool:
     """Whether factors may be scaled, `staircase.Factor`: one answer for all ranks."""
     scaled = Staircase(potentials, tiles.problem).scaled
     return not tiles.own.anywhere(torch.tensor(not scaled, device=tiles.u.device))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +36,13 @@ from torch_sinkhorn_attn.problem.problem import (
     compute_dtype,
 )
 
+if TYPE_CHECKING:
+    from torch_sinkhorn_attn.distributed.share import Share
+    from torch_sinkhorn_attn.distributed.tiles import OfRank
+
 NAME = "cpu"
 DEFAULT_BUDGET = 64 << 20
-INTERFACE = 5  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
+INTERFACE = 6  # as kInterface in csrc/ops.cpp; raised whenever the arguments change
 MOST_PARTNERS = 16  # as kMostPartners in csrc/problem.h
 INTERRUPTED = "interrupted by a signal"  # as in csrc/schedule.cpp
 _FOLDER = Path(__file__).parent
@@ -48,10 +52,10 @@ _RELEASES = _FOLDER / "_cpu_torch.txt"  # "2.9", or "2.10+": the releases of tor
 _REASON = _FOLDER / "_cpu_missing.txt"  # written by setup.py where it could not build the kernels
 # The lists of its ops, whose places csrc/checks.h names: the leaves of a problem, by type, but for the transposed
 # intervals, which the kernels do without; and counts.
-_TENSORS = tuple(x for _, x, kind in LEAVES if kind.startswith("Tensor") and x not in ("col_lo", "col_hi"))
+TENSORS = tuple(x for _, x, kind in LEAVES if kind.startswith("Tensor") and x not in ("col_lo", "col_hi"))
 _NUMBERS = tuple(x for part, x, kind in LEAVES if kind == "float")
-_SEED = _TENSORS.index("dropout_seed")
-_COUNTS = ("stopped", "kept", "implicit", "banded", "budget", "poisoned", "accelerated")
+_SEED = TENSORS.index("dropout_seed")
+COUNTS = ("stopped", "kept", "implicit", "banded", "budget", "poisoned", "accelerated")
 
 
 def _load() -> str | None:
@@ -155,7 +159,7 @@ class Constants(NamedTuple):
 def constants(problem: Problem, dtype: torch.dtype) -> Constants:
     """Those of a problem whose inputs are of `dtype`."""
     dtype = compute_dtype(dtype)
-    tensors = [LEAF[name](problem) for name in _TENSORS]
+    tensors = [LEAF[name](problem) for name in TENSORS]
     s = problem.solver
     counts = [s.stopped, s.kept, s.gradient == "implicit", problem.outline.banded, 0, 0, s.acceleration is not None]
     return Constants(
@@ -169,6 +173,7 @@ class CpuEngine(Engine):
     """The engine of CPU tensors."""
 
     name = device = NAME
+    of_ranks = True
 
     def status(self) -> str:
         if _unavailable is not None:
@@ -199,8 +204,8 @@ class CpuEngine(Engine):
         """Found while the plan is read for the last time; for more than a few partners, from tiles."""
         if k > MOST_PARTNERS:
             return super().matches(inputs, problem, k)
-        arguments = _arguments(inputs._replace(value=None, dustbin_value=None), problem)
-        return Partners(*_run(torch.ops.torch_sinkhorn_attn.cpu_matches, *arguments, k))
+        given = arguments(inputs._replace(value=None, dustbin_value=None), problem)
+        return Partners(*run(torch.ops.torch_sinkhorn_attn.cpu_matches, *given, k))
 
     def backward(
         self, inputs: Inputs, problem: Problem, output: Tensor, potentials: Potentials, grads: OutputGrads
@@ -222,6 +227,17 @@ class CpuEngine(Engine):
             return super().plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
         return plan_backward(inputs, problem, potentials, grad_plan, mask_grad)
 
+    def rank_plan(self, inputs: Inputs, share: Share) -> OfRank:
+        from torch_sinkhorn_attn.engines import cpu_ranks
+
+        return cpu_ranks.SharedKernels(inputs, share)
+
+    def rank_gradients(self, plan: OfRank, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Inputs:
+        from torch_sinkhorn_attn.engines import cpu_ranks
+
+        assert isinstance(plan, cpu_ranks.SharedKernels)
+        return cpu_ranks.gradients(plan, output, potentials, grads)
+
 
 ENGINE = CpuEngine()
 
@@ -231,15 +247,15 @@ ENGINE = CpuEngine()
 
 def forward(inputs: Inputs, problem: Problem, residuals: bool, shared: Constants | None = None) -> Result:
     """As the engine's, but residuals that are not asked for are empty."""
-    output, row, col, *rest = _run(
-        torch.ops.torch_sinkhorn_attn.cpu_forward, *_arguments(inputs, problem, shared), residuals
+    output, row, col, *rest = run(
+        torch.ops.torch_sinkhorn_attn.cpu_forward, *arguments(inputs, problem, shared), residuals
     )
     return Result(output, Potentials(row, col), *rest)
 
 
 def plan(inputs: Inputs, problem: Problem, shared: Constants | None = None) -> tuple[Tensor, Potentials]:
-    arguments = _arguments(inputs._replace(value=None), problem, shared)
-    found, row, col = _run(torch.ops.torch_sinkhorn_attn.cpu_plan, *arguments)
+    given = arguments(inputs._replace(value=None), problem, shared)
+    found, row, col = run(torch.ops.torch_sinkhorn_attn.cpu_plan, *given)
     return found, Potentials(row, col)
 
 
@@ -278,16 +294,16 @@ def _backward(
 ) -> Gradients:
     dtype = compute_dtype(inputs.query.dtype)
     to_bin, from_bin, output = (_vector(x, dtype) for x in vectors)
-    query, key, value, mask, row_score, col_score, corner, stored, dropped = _run(
+    query, key, value, mask, row_score, col_score, corner, stored, dropped = run(
         torch.ops.torch_sinkhorn_attn.cpu_backward,
         grad.to(dtype), to_bin, from_bin, output, *(x.contiguous() for x in potentials),
-        *_arguments(inputs, problem, shared), mask_grad,
+        *arguments(inputs, problem, shared), mask_grad,
     )  # fmt: skip
     key_heads = inputs.key.shape[1]
     found = Inputs(
         query,
-        _by_key_head(key, key_heads),
-        None if inputs.value is None else _by_key_head(value, key_heads),
+        by_key_head(key, key_heads),
+        None if inputs.value is None else by_key_head(value, key_heads),
         mask if mask_grad and inputs.mask is not None else None,
     )
     if problem.has_dustbin:
@@ -297,7 +313,7 @@ def _backward(
     return Gradients(found, dropped)
 
 
-def _run(op: Callable[..., Any], *arguments: Any) -> Any:
+def run(op: Callable[..., Any], *arguments: Any) -> Any:
     """Call an op of the kernels. It ends early when a signal is pending; Python's handler then runs here, between two
     turns of the loop, and where it does not raise (KeyboardInterrupt, as a rule) the call is made again."""
     while True:
@@ -308,7 +324,7 @@ def _run(op: Callable[..., Any], *arguments: Any) -> Any:
                 raise
 
 
-def _by_key_head(grad: Tensor, key_heads: int) -> Tensor:
+def by_key_head(grad: Tensor, key_heads: int) -> Tensor:
     """`[N, H, S, E]` summed over the query heads of each key head."""
     heads = grad.shape[1]
     return grad if heads == key_heads else grad.unflatten(1, (key_heads, heads // key_heads)).sum(2)
@@ -318,7 +334,7 @@ def _vector(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-def _arguments(
+def arguments(
     inputs: Inputs, problem: Problem, shared: Constants | None = None
 ) -> tuple[list[Tensor | None], list[float], list[int]]:
     """The lists of csrc/ops.cpp, whose places are named there. `shared`: of a problem that differs from this one in
