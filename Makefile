@@ -68,7 +68,7 @@ sanitize: $(PACKAGE)
 	rm -rf build/sanitized
 	$(INSTRUMENTED) $(RUN) setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitized/temp
 	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath="$(SANITIZED) tests" -k cpu \
-	    tests/test_conformance.py tests/engines/cpu/test_engine.py tests/test_nan.py tests/boundary/test_hostile_calls.py $(PYTEST_ARGS)
+	    tests/test_conformance.py tests/engines/cpu/test_engine.py tests/engines/cpu/test_ranks.py tests/test_nan.py tests/boundary/test_hostile_calls.py $(PYTEST_ARGS)
 	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) -m pytest -p no:cacheprovider -o pythonpath="$(SANITIZED) tests" -k "counts or bits" \
 	    tests/engines/cpu/test_threads.py
 	$(WATCHED) PYTHONPATH=$(SANITIZED) $(RUN) tests/hostile_calls.py 2000

@@ -6,19 +6,20 @@
 First processes of this machine, over gloo, one thread each. Weak scaling: `--tokens` per rank in a band, `--full` per
 rank on full support. "x one" is the time of an iteration over that of one process, which with more processes than
 cores cannot stay 1. "cpu ms" is the processor time of the busiest rank, all its threads; who waits for a message
-sleeps. "alone" is that of the same tokens without the other ranks, taken in turn with it at the same time on the same
-cores, so whatever else the machine does slows both: "x alone", over the work that a rank has beside it, is what weak
-scaling can mean here. Messages and bytes are those that the busiest rank sends in one iteration. Strong scaling: a
-band of `--tokens` times the most ranks in all, and what a training step keeps between forward and backward, and adds
-to the process at its peak, on each rank.
+sleeps. "alone" is that of the same tokens by the same kernels in a group of one, taken in turn with it at the same
+time on the same cores, so whatever else the machine does slows both: "x alone", over the work that a rank has beside
+it, is what weak scaling can mean here. Messages and bytes are those that the busiest rank sends in one iteration.
+Strong scaling: a band of `--tokens` times the most ranks in all, and what a training step keeps between forward and
+backward, and adds to the process at its peak, on each rank. `--engine tiled` takes tiles of plain PyTorch in place of
+the C++ kernels.
 
 Then a PROJECTION, which measures nothing: what an iteration of a band over `--length` tokens would take on 8 to 4096
 devices, from `--entries` score entries a second and device, and `--latency` and `--bandwidth` of the interconnect;
 beside softmax by ring attention at the same length, whose keys and values go round all devices, in full, and hidden
 behind the matrix products where those take longer. These inputs are assumptions: replace them by your own.
 
-`--engines` measures something else: an iteration and a backward in one process, by the tiles that ranks compute with
-and by the C++ engine, which they cannot, in processor time.
+`--engines` measures something else: an iteration and a backward in one process, in processor time, by tiles of plain
+PyTorch and by the C++ kernels as ranks use them, in half-steps, beside those kernels' whole solves.
 """
 
 from __future__ import annotations
@@ -53,19 +54,20 @@ def own_tokens(count: int, grad: bool) -> list[torch.Tensor]:
     return [torch.randn(1, HEADS, count, WIDTH, generator=g).requires_grad_(grad) for _ in range(3)]
 
 
-def iteration(count: int, window: tuple[int, int] | None, rounds: int) -> dict[str, float]:
+def iteration(count: int, window: tuple[int, int] | None, rounds: int, engine: str) -> dict[str, float]:
     """Seconds, of the clock and of processors, bytes and messages of one iteration of `count` tokens on each rank."""
     from torch_sinkhorn_attn.distributed.wire import traffic
 
     tokens, sent = own_tokens(count, False), {}
-    ways: dict[str, dict[str, Any]] = {"group": {"sequence_group": dist.group.WORLD}, "alone": {"engine": "tiled"}}
+    single = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    ways: dict[str, Any] = {"group": dist.group.WORLD, "alone": single}
     taken: dict[tuple[str, int], list[tuple[float, float]]] = {(x, k): [] for x in ways for k in (FEW, MANY)}
     for k in range(rounds + 1):
         for (way, iterations), times in taken.items():
             before = replace(traffic)
             dist.barrier()
             start = time.perf_counter(), time.process_time()
-            sinkhorn_attention(*tokens, window=window, base_iters=iterations, **ways[way])
+            sinkhorn_attention(*tokens, window=window, base_iters=iterations, sequence_group=ways[way], engine=engine)
             if k:
                 times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             sent[way, iterations] = traffic.bytes - before.bytes, traffic.messages - before.messages
@@ -80,18 +82,22 @@ def iteration(count: int, window: tuple[int, int] | None, rounds: int) -> dict[s
     return {**found, "bytes": wire[0], "messages": wire[1]}
 
 
-def memory(count: int, window: tuple[int, int]) -> dict[str, float]:
+def memory(count: int, window: tuple[int, int], engine: str) -> dict[str, float]:
     """What a training step keeps, and what the process grows by."""
     kept: list[int] = []
     tokens = own_tokens(count, True)
 
+    def attend(tokens: list[torch.Tensor]) -> torch.Tensor:
+        group = dist.group.WORLD
+        return sinkhorn_attention(*tokens, window=window, base_iters=3, sequence_group=group, engine=engine)
+
     def step() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
-            out = sinkhorn_attention(*tokens, window=window, base_iters=3, sequence_group=dist.group.WORLD)
+            out = attend(tokens)
         out.sum().backward()
 
     small = [x[..., :64, :].detach().requires_grad_() for x in tokens]
-    sinkhorn_attention(*small, window=window, base_iters=3, sequence_group=dist.group.WORLD).sum().backward()
+    attend(small).sum().backward()
     _, peak = grown(step)
     return {"kept": sum(kept), "peak": float("nan") if peak is None else peak}
 
@@ -102,9 +108,9 @@ def rank_main(arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=store, rank=arguments.rank, world_size=arguments.size)
     window = (arguments.window, arguments.window)
     found = {
-        "band": iteration(arguments.tokens, window, arguments.rounds),
-        "full": iteration(arguments.full, None, arguments.rounds),
-        "strong": memory(arguments.tokens * max(arguments.ranks) // arguments.size, window),
+        "band": iteration(arguments.tokens, window, arguments.rounds, arguments.engine),
+        "full": iteration(arguments.full, None, arguments.rounds, arguments.engine),
+        "strong": memory(arguments.tokens * max(arguments.ranks) // arguments.size, window, arguments.engine),
     }
     print("FOUND", json.dumps(found), flush=True)
     dist.destroy_process_group()
@@ -154,20 +160,28 @@ def measured(arguments: argparse.Namespace) -> float:
 
 
 def engines(rounds: int) -> None:
-    """What the C++ engine's kernels would buy a rank."""
+    """What a rank computes with, and what one device does."""
     torch.set_num_threads(1)
-    print(f"{HEADS} heads of {WIDTH}, float32, one thread: ms of processor time, tiles and C++")
-    widths = (-24, 12, 10, 8, 12, 10, 8)
-    print_rows([("", "iteration", "C++", "ratio", "backward", "C++", "ratio")], widths)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ranks: dict[str, Any] = {"sequence_group": dist.group.WORLD}
+    ways = ({"engine": "tiled"} | ranks, MANY), ({"engine": "cpu"} | ranks, 40), ({"engine": "cpu"}, 100)
+    print(f"{HEADS} heads of {WIDTH}, float32, one thread: ms of processor time of an iteration and of a backward, by")
+    print("tiles, by C++ in half-steps, and by C++ in one solve; how much slower the first two are")
+    widths = (-24, 10, 8, 8, 16, 10, 8, 8, 16)
+    names = ("tiles", "C++", "solve", "slower")
+    print_rows([("", *(f"{x} it" for x in names), *(f"{x} bwd" for x in names))], widths)
     for tokens, window in ((4096, 256), (4096, 64), (512, None), (2048, None)):
         sides = None if window is None else (window, window)
-        found = [by_engine(name, tokens, sides, many, rounds) for name, many in (("tiled", MANY), ("cpu", 100))]
-        name = f"{tokens} tokens, " + ("all pairs" if window is None else f"window {window}")
-        numbers = [y for x in zip(*found, strict=True) for y in (f"{x[0]:.2f}", f"{x[1]:.2f}", f"{x[0] / x[1]:.1f}")]
-        print_rows([(name, *numbers)], widths)
+        found = [by_engine(tokens, sides, many, rounds, options) for options, many in ways]
+        numbers: list[str] = []
+        for tiles, kernels, solve in zip(*found, strict=True):
+            numbers += [f"{x:.2f}" for x in (tiles, kernels, solve)] + [f"{tiles / solve:.1f}, {kernels / solve:.1f}"]
+        print_rows([(f"{tokens} tokens, " + ("all pairs" if window is None else f"window {window}"), *numbers)], widths)
 
 
-def by_engine(engine: str, tokens: int, window: tuple[int, int] | None, many: int, rounds: int) -> tuple[float, float]:
+def by_engine(
+    tokens: int, window: tuple[int, int] | None, many: int, rounds: int, options: dict[str, Any]
+) -> tuple[float, float]:
     """ms of an iteration, from calls of few and of `many`, and of a backward."""
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(1, HEADS, tokens, WIDTH, generator=g).requires_grad_() for _ in range(3)]
@@ -181,7 +195,7 @@ def by_engine(engine: str, tokens: int, window: tuple[int, int] | None, many: in
         return median(times[1:]) * 1e3
 
     def attend(iterations: int) -> torch.Tensor:
-        return sinkhorn_attention(*leaves, base_iters=iterations, window=window, engine=engine)
+        return sinkhorn_attention(*leaves, base_iters=iterations, window=window, **options)
 
     iteration = (taken(partial(attend, many)) - taken(partial(attend, FEW))) / (many - FEW)
     return iteration, taken(partial(torch.autograd.grad, attend(20).sum(), leaves, retain_graph=True))
@@ -246,6 +260,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=5e10, help="projection: bytes a second")
     parser.add_argument("--projection-only", action="store_true")
     parser.add_argument("--engines", action="store_true")
+    parser.add_argument("--engine", choices=["cpu", "tiled"], default="cpu")
     for name in ("--rank", "--size"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)

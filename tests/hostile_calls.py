@@ -117,6 +117,8 @@ def make(seed: int) -> tuple[str, Callable[[], Any]]:
         own["band"] = [given.problem.support.row_lo, r.choice([3, 0, -1]), r.random() < 0.5]
         values = ops.with_residuals(values, *own.get(op, ()))
         return f"{op} {engine} {what[0]}", lambda: function(*values)
+    if op == "cpu_rank":
+        return _of_rank(r, given)
     tensors, numbers, counts = cpu.arguments(given.inputs, given.problem)
     place = (*ops.Inputs._fields, *cpu.TENSORS)
     lists = dict(zip(place, (None if x is None else x.detach() for x in tensors), strict=True))
@@ -143,7 +145,40 @@ _OPS = (
     "cpu_plan",
     "cpu_matches",
     "cpu_backward",
+    "cpu_rank",
 )
+
+
+def _of_rank(r: random.Random, given: Any) -> tuple[str, Callable[[], Any]]:
+    """A half-step or pass of a rank."""
+    import torch
+
+    from torch_sinkhorn_attn.engines import cpu, cpu_ranks
+
+    inputs, problem = _detached(given.inputs), given.problem
+    kernels = cpu_ranks.Kernels(inputs, problem, (0, 0))
+    tensors, numbers, counts = kernels.arguments
+    lists = dict(zip((*inputs._fields, *cpu.TENSORS), tensors, strict=True))
+    rows, cols = (x.new_zeros(x.shape) for x in (problem.marginals.log_row_mass, problem.marginals.log_col_mass))
+    dtype, features = rows.dtype, inputs.value.shape[-1]
+    wide = torch.zeros(*rows.shape, features, dtype=dtype)
+    verbs = {
+        "values": {"u": rows, "v": cols, "x": rows, "y": cols},
+        "value_gradient": {"u": rows, "v": cols, "grad": wide, "output": wide},
+        "score_gradients": {
+            "u": rows, "v": cols, "grad": wide, "output": wide, "row_terms": rows[..., None], "col_terms": cols[..., None],
+        },
+    }  # fmt: skip
+    verb = r.choice(list(verbs))
+    before = {name: x.to(dtype).contiguous() for name, x in verbs[verb].items()}
+    what, lists, numbers, counts, before = _spoil_lists(r, lists, numbers, counts, before, problem, "cpu_rank")
+
+    def call() -> Any:
+        vectors = [before.get(name) for name in cpu_ranks.VECTORS]
+        op = torch.ops.torch_sinkhorn_attn.cpu_rank
+        return op(kernels.state, verb, vectors, [0, 0], False, list(lists.values()), numbers, counts)
+
+    return f"cpu_rank {verb} {what}", call
 
 
 def _reads_value(op: str) -> bool:
