@@ -183,6 +183,12 @@ def test_executions_follow_the_loops_of_a_program() -> None:
             "INTERNAL: Mosaic failed to compile TPU kernel: infer-vector-layout: unsupported shape cast\n\nThe MLIR",
             "the kernel compiler refuses the kernel: infer-vector-layout: unsupported shape cast",
         ),
+        (
+            "INTERNAL: RET_CHECK failure (external/xla/xla/hlo/ir/hlo_instruction.cc:390) proto.operand_ids_size() == "
+            "*arity async-update instruction should have 1 operands but sees 3",
+            "this jaxlib cannot read what so new a libtpu compiled: install the pair that belongs together, "
+            "pip install 'jax[tpu]'",
+        ),
         ("INVALID_ARGUMENT: Topology layout 3x5 is odd\nmore", "Topology layout 3x5 is odd"),
         ("", "the compiler gave no reason"),
     ],

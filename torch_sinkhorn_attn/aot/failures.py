@@ -40,6 +40,11 @@ def explain(text: str) -> str:
         return f"the kernel compiler refuses the kernel: {found[1].strip()}"
     if "Invalid TPU external name" in text:
         return "this libtpu does not know the generation: give a Python with a newer jax and libtpu by --python"
+    if "hlo_instruction.cc" in text:  # of a proto that was written by another XLA
+        return (
+            "this jaxlib cannot read what so new a libtpu compiled: install the pair that belongs "
+            "together, pip install 'jax[tpu]'"
+        )
     if "lockfile" in text:
         return "another process holds libtpu, and did not start it for several at a time"
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
