@@ -89,13 +89,24 @@ struct BackwardResult {
 };
 
 // What a rank of a sharded sequence is asked for, of its real pairs alone: see rank.h.
-enum class RankVerb { pack, row_lse, col_lse, absorb, row_sums, col_sums, values, value_gradient, score_gradients };
+enum class RankVerb {
+  pack,
+  row_lse,
+  col_lse,
+  absorb,
+  row_sums,
+  col_sums,
+  sweep,
+  values,
+  value_gradient,
+  score_gradients
+};
 
 // Vectors [N, H, L] and [N, H, S], as the verb wants them; null elsewhere.
 template <typename T>
 struct RankGiven {
   const T *u = nullptr, *v = nullptr;  // potentials, -inf on inactive lines
-  const T *x = nullptr, *y = nullptr;  // what the plan is multiplied with
+  const T *x = nullptr, *y = nullptr;  // what the plan is multiplied with; for a sweep x is the rows' masses
   bool scored = false;                 // the tiles kept hold scores
   BackwardGiven<T> backward;           // its potentials are u and v
   const T *row_terms = nullptr, *col_terms = nullptr;  // the field: [N, H, L, K], [N, H, S, K]

@@ -42,6 +42,8 @@ class RankPlan {
         return row_sums(rows);
       case RankVerb::col_sums:
         return col_sums(cols);
+      case RankVerb::sweep:
+        return sweep(rows, cols);
       default:
         return values(rows, result.output);
     }
@@ -91,10 +93,27 @@ class RankPlan {
 
   // exp(S + u + v)^T x
   void col_sums(T* to) {
+    gather_columns(to, [&](const Block<T>& block, const T* tile, T* columns) {
+      row_column_pass<false, true>(block, tile, y, columns, [&](int64_t i, T) { return x[i]; });
+    });
+  }
+
+  // Both in one reading: the sums r of rows, and those of columns with the scalings x / r that balance the rows.
+  void sweep(T* row, T* col) {
+    gather_columns(col, [&](const Block<T>& block, const T* tile, T* columns) {
+      row_column_pass<true, true>(block, tile, y + block.col, columns, [&](int64_t i, T sum) {
+        if (i >= h.n) return T(0);
+        row[i] = sum;
+        return x[i] == 0 ? T(0) : x[i] / sum;
+      });
+    });
+  }
+
+  template <typename Body>
+  void gather_columns(T* to, const Body& body) {
     std::fill(accumulators, accumulators + h.part_columns(), T(0));
     h.each_block([&](const Block<T>& block, int64_t part, int64_t slot) {
-      T* columns = accumulators + h.parts[part].offset + block.col - h.parts[part].col;
-      row_column_pass<false, true>(block, h.plan(block, slot, u, v), y, columns, [&](int64_t i, T) { return x[i]; });
+      body(block, h.plan(block, slot, u, v), accumulators + h.parts[part].offset + block.col - h.parts[part].col);
     });
     h.reduce(accumulators, 1, image);
     std::copy(image, image + h.m, to);

@@ -23,6 +23,7 @@ const Known& known(const std::string& name) {
       {"absorb", RankVerb::absorb, {{kU, kV}, false}},
       {"row_sums", RankVerb::row_sums, {{kU, kV, kY}, false}},
       {"col_sums", RankVerb::col_sums, {{kU, kV, kX}, false}},
+      {"sweep", RankVerb::sweep, {{kU, kV, kX, kY}, false}},
       {"values", RankVerb::values, {{kU, kV, kX, kY}, true}},
       {"value_gradient", RankVerb::value_gradient, {{kU, kV, kGrad, kOutput}, true}},
       {"score_gradients", RankVerb::score_gradients, {{kU, kV, kGrad, kOutput, kRowTerms, kColTerms}, true}},
@@ -84,8 +85,9 @@ std::vector<Tensor> rank_as(RankVerb verb, const Given& given, Tensor& state, co
   const auto made = [&](bool wanted, Shape shape) { return wanted ? zeros(shape, dtype) : zeros({0}, dtype); };
   const bool lse = verb == RankVerb::row_lse || verb == RankVerb::col_lse, values = verb == RankVerb::values,
              scores = verb == RankVerb::score_gradients, mask_grad = scores && flag && given.has(kMask);
-  const bool of_rows = verb == RankVerb::row_lse || verb == RankVerb::row_sums || values,
-             of_cols = verb == RankVerb::col_lse || verb == RankVerb::col_sums;
+  const bool sweep = verb == RankVerb::sweep;
+  const bool of_rows = verb == RankVerb::row_lse || verb == RankVerb::row_sums || sweep || values,
+             of_cols = verb == RankVerb::col_lse || verb == RankVerb::col_sums || sweep;
   Tensor rows = made(of_rows, {p.num, p.heads, p.length}), cols = made(of_cols, {p.num, p.heads, p.size});
   if (lse) fill(of_rows ? rows : cols, -std::numeric_limits<T>::infinity());
   Tensor output = made(values, {p.num, p.heads, p.length, p.value_features});
@@ -129,6 +131,7 @@ std::vector<Tensor> rank_as(RankVerb verb, const Given& given, Tensor& state, co
   if (values) return {output, rows};
   if (scores) return {query, key, mask};
   if (verb == RankVerb::value_gradient) return {value};
+  if (sweep) return {rows, cols};
   if (of_rows) return {rows};
   if (of_cols) return {cols};
   return {};

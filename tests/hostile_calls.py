@@ -164,9 +164,11 @@ def _of_rank(r: random.Random, given: Any) -> tuple[str, Callable[[], Any]]:
     wide = torch.zeros(*rows.shape, features, dtype=dtype)
     verbs = {
         "values": {"u": rows, "v": cols, "x": rows, "y": cols},
+        "sweep": {"u": rows, "v": cols, "x": rows, "y": cols},
         "value_gradient": {"u": rows, "v": cols, "grad": wide, "output": wide},
         "score_gradients": {
-            "u": rows, "v": cols, "grad": wide, "output": wide, "row_terms": rows[..., None], "col_terms": cols[..., None],
+            "u": rows, "v": cols, "grad": wide, "output": wide,
+            "row_terms": rows[..., None], "col_terms": cols[..., None],
         },
     }  # fmt: skip
     verb = r.choice(list(verbs))

@@ -87,6 +87,11 @@ class Kernels:
         """K^T x."""
         return self._of_tiles("col_sums", {"x": x})[0]
 
+    def sweep(self, mass: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """K y, and K^T x with the scalings x = mass / K y that balance the rows, in one reading."""
+        rows, cols = self._of_tiles("sweep", {"x": mass, "y": y})
+        return rows, cols
+
     def values(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """diag(x) K diag(y) V with dropout, and its row sums without V."""
         output, sums = self._of_tiles("values", {"x": x, "y": y})
@@ -145,6 +150,12 @@ class SharedKernels(OfRank):
         super().__init__(inputs, share.problem)
         self.kernels = Kernels(inputs, share.problem, (share.first_row, share.columns.start))
         self.unsupported = self.row_dead[..., : self.length]  # rows without real pairs, as far as it is known
+        solver = share.problem.solver
+        plain = solver.rho_row == 1 and solver.over_relaxation == 1 and self.dustbin is None
+        self._mass = self._rows(self.log_a).exp() if plain else None  # of rows whose half-step a sweep foretells
+        self._sweeping = False
+        self._swept: Tensor | None = None  # K^T x with the scalings of the row half-step that was made last
+        self._ahead: tuple[Tensor, Tensor] | None = None  # the potentials that it gave, and that
 
     def _rows(self, x: Tensor) -> Tensor:
         return x[..., : self.length].contiguous()
@@ -152,12 +163,26 @@ class SharedKernels(OfRank):
     def _cols(self, x: Tensor) -> Tensor:
         return x[..., : self.size].contiguous()
 
+    def row_half_step(self, v: Tensor, old: Tensor | None = None) -> Tensor:
+        """Of a stopped iteration, which has an old u, with the sums of the column half-step that comes next. Kept
+        potentials are rounded, and what follows is computed from them as they are."""
+        self._swept, self._sweeping = None, old is not None and self._mass is not None
+        u = super().row_half_step(v, old)
+        self._ahead = None if self._swept is None else (u, self._swept)
+        return u
+
+    def column_half_step(self, u: Tensor, old: Tensor | None = None) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        self._swept = ahead[1] if ahead is not None and ahead[0] is u else None
+        return super().column_half_step(u, old)
+
     def real_column_lse(self, u: Tensor) -> Tensor:
         u, kernels = self._rows(u), self.kernels
         at = kernels.absorbed
         x = at.rows(u) if at is not None and at.normalised else None
         if at is not None and x is not None:
-            return kernels.col_sums(x).log_() - at.beta_or_zero
+            sums = kernels.col_sums(x) if self._swept is None else self._swept
+            return sums.log_() - at.beta_or_zero
         found = kernels.col_lse(u)
         kernels.absorb(u, (-found).masked_fill_(found == -torch.inf, -torch.inf), normalised=True)
         return found
@@ -167,10 +192,13 @@ class SharedKernels(OfRank):
         at = kernels.absorbed
         y = None if at is None else at.cols(v)
         if at is not None and y is not None:
-            sums = kernels.row_sums(y)
+            if self._sweeping and at.normalised and self._mass is not None:
+                sums, self._swept = kernels.sweep(self._mass, y)
+            else:
+                sums = kernels.row_sums(y)
             if bool(((sums > _SMALLEST[v.dtype]) | self.unsupported).all()):
                 return sums.log_() - at.alpha_or_zero
-        found = kernels.row_lse(v)
+        found, self._swept = kernels.row_lse(v), None
         self.unsupported = found == -torch.inf
         return found
 

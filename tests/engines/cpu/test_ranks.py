@@ -176,6 +176,36 @@ def test_the_scalings_that_tiles_are_read_with() -> None:
             torch.testing.assert_close(found.col_sums(x).log() - at.beta, (scores + u[..., None]).logsumexp(-2))
 
 
+@pytest.mark.parametrize(
+    "options, swept",
+    [
+        ({}, 6),
+        ({"window": (9, 9)}, 6),
+        ({"acceleration": "chebyshev"}, 6),
+        ({"over_relaxation": 1.2}, 0),
+        ({"relaxation": (2.0, None)}, 0),
+        ({"dustbin": Dustbin(0.0, 0.0)}, 0),
+    ],
+    ids=str,
+)
+def test_a_stopped_iteration_reads_the_tiles_once(
+    options: dict[str, Any], swept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verbs, op = [], cpu_ranks.Kernels._op
+
+    def counted(self: Any, verb: str, *arguments: Any) -> list[torch.Tensor]:
+        verbs.append(verb)
+        return op(self, verb, *arguments)
+
+    monkeypatch.setattr(cpu_ranks.Kernels, "_op", counted)
+    call = shared(random(40, 40, torch.float64, base_iters=6, tail_iters=2, **options))
+    results(call, "cpu", plan=False)
+    forward = verbs[: verbs.index("values") + 1]
+    assert forward.count("sweep") == swept and forward.count("col_lse") == 1 and "row_lse" not in forward
+    # Columns of the first iteration are of scores; then 5 stopped ones, 2 kept ones, and the residuals.
+    assert forward.count("col_sums") == (3 if swept else 8)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "verb": ({"verb": "rows"}, "verb is 'rows'; one of pack, row_lse"),
     "state": ({"state": torch.zeros(8, dtype=torch.uint8)}, r"state is .*\[8\]; \d+ bytes of uint8"),
