@@ -47,8 +47,8 @@ TOOLS = ["numpy", "packaging", "pytest", "pytest-xdist", "scipy", "transformers"
 NEEDED = [
     f"tests/{name}.py"
     for name in (
-        "boundary/test_modern", "boundary/test_ops", "engines/cpu/test_engine", "modules/test_module",
-        "modules/test_parity", "integrations/transformers/test_attention", "test_conformance",
+        "boundary/test_modern", "boundary/test_ops", "engines/cpu/test_engine", "engines/cpu/test_ranks",
+        "modules/test_module", "modules/test_parity", "integrations/transformers/test_attention", "test_conformance",
     )
 ]
 
