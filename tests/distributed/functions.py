@@ -154,7 +154,9 @@ def _alike(x: str, y: str) -> bool:
     (True, False)
     """
     pairs = zip(_NUMBER.findall(x), _NUMBER.findall(y), strict=False)
-    return _NUMBER.sub("", x) == _NUMBER.sub("", y) and all(abs(float(a) / float(b) - 1) < 2e-3 for a, b in pairs)
+    return _NUMBER.sub("", x) == _NUMBER.sub("", y) and all(
+        abs(float(a) - float(b)) <= 2e-3 * abs(float(b)) for a, b in pairs
+    )
 
 
 def _sign(x: Tensor) -> Tensor:
