@@ -15,7 +15,7 @@ from examples.common.tables import table
 
 from .baselines import needleman_wunsch, smith_waterman
 from .calibration import Reliability
-from .decode import expected_accuracy
+from .decode import DECODERS, DEFAULT_DECODER
 from .evaluate import Result, Scores
 from .fixed_score import pair_hmm_plan
 from .flanks import TESTS, UNRELATED, Align, area, flank_results, unrelated
@@ -41,7 +41,8 @@ class NoFlankTest(ValueError):
 
 def _pair_hmm(pair: Pair) -> IntArray:
     begun = BEGINNINGS["fitted"]
-    return expected_accuracy(pair_hmm_plan(pair, replace(begun.costs, pair=-begun.offset), begun.gain))
+    plan = pair_hmm_plan(pair, replace(begun.costs, pair=-begun.offset), begun.gain)
+    return DECODERS[DEFAULT_DECODER](plan)
 
 
 BASELINES = {

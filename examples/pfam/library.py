@@ -102,7 +102,7 @@ def align(
         query, key: letters of amino acids in either case; gaps and a final '*' are left out.
         names: to show them by.
         mode: "auto", the ends as the sequences suggest; "global", from end to end; "local", only a part is shared.
-        decoder: "accuracy" or "monotone", see ``decode.py``.
+        decoder: "f1", "accuracy" or "monotone", see ``decode.py``.
         checkpoint: a released aligner or a run's folder; None is the shipped aligner. It is loaded once.
 
     Raises:

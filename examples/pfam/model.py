@@ -71,7 +71,7 @@ class Doubt:
         return self.per_nat * (self.start - log_p.clamp(min=self.end)).clamp(min=0)
 
 
-DOUBT_IN_TRAINING, DOUBT = Doubt(-15.0, -35.0, 0.3), Doubt(-7.0, -60.0, 0.5)
+DOUBT_IN_TRAINING, DOUBT = Doubt(-15.0, -35.0, 0.3), Doubt(-7.0, -60.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -355,7 +355,7 @@ def test_the_command_from_end_to_end(checkpoint: Path, tmp_path: Path, capsys: p
     rows = [str(record.seq) for record in SeqIO.parse(out / FASTA, "fasta")]
     assert [row.replace("-", "") for row in rows] == ["MKVLAAGWWGHPDEACDEFGHIKL", "MKVLAGHPDEACDEYGHIKLMN"]
     record = json.loads((out / RECORD).read_text())
-    assert record["made_with"] == {"checkpoint": str(checkpoint), "decoder": "accuracy", "mode": "auto"}
+    assert record["made_with"] == {"checkpoint": str(checkpoint), "decoder": "f1", "mode": "auto"}
     assert 0 <= record["homology"] <= 1
 
     assert main([*arguments, "--out", str(out), "--quiet", "--decoder", "monotone"]) == 0

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.pfam import decode
 from examples.pfam.decode import (
     DECODERS,
     best_monotone,
     confidence,
     expected_accuracy,
+    expected_f1,
     most_probable,
     mutual_argmax,
 )
@@ -78,10 +80,48 @@ def test_expected_accuracy_leaves_hopeless_pairs_out() -> None:
     assert expected_accuracy(np.full((4, 4), 0.3), 0.2).tolist() == [[0, 0], [1, 1], [2, 2]]
 
 
+def test_expected_f1_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MODESTY", 1.0)
+    monkeypatch.setattr(decode, "LEAST", 0.0)
+    rng = np.random.default_rng(4)
+    for n, m in ((2, 2), (3, 5), (4, 4)):
+        for sharpness in (0.5, 2.0, 4.0):
+            plan = np.exp(sharpness * rng.standard_normal((n + 1, m + 1)))
+            plan[:-1] /= plan[:-1].sum(axis=1, keepdims=True)
+            real = plan[:-1, :-1]
+
+            def value(alignment: list[tuple[int, int]], real: np.ndarray = real) -> float:
+                return 2 * sum(real[at] for at in alignment) / (len(alignment) + real.sum())
+
+            found = expected_f1(plan).tolist()
+            best = max(map(value, monotone_alignments(n, m)))
+            # What is completed at the ends is beyond the best alignment, which is among the pairs found.
+            assert max(value(list(map(tuple, part))) for part in parts_of(found)) == pytest.approx(best)
+
+
+def parts_of(pairs: list[list[int]]) -> list[list[list[int]]]:
+    """Every run of neighbours in a list."""
+    return [pairs[start:end] for start in range(len(pairs)) for end in range(start + 1, len(pairs) + 1)] or [[]]
+
+
+def test_expected_f1_asks_more_of_a_pair_where_the_others_are_sure() -> None:
+    sure = np.zeros((8, 8))
+    sure[range(7), range(7)] = 0.95
+    sure[3, 3] = 0.3
+    assert [3, 3] not in expected_f1(sure).tolist() and [3, 3] in expected_accuracy(sure).tolist()
+    doubtful = np.where(sure > 0, 0.3, 0.0)
+    assert [3, 3] in expected_f1(doubtful).tolist()
+    for end in (0, 6):  # beyond the outermost pair it asks less
+        at_end = np.where(sure > 0, 0.95, 0.0)
+        at_end[end, end] = 0.3
+        assert [end, end] in expected_f1(at_end).tolist()
+    assert expected_f1(np.full((5, 5), 0.1)).shape == (0, 2)
+
+
 def test_mutual_argmax_may_cross_and_the_others_do_not() -> None:
     plan = np.array([[0.02, 0.9, 0.3], [0.8, 0.02, 0.3], [0.3, 0.3, 0.0]])
     assert mutual_argmax(plan).tolist() == [[0, 1], [1, 0]]
-    for name in ("monotone", "accuracy"):
+    for name in ("f1", "monotone", "accuracy"):
         assert DECODERS[name](plan).tolist() == [[0, 1]]
 
 

@@ -78,7 +78,7 @@ def test_many_are_as_one_by_one_and_in_their_order(checkpoint: str) -> None:
         ({"names": ("a",)}, "names must be two strings, got 1"),
         ({"checkpoint": ""}, "the aligner's path is empty"),
         ({"mode": "best"}, "mode must be one of auto, global, local, got 'best'"),
-        ({"decoder": "mutual"}, "decoder must be one of monotone, accuracy, got 'mutual'"),
+        ({"decoder": "mutual"}, "decoder must be one of f1, monotone, accuracy, got 'mutual'"),
     ],
 )
 def test_what_the_library_refuses(checkpoint: str, arguments: dict[str, str], message: str) -> None:

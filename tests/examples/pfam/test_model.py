@@ -85,7 +85,7 @@ def test_gaps_as_runs_are_judged_in_both_attentions() -> None:
 
 def test_absurd_pairs_are_doubted_in_evaluation_more_than_in_training() -> None:
     log_p = torch.tensor([0.0, -7.0, -9.0, -17.0, -60.0, -1e9])
-    assert DOUBT(log_p).tolist() == [0.0, 0.0, 1.0, 5.0, 26.5, 26.5]
+    assert DOUBT(log_p).tolist() == [0.0, 0.0, 2.0, 10.0, 53.0, 53.0]
     torch.testing.assert_close(DOUBT_IN_TRAINING(log_p), torch.tensor([0.0, 0.0, 0.0, 0.6, 6.0, 6.0]))
     torch.manual_seed(0)
     model, length = Aligner(Config(dim=24, dropout=0.0)), 150
