@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from examples.common.files import CHECKPOINT, REPORT, prepare_folder
+from examples.common.files import CHECKPOINT, REPORT, prepare_folder, replace_text
 from examples.common.settings import Range, add_quiet
 from examples.common.text import file_stems, say, visible
 
@@ -193,9 +193,9 @@ def _write(
         "pairs": len(chosen.pairs),
         "skipped": chosen.skipped,
     }
-    paths[0].write_text(text, encoding="utf-8")
+    replace_text(paths[0], text)
     values = {"protocol": protocol, "aligners": as_values(comparison), "flanks": flanks and flanks.values}
-    paths[1].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    replace_text(paths[1], json.dumps(values, indent=1) + "\n")
     plot_reliability(comparison, paths[2])
     for name, stem in zip(comparison.models, file_stems(comparison.models), strict=True):
         suffix = "" if len(comparison.models) == 1 else f"_{stem}"
