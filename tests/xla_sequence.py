@@ -121,9 +121,9 @@ def check(name: str, call: problems.Call, mesh: xs.Mesh, marked: bool) -> str:
     device = torch_xla.device()
     there = problems.Call(call.seed, *(on_mesh(x, device) for x in (call.query, call.key, call.value, call.mask)))
     there.options = on_mesh(call.options, device)
-    batch = "data" if call.query.ndim == 4 and "data" in mesh.shape() else None
+    batch = "data" if call.query.ndim > 3 and "data" in mesh.shape() else None
     if marked:
-        xs.mark_sharding(there.query, mesh, (batch, None, "cp", None))
+        xs.mark_sharding(there.query, mesh, (batch, *[None] * (call.query.ndim - 2), "cp", None)[-call.query.ndim :])
     with nullcontext() if marked else spmd.sharding(mesh, batch=batch, sequence="cp"):
         found = results(there, "xla")
     text = _XLAC._get_xla_tensors_hlo(list(found.values()))
