@@ -74,7 +74,7 @@ CASES: dict[str, Callable[[], problems.Call]] = {
     "band, dustbin, ragged": lambda: attention((23, 23), window=(2, 3), **dustbin(23), **padded(23)),
     "band, rectangular": lambda: attention((24, 48), 4, 1, window=(4, 5), tail_iters=0),
     "full, mask of one row": lambda: attention((24, 18), mask=randn(1, 18, seed=4)),
-    "full, mask, a row or none": lambda: attention((4, 6), mask=randn(2, 2, 4, 6, seed=4)),
+    "full, mask, a row or none": lambda: attention((2, 6), mask=randn(2, 2, 2, 6, seed=4)),
     "full, mask, segments, ragged": lambda: attention(
         (23, 17), mask=randn(2, 1, 23, 17, seed=4), gradient="implicit", relaxation=(None, 2.0), **packed(23, 17)
     ),
