@@ -85,9 +85,7 @@ def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Match, _Match]:
 
 def _stable_sort(ids: Tensor) -> tuple[Tensor, Tensor]:
     if not (recording() and for_onnx()):
-        found = ids.sort(dim=-1, stable=True)
-        # XLA's partitioner aborts where it would shard one result of a sort unevenly and not the other.
-        return tuple(torch.stack(found).unbind()) if ids.device.type == "xla" else found
+        return ids.sort(dim=-1, stable=True)
     position = torch.arange(ids.shape[-1], device=ids.device)  # ONNX has none; its programs are dense anyway
     mine, other = ids[..., :, None], ids[..., None, :]
     before = (other < mine) | ((other == mine) & (position[None, :] < position[:, None]))

@@ -80,7 +80,7 @@ def _on_mesh(
     names, sizes = zip(*mesh, strict=True)
     abstract = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
 
-    in_parts = dict(_IN_PARTS)
+    in_parts: dict[str, tuple[int, ...]] = dict(_IN_PARTS)
     if "mask" in given[0]:  # by the whole mask: a device may have a single one of several
         shape = given[0]["mask"].shape
         in_parts["mask"] = tuple(axis for axis in (BATCH, HEADS, TOKENS) if shape[axis] == 1)
