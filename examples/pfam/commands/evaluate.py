@@ -30,6 +30,8 @@ from ..tables import aligner_name
 from .options import add_device, add_reading, check_reading, named_path
 
 _FOLDER = "runs/evaluation"
+_FILES = (REPORT, "scores.json", "reliability.png")
+"""Beside a picture of errors for each aligner."""
 _PAIRS, _CAP, _FLANKED = 40, 1024, 6
 _PAIR_SEED = 0
 _SECONDS = Range(0, 86_400, "(]")
@@ -81,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
         if (options.out / CHECKPOINT).exists():
             raise ValueError(f"--out {options.out} holds a training run, whose report stays; choose another folder")
         prepare_folder(options.out)
+        if folders := [name for name in _FILES if (options.out / name).is_dir()]:
+            raise ValueError(f"--out {options.out} holds a folder {folders[0]}, where a file goes; choose another one")
     if options.gap_grid:
         _, chosen, head = _pairs(options, options.data or Config().data)
         say(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
@@ -183,7 +187,7 @@ def _write(
     options: argparse.Namespace, comparison: Comparison, text: str, chosen: EvaluationSet, flanks: FlankReport | None
 ) -> list[Path]:
     folder = options.out
-    paths = [folder / name for name in (REPORT, "scores.json", "reliability.png")]
+    paths = [folder / name for name in _FILES]
     protocol = {
         "data": options.data and visible(options.data),
         "exclude": [visible(prefix) for prefix in options.exclude],

@@ -385,6 +385,9 @@ def test_evaluate_leaves_a_training_run_alone(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "checkpoint.pt").touch()
     assert main(["evaluate", "--out", str(tmp_path), "--quiet"]) == 1
     assert "holds a training run" in capsys.readouterr().err
+    (tmp_path / "out" / "scores.json").mkdir(parents=True)
+    assert main(["evaluate", "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    assert "holds a folder scores.json, where a file goes; choose another one" in capsys.readouterr().err
 
 
 def test_the_gap_grid_needs_no_aligner(stockholm: Path, capsys: pytest.CaptureFixture[str]) -> None:
