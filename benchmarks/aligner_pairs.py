@@ -1,12 +1,14 @@
 """Seconds and memory of many pairs aligned by examples/pfam on one thread, beside another checkout's in the same run.
 
-    python benchmarks/aligner_pairs.py [--lengths 100 170 400 1000] [--repeat 3] [--memory 3000] [--before FOLDER]
+    python benchmarks/aligner_pairs.py [--lengths 100 170 400 1000] [--repeat 3] [--memory 100 1000 2000 3000]
+        [--before FOLDER]
 
 Random proteins of one length, a third of whose residues are identical in every two: pairs of sequences of their own,
 one by one and in batches of 32, and all against all of a few sequences. Processor time a pair, the least of some
-rounds, in which the checkouts take turns, so that whatever else the machine does slows both. Memory is how much a
-process grows over a single pair, and its time. FOLDER is another checkout with its compiled engine, for example of
-`git worktree add FOLDER COMMIT`.
+rounds, in which the checkouts take turns, so that whatever else the machine does slows both. Memory is the peak of the
+whole process of `python -m examples.pfam align` of one pair, with its files and picture, and its processor time, start
+and all; `--lengths` without a number leaves the rest out. FOLDER is another checkout with its compiled engine, for
+example of `git worktree add FOLDER COMMIT`.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,37 +62,52 @@ def serve() -> None:
 
     aligner = load_aligner()
     for line in sys.stdin:
-        what, length = line.rsplit(maxsplit=1)
-        kind = KINDS[1] if what == "memory" else what
-        given = pairs(kind, int(length))[: 1 if what == "memory" else None]
-        asked = [Asked(k, ("a", "b"), pair) for k, pair in enumerate(given)]
-        size = 1 if kind == KINDS[0] else 32
-        if what == "memory":  # what is loaded and compiled at first is not counted
-            list(solve(aligner, [Asked(0, ("a", "b"), (given[0][0][:200], given[0][1][:200]))]))
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        list(solve(aligner, asked, batch_size=size))
-        taken = (time.process_time() - start) / len(asked)
-        print(taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, flush=True)
+        kind, length = line.rsplit(maxsplit=1)
+        asked = [Asked(k, ("a", "b"), pair) for k, pair in enumerate(pairs(kind, int(length)))]
+        start = time.process_time()
+        list(solve(aligner, asked, batch_size=1 if kind == KINDS[0] else 32))
+        print((time.process_time() - start) / len(asked), flush=True)
+
+
+def surroundings(folder: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+
+
+def command(folder: Path, length: int) -> tuple[float, float]:
+    """Processor seconds and peak MiB of the process of `align`."""
+    with tempfile.TemporaryDirectory() as out:
+        files = [Path(out) / f"{name}.fasta" for name in "ab"]
+        for file, letters in zip(files, proteins(2, length, SHARED**0.5, 0), strict=True):
+            file.write_text(f">{file.stem}\n{letters}\n")
+        arguments = ["align", *map(str, files), "--out", f"{out}/found", "--threads", "1"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "examples.pfam", *arguments],
+            cwd=folder, env=surroundings(folder), stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{process.args} ended with {process.returncode}")
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
 class Checkout:
     """A process that aligns with a checkout's code."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, str(Path(__file__).resolve()), "--serve"],
+            cwd=folder, env=surroundings(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
-    def ask(self, what: str, length: int) -> tuple[float, float]:
-        """Processor seconds a pair, and kilobytes that the process grew by."""
+    def ask(self, kind: str, length: int) -> float:
+        """Processor seconds a pair."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(what, length, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline().split()
+        print(kind, length, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"the process of {self.process.args} ended")
-        return float(answer[0]), float(answer[1])
+        return float(answer)
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -102,32 +119,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[100, 170, 400, 1000])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--memory", type=int, nargs="*", default=[3000])
+    parser.add_argument("--memory", type=int, nargs="*", default=[100, 1000, 2000, 3000])
     parser.add_argument("--before", type=Path)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve()
     folders = {**({"before": options.before.resolve()} if options.before else {}), "now": HERE}
-    checkouts = {name: Checkout(folder) for name, folder in folders.items()}
+    checkouts = {name: Checkout(folder) for name, folder in folders.items() if options.lengths}
     widths = (8, -16, *(10 for _ in folders), 7)
-    print_rows([["residues", "seconds a pair", *folders, "faster"]], widths)
+    if options.lengths:
+        print_rows([["residues", "seconds a pair", *folders, "faster"]], widths)
     for length, kind in itertools.product(options.lengths, KINDS):
         best = dict.fromkeys(folders, float("inf"))
         for _ in range(options.repeat + 1):  # the first warms up
             for name, checkout in checkouts.items():
-                best[name] = min(best[name], checkout.ask(kind, length)[0])
+                best[name] = min(best[name], checkout.ask(kind, length))
         ratio = f"{best['before'] / best['now']:.2f}" if options.before else ""
         print_rows([[str(length), kind, *(f"{seconds:.4f}" for seconds in best.values()), ratio]], widths)
     for checkout in checkouts.values():
         checkout.end()
-    for length in options.memory:
-        for name, folder in folders.items():
-            alone = Checkout(folder)
-            seconds, grown = alone.ask("memory", length)
-            alone.end()
-            memory = f"{grown / 1024**2:.2f} GiB, {1024 * grown / length**2:.0f} bytes a pair of residues"
-            print(f"{name}: {length} x {length} in {seconds:.1f} s, {memory}")
+    for length, (name, folder) in itertools.product(options.memory, folders.items()):
+        seconds, peak = command(folder, length)
+        print(
+            f"align, {name}: {length} x {length} residues, {seconds:.1f} s, at most {peak / 1024:.2f} GiB", flush=True
+        )
 
 
 if __name__ == "__main__":

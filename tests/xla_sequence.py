@@ -49,9 +49,12 @@ def attention(
     return problems.Call(0, *tokens, mask, {"enable_gqa": True, "base_iters": 4, **options}, leaves)
 
 
-def packed(length: int = 24) -> dict[str, Tensor]:
-    ids = torch.tensor([0] * 7 + [1] * 6 + [-1] * 2 + [2] * (length - 15)).expand(2, length).contiguous()
-    return {"query_segment_ids": ids, "key_segment_ids": ids}
+def packed(length: int = 24, size: int | None = None) -> dict[str, Tensor]:
+    rows, cols = (
+        torch.tensor([0] * 7 + [1] * 6 + [-1] * 2 + [2] * (n - 15)).expand(2, n).contiguous()
+        for n in (length, length if size is None else size)
+    )
+    return {"query_segment_ids": rows, "key_segment_ids": rows if size is None else cols}
 
 
 def padded(length: int = 24) -> dict[str, Tensor]:
@@ -71,6 +74,10 @@ CASES: dict[str, Callable[[], problems.Call]] = {
     "band, dustbin, ragged": lambda: attention((23, 23), window=(2, 3), **dustbin(23), **padded(23)),
     "band, rectangular": lambda: attention((24, 48), 4, 1, window=(4, 5), tail_iters=0),
     "full, mask of one row": lambda: attention((24, 18), mask=randn(1, 18, seed=4)),
+    "full, mask, a row or none": lambda: attention((2, 6), mask=randn(2, 2, 2, 6, seed=4)),
+    "full, mask, segments, ragged": lambda: attention(
+        (23, 17), mask=randn(2, 1, 23, 17, seed=4), gradient="implicit", relaxation=(None, 2.0), **packed(23, 17)
+    ),
     "full, masses": lambda: attention((22, 18), row_mass=randn(2, 2, 22).exp(), gradient="implicit"),
 }
 
@@ -121,9 +128,9 @@ def check(name: str, call: problems.Call, mesh: xs.Mesh, marked: bool) -> str:
     device = torch_xla.device()
     there = problems.Call(call.seed, *(on_mesh(x, device) for x in (call.query, call.key, call.value, call.mask)))
     there.options = on_mesh(call.options, device)
-    batch = "data" if call.query.ndim == 4 and "data" in mesh.shape() else None
+    batch = "data" if call.query.ndim > 3 and "data" in mesh.shape() else None
     if marked:
-        xs.mark_sharding(there.query, mesh, (batch, None, "cp", None))
+        xs.mark_sharding(there.query, mesh, (batch, *[None] * (call.query.ndim - 2), "cp", None)[-call.query.ndim :])
     with nullcontext() if marked else spmd.sharding(mesh, batch=batch, sequence="cp"):
         found = results(there, "xla")
     text = _XLAC._get_xla_tensors_hlo(list(found.values()))

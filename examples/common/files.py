@@ -34,6 +34,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, by ``replacing``."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def lock(file: BinaryIO) -> bool:
     """Hold ``file`` against other processes until it is closed; False if one of them holds it.
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from examples.common.files import replacing
 from examples.common.text import clip, visible
 
 _WIDEST = 80
@@ -39,13 +40,13 @@ def legend(axes: Axes, names: Sequence[str], fontsize: float | None = None) -> N
 
 
 def save_figure(figure: Figure, path: Path, dpi: float = 130) -> None:
-    """Write the picture, and forget it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path, dpi)
+    """Write the picture, by ``files.replacing``, and forget it."""
+    with replacing(path) as file:
+        save(figure, file, dpi)
     plt.close(figure)
 
 
-def save(figure: Figure, to: Path | BinaryIO, dpi: float = 130) -> None:
+def save(figure: Figure, to: BinaryIO, dpi: float = 130) -> None:
     """Write a PNG. Letters that the font lacks are drawn as boxes, without a warning for each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from examples.common.devices import add_device, open_device
-from examples.common.files import REPORT, prepare_folder, set_aside
+from examples.common.files import REPORT, prepare_folder, replace_text, set_aside
 from examples.common.settings import add_quiet, add_setting, add_threads, given, set_threads, settings_of
 from examples.common.start import exit_status
 
@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
     models, outcomes = _train_all(settings, split, device, progress)
     report = write_report(settings, split, outcomes)
     # The report comes first: it is what marks the folder as a run's.
-    (folder / REPORT).write_text(report + "\n")
+    replace_text(folder / REPORT, report + "\n")
     print(f"\n{report}\n")
     for path in [folder / REPORT, *_write_pictures(folder, split.test, models, outcomes)]:
         print(f"wrote {path}")

@@ -110,6 +110,7 @@ def align(
             option is none of its values.
         TypeError: an argument is of another type.
         FileNotFoundError: there is no such checkpoint.
+        FloatingPointError: its weights are those of a run that diverged.
     """
     for name, value in (("query", query), ("key", key)):
         if not isinstance(value, str):

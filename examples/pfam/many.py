@@ -82,7 +82,10 @@ class Results:
         elif not log.is_file():
             raise _not_ours(log)
         with contextlib.ExitStack() as stack:
-            of_log = stack.enter_context(_opened(log))
+            try:
+                of_log = stack.enter_context(_opened(log))
+            except OSError as error:
+                raise OSError(f"cannot write to {log} ({error.strerror}); choose another --out") from error
             if not lock(of_log):
                 raise FileExistsError(
                     f"another run is writing to --out {folder}; wait for it, or choose another folder"

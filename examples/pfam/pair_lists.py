@@ -77,7 +77,7 @@ class PairList:
                 where = f"{shown(path)}, line {line}"
                 names = text.split("\t")
                 if len(names) != 2:
-                    raise ValueError(f"{where}: {clip(visible(text))!r} is not two names with a tab between")
+                    raise ValueError(f"{where}: '{clip(visible(text))}' is not two names with a tab between")
                 pair = tuple(number_of.get(plain_name(name.strip()), -1) for name in names)
                 if -1 in pair:
                     unknown = clip(visible(names[pair.index(-1)]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from examples.common.files import REPORT
+from examples.common.files import REPORT, replace_text
 from examples.common.text import file_stems
 from torch_sinkhorn_attn import certify, sinkhorn_attention
 
@@ -47,8 +47,7 @@ def write_tables(trainer: Trainer, progress: bool = True) -> str:
             plan_table(first, last, start),
         ]
     )
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    (trainer.folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    replace_text(trainer.folder / REPORT, text + "\n")
     return text
 
 

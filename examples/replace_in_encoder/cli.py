@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.common.devices import add_device, open_device
-from examples.common.files import REPORT, prepare_folder, set_aside
+from examples.common.files import REPORT, prepare_folder, replace_text, set_aside
 from examples.common.settings import (
     Range,
     add_quiet,
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
     text = f"{result.split.summary()}\n{setting}\n\n{result.table()}"
     paths = write_pictures(result, options.out)
     report = Path(options.out) / REPORT
-    report.write_text(text + "\n")
+    replace_text(report, text + "\n")
     print(f"\n{result.table()}\n")
     for path in (report, *paths):
         print(f"wrote {path}")

@@ -52,13 +52,25 @@ def max(x: Tensor, axis: int, keepdims: bool = False, initial: float = -torch.in
     return x.amax(axis, keepdim=keepdims)
 
 
+def unsplit(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """What is sorted or scattered along its last dimension, and what comes of it: whole on every device, where XLA's
+    partitioner could not split it."""
+    if vectors[0].device.type != "xla":
+        return vectors
+    from torch_sinkhorn_attn.engines.xla import spmd
+    from torch_sinkhorn_attn.problem.looking import has_data
+
+    return spmd.everywhere(*vectors) if has_data(*vectors) else vectors
+
+
 def add_at(x: Tensor, index: Tensor, count: int) -> Tensor:
     """Entries of the last dimension with the same index added up, `[..., n]` to `[..., count]`; `index` broadcasts to
     `x`."""
     if x.is_cuda:
         return add_in_order(x, index, count)
+    x, index = unsplit(x, index)
     out = torch.zeros(*x.shape[:-1], count, dtype=x.dtype, device=x.device)
-    return out.scatter_add(-1, index.expand_as(x), x)
+    return unsplit(out.scatter_add(-1, index.expand_as(x), x))[0]
 
 
 def add_in_order(x: Tensor, index: Tensor, count: int) -> Tensor:
@@ -73,7 +85,9 @@ def add_in_order(x: Tensor, index: Tensor, count: int) -> Tensor:
 
 def max_at(x: Tensor, index: Tensor, count: int) -> Tensor:
     """Their maximum likewise; -inf over none."""
-    return x.new_full((*x.shape[:-1], count), -torch.inf).scatter_reduce(-1, index.expand_as(x), x, "amax")
+    x, index = unsplit(x, index)
+    out = x.new_full((*x.shape[:-1], count), -torch.inf).scatter_reduce(-1, index.expand_as(x), x, "amax")
+    return unsplit(out)[0]
 
 
 def last_marked(x: Tensor, marked: Tensor, before: bool = False) -> Tensor:
@@ -82,10 +96,10 @@ def last_marked(x: Tensor, marked: Tensor, before: bool = False) -> Tensor:
     >>> last_marked(torch.tensor([5, 6, 7]), torch.tensor([False, True, False]))
     tensor([0, 6, 6])
     """
-    mark = marked.to(torch.int64)
+    x, mark = unsplit(x, marked.to(torch.int64))
     rank = mark.cumsum(-1)
     kept = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-    return kept.scatter_add(-1, rank, x * mark).gather(-1, rank - mark if before else rank)
+    return unsplit(kept.scatter_add(-1, rank, x * mark).gather(-1, rank - mark if before else rank))[0]
 
 
 def whole(x: Tensor, up: bool, limit: int) -> Tensor:

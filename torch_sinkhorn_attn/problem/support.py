@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sinkhorn_attn.arrays.of_torch import last_marked
+from torch_sinkhorn_attn.arrays.of_torch import last_marked, unsplit
 from torch_sinkhorn_attn.compat.tracing import for_onnx, recording
 from torch_sinkhorn_attn.problem.centers import around
 
@@ -66,6 +66,7 @@ class _Match(NamedTuple):
 def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Match, _Match]:
     """Both sides, from one sort of all tokens, by which the ids are numbered: rows first among equals."""
     length, total = row_ids.shape[-1], row_ids.shape[-1] + col_ids.shape[-1]
+    row_ids, col_ids = unsplit(row_ids, col_ids)
     ids, order = _stable_sort(torch.cat([row_ids, col_ids], -1))
     position = torch.arange(total, device=ids.device).expand_as(ids)
     place = torch.zeros_like(order).scatter(-1, order, position)  # of each token in the sorted ones
@@ -76,10 +77,10 @@ def _match(row_ids: Tensor, col_ids: Tensor) -> tuple[_Match, _Match]:
     (rows, cols), (first_row, first_col) = (x.gather(-1, number.expand_as(x)).unbind() for x in (counts, first))
     rank = place - first_row - first_col - torch.where(position < length, 0, rows)
     row, col = slice(None, length), slice(length, None)
-    return (
-        _Match(_order(first_row, rank, row), first_col[..., row], cols[..., row], rank[..., row], rows[..., row]),
-        _Match(_order(first_col, rank, col), first_row[..., col], rows[..., col], rank[..., col], cols[..., col]),
-    )
+    of_rows = _order(first_row, rank, row), *(x[..., row] for x in (first_col, cols, rank, rows))
+    of_cols = _order(first_col, rank, col), *(x[..., col] for x in (first_row, rows, rank, cols))
+    found = unsplit(*of_rows, *of_cols)
+    return _Match(*found[:5]), _Match(*found[5:])
 
 
 def _stable_sort(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,8 +174,9 @@ def transpose_intervals(row_lo: Tensor, row_hi: Tensor, num_cols: int) -> tuple[
 
 def _number_up_to(x: Tensor, count: int) -> Tensor:
     """How many of the values `[N, n]`, from 0 to `count`, are j or less: `[N, count]`."""
+    (x,) = unsplit(x)
     counts = torch.zeros(x.shape[0], count + 1, dtype=x.dtype, device=x.device)
-    return counts.scatter_add(-1, x, torch.ones_like(x)).cumsum(-1)[:, :-1]
+    return unsplit(counts.scatter_add(-1, x, torch.ones_like(x)).cumsum(-1)[:, :-1])[0]
 
 
 def build_support(

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from examples.common.files import REPORT, prepare_folder
+from examples.common.files import REPORT, prepare_folder, replace_text
 from examples.common.settings import Range, add_quiet, add_setting
 from examples.common.text import say
 
@@ -56,6 +56,6 @@ def run(options: argparse.Namespace) -> int:
     reading = {"cache": options.cache, "max_text": options.max_text}
     found = ablate(config, options.variants, options.seeds, options.out, options.jobs, not options.quiet, reading)
     text = ablation_table(found)
-    (options.out / REPORT).write_text(text + "\n", encoding="utf-8")
+    replace_text(options.out / REPORT, text + "\n")
     say(text)
     return 0

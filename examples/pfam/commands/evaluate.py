@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from examples.common.files import CHECKPOINT, REPORT, prepare_folder
+from examples.common.files import CHECKPOINT, REPORT, prepare_folder, replace_text
 from examples.common.settings import Range, add_quiet
 from examples.common.text import file_stems, say, visible
 
@@ -30,6 +30,8 @@ from ..tables import aligner_name
 from .options import add_device, add_reading, check_reading, named_path
 
 _FOLDER = "runs/evaluation"
+_FILES = (REPORT, "scores.json", "reliability.png")
+"""Beside a picture of errors for each aligner."""
 _PAIRS, _CAP, _FLANKED = 40, 1024, 6
 _PAIR_SEED = 0
 _SECONDS = Range(0, 86_400, "(]")
@@ -81,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
         if (options.out / CHECKPOINT).exists():
             raise ValueError(f"--out {options.out} holds a training run, whose report stays; choose another folder")
         prepare_folder(options.out)
+        if folders := [name for name in _FILES if (options.out / name).is_dir()]:
+            raise ValueError(f"--out {options.out} holds a folder {folders[0]}, where a file goes; choose another one")
     if options.gap_grid:
         _, chosen, head = _pairs(options, options.data or Config().data)
         say(f"{head}\n\n{grid_table(gap_grid(chosen.pairs, progress))}")
@@ -183,7 +187,7 @@ def _write(
     options: argparse.Namespace, comparison: Comparison, text: str, chosen: EvaluationSet, flanks: FlankReport | None
 ) -> list[Path]:
     folder = options.out
-    paths = [folder / name for name in (REPORT, "scores.json", "reliability.png")]
+    paths = [folder / name for name in _FILES]
     protocol = {
         "data": options.data and visible(options.data),
         "exclude": [visible(prefix) for prefix in options.exclude],
@@ -193,9 +197,9 @@ def _write(
         "pairs": len(chosen.pairs),
         "skipped": chosen.skipped,
     }
-    paths[0].write_text(text, encoding="utf-8")
+    replace_text(paths[0], text)
     values = {"protocol": protocol, "aligners": as_values(comparison), "flanks": flanks and flanks.values}
-    paths[1].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    replace_text(paths[1], json.dumps(values, indent=1) + "\n")
     plot_reliability(comparison, paths[2])
     for name, stem in zip(comparison.models, file_stems(comparison.models), strict=True):
         suffix = "" if len(comparison.models) == 1 else f"_{stem}"

@@ -26,7 +26,7 @@ from torch_sinkhorn_attn.engines.tpu.method.problem import Statics  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.method.sequence import Sequence  # noqa: E402
 from torch_sinkhorn_attn.engines.tpu.resident.neighbours import refusal  # noqa: E402
 
-IN_MAKE_TEST = {(2, "full"), (3, "band, dustbin, dropout"), (8, "band, segments")}
+IN_MAKE_TEST = {(2, "full"), (3, "band, dustbin, dropout"), (8, "band, segments"), (4, "a row each")}
 TOKENS = P(None, None, "cp")
 SEED = jax.random.key(0)
 
@@ -47,7 +47,7 @@ def cases() -> list[Any]:
     """Not slow: the first of all on two devices. In `make test`: `IN_MAKE_TEST`."""
     found = []
     for devices in (2, 3, 4, 8):
-        for name in tpu_sequence.CASES:
+        for name in (*tpu_sequence.CASES, "a row each"):
             slow = [pytest.mark.slow] * ((devices, name) != (2, "full"))
             rest = [pytest.mark.exhaustive] * ((devices, name) not in IN_MAKE_TEST)
             found.append(pytest.param(devices, name, marks=slow + rest))

@@ -17,9 +17,9 @@ pytest.importorskip("jax")
 TESTS = Path(__file__).parents[2]
 CASES = (
     "band, dustbin, ragged", "band", "band, lengths", "band, segments, dropout", "band, rectangular",
-    "full, mask of one row", "full, masses",
+    "full, mask of one row", "full, masses", "full, mask, a row or none", "full, mask, segments, ragged",
 )  # fmt: skip
-IN_MAKE_TEST = {(4, CASES[0])}
+IN_MAKE_TEST = {(4, CASES[0]), (4, CASES[-2]), (3, CASES[-1])}
 
 
 def in_a_process(arguments: list[str], devices: int) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from examples.common import files
 from examples.pfam import evaluate
 from examples.pfam.calibration import Calibration, Reliability, predictor
 from examples.pfam.cli import main
@@ -303,12 +305,14 @@ def test_attentions_without_a_transport_plan_have_no_certificates(tmp_path: Path
 
 @pytest.mark.slow
 def test_evaluate_several_checkpoints_on_any_stockholm_file(
-    stockholm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stockholm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     paths = [str(save_release(Aligner(SMALL), SMALL, tmp_path / f"{name}.safetensors")) for name in ("one", "two")]
     out = tmp_path / "out"
     options = ["--data", str(stockholm), "--exclude", "full_", "--cap", "8", "--out", str(out), "--quiet"]
+    rename, moved = os.replace, set()
+    monkeypatch.setattr(files.os, "replace", lambda old, new: moved.add(new) or rename(old, new))
     assert main(["evaluate", *paths, *options]) == 0
     text, bars = capsys.readouterr()
     assert bars == ""
@@ -317,13 +321,17 @@ def test_evaluate_several_checkpoints_on_any_stockholm_file(
         assert words in text
     assert "full_Other" not in text and "warning" not in text
     assert (out / "report.txt").read_text() in text
-    assert {path.name for path in out.iterdir()} == {
-        "report.txt",
-        "scores.json",
-        "reliability.png",
-        "errors_one.png",
-        "errors_two.png",
-    }
+    assert (
+        {path.name for path in out.iterdir()}
+        == {path.name for path in moved if path.parent == out}
+        == {
+            "report.txt",
+            "scores.json",
+            "reliability.png",
+            "errors_one.png",
+            "errors_two.png",
+        }
+    )
     scores = json.loads((out / "scores.json").read_text())
     assert scores["protocol"]["skipped"] == 2 and scores["protocol"]["exclude"] == ["full_"]
     assert scores["aligners"]["one"]["pairs"] == 1
@@ -377,6 +385,9 @@ def test_evaluate_leaves_a_training_run_alone(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "checkpoint.pt").touch()
     assert main(["evaluate", "--out", str(tmp_path), "--quiet"]) == 1
     assert "holds a training run" in capsys.readouterr().err
+    (tmp_path / "out" / "scores.json").mkdir(parents=True)
+    assert main(["evaluate", "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    assert "holds a folder scores.json, where a file goes; choose another one" in capsys.readouterr().err
 
 
 def test_the_gap_grid_needs_no_aligner(stockholm: Path, capsys: pytest.CaptureFixture[str]) -> None:

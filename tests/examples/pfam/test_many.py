@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import resource
@@ -14,7 +15,7 @@ import pytest
 import torch
 from Bio import SeqIO
 
-from examples.pfam import pair_lists
+from examples.pfam import many, pair_lists
 from examples.pfam.alignment import PairwiseAlignment
 from examples.pfam.cli import main
 from examples.pfam.commands import align_many
@@ -188,6 +189,16 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / LOG).unlink()
     (tmp_path / LOG).mkdir()
     refused(["tsv"], ABOUT, "was not written by this command")
+
+
+def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> io.FileIO:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(many, "_opened", refused)
+    message = r"cannot write to .*pairs\.log \(Permission denied\); choose another --out"
+    with pytest.raises(OSError, match=message), Results.open(tmp_path, ["tsv"], ABOUT):
+        pass
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:

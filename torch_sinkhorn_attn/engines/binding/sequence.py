@@ -24,7 +24,7 @@ from torch_sinkhorn_attn.engines.tpu.method.sequence import Sequence
 
 Arrays = dict[str, Any]
 NAMES = {BATCH: "batch", HEADS: "heads", TOKENS: "tokens"}
-_IN_PARTS = {"corner_score": (), "dustbin_value": (), "mask": (BATCH, HEADS, TOKENS)}  # cotangents, and where of size 1
+_IN_PARTS = {"corner_score": (TOKENS,), "dustbin_value": (TOKENS,)}  # cotangents, and over which devices
 
 
 def solve(inputs: Arrays, constants: Arrays, **statics: Any) -> Arrays:
@@ -80,8 +80,13 @@ def _on_mesh(
     names, sizes = zip(*mesh, strict=True)
     abstract = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
 
+    in_parts: dict[str, tuple[int, ...]] = dict(_IN_PARTS)
+    if "mask" in given[0]:  # by the whole mask: a device may have a single one of several
+        shape = given[0]["mask"].shape
+        in_parts["mask"] = tuple(axis for axis in (BATCH, HEADS, TOKENS) if shape[axis] == 1)
+
     def local(*trees: Arrays) -> Arrays:
-        return _local(function, trees, statics, options)
+        return _local(function, trees, in_parts, statics, options)
 
     run = jax.shard_map(
         local,
@@ -111,8 +116,15 @@ def _results(function: str, trees: list[Arrays], options: dict[str, Any]) -> dic
     return {name: spec(name, shape) for name, shape in wanted.items()}
 
 
-def _local(function: str, trees: tuple[Arrays, ...], statics: Statics, options: dict[str, Any]) -> Arrays:
-    """On one device: vectors of columns are of the held in the function, and of the owned outside."""
+def _local(
+    function: str,
+    trees: tuple[Arrays, ...],
+    in_parts: dict[str, tuple[int, ...]],
+    statics: Statics,
+    options: dict[str, Any],
+) -> Arrays:
+    """On one device: vectors of columns are of the held in the function, and of the owned outside. The cotangents
+    `in_parts` are summed over the devices along their axes."""
     sequence = statics.sequence
     assert sequence is not None
     inputs, constants, *given = (dict(tree) for tree in trees)
@@ -134,8 +146,7 @@ def _local(function: str, trees: tuple[Arrays, ...], statics: Statics, options: 
         if name in found and bins:
             found[name], found[name + BINS] = jnp.split(found[name], [found[name].shape[-1] - bins], -1)
     if function == "backward":
-        for name, dims in _IN_PARTS.items():
+        for name, axes in in_parts.items():
             if name in found:
-                shared = tuple(NAMES[axis] for axis in dims if found[name].shape[axis] == 1)
-                found[name] = lax.psum(found[name], shared if dims else NAMES[TOKENS])
+                found[name] = lax.psum(found[name], tuple(NAMES[axis] for axis in axes))
     return {name: sequence.owned(x) if name in columns else x for name, x in found.items()}

@@ -172,6 +172,21 @@ def carry(x: Tensor, source: Tensor) -> Tensor:
     return x
 
 
+def everywhere(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """Vectors `[..., n]`, replicated under SPMD where one is ragged: XLA's partitioner aborts the process over sorts
+    and scatters in blocks that are not even."""
+    count = xr.global_runtime_device_count() if xr.is_spmd() else 1
+    if not any(x.shape[-1] % count for x in vectors):
+        return vectors
+    return tuple(_replicated(x.clone(), count) for x in vectors)
+
+
+def _replicated(x: Tensor, count: int) -> Tensor:
+    whole = Placement((1, 1, 1, count), tuple(range(count)))
+    _XLAC._xla_annotate_custom_sharding(x, whole.sharding((None,) * x.ndim))
+    return x
+
+
 def annotated(x: Tensor) -> Placement | None:
     """The placement in the annotation of a tensor `[..., H, L, E]`; None if it has none."""
     tiles = _tiles(x)

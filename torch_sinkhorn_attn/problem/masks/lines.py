@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_sinkhorn_attn.arrays.of_torch import unsplit
 from torch_sinkhorn_attn.problem.masks.entries import kept
 from torch_sinkhorn_attn.problem.segments import by_segment, segment_max, segment_sum
 from torch_sinkhorn_attn.problem.support import Support
@@ -139,7 +140,8 @@ class QueryMask:
 def shrunk(lo: Tensor, hi: Tensor, live: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The intervals `[N, 1, L]` from their first to their last live column `[N, c, S]`; (0, 0) where there is none, and
     for rows that are not marked in `rows [N, r, L]`."""
-    count, size = _counts(live), live.shape[-1]
+    (live,), size = unsplit(live), live.shape[-1]
+    count = _counts(live)
     column = torch.arange(size, device=live.device).expand_as(live)
     order = torch.zeros_like(count).scatter(-1, torch.where(live, count[..., :-1], size), column)  # of live columns
     heads = max(live.shape[1], rows.shape[1])
@@ -147,7 +149,8 @@ def shrunk(lo: Tensor, hi: Tensor, live: Tensor, rows: Tensor) -> tuple[Tensor, 
     begin, end = (count.gather(-1, x.expand(-1, heads, -1)) for x in (lo, hi))
     some = rows & (begin < end)
     first, last = order.gather(-1, begin.clamp(max=size - 1)), order.gather(-1, (end - 1).clamp(min=0)) + 1
-    return torch.where(some, first, 0), torch.where(some, last, 0)
+    begin, end = unsplit(torch.where(some, first, 0), torch.where(some, last, 0))
+    return begin, end
 
 
 def extremes(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:

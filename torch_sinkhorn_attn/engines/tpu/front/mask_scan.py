@@ -42,7 +42,7 @@ def active_tokens(
     length, size = support.row_lo.shape[-1], support.col_lo.shape[-1]
     groups = max(1, min(number or length, size)) if packed else 1
     wants_limit = floor is not None and mask.dtype != jnp.bool_ and length > 0 and size > 0
-    if mask.shape[-2] == 1:
+    if mask.shape[-2] == 1 and not (number and length == 1):  # else it may be the one row of this device
         within = keep[..., 0, :] & support.col_active[:, None]
         if wants_limit:
             values = jnp.broadcast_to(mask[..., 0, :], within.shape).astype(dtype)
