@@ -116,8 +116,8 @@ def workspace_budget() -> int:
     Python's; 64 MiB, which holds one head of 4096 tokens in float32, or a window of (128, 128) over 55,000. Beside them
     a call takes O(n) memory for each problem that it works on. Threads take whole problems while the tiles of these
     find room together, and help each other with the rest; a call that finds the room taken by others computes its tiles
-    again in each pass, to the same bits. A rank of a sharded sequence keeps as many, of all its heads together, from one
-    half-step of a call to the next.
+    again in each pass, to the same bits. A rank of a sharded sequence keeps as many, of all its heads together, from
+    one half-step of a call to the next.
 
     Up to so many bytes of workspace stay allocated from one call to the next. They hold nothing: to map fresh pages
     takes as long as the work of a narrow band. TORCH_SINKHORN_ATTN_CPU_WORKSPACE_MIB sets the budget at import."""
