@@ -53,14 +53,11 @@ def max(x: Tensor, axis: int, keepdims: bool = False, initial: float = -torch.in
 
 
 def unsplit(*vectors: Tensor) -> tuple[Tensor, ...]:
-    """What is sorted or scattered along its last dimension, and what comes of it: whole on every device, where XLA's
-    partitioner could not split it."""
-    if vectors[0].device.type != "xla":
-        return vectors
-    from torch_sinkhorn_attn.engines.xla import spmd
-    from torch_sinkhorn_attn.problem.looking import has_data
+    """What is sorted or scattered along its last dimension, and what comes of it: whole on every device, where the
+    engine of a device says that it cannot be split."""
+    from torch_sinkhorn_attn.engines import engine_of
 
-    return spmd.everywhere(*vectors) if has_data(*vectors) else vectors
+    return engine_of(vectors[0].device).unsplit(*vectors)
 
 
 def add_at(x: Tensor, index: Tensor, count: int) -> Tensor:

@@ -124,6 +124,11 @@ class Engine(ABC):
         """x `[N, H, L, E]`, made from the user's `source`, lying on the devices that source lies on."""
         return x
 
+    def unsplit(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """Vectors `[..., n]` as sorts and scatters along n can take them: those that lie on several devices, and would
+        not be taken so, whole on each."""
+        return vectors
+
     def fetched(self, tree: T) -> T:
         """A tuple, NamedTuple or dataclass with tensors that may be looked at without compiling for it."""
         return tree

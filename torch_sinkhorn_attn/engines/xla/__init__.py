@@ -20,6 +20,7 @@ from torch_sinkhorn_attn.engines.base import each_tensor
 from torch_sinkhorn_attn.engines.binding.engine import BoundEngine
 from torch_sinkhorn_attn.engines.binding.library import Binding
 from torch_sinkhorn_attn.engines.binding.settings import Settings, lowering, set_lowering
+from torch_sinkhorn_attn.problem.looking import has_data
 
 __all__ = ["ENGINE", "Settings", "XlaEngine", "lowering", "set_lowering"]
 T = TypeVar("T")
@@ -47,6 +48,11 @@ class XlaEngine(BoundEngine):
         from torch_sinkhorn_attn.engines.xla import spmd
 
         return spmd.carry(x, source)
+
+    def unsplit(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        from torch_sinkhorn_attn.engines.xla import spmd
+
+        return spmd.everywhere(*vectors) if has_data(*vectors) else vectors
 
     def fetched(self, tree: T) -> T:
         """Copies on the CPU in place of XLA tensors, computed in one graph."""
