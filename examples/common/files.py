@@ -75,7 +75,7 @@ def read_file(path: Path) -> Any:
         FileNotFoundError: no file there.
         ValueError: the file is not readable as that.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that no file system takes is none either
         pipe = ": it is a pipe, and a checkpoint must be a file" if is_stream(path) else ""
         raise FileNotFoundError(f"no checkpoint at {visible(str(path))}{pipe}")
     import torch  # which most of this module's users do without

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: the file is not a checkpoint of this example.
     """
     path = Path(path)
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = path / CHECKPOINT if os.path.isdir(path) else path
     state = read_file(path)
     missing = {"config", "model", "optimizer", "step", "history", "rng"} - set(state if isinstance(state, dict) else ())
     if missing:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +129,7 @@ def load_release(path: str | Path) -> TrainedAligner:
         ValueError: it is damaged, something else, or of another version of this example.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that no file system takes is none either
         raise FileNotFoundError(f"no released aligner at {shown(path)}")
     try:
         with safe_open(path, framework="pt") as file:
@@ -158,6 +160,11 @@ def load_release(path: str | Path) -> TrainedAligner:
 
 def _verdict(header: Mapping[str, str], path: Path) -> Verdict:
     if "verdict" not in header:
+        warnings.warn(
+            f"{shown(path)} holds no verdict: probabilities of homology are the pair HMM's own odds, which say too "
+            "much; release it again with --calibrate",
+            stacklevel=3,
+        )
         return UNFITTED
     try:
         return Verdict.from_list(json.loads(header["verdict"]))
@@ -190,7 +197,7 @@ def load_aligner(path: str | Path | None = None) -> TrainedAligner:
     if not str(path):
         raise ValueError("the aligner's path is empty; give a release or a run's folder, or none for the shipped one")
     path = Path(path)
-    if path.suffix == SUFFIX and not path.is_dir():
+    if path.suffix == SUFFIX and not os.path.isdir(path):
         return load_release(path)
     state = load_checkpoint(path)
     return _aligner(_config(state["config"], path), state["model"], state.get("trained_on", []), path)

@@ -21,6 +21,9 @@ IntArray = npt.NDArray[np.int64]
 
 FEATURES = ("log odds", "log expected pairs", "mean confidence", "share of the shorter", "log n m")
 """Not the lengths apart: that relatives are often equally long would speak against a part of a long protein."""
+SHORTEST = 20
+"""Residues. Of two sequences of which one is shorter, which no family has, confidence and shares say nothing that the
+odds do not: M beside M is as sure as can be."""
 _RIDGE = 1.0
 _STEPS = 50
 
@@ -39,8 +42,9 @@ class Verdict:
 
     def probability(self, log_odds: float, plan: FloatArray, pairs: IntArray) -> float:
         """That the two sequences have a common part, of the pair HMM's log odds, the plan [n+1, m+1] and what was
-        decoded of it, [p, 2]."""
-        return float(_sigmoid(self.bias + np.dot(self.weights, features(log_odds, plan, pairs))))
+        decoded of it, [p, 2]. Beside a sequence shorter than ``SHORTEST`` not above the HMM's own."""
+        found = float(_sigmoid(self.bias + np.dot(self.weights, features(log_odds, plan, pairs))))
+        return min(found, float(_sigmoid(log_odds))) if min(plan.shape) - 1 < SHORTEST else found
 
     def to_list(self) -> list[float]:
         """Bias and weights, for a file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from examples.pfam.pairs import Family, Pair, evaluation_pairs, load_families
 from examples.pfam.programs import PROGRAMS, Installed
 from examples.pfam.release import TrainedAligner, load_release, save_release
 from examples.pfam.stockholm import read_stockholm
-from examples.pfam.verdict import FEATURES, Verdict, features, fit
+from examples.pfam.verdict import FEATURES, SHORTEST, Verdict, features, fit
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,15 @@ def test_a_verdict_is_learned_and_is_calibrated() -> None:
     for broken in ([1.0], "1", [1.0] * 5 + [float("nan")], [True] * 6, None):
         with pytest.raises(ValueError, match="verdict"):
             Verdict.from_list(broken)
+
+
+def test_tiny_sequences_are_no_surer_relatives_than_the_odds_say() -> None:
+    verdict = Verdict(-3.0, (1.0, 1.0, 6.0, 2.0, -1.0))  # which trusts confidence
+    for n, bounded in ((1, True), (SHORTEST - 1, True), (SHORTEST, False)):
+        plan = np.zeros((n + 1, 61))
+        plan[np.arange(n), np.arange(n)] = 1.0
+        found = verdict.probability(-1.0, plan, np.stack([np.arange(n)] * 2, axis=1))
+        assert found == pytest.approx(1 / (1 + math.e)) if bounded else found > 0.9
 
 
 def test_features_are_finite_for_any_plan() -> None:

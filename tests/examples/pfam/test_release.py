@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from examples.common import files
@@ -25,6 +26,7 @@ from examples.pfam.release import SHIPPED, TrainedAligner, load_aligner, load_re
 from examples.pfam.report import write_tables
 from examples.pfam.stockholm import read_stockholm
 from examples.pfam.train import Trainer
+from examples.pfam.verdict import UNFITTED
 
 TRAINED_ON = (("PF00069", "Pkinase"), ("PF00042", "other_PF00042"), ("full_GATA",))
 CONFIG = Config(dim=24, base_iters=7, data="/some/folder/train.sto", eval_data="/some/folder/eval.sto")
@@ -35,6 +37,21 @@ PAIR = Pair("F", ("a", "b"), encode("MKVLAWWGHPDE"), encode("MKVLAGHPDE"), np.ze
 def model() -> Aligner:
     torch.manual_seed(0)
     return Aligner(CONFIG)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".safetensors", "a\0b", "a\0b.safetensors"])
+def test_names_that_no_file_has(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no (checkpoint|released aligner) at"):
+        load_aligner(name)
+
+
+def test_a_release_without_a_verdict_says_so(model: Aligner, tmp_path: Path) -> None:
+    path = save_release(model, CONFIG, tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(load_file(path), path, {name: x for name, x in header.items() if name != "verdict"})
+    with pytest.warns(UserWarning, match=r"a.safetensors holds no verdict.*release it again with --calibrate"):
+        assert load_release(path).verdict == UNFITTED
 
 
 def test_a_release_gives_the_same_plans(model: Aligner, tmp_path: Path) -> None:
