@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import torch
+import torch.distributed as dist
 
 from torch_sinkhorn_attn import Dustbin, sinkhorn_attention, sinkhorn_plan
 
@@ -17,12 +18,14 @@ def step(length: int, heads: int = 3, **options) -> None:
 
 
 def main() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mask = torch.randn(600, 600).requires_grad_()
     shared = ({}, {"window": (200, 200)}, {"dustbin": Dustbin(0.0, 0.0)}, {"gradient": "implicit"}, {"attn_mask": mask})
     for threads in (2, 3, 9, 17):
         torch.set_num_threads(threads)
         for options in shared:
             step(600, **options)
+            step(600, sequence_group=dist.group.WORLD, **options)
         step(100, heads=12)
         sinkhorn_plan(*torch.randn(2, 1, 2, 500, 8), engine="cpu", dustbin=Dustbin(0.0, 0.0))
     callers = [threading.Thread(target=step, args=(500,)) for _ in range(4)]
@@ -30,6 +33,7 @@ def main() -> None:
         caller.start()
     for caller in callers:
         caller.join()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
