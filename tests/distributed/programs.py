@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch_sinkhorn_attn import (
     sinkhorn_plan_band,
 )
 from torch_sinkhorn_attn.distributed import sequence_parallel, wire
+from torch_sinkhorn_attn.engines import cpu
 
 TOKENS, HEADS, WINDOW = 24, 2, 3  # of the programs that count what is sent; tokens of each rank
 
@@ -93,6 +95,8 @@ def disagreements(rank: int, size: int) -> dict[str, str]:
     with sequence_parallel(group):
         found["alone"] = said(lambda: sinkhorn_divergence(q, k))
         found["module"] = said(lambda: attention(x, x, x))
+    with unittest.mock.patch.object(cpu, "_unavailable", "not built" if last else None):
+        found["kernels"] = said(call())
     again = call(window=(2, 2))()  # the group goes on
     assert torch.isfinite(again).all()
     return found

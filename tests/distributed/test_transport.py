@@ -109,6 +109,7 @@ def test_every_rank_is_told_both_values_of_what_they_disagree_on(of_three: dict[
         assert "a shard, a shard, one value" in found["mass"]
         assert "local rows by all 9 keys" in found["mask"]
         assert found["engine"].startswith("ValueError: engine='xla'")
+        assert "kernels=cpu on rank 0, kernels=missing (engine='cpu'; engine='tiled' on all ranks" in found["kernels"]
         assert found["balance"].startswith("ValueError: window=(2, 0) has no balanced plan")
         assert "query holds scores of 3 keys but the ranks have [3, 3, 3] values" in found["scores"]
         assert "function=sinkhorn_plan(log=False) on rank 0, function=sinkhorn_plan(log=True)" in found["log"]

@@ -170,6 +170,10 @@ def _agree(wire: Wire, function: str, local: _Local | None, error: Exception | N
         elif x is not None:
             description[name] = repr(x)
     description |= {name: dims[name] for name in (*tokens, "attn_mask") if name in dims}
+    own = _asked(local.keywords.get("engine"), device)
+    description["kernels"] = own.name if own.of_ranks else tiled.ENGINE.name
+    if own.of_ranks and own.rank_missing() is not None:
+        description["kernels"] = f"missing (engine={own.name!r}; engine='tiled' on all ranks does without)"
     description["gradients"] = str(torch.is_grad_enabled())
     total = None if local.scores is None else local.scores.shape[-1]
     agreed = agreement.agree(wire, description, (rows, cols), along, error, device, total)
@@ -286,7 +290,7 @@ def _choice(name: str | None, inputs: Inputs, share: Share) -> Engine | None:
     """Who makes the half-steps of the rows here: the engine named, or the device's own where it can; None: tiles of
     plain PyTorch. All ranks have one dtype and one kind of device, so one answer."""
     device = inputs.query.device
-    engine = engine_of(device) if name is None else ENGINES[name]
+    engine = _asked(name, device)
     if not engine.of_ranks:
         return None
     reason = engine.rank_refusal(inputs, share.problem)
@@ -296,3 +300,8 @@ def _choice(name: str | None, inputs: Inputs, share: Share) -> Engine | None:
         raise ValueError(f"engine={name!r} cannot run this problem over a process group: {reason}.")
     missing.warn_once(device.type, engine.name, reason, tiled.ENGINE.name)
     return None
+
+
+def _asked(name: str | None, device: torch.device) -> Engine:
+    """The engine that may make half-steps: the one named, or the device's own."""
+    return engine_of(device) if name is None else ENGINES[name]

@@ -67,11 +67,13 @@ class SharedTiles(OfRank, Tiles):
 
 
 class SharedPasses(TiledPasses):
-    """The passes of the adjoint over such tiles."""
+    """The passes of the adjoint over such tiles. `may_scale`: what `alike` says, where it was asked."""
 
-    def __init__(self, tiles: Tiles, output: Tensor, grads: OutputGrads, potentials: Potentials):
+    def __init__(
+        self, tiles: Tiles, output: Tensor, grads: OutputGrads, potentials: Potentials, may_scale: bool | None = None
+    ):
         super().__init__(tiles, output, grads)
-        self.may_scale = alike(tiles, potentials)
+        self.may_scale = alike(tiles, potentials) if may_scale is None else may_scale
 
 
 def alike(tiles: AugmentedPlan, potentials: Potentials) -> bool:

@@ -97,6 +97,11 @@ class Engine(ABC):
 
     # The rows of one rank, where the sequence is sharded over a process group
 
+    def rank_missing(self) -> str | None:
+        """Why no problem can have its half-steps in this process; None if some can. Asked where `of_ranks`: all ranks
+        must be alike in it, for their messages are."""
+        return None
+
     def rank_refusal(self, inputs: Inputs, problem: Problem) -> str | None:
         """As `refusal`, of the half-steps of a rank; asked where `of_ranks`."""
         return self.refusal(inputs, problem)

@@ -228,6 +228,9 @@ class CpuEngine(Engine):
             return super().plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
         return plan_backward(inputs, problem, potentials, grad_plan, mask_grad)
 
+    def rank_missing(self) -> str | None:
+        return _unavailable
+
     def rank_plan(self, inputs: Inputs, share: Share) -> OfRank:
         from torch_sinkhorn_attn.engines import cpu_ranks
 

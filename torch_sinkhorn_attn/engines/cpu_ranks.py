@@ -273,7 +273,7 @@ class SharedKernelPasses(AdjointPasses):
 def gradients(plan: SharedKernels, output: Tensor, potentials: Potentials, grads: OutputGrads) -> Inputs:
     """The adjoint of attention; by tiles where duals differ so much that factors are not made of the plan."""
     if not alike(plan, potentials):
-        return tiled_gradients(SharedPasses(plan.tiles, output, grads, potentials), potentials).inputs
+        return tiled_gradients(SharedPasses(plan.tiles, output, grads, potentials, may_scale=False), potentials).inputs
     cotangent = OutputCotangent(plan, output, grads)
     passes = SharedKernelPasses(plan, cotangent, output, grads.mask)
     return attention_gradients(passes, cotangent, potentials).inputs

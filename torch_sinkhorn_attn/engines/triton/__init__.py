@@ -94,6 +94,9 @@ class TritonEngine(Engine):
 
         return run.plan_backward(inputs, problem, potentials, grad_plan, mask_grad, log)
 
+    def rank_missing(self) -> str | None:
+        return _missing()
+
     def rank_refusal(self, inputs: Inputs, problem: Problem) -> str | None:
         if problem.dropout_seed is not None:
             return "its kernels draw dropout by the rows of one device"
