@@ -128,11 +128,13 @@ def set_workspace_budget(num_bytes: int) -> None:
     """Set `workspace_budget()`, and free the workspace kept if it is larger; 0 keeps nothing.
 
     Raises:
-        ValueError: negative.
+        ValueError: negative, or 2**62 and more.
     """
     global _budget
     if num_bytes < 0:
         raise ValueError(f"num_bytes={num_bytes} must be 0 or more.")
+    if num_bytes >= 1 << 62:
+        raise ValueError(f"num_bytes={num_bytes} must be less than 2**62, which is no limit.")
     _budget = int(num_bytes)
     if _unavailable is None:
         torch.ops.torch_sinkhorn_attn.cpu_retain_workspace(_budget)

@@ -42,7 +42,8 @@ class Kernels:
     """
 
     def __init__(self, inputs: Inputs, problem: Problem, first: tuple[int, int]):
-        tensors, numbers, counts = cpu.arguments(Inputs(*inputs[:4]), problem)
+        given = (None if x is None else x.resolve_neg() for x in inputs[:4])  # which torch does not do within lists
+        tensors, numbers, counts = cpu.arguments(Inputs(*given), problem)  # type: ignore[arg-type]
         for name in _NOT_OF_PAIRS:
             tensors[len(Inputs._fields) + cpu.TENSORS.index(name)] = None
         counts = [0 if name in _OF_SCHEDULE else x for name, x in zip(cpu.COUNTS, counts, strict=True)]

@@ -154,6 +154,8 @@ def test_bad_settings_are_refused() -> None:
         cpu.set_capability("sse9")
     with pytest.raises(ValueError, match="num_bytes=-1 must be 0 or more"):
         cpu.set_workspace_budget(-1)
+    with pytest.raises(ValueError, match=r"must be less than 2\*\*62"):
+        cpu.set_workspace_budget(1 << 62)
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0, 30.0, 100.0])

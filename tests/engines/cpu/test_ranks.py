@@ -130,6 +130,13 @@ def test_nan_is_not_swallowed(which: int) -> None:
     assert found.isnan().any() and torch.equal(found.isnan(), truth.isnan())
 
 
+def test_negated_views_are_read_with_their_sign() -> None:
+    tensors = [x.detach() for x in random(12, 12, torch.float64).leaves]
+    truth = sinkhorn_attention(*(-x for x in tensors), engine="reference")
+    views = [torch._neg_view(x) for x in tensors]
+    torch.testing.assert_close(sinkhorn_attention(*views, engine="cpu", sequence_group=dist.group.WORLD), truth)
+
+
 def kernels(dtype: torch.dtype = torch.float64) -> tuple[cpu_ranks.Kernels, torch.Tensor]:
     """Those of a small problem, and its scores."""
     call = random(20, 24, dtype)
