@@ -39,18 +39,18 @@ class NoFlankTest(ValueError):
     """The families have no pair for it, or none that is unrelated."""
 
 
-def _pair_hmm(pair: Pair) -> IntArray:
+def _pair_hmm(pair: Pair, decoder: str) -> IntArray:
     begun = BEGINNINGS["fitted"]
     plan = pair_hmm_plan(pair, replace(begun.costs, pair=-begun.offset), begun.gain)
-    return DECODERS[DEFAULT_DECODER](plan)
+    return DECODERS[decoder](plan)
 
 
 BASELINES = {
-    "Needleman-Wunsch": lambda pair: needleman_wunsch(pair.query, pair.key),
-    "Smith-Waterman": lambda pair: smith_waterman(pair.query, pair.key),
+    "Needleman-Wunsch": lambda pair, _: needleman_wunsch(pair.query, pair.key),
+    "Smith-Waterman": lambda pair, _: smith_waterman(pair.query, pair.key),
     "pair HMM, free ends": _pair_hmm,
 }
-"""What a pair is aligned by, nothing of it trained."""
+"""What a pair is aligned by, nothing of it trained; plans by the decoder."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,7 @@ def flank_report(
     programs: Sequence[Installed] = (),
     timeout: float = TIMEOUT,
     program_results: Path | None = None,
+    decoder: str = DEFAULT_DECODER,
 ) -> FlankReport:
     """Every aligner on at most ``pairs`` pairs of each family, in every one of ``TESTS``; the trained ones on as many
     unrelated pairs too.
@@ -203,6 +204,7 @@ def flank_report(
         aligners: by the names of their rows, on the CPU.
         cap: pairs with a longer domain are left out.
         programs, timeout, program_results: see ``comparison.compare``.
+        decoder: a name in ``DECODERS``, for every plan.
 
     Raises:
         NoFlankTest: no pair is so short, or there are no two families that are certainly not one.
@@ -219,13 +221,14 @@ def flank_report(
 
     def by_model(name: str) -> Align:
         def align(given: Sequence[Pair]) -> list[IntArray]:
-            judged[name].append(judge(aligners[name], given, progress))
+            judged[name].append(judge(aligners[name], given, progress, decoder))
             return [one.decoded for one in judged[name][-1]]
 
         return align
 
     def by_baseline(name: str) -> Align:
-        return lambda given: [BASELINES[name](pair) for pair in tqdm(given, name, leave=False, disable=not progress)]
+        bar = {"desc": name, "leave": False, "disable": not progress}
+        return lambda given: [BASELINES[name](pair, decoder) for pair in tqdm(given, **bar)]
 
     found = {name: by_baseline(name) for name in BASELINES} | {name: by_model(name) for name in aligners}
     report.results = flank_results(found, chosen.pairs, seed=seed)
@@ -234,7 +237,7 @@ def flank_report(
     low = [sequence_identity(pair.query, pair.key, pair.target) <= LOW for pair in chosen.pairs]
     for name, aligner in aligners.items():
         of_tests = dict(zip(TESTS, judged[name], strict=True))
-        report.relatedness[name] = Relatedness(of_tests, judge(aligner, others, progress), low)
+        report.relatedness[name] = Relatedness(of_tests, judge(aligner, others, progress, decoder), low)
     return report
 
 

@@ -72,13 +72,21 @@ class Judged:
     log_odds: float
 
 
-def judge(aligner: TrainedAligner, pairs: Sequence[Pair], progress: bool = False) -> list[Judged]:
+def homology(aligner: TrainedAligner, log_odds: float, plan: FloatArray, decoded: IntArray, decoder: str) -> float:
+    """The verdict's probability. It was fitted on what the default rule decodes, and that is what it is asked about."""
+    by_default = decoded if decoder == DEFAULT_DECODER else DECODERS[DEFAULT_DECODER](plan)
+    return aligner.verdict.probability(log_odds, plan, by_default)
+
+
+def judge(
+    aligner: TrainedAligner, pairs: Sequence[Pair], progress: bool = False, decoder: str = DEFAULT_DECODER
+) -> list[Judged]:
     """Every pair, in their order."""
-    decode, found = DECODERS[DEFAULT_DECODER], {}
+    decode, found = DECODERS[decoder], {}
     numbered = [replace(pair, number=number) for number, pair in enumerate(pairs)]
     results = aligned(aligner.model, numbered, _BATCH)
     for one in tqdm(results, "aligning", len(pairs), leave=False, disable=not progress):
         decoded, log_odds = decode(one.plan), one.log_odds if one.log_odds is not None else 0.0
-        probability = aligner.verdict.probability(log_odds, one.plan, decoded)
+        probability = homology(aligner, log_odds, one.plan, decoded, decoder)
         found[one.pair.number] = Judged(one.pair, decoded, confidence(one.plan, decoded), probability, log_odds)
     return [found[number] for number in range(len(pairs))]

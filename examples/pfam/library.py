@@ -25,6 +25,7 @@ from .alignment import PairwiseAlignment, Summary
 from .decode import DECODERS, DEFAULT_DECODER
 from .encodings import Encodings
 from .evaluate import aligned
+from .homology import homology
 from .pairs import Pair, encode
 from .release import TrainedAligner, load_aligner
 from .runs import MODES
@@ -204,10 +205,10 @@ def solve(
             decoded = DECODERS[decoder](found.plan)
             # What the probability was fitted on had nothing said of its ends.
             judged = mode == "auto" and found.log_odds is not None
-            homology = aligner.verdict.probability(found.log_odds or 0.0, found.plan, decoded) if judged else None
+            related = homology(aligner, found.log_odds or 0.0, found.plan, decoded, decoder) if judged else None
             alignment = PairwiseAlignment.from_plan(of.letters, found.plan, decoded)
             plan = found.plan if keep_plans else None
-            yield of, AlignedPair(of.names, alignment, plan, homology, found.log_odds)
+            yield of, AlignedPair(of.names, alignment, plan, related, found.log_odds)
     finally:
         aligner.model.mode = before
 

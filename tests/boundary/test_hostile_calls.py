@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_sinkhorn_attn import Dustbin
 from torch_sinkhorn_attn.boundary import ops
-from torch_sinkhorn_attn.engines import cpu
+from torch_sinkhorn_attn.engines import cpu, cpu_ranks
 from torch_sinkhorn_attn.problem.arguments import prepare
 from torch_sinkhorn_attn.problem.support import build_support
 
@@ -235,3 +235,4 @@ def test_the_places_of_the_kernels_lists_are_the_fields_of_a_problem() -> None:
     assert places("Tensors") == constants([*ops.Inputs._fields, *cpu.TENSORS])
     assert places("Numbers") == constants(cpu._NUMBERS)
     assert places("Counts") == constants(cpu.COUNTS)
+    assert places("Vectors") == constants(cpu_ranks.VECTORS)

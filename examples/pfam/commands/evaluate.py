@@ -176,8 +176,9 @@ def _between_flanks(
         return None, ""
     try:
         found = flank_report(
-            aligners, families, options.flanks, min(CAP, options.cap), _PAIR_SEED, progress, programs, timeout, kept
-        )
+            aligners, families, options.flanks, min(CAP, options.cap), _PAIR_SEED, progress, programs, timeout, kept,
+            options.decoder,
+        )  # fmt: skip
     except NoFlankTest as error:
         return None, f"note: no flank test: {error}"
     return found, ""

@@ -9,6 +9,7 @@ from examples.common.text import say
 
 from ..config import HELDOUT_SAMPLE
 from ..dataset import read_families
+from ..decode import DECODERS, DEFAULT_DECODER
 from ..flank_report import CAP, flank_report
 from ..release import load_aligner
 from .options import add_reading, check_reading
@@ -31,6 +32,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--cap", type=int, metavar="N", default=CAP, help=text)
     text = "of the pairs and their flanks (default: 0)"
     parser.add_argument("--seed", type=int, metavar="N", default=0, help=text)
+    text = f"from plans to pairs: {', '.join(DECODERS)} (default: {DEFAULT_DECODER})"
+    parser.add_argument("--decoder", metavar="NAME", choices=DECODERS, default=DEFAULT_DECODER, help=text)
     add_reading(parser)
     add_quiet(parser)
     add_threads(parser)
@@ -46,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     aligner = load_aligner(options.checkpoint)
     if seen := aligner.seen(families):
         say(f"warning: the aligner was trained on {len(seen)} of the families")
-    found = flank_report({"aligner": aligner}, families, options.pairs, options.cap, options.seed, not options.quiet)
+    chosen = options.pairs, options.cap, options.seed
+    found = flank_report({"aligner": aligner}, families, *chosen, not options.quiet, decoder=options.decoder)
     say(found.text)
     return 0

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import problems
 import pytest
@@ -18,15 +17,6 @@ from test_conformance import CORNERS, call_of
 from torch_sinkhorn_attn import Dustbin, engines, sinkhorn_attention
 from torch_sinkhorn_attn.engines import choose, cpu
 from torch_sinkhorn_attn.problem.arguments import prepare
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    threads, capability, budget = torch.get_num_threads(), cpu.capability(), cpu.workspace_budget()
-    yield
-    torch.set_num_threads(threads)
-    cpu.set_capability(capability)
-    cpu.set_workspace_budget(budget)
 
 
 def workspace() -> int:

@@ -25,15 +25,6 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    threads, capability, budget = torch.get_num_threads(), cpu.capability(), cpu.workspace_budget()
-    yield
-    torch.set_num_threads(threads)
-    cpu.set_capability(capability)
-    cpu.set_workspace_budget(budget)
-
-
 def shared(call: problems.Call) -> problems.Call:
     return replace(call, options=call.options | {"sequence_group": dist.group.WORLD})
 

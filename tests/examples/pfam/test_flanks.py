@@ -14,9 +14,10 @@ import torch
 
 from examples.pfam.cli import main
 from examples.pfam.config import HELDOUT_SAMPLE, Config
+from examples.pfam.decode import DECODERS
 from examples.pfam.flank_report import NoFlankTest, Relatedness, flank_report
 from examples.pfam.flanks import TESTS, area, flank_results, flanked, unrelated
-from examples.pfam.homology import Judged, calibration_pairs
+from examples.pfam.homology import Judged, calibration_pairs, judge
 from examples.pfam.model import Aligner
 from examples.pfam.pairs import Family, Pair, evaluation_pairs, load_families
 from examples.pfam.programs import PROGRAMS, Installed
@@ -160,6 +161,22 @@ def test_tiny_sequences_are_no_surer_relatives_than_the_odds_say() -> None:
         plan[np.arange(n), np.arange(n)] = 1.0
         found = verdict.probability(-1.0, plan, np.stack([np.arange(n)] * 2, axis=1))
         assert found == pytest.approx(1 / (1 + math.e)) if bounded else found > 0.9
+
+
+def test_pairs_are_decoded_as_asked_and_judged_as_the_verdict_was_fitted(
+    pairs: tuple[Pair, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = Config(dim=24, rounds=1, heads=1, hidden=4, base_iters=5)
+    aligner = TrainedAligner(Aligner(config), config, (), Verdict(0.0, (0.0, 1.0, 0.0, 1.0, 0.0)))
+    default, first = judge(aligner, pairs), np.array([[0, 0]])
+    monkeypatch.setitem(DECODERS, "mutual", lambda plan: first)
+    found = judge(aligner, pairs, decoder="mutual")
+    assert all(one.decoded is first for one in found) and any(len(one.decoded) > 1 for one in default)
+    assert [one.probability for one in found] == [one.probability for one in default]
+    report = flank_report({"mine": aligner}, [*load_families(read_stockholm(HELDOUT_SAMPLE))], 1, 95, decoder="mutual")
+    of_tests = report.relatedness["mine"].judged.values()
+    assert all(one.decoded is first for judged in of_tests for one in judged)
 
 
 def test_features_are_finite_for_any_plan() -> None:
