@@ -157,6 +157,17 @@ def test_an_interrupted_absorption_is_made_again(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found.row_sums(torch.ones_like(v)), scores.exp().sum(-1))
 
 
+def test_tiles_are_made_of_scores_however_often() -> None:
+    found, scores = kernels()
+    u, v = torch.linspace(-1, 1, 40).view(1, 2, 20).double(), torch.linspace(1, 0, 48).view(1, 2, 24).double()
+    found.col_lse(u)
+    for factor in (0.0, 1.0, 2.0):
+        found.absorb(factor * u, factor * v)
+        plan = (scores + factor * (u[..., None] + v[..., None, :])).exp()
+        torch.testing.assert_close(found.row_sums(torch.ones_like(v)), plan.sum(-1))
+        torch.testing.assert_close(found.col_sums(torch.ones_like(u)), plan.sum(-2))
+
+
 def test_the_scalings_that_tiles_are_read_with() -> None:
     """Half-steps are taken from tiles until a row's scaling leaves its range, and then from the scores."""
     found, scores = kernels(torch.float32)
