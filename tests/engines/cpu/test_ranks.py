@@ -181,6 +181,8 @@ def test_the_scalings_that_tiles_are_read_with() -> None:
         u[0, 1, 4] = moved
         x = at.rows(u)
         assert (x is not None) == safe
+        far = at.beta + moved
+        assert (at.cols(far) is not None) == (moved < 10)
         if x is not None:
             torch.testing.assert_close(found.col_sums(x).log() - at.beta, (scores + u[..., None]).logsumexp(-2))
 
@@ -213,6 +215,41 @@ def test_a_stopped_iteration_reads_the_tiles_once(
     assert forward.count("sweep") == swept and forward.count("col_lse") == 1 and "row_lse" not in forward
     # Columns of the first iteration are of scores; then 5 stopped ones, 2 kept ones, and the residuals.
     assert forward.count("col_sums") == (3 if swept else 8)
+
+
+def plan_of(call: problems.Call, monkeypatch: pytest.MonkeyPatch) -> cpu_ranks.SharedKernels:
+    """That of the forward of a call on the group."""
+    plans, begin = [], cpu_ranks.SharedKernels.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            cpu_ranks.SharedKernels, "__init__", lambda self, *given: (begin(self, *given), plans.append(self))[0]
+        )
+        results(shared(call), "cpu", plan=False)
+    return plans[0]
+
+
+def test_a_row_without_pairs_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = random(12, 14, torch.float64, relaxation=1.0)
+    call.mask = torch.ones(12, 14, dtype=torch.bool)
+    call.mask[3] = False
+    plan, u, v, asked = plan_of(call, monkeypatch), torch.zeros(1, 2, 12), torch.zeros(1, 2, 14), []
+    plan.unsupported = torch.zeros_like(plan.unsupported)
+    row_lse = plan.kernels.row_lse
+    monkeypatch.setattr(plan.kernels, "row_lse", lambda v: (asked.append(v), row_lse(v))[1])
+    for _ in range(3):
+        plan.real_column_lse(u.double())
+        assert (plan.real_row_lse(v.double()) == -torch.inf).nonzero()[:, -1].tolist() == [3, 3]
+    assert len(asked) == 1
+
+
+def test_columns_are_summed_by_tiles_of_their_own_scale_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a plan that is next to nothing here tell no logarithm of its columns."""
+    plan = plan_of(random(12, 14, torch.float32), monkeypatch)
+    u, v = torch.zeros(1, 2, 12), torch.full((1, 2, 14), -300.0)
+    expected = plan.kernels.col_lse(u)
+    plan.kernels.absorb(u, v)
+    assert (plan.kernels.col_sums(torch.ones_like(u)) == 0).all()
+    torch.testing.assert_close(plan.real_column_lse(u), expected)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
