@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relaxation 4": {"relaxation": 4.0},
     "gaps of one kind": {"gaps": "affine"},
     "no pair HMM": {"gaps": "single"},
+    "no context profiles": {"profiles": "none"},
     "second attention once": {"train_rounds": 1, "rounds": 1},
     "no augmentation": {"mutation_rate": 0.0, "indels": 0.0},
     "no flanks": {"flanked": 0.0, "unrelated": 0.0},

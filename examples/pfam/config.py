@@ -66,6 +66,7 @@ class Config:
     window: int | None = setting(None, _ANY_COUNT, "tokens to either side of the scaled diagonal that may be aligned")
     gradient: str = setting("implicit", Choice(("tail", "implicit", "unrolled")), "what is differentiated")
     capacity: str = setting("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")
+    profiles: str = setting("context", Choice(("context", "none")), "what relatives' residues are foretold from")
     gaps: str = setting("two-piece", Choice(GAPS), "what they cost in the pair HMM; single: there is none")
     relaxation: float | None = setting(None, Range(0, ends="(]"), "strength of a KL penalty in place of exact masses")
     train_rounds: int = setting(2, _ROUNDS, "how often the second attention is repeated in training")

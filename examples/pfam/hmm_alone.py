@@ -23,7 +23,7 @@ class HmmAlone(nn.Module):
         runs = aligner.runs
         assert runs is not None
         # Each of them must take part: see ``Processes.share_gradients``.
-        self.modules_used = nn.ModuleList([aligner.embedding, aligner.context, aligner.norm, runs.project])
+        self.modules_used = nn.ModuleList([aligner.encoder, aligner.norm, runs.project])
         self.numbers_used = nn.ParameterList([runs.gain, runs.offset, runs.metric])
         self._aligner = (aligner,)  # in a tuple, so that the rest of it is no part of this
 

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,17 +28,15 @@ from torch import Tensor, nn
 from torch_sinkhorn_attn import Dustbin
 
 from .attentions import AttentionProblem
-from .baselines import blosum62
 from .config import Config
+from .encoder import Encoder, Side
 from .encodings import Encodings
 from .evidence_kernels import plan_sums
 from .layers import ContextBlock, PairScore, compiled
-from .pairs import ALPHABET
 from .parts import Part, Parts
 from .runs import MAPS, START, RunEvidence, Runs
-from .sampler import PADDING, Batch
+from .sampler import Batch
 
-_DILATIONS = (1, 1, 2, 4)
 _WIDTHS = (5, 13, 31, 81)
 _PLAN_WIDTHS = (5, 15, 61)
 _HEAD_DIM = 16
@@ -72,26 +69,6 @@ class Doubt:
 
 
 DOUBT_IN_TRAINING, DOUBT = Doubt(-15.0, -35.0, 0.3), Doubt(-7.0, -60.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two sequences: embeddings and tokens [N, L, d], active [N, L, 1], positions [L], lengths [N]."""
-
-    embedded: Tensor
-    tokens: Tensor
-    active: Tensor
-    positions: Tensor
-    lengths: Tensor
-
-    @property
-    def everywhere(self) -> Tensor:
-        """``positions`` in every pair, [N, L]."""
-        return self.positions.expand(len(self.lengths), -1)
-
-    def centres_on(self, other: Side) -> Tensor:
-        """Where the scaled diagonal puts each residue on the other sequence, (i + 1/2) m/n - 1/2, [N, L]."""
-        return (self.positions + 0.5) * (other.lengths / self.lengths)[:, None] - 0.5
 
 
 @dataclass(frozen=True)
@@ -133,11 +110,7 @@ class Aligner(nn.Module):
         self.engine: str | None = None
         self.mode = "auto"
         dim, heads = config.dim, config.heads
-        self.embedding = nn.Embedding(len(ALPHABET) + 1, dim, padding_idx=PADDING)
-        self.metric: Tensor
-        self.register_buffer("metric", torch.zeros(dim), persistent=False)
-        self._initialise_embedding()
-        self.context = nn.ModuleList(ContextBlock(dim, dilation, config.dropout) for dilation in _DILATIONS)
+        self.encoder = Encoder(dim, config.dropout, config.profiles == "context")
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, heads * _HEAD_DIM, bias=False)
         # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.
@@ -173,8 +146,8 @@ class Aligner(nn.Module):
     def _solve(
         self, batch: Batch, known: Encodings | None = None
     ) -> tuple[Scored, list[tuple[AttentionProblem, Tensor]]]:
-        a = self._encode(batch.query, batch.query_lengths, known)
-        b = self._encode(batch.key, batch.key_lengths, known)
+        a = self.encoder(batch.query, batch.query_lengths, known)
+        b = self.encoder(batch.key, batch.key_lengths, known)
         options = self._options(batch)
         # Scores are differences of large numbers: float32, whatever the layers are computed in.
         with torch.autocast(a.tokens.device.type, enabled=False):
@@ -193,37 +166,18 @@ class Aligner(nn.Module):
         """
         if self.runs is None:
             raise ValueError("an aligner with --gaps single has no pair HMM")
-        a = self._encode(batch.query, batch.query_lengths)
-        b = self._encode(batch.key, batch.key_lengths)
+        a = self.encoder(batch.query, batch.query_lengths)
+        b = self.encoder(batch.key, batch.key_lengths)
         with torch.autocast(a.tokens.device.type, enabled=False):
             normal = (self.norm(a.tokens), self.norm(b.tokens))
-            return self.runs(self._substitution(a, b), *normal, (a.lengths, b.lengths), self.mode)
-
-    def _substitution(self, a: Side, b: Side) -> Tensor:
-        """Scores of pairs of residues, whatever stands around them, [N, L, S]; BLOSUM62 at the start."""
-        return (a.embedded * self.metric) @ b.embedded.transpose(1, 2)
-
-    def _encode(self, residues: Tensor, lengths: Tensor, known: Encodings | None = None) -> Side:
-        active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
-        tokens = known.tokens(residues, lengths, self._tokens, PADDING) if known else self._tokens(residues)
-        positions = torch.arange(residues.shape[1], dtype=active.dtype, device=active.device)
-        embedded = self.embedding(residues) * active
-        return Side(embedded, tokens.to(active.dtype), active, positions, lengths.to(active.dtype))
-
-    def _tokens(self, residues: Tensor) -> Tensor:
-        """Residues [N, L] in their context, [N, L, d]."""
-        active = (residues != PADDING)[..., None].to(self.embedding.weight.dtype)
-        tokens = self.embedding(residues) * active
-        for block in self.context:
-            tokens = block(tokens, active)
-        return tokens
+            return self.runs(self.encoder.substitution(a, b), *normal, (a.lengths, b.lengths), self.mode)
 
     def _score(self, a: Side, b: Side) -> Scored:
         heads = self.config.heads
         a_normal, b_normal = self.norm(a.tokens), self.norm(b.tokens)
         a_heads, b_heads = self.project(a_normal) * a.active, self.project(b_normal) * b.active
         split = (heads, _HEAD_DIM)
-        substitution = self._substitution(a, b)
+        substitution = self.encoder.substitution(a, b)
         runs, doubt, where = None, torch.zeros((), device=substitution.device), None
         if self.runs is not None:
             runs = self.runs(substitution, a_normal, b_normal, (a.lengths, b.lengths), self.mode)
@@ -257,7 +211,7 @@ class Aligner(nn.Module):
         evidence = parts.judged(lambda part: self.first(*maps_of(part)), substitution, _UNTHINKABLE) - doubt
         gain = torch.cat([self.gain[:1].expand(a.embedded.shape[2]), self.gain[1:].repeat_interleave(_HEAD_DIM)])
         return Scored(
-            query=torch.cat([a.embedded * self.metric, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
+            query=torch.cat([a.embedded * self.encoder.metric, a_heads / _HEAD_DIM**0.5], dim=2) * gain,
             key=torch.cat([b.embedded, b_heads], dim=2),
             evidence=evidence,
             maps=known_maps,
@@ -379,21 +333,6 @@ class Aligner(nn.Module):
         kernel = torch.exp(-offsets.abs() / self.log_reach.exp())[None, None]
         total = F.conv1d(((barycentre - centre) * weight)[:, None], kernel, padding=_REACH)
         return centre + (total / (F.conv1d(weight[:, None], kernel, padding=_REACH) + 1e-6))[:, 0]
-
-    @torch.no_grad()
-    def _initialise_embedding(self) -> None:
-        # Products of the embeddings start at BLOSUM62, exactly: what decades of aligned proteins say about
-        # substitutions need not be learned again from few families. Its eigenvalues are of both signs, so the metric
-        # is; dimensions of neither are for the tokens alone. All but the metric stays trainable.
-        values, vectors = np.linalg.eigh(blosum62())
-        root = torch.tensor(vectors * np.sqrt(np.abs(values)), dtype=torch.float32)
-        if self.embedding.embedding_dim < root.shape[1]:
-            raise ValueError(f"dim must be at least {root.shape[1]}, got {self.embedding.embedding_dim}")
-        self.metric[: root.shape[1]] = torch.tensor(np.sign(values), dtype=torch.float32)
-        weight = self.embedding.weight
-        weight.normal_(std=0.1)
-        weight[: len(ALPHABET), : root.shape[1]] = root
-        weight[PADDING] = 0.0
 
     @staticmethod
     def _initial_weights(heads: int) -> tuple[float, ...]:

@@ -33,8 +33,9 @@ from .verdict import UNFITTED, Verdict
 
 SHIPPED = Path(__file__).parent / "data" / "aligner.safetensors"
 SUFFIX = ".safetensors"
-_FORMAT = "torch_sinkhorn_attn protein aligner, 2"
+_FORMAT = "torch_sinkhorn_attn protein aligner, 3"
 _PATHS = ("data", "eval_data")
+_TAUGHT = ("trained_on", "profiled_on")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Kind = tuple[tuple[int, ...], torch.dtype | None]
@@ -45,14 +46,16 @@ Kind = tuple[tuple[int, ...], torch.dtype | None]
 class TrainedAligner:
     """A model in evaluation mode, its settings, and what it was trained on.
 
-    ``trained_on`` holds the ``identities`` of each training family; empty where they were not recorded. ``verdict``
-    makes a probability of homology of an alignment.
+    ``trained_on`` holds the ``identities`` of each training family; empty where they were not recorded. So does
+    ``profiled_on``, of the families whose profile HMMs taught it which residues relatives have. ``verdict`` makes a
+    probability of homology of an alignment.
     """
 
     model: Aligner
     config: Config
     trained_on: tuple[tuple[str, ...], ...] = ()
     verdict: Verdict = UNFITTED
+    profiled_on: tuple[tuple[str, ...], ...] = ()
 
     def digest(self) -> str:
         """Of the weights and the settings: two that align alike have the same."""
@@ -66,6 +69,11 @@ class TrainedAligner:
     def seen(self, families: Iterable[Family]) -> list[str]:
         """The keys of those ``families`` that it was, or may have been, trained on, as far as is recorded."""
         known = Known(self.trained_on)
+        return [family.key for family in families if known.may_hold(family)]
+
+    def profiled(self, families: Iterable[Family]) -> list[str]:
+        """The keys of those whose profile HMMs taught it, or may have, as far as is recorded."""
+        known = Known(self.profiled_on)
         return [family.key for family in families if known.may_hold(family)]
 
 
@@ -89,12 +97,14 @@ def save_release(
     path: str | Path,
     trained_on: Sequence[Sequence[str]] = (),
     verdict: Verdict = UNFITTED,
+    profiled_on: Sequence[Sequence[str]] = (),
 ) -> Path:
     """Write the model's weights and its settings to ``path``; a file there is replaced whole, or not at all.
 
     Args:
         trained_on: the ``identities`` of each training family, empty for not recorded.
         verdict: fitted on families that are not among them.
+        profiled_on: the ``identities`` of each family whose profile HMM taught it, likewise.
 
     Raises:
         ValueError: ``path`` does not end in .safetensors, a weight is not finite, or the weights are not those of
@@ -111,7 +121,7 @@ def save_release(
     _model(config, weights, path)
     settings = {name: value for name, value in config.to_dict().items() if name not in _PATHS}
     header = {"format": _FORMAT, "config": json.dumps(settings), "trained_on": json.dumps(trained_on)}
-    header["verdict"] = json.dumps(verdict.to_list())
+    header |= {"verdict": json.dumps(verdict.to_list()), "profiled_on": json.dumps(profiled_on)}
     data = save(weights, header)
     with replacing(path) as file:
         file.write(data)
@@ -139,7 +149,7 @@ def load_release(path: str | Path) -> TrainedAligner:
                 raise ValueError(
                     f"{shown(path)} is not a release of this version of the aligner: {found!r} is not {_FORMAT!r}"
                 )
-            settings, trained_on = _parsed(header, path)
+            settings, taught = _parsed(header, path)
             config = _config(settings, path)
             described = {}
             for name in file.keys():  # noqa: SIM118
@@ -155,7 +165,7 @@ def load_release(path: str | Path) -> TrainedAligner:
         raise ValueError(
             f"{shown(path)} is not a readable safetensors file; it is damaged, or not one ({reason})"
         ) from error
-    return replace(_aligner(config, weights, trained_on, path), verdict=_verdict(header, path))
+    return replace(_aligner(config, weights, taught, path), verdict=_verdict(header, path))
 
 
 def _verdict(header: Mapping[str, str], path: Path) -> Verdict:
@@ -172,15 +182,16 @@ def _verdict(header: Mapping[str, str], path: Path) -> Verdict:
         raise ValueError(f"{shown(path)} is damaged: its verdict is not that of an aligner") from error
 
 
-def _parsed(header: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Any]:
-    """The settings without paths, and what was trained on."""
+def _parsed(header: Mapping[str, str], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings without paths, and the families of ``_TAUGHT``."""
     try:
-        settings, trained_on = json.loads(header.get("config", "")), json.loads(header.get("trained_on", "[]"))
+        settings = json.loads(header.get("config", ""))
+        taught = {name: json.loads(header.get(name, "[]")) for name in _TAUGHT}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is damaged: its settings or its training families are not JSON") from error
     if isinstance(settings, dict):
         settings = {name: value for name, value in settings.items() if name not in _PATHS}
-    return settings, trained_on
+    return settings, taught
 
 
 def load_aligner(path: str | Path | None = None) -> TrainedAligner:
@@ -200,13 +211,16 @@ def load_aligner(path: str | Path | None = None) -> TrainedAligner:
     if path.suffix == SUFFIX and not os.path.isdir(path):
         return load_release(path)
     state = load_checkpoint(path)
-    return _aligner(_config(state["config"], path), state["model"], state.get("trained_on", []), path)
+    taught = {name: state.get(name, []) for name in _TAUGHT}
+    return _aligner(_config(state["config"], path), state["model"], taught, path)
 
 
-def _aligner(config: Config, weights: Any, trained_on: Any, path: Path) -> TrainedAligner:
-    if not (isinstance(trained_on, list) and all(_is_names(family) for family in trained_on)):
-        raise ValueError(f"{shown(path)} is damaged: its training families are not lists of names")
-    return TrainedAligner(_model(config, weights, path), config, tuple(map(tuple, trained_on)))
+def _aligner(config: Config, weights: Any, taught: Mapping[str, Any], path: Path) -> TrainedAligner:
+    for families in taught.values():
+        if not (isinstance(families, list) and all(_is_names(family) for family in families)):
+            raise ValueError(f"{shown(path)} is damaged: its training families are not lists of names")
+    trained_on, profiled_on = (tuple(map(tuple, taught[name])) for name in _TAUGHT)
+    return TrainedAligner(_model(config, weights, path), config, trained_on, profiled_on=profiled_on)
 
 
 def _is_names(family: Any) -> bool:

@@ -63,7 +63,8 @@ def _shipped_scores(trainer: Trainer, progress: bool) -> dict[str, Scores]:
         shipped = load_aligner()
     except FileNotFoundError:
         return {}
-    if not shipped.trained_on or shipped.seen(trainer.dataset.heldout_families):
+    families = trainer.dataset.heldout_families
+    if not shipped.trained_on or shipped.seen(families) or shipped.profiled(families):
         return {}
     name = f"shipped aligner ({len(shipped.trained_on)} families)"
     return {name: score_model(shipped.model, trainer.dataset.heldout.pairs, progress=progress)}

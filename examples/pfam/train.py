@@ -112,10 +112,12 @@ class Trainer:
             world=self.processes.world,
         )
         self.model = Aligner(config)
+        self.profiled_on = [list(family) for family in self.model.encoder.profiled_on]
         if resume is not None:
             self._check_precision(resume.get("precision"))
             with restoring(folder):
                 self.model.load_state_dict(resume["model"])
+                self.profiled_on = list(resume.get("profiled_on", []))
         self.device.model(self.model)
         self.optimizer = self.device.optimizer(self.model.parameters(), config.learning_rate, config.weight_decay)
         self.history, self.step = History(), 0
@@ -168,6 +170,7 @@ class Trainer:
             "step": self.step,
             "history": self.history.to_dict(),
             "trained_on": self.dataset.trained_on,
+            "profiled_on": self.profiled_on,
             "precision": self.device.precision_name,
         }
         if (rng := self.device.rng_state()) is not None:

@@ -159,6 +159,8 @@ def _overlaps(aligners: Mapping[str, TrainedAligner], families: Sequence[Family]
             lines.append(f"note: the families that {name} was trained on are not recorded; these may be among them")
         elif seen := aligner.seen(families):
             lines.append(f"warning: {name} was trained on {len(seen)} of the families: {in_brief(seen)}")
+        if told := aligner.profiled(families):
+            lines.append(f"note: {name} knows the profile HMMs of {len(told)} of the families: {in_brief(told)}")
     return lines
 
 

@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     aligner = load_aligner(options.checkpoint)
     if seen := aligner.seen(families):
         say(f"warning: the aligner was trained on {len(seen)} of the families")
+    if told := aligner.profiled(families):
+        say(f"note: it knows the profile HMMs of {len(told)} of the families")
     chosen = options.pairs, options.cap, options.seed
     found = flank_report({"aligner": aligner}, families, *chosen, not options.quiet, decoder=options.decoder)
     say(found.text)

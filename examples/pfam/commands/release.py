@@ -50,6 +50,6 @@ def run(options: argparse.Namespace) -> int:
         if seen := aligner.seen(families):
             raise ValueError(f"--calibrate {shown(options.calibrate)} holds families of the training: {in_brief(seen)}")
         verdict = fitted(aligner.model, families, not options.quiet)
-    path = save_release(aligner.model, aligner.config, options.out, aligner.trained_on, verdict)
+    path = save_release(aligner.model, aligner.config, options.out, aligner.trained_on, verdict, aligner.profiled_on)
     say(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
     return 0

@@ -13,8 +13,10 @@ from examples.common.start import INTERRUPTED
 from examples.common.text import say
 
 from ..config import Config
+from ..dataset import in_brief
 from ..device import PRECISIONS, Device, open_device
 from ..distributed import Processes, join
+from ..identity import Known
 from ..report import write_certificates, write_pictures, write_tables
 from ..tensorboard_log import FOLDER
 from ..train import Trainer
@@ -84,7 +86,8 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     start = command_line() if processes.world == 1 else f"torchrun --nproc-per-node {processes.world} -m examples.pfam"
     hint = f"{start} train --resume {shlex.quote(str(trainer.folder))}"
     try:
-        say("\n".join(line for line in (trainer.dataset.summary(), device.describe(), processes.describe()) if line))
+        head = (trainer.dataset.summary(), _profiled(trainer), device.describe(), processes.describe())
+        say("\n".join(line for line in head if line))
         finished = trainer.run(progress=progress)
         say("\n" + write_tables(trainer, progress=progress))
         if not finished:
@@ -117,6 +120,18 @@ def _trainer(options: argparse.Namespace, device: Device, processes: Processes) 
     if processes.first:
         set_aside(folder)
     return trainer
+
+
+def _profiled(trainer: Trainer) -> str:
+    """A note if the profiles that training starts with know what is held out; else nothing."""
+    known = Known(trainer.profiled_on)
+    told = [family.key for family in trainer.dataset.heldout_families if known.may_hold(family)]
+    if not told:
+        return ""
+    return (
+        f"note: the shipped context profiles know the profile HMMs of {len(told)} held-out families "
+        f"({in_brief(told)}); --profiles none trains without them"
+    )
 
 
 def _refuse_settings(options: argparse.Namespace) -> None:

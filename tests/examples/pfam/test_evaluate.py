@@ -343,13 +343,18 @@ def test_evaluate_says_which_families_were_trained_on(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no installed program
     records = {"old": [], "seen": [("PF00041", "other_PF00041")], "unseen": [("PF00069", "Pkinase")]}
-    paths = [str(save_release(Aligner(SMALL), SMALL, tmp_path / f"{n}.safetensors", r)) for n, r in records.items()]
+    told = {"seen": [("PF02790", "any")]}
+    paths = [
+        str(save_release(Aligner(SMALL), SMALL, tmp_path / f"{n}.safetensors", r, profiled_on=told.get(n, ())))
+        for n, r in records.items()
+    ]
     options = ["--pairs", "1", "--cap", "95", "--flanks", "0", "--out", str(tmp_path / "out"), "--quiet"]
     assert main(["evaluate", *paths, *options]) == 0
     head = capsys.readouterr().out.split("\n\n")[0]
-    assert head.splitlines()[1:3] == [
+    assert head.splitlines()[1:4] == [
         "note: the families that old was trained on are not recorded; these may be among them",
         "warning: seen was trained on 1 of the families: fn3 (PF00041.20)",
+        "note: seen knows the profile HMMs of 1 of the families: COX2_TM (PF02790.17)",
     ]
     assert (tmp_path / "out" / "report.txt").read_text().startswith(head)
 

@@ -62,12 +62,12 @@ def test_every_parameter_learns() -> None:
     with torch.no_grad():  # the start, where gains are zero and what they multiply learns nothing yet, is left behind
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        model.embedding.weight[-1] = 0
+        model.encoder.embedding.weight[-1] = 0
     training_loss(model(collate([SHORT, LONG])), [SHORT, LONG], 0.1).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert set(gradients) == {name for name, _ in model.named_parameters()}
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
-    assert not gradients["embedding.weight"][-1].any()  # padding is not a residue
+    assert not gradients["encoder.embedding.weight"][-1].any()  # padding is not a residue
 
 
 def test_gaps_as_runs_are_judged_in_both_attentions() -> None:
@@ -100,8 +100,8 @@ def test_absurd_pairs_are_doubted_in_evaluation_more_than_in_training() -> None:
 def test_residues_start_at_blosum62_exactly() -> None:
     torch.manual_seed(0)
     model = Aligner(Config(dim=64))
-    weight = model.embedding.weight.detach()[:21].double()
-    products = (weight * model.metric.double()) @ weight.T
+    weight = model.encoder.embedding.weight.detach()[:21].double()
+    products = (weight * model.encoder.metric.double()) @ weight.T
     np.testing.assert_allclose(products.numpy(), blosum62(), atol=2e-5)
     assert weight[:, 21:].abs().min() > 0  # the other dimensions are for the tokens
     with pytest.raises(ValueError, match="dim must be at least 21"):

@@ -22,6 +22,7 @@ from examples.pfam.dataset import identities
 from examples.pfam.evaluate import align_pairs, score_model
 from examples.pfam.model import Aligner
 from examples.pfam.pairs import Family, Pair, encode, load_families
+from examples.pfam.profiles import shipped as shipped_profiles
 from examples.pfam.release import SHIPPED, TrainedAligner, load_aligner, load_release, save_release
 from examples.pfam.report import write_tables
 from examples.pfam.stockholm import read_stockholm
@@ -29,6 +30,7 @@ from examples.pfam.train import Trainer
 from examples.pfam.verdict import UNFITTED
 
 TRAINED_ON = (("PF00069", "Pkinase"), ("PF00042", "other_PF00042"), ("full_GATA",))
+PROFILED_ON = (("AAA", "PF00004"), ("fn3", "PF00041"))
 CONFIG = Config(dim=24, base_iters=7, data="/some/folder/train.sto", eval_data="/some/folder/eval.sto")
 PAIR = Pair("F", ("a", "b"), encode("MKVLAWWGHPDE"), encode("MKVLAGHPDE"), np.zeros((0, 2), dtype=np.int64))
 
@@ -55,10 +57,10 @@ def test_a_release_without_a_verdict_says_so(model: Aligner, tmp_path: Path) -> 
 
 
 def test_a_release_gives_the_same_plans(model: Aligner, tmp_path: Path) -> None:
-    path = save_release(model, CONFIG, tmp_path / "new" / "aligner.safetensors", TRAINED_ON)
+    path = save_release(model, CONFIG, tmp_path / "new" / "aligner.safetensors", TRAINED_ON, profiled_on=PROFILED_ON)
     aligner = load_release(path)
     again, config = aligner.model, aligner.config
-    assert aligner.trained_on == TRAINED_ON
+    assert aligner.trained_on == TRAINED_ON and aligner.profiled_on == PROFILED_ON
     assert not again.training
     defaults = Config()
     assert config == dataclasses.replace(CONFIG, data=defaults.data, eval_data=defaults.eval_data)
@@ -79,8 +81,8 @@ def test_every_kind_of_checkpoint_opens(model: Aligner, tmp_path: Path, monkeypa
     for path in (folder, str(checkpoint), shipped, None):
         opened = load_aligner(path)
         assert not opened.model.training and opened.config.base_iters == 7
-        assert torch.equal(opened.model.embedding.weight, model.embedding.weight)
-        assert opened.trained_on == ()  # not recorded in such files
+        assert torch.equal(opened.model.encoder.embedding.weight, model.encoder.embedding.weight)
+        assert opened.trained_on == opened.profiled_on == ()  # not recorded in such files
     shipped.unlink()
     with pytest.raises(FileNotFoundError, match="the shipped aligner, is missing; give another with --checkpoint"):
         load_aligner()
@@ -189,6 +191,7 @@ def test_weights_are_those_of_the_settings_and_finite(model: Aligner, tmp_path: 
         refused({**weights, first: broken}, f"are not finite, as of a run that diverged: {first}")
     refused(weights, "training families are not lists of names", trained_on="[[1]]")
     refused(weights, "training families are not JSON", trained_on="[" * 100_000)
+    refused(weights, "training families are not lists of names", profiled_on='[["AAA"], 4]')
     save_file(weights, path, {"format": "\x1b" * 500})
     with pytest.raises(
         ValueError, match=r"is not a release of this version of the aligner: '(\\x1b)+\.\.\.' is not"
@@ -258,8 +261,8 @@ def test_what_cannot_be_released(model: Aligner, tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match="do not fit the model of its settings"):
         save_release(model, Config(dim=32), tmp_path / "a.safetensors")
     broken = Aligner(CONFIG)
-    torch.nn.init.constant_(broken.embedding.weight, float("nan"))
-    with pytest.raises(ValueError, match=r"not finite cannot be released: embedding\.weight"):
+    torch.nn.init.constant_(broken.encoder.embedding.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"not finite cannot be released: encoder\.embedding\.weight"):
         save_release(broken, CONFIG, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -277,11 +280,12 @@ def test_what_cannot_be_released(model: Aligner, tmp_path: Path, monkeypatch: py
 
 def test_the_command_keeps_what_exists(model: Aligner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = {"config": CONFIG.to_dict(), "model": model.state_dict(), "optimizer": {}, "step": 1, "history": {}}
-    save_checkpoint(tmp_path, {**state, "trained_on": [list(family) for family in TRAINED_ON]})
+    taught = {"trained_on": TRAINED_ON, "profiled_on": PROFILED_ON}
+    save_checkpoint(tmp_path, {**state, **{name: [list(family) for family in known] for name, known in taught.items()}})
     out = tmp_path / "a.safetensors"
     assert main(["release", str(tmp_path), "--out", str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"wrote {out}, 0.")
-    assert load_aligner(out).trained_on == TRAINED_ON
+    assert load_aligner(out).trained_on == TRAINED_ON and load_aligner(out).profiled_on == PROFILED_ON
     assert main(["release", str(tmp_path), "--out", str(out)]) == 1
     assert capsys.readouterr().err == f"error: --out {out} exists; remove it first, or choose another name\n"
     assert main(["release", str(tmp_path), "--out", str(tmp_path / "a")]) == 1
@@ -305,6 +309,7 @@ def test_a_checkpoint_records_what_it_was_trained_on(tmp_path: Path) -> None:
     trained_on = load_aligner(tmp_path).trained_on
     assert len(trained_on) == len(trainer.dataset.train)
     assert ("pf00069", "pkinase") in trained_on and trained_on == tuple(sorted(trained_on))
+    assert load_aligner(tmp_path).profiled_on == shipped_profiles().families
 
 
 @pytest.fixture
@@ -349,3 +354,4 @@ def test_the_shipped_aligner_is_small_and_has_not_seen_the_shipped_held_out_fami
     heldout = load_families(read_stockholm(HELDOUT_SAMPLE))
     assert {family.accession.split(".")[0] for family in heldout} == {"PF00041", "PF02790", "PF03773"}
     assert shipped.trained_on and shipped.seen(heldout) == []
+    assert len(shipped.profiled_on) > 2000 and shipped.profiled(heldout) == []
