@@ -9,32 +9,25 @@ whose neighbours are not independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import trange
 
-from examples.common.text import one_line
-
 from .augment import BACKGROUND, substitution_cdf
-from .identity import Known, identities
 from .pairs import ALPHABET, Family
+from .profile_hmms import ProfileHmm, sharpened
 from .profiles import CODES, KINDS, REACH, WINDOW, ContextProfile
 from .sampler import PADDING
-from .stockholm import shown
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
 
 _UNKNOWN = ALPHABET.index("X")
 _SHARPNESS = 2.5
-"""Residues are drawn from the odds of a column to this power: HMMER blurs columns until a family's mean information is
-0.6 bits a place, and what is drawn from them as they are is harder to recognise than any relative."""
+"""Residues are drawn from the odds of a column to this power: see ``sharpened``."""
 _ENDS = 0.4
 """Of the places beyond a family's columns, how many are beyond the sequence's ends; the rest are any residues."""
 _SHIFTED = 0.2
@@ -42,59 +35,6 @@ _SHIFTED = 0.2
 _LONGEST = 3
 _BATCH, _RATE, _DECAY, _DROPOUT, _ALIGNED = 1024, 2e-3, 0.01, 0.4, 0.2
 _AVERAGED = 0.99
-
-
-@dataclass(frozen=True)
-class ProfileHmm:
-    """Its name, its accession or '', and how likely each residue is in each of its columns, [M, 20]."""
-
-    name: str
-    accession: str
-    columns: FloatArray
-
-    @property
-    def key(self) -> str:
-        return f"{self.name} ({self.accession})" if self.accession else self.name
-
-
-def read_profile_hmms(path: str | Path) -> list[ProfileHmm]:
-    """Those of a file of HMMER 3, text or binary, by pyhmmer.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: pyhmmer is not installed, or the file holds something else, none, or nucleotides' HMMs.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no profile HMMs at {shown(path)}")
-    found = []
-    for hmm in _hmms(path):
-        letters = hmm.alphabet.symbols[:KINDS]
-        if sorted(letters) != sorted(ALPHABET[:KINDS]):
-            raise ValueError(f"{shown(path)} holds HMMs of other letters than amino acids: {letters!r}")
-        order = [letters.index(letter) for letter in ALPHABET[:KINDS]]
-        columns = np.asarray(hmm.match_emissions, dtype=np.float64)[1:, order]
-        found.append(ProfileHmm(hmm.name, hmm.accession or "", columns / columns.sum(axis=1, keepdims=True)))
-    if not found:
-        raise ValueError(f"{shown(path)} holds no profile HMM")
-    return found
-
-
-def _hmms(path: str | Path) -> Iterator[Any]:
-    try:
-        import pyhmmer
-    except ImportError as error:
-        raise ValueError("profile HMMs are read by pyhmmer; pip install pyhmmer") from error
-    try:
-        with pyhmmer.plan7.HMMFile(path) as file:
-            yield from file
-    except (EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{shown(path)} is not a readable file of profile HMMs ({one_line(error)})") from error
-
-
-def without(hmms: Iterable[ProfileHmm], families: Iterable[Family]) -> list[ProfileHmm]:
-    """Those that are, as far as names tell, of none of the families."""
-    known = Known(identities(family) for family in families)
-    return [hmm for hmm in hmms if not known.may_hold(hmm)]
 
 
 class HmmWindows:
@@ -113,9 +53,7 @@ class HmmWindows:
         weight = np.concatenate([*weights, np.zeros(len(between))])
         self.inside = weight > 0
         self._places = np.cumsum(weight / weight.sum())
-        sharp = (self.columns / BACKGROUND) ** _SHARPNESS * BACKGROUND
-        sharp[~self.inside] = BACKGROUND
-        self._residues = np.cumsum(sharp / sharp.sum(axis=1, keepdims=True), axis=1)
+        self._residues = np.cumsum(sharpened(self.columns, _SHARPNESS), axis=1)
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[IntArray, FloatArray]:
         """Windows [count, WINDOW] and probabilities [count, 20]."""
@@ -254,8 +192,3 @@ def _beginning() -> ContextProfile:
     alone = np.concatenate([known, np.tile(BACKGROUND, (CODES - KINDS, 1))])
     profile.alone.copy_(torch.from_numpy(np.log(alone)))
     return profile
-
-
-def taught(hmms: Iterable[ProfileHmm]) -> list[list[str]]:
-    """The ``identities`` of each, sorted: what a file of weights records."""
-    return sorted(sorted(identities(hmm)) for hmm in hmms)

@@ -9,7 +9,8 @@ from examples.common.settings import Range, add_quiet, add_threads
 from examples.common.text import say
 
 from ..dataset import read_families
-from ..profile_training import cross_entropy, read_profile_hmms, taught, train_profile, without
+from ..profile_hmms import read_profile_hmms, taught, without
+from ..profile_training import cross_entropy, train_profile
 from ..profiles import save_profiles
 from .options import named_path
 
