@@ -12,11 +12,11 @@ from examples.common.settings import set_threads
 from examples.common.start import INTERRUPTED
 from examples.common.text import clip, one_line, quiet_end, say, visible
 
-from .commands import ablate, align, download, draw, evaluate, flanks, profiles, release, train
+from .commands import ablate, align, download, evaluate, flanks, profiles, release, train
 from .commands.options import command_line
 from .download import DownloadError
 
-_COMMANDS = (train, evaluate, flanks, align, ablate, release, profiles, draw, download)
+_COMMANDS = (train, evaluate, flanks, align, ablate, release, profiles, download)
 
 
 _NO_READER = 141

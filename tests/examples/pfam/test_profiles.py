@@ -19,7 +19,7 @@ from examples.pfam.dataset import read_families
 from examples.pfam.encoder import Encoder
 from examples.pfam.identity import Known
 from examples.pfam.pairs import Family, encode, family_from_alignment
-from examples.pfam.profile_hmms import LONGEST, ROWS, ProfileHmm, drawn_families, read_profile_hmms, taught, without
+from examples.pfam.profile_hmms import ProfileHmm, read_profile_hmms, taught, without
 from examples.pfam.profile_training import AlignedWindows, HmmWindows, cross_entropy, train_profile, windows_of
 from examples.pfam.profiles import KINDS, REACH, WINDOW, ContextProfile, compared, log_odds, save_profiles, shipped
 from examples.pfam.sampler import PADDING
@@ -36,12 +36,8 @@ def _profile(seed: int = 0) -> ContextProfile:
     return profile
 
 
-ON = np.array([1.0, 0, 0, 1, 0, 1, 0])
-"""Transitions from a column to the next alone."""
-
-
 def _hmm(consensus: str, name: str = "A", accession: str = "") -> ProfileHmm:
-    return ProfileHmm(name, accession, np.eye(KINDS)[encode(consensus)], np.tile(ON, (len(consensus) + 1, 1)))
+    return ProfileHmm(name, accession, np.eye(KINDS)[encode(consensus)])
 
 
 def _family(*rows: str, tmp_path: Path) -> Family:
@@ -186,7 +182,7 @@ def test_it_learns_what_neighbours_tell(tmp_path: Path) -> None:
     for name, before, middle in (("a", "G", half[0]), ("b", "P", half[1])):
         left = np.eye(KINDS)[encode(before * 6)]
         columns = np.concatenate([left, middle[None], np.tile(other, (6, 1))])
-        hmms.append(ProfileHmm(name, "", columns, np.tile(ON, (14, 1))))
+        hmms.append(ProfileHmm(name, "", columns))
     profile = train_profile(hmms, [], steps=250, seed=0)
     again = train_profile(hmms, [], steps=250, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(profile.buffers(), again.buffers(), strict=True))
@@ -223,16 +219,13 @@ def _write_hmms(path: Path, rows: tuple[str, ...], count: int, kind: str = "amin
     return path
 
 
-ROWS_OF_8 = ("WYRCHKGG", "WYRCHKAG", "WFRCHKGG")
+ROWS = ("WYRCHKGG", "WYRCHKAG", "WFRCHKGG")
 
 
 def test_profile_hmms_are_read_in_our_order(tmp_path: Path) -> None:
-    first, second = read_profile_hmms(_write_hmms(tmp_path / "x.hmm", ROWS_OF_8, 2))
+    first, second = read_profile_hmms(_write_hmms(tmp_path / "x.hmm", ROWS, 2))
     assert (first.name, first.accession, first.key) == ("Fam0", "PF12340.1", "Fam0 (PF12340.1)")
     assert second.accession == "PF12341.1" and first.columns.shape == (8, 20)
-    assert first.transitions.shape == (9, 7) and (first.transitions[1:8, 0] > 0.8).all()
-    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
-        np.testing.assert_allclose(first.transitions[1:8, part].sum(axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(first.columns.argmax(axis=1), encode("WYRCHKGG"))
     np.testing.assert_allclose(first.columns.sum(axis=1), 1)
 
@@ -242,7 +235,7 @@ def test_what_are_no_profile_hmms(tmp_path: Path) -> None:
         read_profile_hmms(_write_hmms(tmp_path / "x.hmm", ("ACGTACGT", "ACGTACGA"), 1, "dna"))
     with pytest.raises(FileNotFoundError, match="no profile HMMs at"):
         read_profile_hmms(tmp_path / "absent")
-    whole = _write_hmms(tmp_path / "y.hmm", ROWS_OF_8, 2).read_bytes()
+    whole = _write_hmms(tmp_path / "y.hmm", ROWS, 2).read_bytes()
     for number, content in enumerate((b"", b"x", b"HMMER3/f [", whole[: len(whole) // 3], b"\0" * 1000, b">a\nMKV\n")):
         path = tmp_path / f"{number}.hmm"
         path.write_bytes(content)
@@ -252,72 +245,8 @@ def test_what_are_no_profile_hmms(tmp_path: Path) -> None:
             read_profile_hmms(path)
 
 
-def _records(hmms: list[ProfileHmm], tmp_path: Path, count: int = 10, seed: int = 0) -> list[Family]:
-    path = tmp_path / "drawn.sto"
-    path.write_text("".join(drawn_families(hmms, count, seed)))
-    return read_families(path)
-
-
-def test_drawn_families_have_the_columns_the_insertions_and_the_deletions_of_their_hmms(tmp_path: Path) -> None:
-    consensus = "ARNDCQEGHILKMFPSTWYV" * 5
-    (family,) = _records([_hmm(consensus, "Fam", "PF12345.6")], tmp_path)
-    assert family.key == "drawn_Fam (PF12345.6)" and len(family.sequences) == ROWS
-    for sequence in family.sequences:
-        np.testing.assert_array_equal(sequence.residues, encode(consensus))
-        assert sequence.matched.all() and (np.diff(sequence.columns) == 1).all()
-
-    transitions = np.tile([0.8, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5], (101, 1))
-    hmm = ProfileHmm("Fam", "", np.eye(KINDS)[encode(consensus)], transitions)
-    families = _records([hmm] * 40, tmp_path, count=40)
-    matched = np.concatenate([s.matched for f in families for s in f.sequences])
-    # A gap of two kinds begins after a column in 5 of 6; in the long run 5 of 6 columns are matched.
-    assert np.mean([s.matched.sum() for f in families for s in f.sequences]) / 100 == pytest.approx(5 / 6, abs=0.01)
-    assert (~matched).sum() / matched.sum() == pytest.approx(0.2, abs=0.02)
-    for one in families[0].sequences:  # every matched residue stands in its own column
-        places = one.columns[one.matched]
-        assert (np.diff(places) > 0).all()
-    letters = {
-        (int(c), int(r)) for s in families[0].sequences for c, r, m in zip(s.columns, s.residues, s.matched) if m
-    }
-    assert len(letters) == len({column for column, _ in letters})
-
-
-def test_drawn_families_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    hmms = [ProfileHmm(f"F{k}", "", np.full((40 + k, 20), 0.05), np.tile(ON, (41 + k, 1))) for k in range(6)]
-    assert list(drawn_families(hmms, 4, 3)) == list(drawn_families(hmms, 4, 3)) != list(drawn_families(hmms, 4, 4))
-    assert len(list(drawn_families(hmms, 4, 3))) == 4 and len(list(drawn_families(hmms, 99, 3))) == 6
-    short, long = _hmm("A" * 29), _hmm("A" * (LONGEST + 1))
-    assert list(drawn_families([short, long], 2, 0)) == []
-
-
-def test_an_hmm_that_never_leaves_an_insertion_ends(tmp_path: Path) -> None:
-    stuck = ProfileHmm("F", "", np.full((40, 20), 0.05), np.tile([0.0, 1, 0, 0, 1, 0, 1], (41, 1)))
-    nothing = ProfileHmm("G", "", np.full((40, 20), 0.05), np.zeros((41, 7)))
-    for family in _records([stuck, nothing], tmp_path):
-        assert all(40 <= len(sequence) < 40 * 101 for sequence in family.sequences)
-
-
-def test_the_command_that_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hmms, out = _write_hmms(tmp_path / "x.hmm", ("WYRCHKGG" * 5, "WYRCHKAG" * 5), 3), tmp_path / "d.sto.gz"
-    same = tmp_path / "same.sto"
-    same.write_text("# STOCKHOLM 1.0\n#=GF ID x\n#=GF AC PF12341.7\na ACD\nb ACE\n//\n")
-    asked = ["draw", str(hmms), "--out", str(out)]
-    assert main([*asked, "--without", str(same)]) == 0
-    assert f"d.sto.gz: 2 families, {ROWS} sequences each" in capsys.readouterr().out
-    assert sorted(family.accession for family in read_families(out)) == ["PF12340.1", "PF12342.1"]
-    before = out.read_bytes()
-    assert main(asked) == 1 and out.read_bytes() == before
-    assert "exists; remove it first" in capsys.readouterr().err
-    out.unlink()
-    assert main([*asked, "--families", "0"]) == 1
-    assert "--families must be at least 1" in capsys.readouterr().err
-    assert main(["draw", str(_write_hmms(tmp_path / "y.hmm", ROWS_OF_8, 1)), "--out", str(out)]) == 1
-    assert "none of 1 profile HMMs has 30 to 400 columns" in capsys.readouterr().err
-    assert not out.exists()
-
-
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    hmms, out, data = _write_hmms(tmp_path / "x.hmm", ROWS_OF_8, 3), tmp_path / "p.safetensors", str(HELDOUT_SAMPLE)
+    hmms, out, data = _write_hmms(tmp_path / "x.hmm", ROWS, 3), tmp_path / "p.safetensors", str(HELDOUT_SAMPLE)
     asked = ["profiles", str(hmms), "--steps", "2", "--quiet", "--threads", "1", "--out", str(out)]
     assert main([*asked, "--data", data, "--eval-data", data, "--without", data]) == 0
     assert "3 profile HMMs (0 left out), 3 alignments\na relative's residue takes" in capsys.readouterr().out
