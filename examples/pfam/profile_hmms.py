@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from examples.common.text import one_line
+from examples.common.text import one_line, visible
 
-from .augment import BACKGROUND
 from .identity import Known, identities
 from .pairs import ALPHABET, Family
 from .profiles import KINDS
@@ -55,7 +54,10 @@ def read_profile_hmms(path: str | Path) -> list[ProfileHmm]:
             raise ValueError(f"{shown(path)} holds HMMs of other letters than amino acids: {letters!r}")
         order = [letters.index(letter) for letter in ALPHABET[:KINDS]]
         columns = np.asarray(hmm.match_emissions, dtype=np.float64)[1:, order]
-        columns /= columns.sum(axis=1, keepdims=True)
+        total = columns.sum(axis=1, keepdims=True)
+        if not (np.isfinite(total) & (total > 0) & (columns >= 0)).all():
+            raise ValueError(f"{shown(path)} holds an HMM, {visible(hmm.name)}, whose columns are no probabilities")
+        columns /= total
         found.append(ProfileHmm(hmm.name, hmm.accession or "", columns))
     if not found:
         raise ValueError(f"{shown(path)} holds no profile HMM")
@@ -83,13 +85,3 @@ def without(hmms: Iterable[ProfileHmm], families: Iterable[Family]) -> list[Prof
 def taught(hmms: Iterable[ProfileHmm]) -> list[list[str]]:
     """The ``identities`` of each, sorted: what a file of weights records."""
     return sorted(sorted(identities(hmm)) for hmm in hmms)
-
-
-def sharpened(columns: FloatArray, power: float) -> FloatArray:
-    """Columns [M, 20] whose odds against the background are raised to a power.
-
-    HMMER blurs columns until a family's mean information is 0.6 bits a place, and what is drawn from them as they are
-    is harder to recognise than any relative.
-    """
-    sharp = (columns / BACKGROUND) ** power * BACKGROUND
-    return np.asarray(sharp / sharp.sum(axis=1, keepdims=True))

@@ -18,7 +18,7 @@ from tqdm import trange
 
 from .augment import BACKGROUND, substitution_cdf
 from .pairs import ALPHABET, Family
-from .profile_hmms import ProfileHmm, sharpened
+from .profile_hmms import ProfileHmm
 from .profiles import CODES, KINDS, REACH, WINDOW, ContextProfile
 from .sampler import PADDING
 
@@ -27,7 +27,8 @@ IntArray = npt.NDArray[np.int64]
 
 _UNKNOWN = ALPHABET.index("X")
 _SHARPNESS = 2.5
-"""Residues are drawn from the odds of a column to this power: see ``sharpened``."""
+"""Residues are drawn from the odds of a column to this power: HMMER blurs columns until a family's mean information is
+0.6 bits a place, and what is drawn from them as they are is harder to recognise than any relative."""
 _ENDS = 0.4
 """Of the places beyond a family's columns, how many are beyond the sequence's ends; the rest are any residues."""
 _SHIFTED = 0.2
@@ -53,7 +54,8 @@ class HmmWindows:
         weight = np.concatenate([*weights, np.zeros(len(between))])
         self.inside = weight > 0
         self._places = np.cumsum(weight / weight.sum())
-        self._residues = np.cumsum(sharpened(self.columns, _SHARPNESS), axis=1)
+        sharp = (self.columns / BACKGROUND) ** _SHARPNESS * BACKGROUND
+        self._residues = np.cumsum(sharp / sharp.sum(axis=1, keepdims=True), axis=1)
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[IntArray, FloatArray]:
         """Windows [count, WINDOW] and probabilities [count, 20]."""

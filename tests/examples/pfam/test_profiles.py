@@ -235,6 +235,12 @@ def test_what_are_no_profile_hmms(tmp_path: Path) -> None:
         read_profile_hmms(_write_hmms(tmp_path / "x.hmm", ("ACGTACGT", "ACGTACGA"), 1, "dna"))
     with pytest.raises(FileNotFoundError, match="no profile HMMs at"):
         read_profile_hmms(tmp_path / "absent")
+    text = _write_hmms(tmp_path / "z.hmm", ROWS, 1).read_text().splitlines()
+    first = next(number for number, line in enumerate(text) if line.split()[:1] == ["1"])
+    text[first] = " ".join(["1", *["*"] * 20, *text[first].split()[21:]])
+    (tmp_path / "z.hmm").write_text("\n".join(text) + "\n")
+    with pytest.raises(ValueError, match=r"z\.hmm holds an HMM, Fam0, whose columns are no probabilities"):
+        read_profile_hmms(tmp_path / "z.hmm")
     whole = _write_hmms(tmp_path / "y.hmm", ROWS, 2).read_bytes()
     for number, content in enumerate((b"", b"x", b"HMMER3/f [", whole[: len(whole) // 3], b"\0" * 1000, b">a\nMKV\n")):
         path = tmp_path / f"{number}.hmm"
