@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from examples.common.files import replacing
+from examples.common.text import clip, one_line
 
 from .augment import BACKGROUND
 from .pairs import ALPHABET
@@ -123,8 +124,21 @@ def save_profiles(profile: ContextProfile, families: list[list[str]], path: Path
 
 @lru_cache(maxsize=1)
 def shipped() -> Taught:
-    """What ``SHIPPED`` holds."""
-    with torch.device("cpu"), safe_open(SHIPPED, framework="pt") as file:
-        families = json.loads(file.metadata()["families"])
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    """What ``SHIPPED`` holds.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged, or of another version.
+    """
+    if not SHIPPED.is_file():
+        raise FileNotFoundError(f"{SHIPPED}, the shipped context profiles, is missing; the command profiles makes one")
+    try:
+        with torch.device("cpu"), safe_open(SHIPPED, framework="pt") as file:
+            families = json.loads(file.metadata()["families"])
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        expected = {name: weight.shape for name, weight in ContextProfile().state_dict().items()}
+        if {name: weight.shape for name, weight in weights.items()} != expected:
+            raise ValueError("its weights are of other names or sizes")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{SHIPPED} is damaged, or of another version ({clip(one_line(error), 200)})") from error
     return Taught(weights, tuple(tuple(family) for family in families))

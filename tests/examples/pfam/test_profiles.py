@@ -9,6 +9,7 @@ import numpy as np
 import pyhmmer
 import pytest
 import torch
+from safetensors.torch import save
 
 from examples.pfam import profile_training
 from examples.pfam.augment import BACKGROUND
@@ -21,7 +22,17 @@ from examples.pfam.identity import Known
 from examples.pfam.pairs import Family, encode, family_from_alignment
 from examples.pfam.profile_hmms import ProfileHmm, read_profile_hmms, taught, without
 from examples.pfam.profile_training import AlignedWindows, HmmWindows, cross_entropy, train_profile, windows_of
-from examples.pfam.profiles import KINDS, REACH, WINDOW, ContextProfile, compared, log_odds, save_profiles, shipped
+from examples.pfam.profiles import (
+    KINDS,
+    REACH,
+    SHIPPED,
+    WINDOW,
+    ContextProfile,
+    compared,
+    log_odds,
+    save_profiles,
+    shipped,
+)
 from examples.pfam.sampler import PADDING
 from examples.pfam.stockholm import read_stockholm
 
@@ -286,3 +297,19 @@ def test_weights_are_saved_in_half_precision(tmp_path: Path, monkeypatch: pytest
         shipped.cache_clear()
     for name, weight in profile.state_dict().items():
         assert torch.equal(again.get_buffer(name), weight.half().float())
+
+
+def test_shipped_profiles_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.safetensors"
+    monkeypatch.setattr("examples.pfam.profiles.SHIPPED", path)
+    shipped.cache_clear()
+    try:
+        with pytest.raises(FileNotFoundError, match="the shipped context profiles, is missing; the command profiles"):
+            ContextProfile().start()
+        other = save({"window": torch.zeros(3)}, {"families": "[]"})
+        for content in (b"", b"x" * 100, save({"window": torch.zeros(3)}), other, SHIPPED.read_bytes()[:5000]):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=r"p\.safetensors is damaged, or of another version \("):
+                Encoder(32, 0.0, True)
+    finally:
+        shipped.cache_clear()
