@@ -13,7 +13,7 @@ from .baselines import blosum62
 from .encodings import Encodings
 from .layers import ContextBlock
 from .pairs import ALPHABET
-from .profiles import KINDS, ContextProfile, compared, log_odds, shipped
+from .profiles import KINDS, ContextProfile, compared, log_odds
 from .sampler import PADDING
 
 _DILATIONS = (1, 1, 2, 4)
@@ -46,6 +46,8 @@ class Side:
 class Encoder(nn.Module):
     """Maps residues [N, L] with lengths [N] to a ``Side``. With ``Encodings`` given, sequences are encoded once.
 
+    Profiles foretell nothing until they are given weights: ``ContextProfile.start`` takes the shipped ones.
+
     Args:
         dim: width of the tokens.
         profiles: whether relatives' residues are foretold too, by ``ContextProfile``.
@@ -61,15 +63,9 @@ class Encoder(nn.Module):
         self.profile: ContextProfile | None = None
         if profiles:
             self.profile = ContextProfile()
-            self.profile.start()
             self.expected = nn.Linear(KINDS, dim, bias=False)
             nn.init.zeros_(self.expected.weight)
             self.mix = nn.Parameter(torch.tensor(_START_MIX))
-
-    @property
-    def profiled_on(self) -> tuple[tuple[str, ...], ...]:
-        """The ``identities`` of the families whose profile HMMs taught the shipped profiles; empty without profiles."""
-        return shipped().families if self.profile is not None else ()
 
     def forward(self, residues: Tensor, lengths: Tensor, known: Encodings | None = None) -> Side:
         active = _active(residues, self.embedding.weight)
@@ -85,11 +81,12 @@ class Encoder(nn.Module):
         )
 
     def substitution(self, a: Side, b: Side) -> Tensor:
-        """Scores of pairs of residues, [N, L, S], in half bits: BLOSUM62 at the start, and the log odds of profiles."""
-        alone = (a.embedded * self.metric) @ b.embedded.transpose(1, 2)
+        """Scores of pairs of residues, [N, L, S], in half bits: products of embeddings, BLOSUM62 at the start; with
+        profiles those and their log odds, in the mixture ``mix``."""
+        products = (a.embedded * self.metric) @ b.embedded.transpose(1, 2)
         if a.profile is None or b.profile is None:
-            return alone
-        return self.mix[0] * alone + self.mix[1] * log_odds(a.profile, b.profile)
+            return products
+        return self.mix[0] * products + self.mix[1] * log_odds(a.profile, b.profile)
 
     def _encoded(self, residues: Tensor) -> Tensor:
         """Residues in their context, [N, L, d + 20]: tokens, and what is compared of profiles; or [N, L, d]."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 RESIDUES = 200_000
-"""Most residues whose tokens are kept, 50 MB of them; what was asked for longest ago goes first."""
+"""Most residues whose tokens are kept, 70 MB of them; what was asked for longest ago goes first."""
 
 
 class Encodings:
@@ -25,8 +25,8 @@ class Encodings:
         self._kept = 0
 
     def tokens(self, residues: Tensor, lengths: Tensor, encode: Callable[[Tensor], Tensor], padding: int) -> Tensor:
-        """Tokens [N, L, d] of residues [N, L] with ``lengths`` [N], zeros on padding; ``encode`` makes those that are
-        not known yet."""
+        """What ``encode`` makes, [N, L, d], of residues [N, L] with ``lengths`` [N], zeros on padding. Only sequences
+        that are not known yet are encoded."""
         rows = [row[:length] for row, length in zip(residues, lengths.tolist(), strict=True)]
         names = [row.numpy().tobytes() for row in rows]
         found = {name: self._tokens[name] for name in names if name in self._tokens}

@@ -78,6 +78,13 @@ class Known:
         return bool(accessions & self._any) or _name(record) in (self._bare if accessions else self._any)
 
 
+def are_families(values: object) -> bool:
+    """Whether these are lists of ``identities``, as files record them."""
+    return isinstance(values, list) and all(
+        isinstance(family, list) and all(isinstance(name, str) for name in family) for family in values
+    )
+
+
 def _name(record: Named) -> str:
     return _folded(record.name)
 

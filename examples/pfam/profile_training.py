@@ -30,12 +30,14 @@ _SHARPNESS = 2.5
 """Residues are drawn from the odds of a column to this power: HMMER blurs columns until a family's mean information is
 0.6 bits a place, and what is drawn from them as they are is harder to recognise than any relative."""
 _ENDS = 0.4
-"""Of the places beyond a family's columns, how many are beyond the sequence's ends; the rest are any residues."""
+"""How often what lies beyond a family's columns is beyond the sequence's ends too; else there are any residues."""
 _SHIFTED = 0.2
-"""How often a run of up to ``_LONGEST`` residues is inserted, or deleted, to either side within a window."""
+"""How often the neighbours to a side are, from some on, those of up to ``_LONGEST`` columns further away, as after a
+deletion, or nearer, so that some columns are seen twice."""
 _LONGEST = 3
 _BATCH, _RATE, _DECAY, _DROPOUT, _ALIGNED = 1024, 2e-3, 0.01, 0.4, 0.2
 _AVERAGED = 0.99
+_NOTHING_ALIGNED = "no family has two sequences with residues in one column"
 
 
 class HmmWindows:
@@ -84,7 +86,7 @@ class AlignedWindows:
     def __init__(self, families: Sequence[Family]) -> None:
         parts = [part for family in families if (part := _aligned(family)) is not None]
         if not parts:
-            raise ValueError("no family has two sequences with residues in one column")
+            raise ValueError(_NOTHING_ALIGNED)
         self.windows = np.concatenate([windows for windows, _, _ in parts])
         self.columns = np.concatenate([columns for _, columns, _ in parts])
         shares = [min(1.0, len(share) / self._PLENTY) ** 0.5 * share / share.sum() for _, _, share in parts]
@@ -106,15 +108,14 @@ def _aligned(family: Family) -> tuple[IntArray, FloatArray, FloatArray] | None:
     counted = [sequence.matched & (sequence.residues < KINDS) for sequence in sequences]
     for row, (sequence, known) in enumerate(zip(sequences, counted, strict=True)):
         table[row, sequence.columns[known]] = sequence.residues[known]
-    one_hot = table[..., None] == np.arange(KINDS)
-    counts = one_hot.sum(axis=0)
-    kinds = (counts > 0).sum(axis=1)
-    rarity = (one_hot / np.maximum(counts * kinds[:, None], 1)).sum(axis=2).sum(axis=1)
+    counts = np.stack([(table == kind).sum(axis=0) for kind in range(KINDS)], axis=1)
+    each = 1 / np.maximum(counts * (counts > 0).sum(axis=1)[:, None], 1)
+    rarity = np.array([each[row >= 0, row[row >= 0]].sum() for row in table])
     weight = rarity / np.maximum((table >= 0).sum(axis=1), 1)
     if not weight.sum() > 0:
         return None
     weight /= weight.sum()
-    columns = np.einsum("r,rca->ca", weight, one_hot)
+    columns = np.stack([weight @ (table == kind) for kind in range(KINDS)], axis=1)
     windows, others, weights = [], [], []
     for sequence, known, own in zip(sequences, counted, weight, strict=True):
         rest = columns[sequence.columns[known]]
@@ -146,6 +147,8 @@ def cross_entropy(profile: ContextProfile, families: Sequence[Family]) -> float:
         with torch.no_grad():
             told = torch.cat([profile.of_windows(some) for some in torch.from_numpy(windows).split(20_000)]).numpy()
         found.append(float(np.average(-(columns * told).sum(axis=1), weights=weights)))
+    if not found:
+        raise ValueError(_NOTHING_ALIGNED)
     return float(np.mean(found))
 
 

@@ -23,6 +23,7 @@ from examples.common.files import replacing
 from examples.common.text import clip, one_line
 
 from .augment import BACKGROUND
+from .identity import are_families
 from .pairs import ALPHABET
 from .sampler import PADDING
 
@@ -41,7 +42,7 @@ _FLOOR = 1e-3
 
 
 class Taught(NamedTuple):
-    """The shipped weights, and the ``identities`` of the families whose profile HMMs taught them."""
+    """The shipped weights, and the ``identities`` of the families whose profile HMMs or alignments taught them."""
 
     weights: dict[str, Tensor]
     families: tuple[tuple[str, ...], ...]
@@ -79,7 +80,7 @@ class ContextProfile(nn.Module):
         return found.unflatten(0, windows.shape[:2])
 
     def seen_by_convolution(self, around: Tensor) -> Tensor:
-        """The same."""
+        """What ``seen_by_sums`` gives, as one convolution."""
         ones = F.one_hot(around, CODES).to(self.window.dtype)
         return F.conv1d(ones.mT, self.window.permute(2, 1, 0)).mT
 
@@ -108,15 +109,22 @@ def compared(log_profile: Tensor, residues: Tensor) -> Tensor:
 
 
 def log_odds(query: Tensor, key: Tensor) -> Tensor:
-    """How much likelier two places are to hold the same residue than two places of any proteins: log sum_a p_a q_a /
-    f_a in nats, [N, L, S], of what ``compared`` made of two sequences, [N, L, 20] and [N, S, 20]; zeros on padding."""
+    """How much likelier a residue drawn from one profile is in the other than in any protein, in the mean:
+    log sum_a p_a q_a / f_a in nats, [N, L, S], of what ``compared`` made of two sequences, [N, L, 20] and [N, S, 20];
+    zeros on padding."""
     odds = query @ key.mT
     return torch.where(odds > 0, odds.clamp_min(_FLOOR).log(), 0.0)
 
 
 def save_profiles(profile: ContextProfile, families: list[list[str]], path: Path) -> Path:
-    """Write the weights in half precision, and the ``identities`` of the families that taught them."""
+    """Write the weights in half precision, and the ``identities`` of the families that taught them.
+
+    Raises:
+        ValueError: a weight is not finite, or too large for half precision.
+    """
     weights = {name: weight.detach().half().contiguous() for name, weight in profile.state_dict().items()}
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise ValueError("profiles with weights that are not finite in half precision cannot be written")
     with replacing(path) as file:
         file.write(save(weights, {"families": json.dumps(families)}))
     return path
@@ -139,6 +147,10 @@ def shipped() -> Taught:
         expected = {name: weight.shape for name, weight in ContextProfile().state_dict().items()}
         if {name: weight.shape for name, weight in weights.items()} != expected:
             raise ValueError("its weights are of other names or sizes")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if not all(torch.isfinite(weight).all() for weight in weights.values()):
+            raise ValueError("some of its weights are not finite")
+        if not are_families(families):
+            raise ValueError("its families are not lists of names")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{SHIPPED} is damaged, or of another version ({clip(one_line(error), 200)})") from error
     return Taught(weights, tuple(tuple(family) for family in families))

@@ -25,7 +25,7 @@ from examples.common.text import clip, visible
 
 from .checkpoint import load_checkpoint
 from .config import Config
-from .identity import Known
+from .identity import Known, are_families
 from .model import Aligner
 from .pairs import Family
 from .stockholm import shown
@@ -47,7 +47,7 @@ class TrainedAligner:
     """A model in evaluation mode, its settings, and what it was trained on.
 
     ``trained_on`` holds the ``identities`` of each training family; empty where they were not recorded. So does
-    ``profiled_on``, of the families whose profile HMMs taught it which residues relatives have. ``verdict`` makes a
+    ``profiled_on``, of the families whose profile HMMs or alignments taught its context profiles. ``verdict`` makes a
     probability of homology of an alignment.
     """
 
@@ -72,7 +72,7 @@ class TrainedAligner:
         return [family.key for family in families if known.may_hold(family)]
 
     def profiled(self, families: Iterable[Family]) -> list[str]:
-        """The keys of those whose profile HMMs taught it, or may have, as far as is recorded."""
+        """The keys of those that taught its context profiles, or may have, as far as is recorded."""
         known = Known(self.profiled_on)
         return [family.key for family in families if known.may_hold(family)]
 
@@ -104,7 +104,7 @@ def save_release(
     Args:
         trained_on: the ``identities`` of each training family, empty for not recorded.
         verdict: fitted on families that are not among them.
-        profiled_on: the ``identities`` of each family whose profile HMM taught it, likewise.
+        profiled_on: the ``identities`` of each family that taught its context profiles, likewise.
 
     Raises:
         ValueError: ``path`` does not end in .safetensors, a weight is not finite, or the weights are not those of
@@ -217,14 +217,10 @@ def load_aligner(path: str | Path | None = None) -> TrainedAligner:
 
 def _aligner(config: Config, weights: Any, taught: Mapping[str, Any], path: Path) -> TrainedAligner:
     for families in taught.values():
-        if not (isinstance(families, list) and all(_is_names(family) for family in families)):
+        if not are_families(families):
             raise ValueError(f"{shown(path)} is damaged: its training families are not lists of names")
     trained_on, profiled_on = (tuple(map(tuple, taught[name])) for name in _TAUGHT)
     return TrainedAligner(_model(config, weights, path), config, trained_on, profiled_on=profiled_on)
-
-
-def _is_names(family: Any) -> bool:
-    return isinstance(family, list) and all(isinstance(name, str) for name in family)
 
 
 def _config(settings: Any, path: Path) -> Config:

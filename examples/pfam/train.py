@@ -32,6 +32,7 @@ from .hmm_alone import HmmAlone
 from .loader import drawn_ahead
 from .model import Aligner, Output
 from .pairs import Pair
+from .profiles import shipped
 from .sampler import Batch, PairSampler, collate, padding
 from .source import MOST_TEXT
 from .tensorboard_log import TensorBoardLog
@@ -112,7 +113,10 @@ class Trainer:
             world=self.processes.world,
         )
         self.model = Aligner(config)
-        self.profiled_on = [list(family) for family in self.model.encoder.profiled_on]
+        self.profiled_on: list[list[str]] = []
+        if resume is None and self.model.encoder.profile is not None:
+            self.model.encoder.profile.start()
+            self.profiled_on = [list(family) for family in shipped().families]
         if resume is not None:
             self._check_precision(resume.get("precision"))
             with restoring(folder):

@@ -160,7 +160,7 @@ def _overlaps(aligners: Mapping[str, TrainedAligner], families: Sequence[Family]
         elif seen := aligner.seen(families):
             lines.append(f"warning: {name} was trained on {len(seen)} of the families: {in_brief(seen)}")
         if told := aligner.profiled(families):
-            lines.append(f"note: {name} knows the profile HMMs of {len(told)} of the families: {in_brief(told)}")
+            lines.append(f"note: the context profiles of {name} were taught by {len(told)} of them: {in_brief(told)}")
     return lines
 
 

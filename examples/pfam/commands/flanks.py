@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if seen := aligner.seen(families):
         say(f"warning: the aligner was trained on {len(seen)} of the families")
     if told := aligner.profiled(families):
-        say(f"note: it knows the profile HMMs of {len(told)} of the families")
+        say(f"note: its context profiles were taught by {len(told)} of the families")
     chosen = options.pairs, options.cap, options.seed
     found = flank_report({"aligner": aligner}, families, *chosen, not options.quiet, decoder=options.decoder)
     say(found.text)

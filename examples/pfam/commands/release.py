@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
         families = read_families(options.calibrate)
         if seen := aligner.seen(families):
             raise ValueError(f"--calibrate {shown(options.calibrate)} holds families of the training: {in_brief(seen)}")
+        if told := aligner.profiled(families):
+            say(f"note: {len(told)} of the families of --calibrate taught its context profiles: {in_brief(told)}")
         verdict = fitted(aligner.model, families, not options.quiet)
     path = save_release(aligner.model, aligner.config, options.out, aligner.trained_on, verdict, aligner.profiled_on)
     say(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")

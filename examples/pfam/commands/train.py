@@ -129,8 +129,8 @@ def _profiled(trainer: Trainer) -> str:
     if not told:
         return ""
     return (
-        f"note: the shipped context profiles know the profile HMMs of {len(told)} held-out families "
-        f"({in_brief(told)}); --profiles none trains without them"
+        f"note: the context profiles were taught by {len(told)} of the held-out families ({in_brief(told)}); "
+        "--profiles none trains without them"
     )
 
 

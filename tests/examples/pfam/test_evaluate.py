@@ -354,7 +354,7 @@ def test_evaluate_says_which_families_were_trained_on(
     assert head.splitlines()[1:4] == [
         "note: the families that old was trained on are not recorded; these may be among them",
         "warning: seen was trained on 1 of the families: fn3 (PF00041.20)",
-        "note: seen knows the profile HMMs of 1 of the families: COX2_TM (PF02790.17)",
+        "note: the context profiles of seen were taught by 1 of them: COX2_TM (PF02790.17)",
     ]
     assert (tmp_path / "out" / "report.txt").read_text().startswith(head)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +105,13 @@ def test_scores_are_blosum62_where_there_are_no_profiles() -> None:
     residues = torch.arange(21)[None]
     for profiles in (False, True):
         encoder = Encoder(32, 0.0, profiles)
+        if encoder.profile is not None:
+            encoder.profile.start()
         side = encoder(residues, torch.tensor([21]))
         found = encoder.substitution(side, side)[0].detach().numpy()
         if not profiles:
             np.testing.assert_allclose(found, blosum62(), atol=2e-5)
-            assert side.profile is None and encoder.profiled_on == ()
+            assert side.profile is None
             continue
         assert side.profile is not None and not side.profile.requires_grad
         told = log_odds(side.profile, side.profile)[0].numpy()
@@ -183,6 +186,8 @@ def test_an_alignment_without_common_columns_teaches_nothing(tmp_path: Path) -> 
     lone = _family("AC---", "---DE", tmp_path=tmp_path)
     with pytest.raises(ValueError, match="no family has two sequences with residues in one column"):
         AlignedWindows([lone])
+    with pytest.raises(ValueError, match="no family has two sequences with residues in one column"):
+        cross_entropy(_profile(), [lone])
 
 
 def test_it_learns_what_neighbours_tell(tmp_path: Path) -> None:
@@ -252,6 +257,15 @@ def test_what_are_no_profile_hmms(tmp_path: Path) -> None:
     (tmp_path / "z.hmm").write_text("\n".join(text) + "\n")
     with pytest.raises(ValueError, match=r"z\.hmm holds an HMM, Fam0, whose columns are no probabilities"):
         read_profile_hmms(tmp_path / "z.hmm")
+    damaged = _write_hmms(tmp_path / "w.hmm", ROWS, 1)  # which ends the process that reads it
+    damaged.write_text("".join(line + "\n" for line in damaged.read_text().splitlines() if not line.startswith("ALPH")))
+    with pytest.raises(ValueError, match=r"w\.hmm is not a readable file of profile HMMs: HMMER broke down at it"):
+        read_profile_hmms(damaged)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe, which HMMER reads more than once"):
+        read_profile_hmms(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="no profile HMMs at"):
+        read_profile_hmms("x" * 5000)
     whole = _write_hmms(tmp_path / "y.hmm", ROWS, 2).read_bytes()
     for number, content in enumerate((b"", b"x", b"HMMER3/f [", whole[: len(whole) // 3], b"\0" * 1000, b">a\nMKV\n")):
         path = tmp_path / f"{number}.hmm"
@@ -266,7 +280,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     hmms, out, data = _write_hmms(tmp_path / "x.hmm", ROWS, 3), tmp_path / "p.safetensors", str(HELDOUT_SAMPLE)
     asked = ["profiles", str(hmms), "--steps", "2", "--quiet", "--threads", "1", "--out", str(out)]
     assert main([*asked, "--data", data, "--eval-data", data, "--without", data]) == 0
-    assert "3 profile HMMs (0 left out), 3 alignments\na relative's residue takes" in capsys.readouterr().out
+    assert "3 profile HMMs (0 left out), 0 alignments (3 left out)\nwrote" in capsys.readouterr().out
     before = out.read_bytes()
     assert main(asked) == 1 and out.read_bytes() == before
     assert "exists; remove it first" in capsys.readouterr().err
@@ -279,9 +293,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     same.write_text("".join(f"# STOCKHOLM 1.0\n{head}a ACD\nb ACE\n//\n" for head in heads))
     assert main([*other, "--without", str(same)]) == 1
     assert "--without leaves none of the 3 profile HMMs" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "pyhmmer", None)
+    assert main([*other, "--eval-data", "absent"]) == 1 and main([*other, "--data", "absent"]) == 1
+    assert capsys.readouterr().err.count("no Stockholm file or directory at absent") == 2
+    for option in ("--data", "--without", "--eval-data"):
+        with pytest.raises(SystemExit):
+            main([*other, option, ""])
+        assert f"argument {option}: it is empty" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(other) == 1
-    assert "pip install pyhmmer" in capsys.readouterr().err
+    assert "pip install 'pyhmmer" in capsys.readouterr().err
 
 
 def test_weights_are_saved_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +319,14 @@ def test_weights_are_saved_in_half_precision(tmp_path: Path, monkeypatch: pytest
         assert torch.equal(again.get_buffer(name), weight.half().float())
 
 
+def test_weights_that_half_precision_cannot_hold_are_not_saved(tmp_path: Path) -> None:
+    profile = _profile()
+    profile.hidden[3] = 1e6
+    with pytest.raises(ValueError, match="not finite in half precision"):
+        save_profiles(profile, [], tmp_path / "p.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_shipped_profiles_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.safetensors"
     monkeypatch.setattr("examples.pfam.profiles.SHIPPED", path)
@@ -307,9 +335,14 @@ def test_shipped_profiles_that_are_none(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(FileNotFoundError, match="the shipped context profiles, is missing; the command profiles"):
             ContextProfile().start()
         other = save({"window": torch.zeros(3)}, {"families": "[]"})
-        for content in (b"", b"x" * 100, save({"window": torch.zeros(3)}), other, SHIPPED.read_bytes()[:5000]):
+        weights = _profile().state_dict()
+        lies = [
+            save(weights, {"families": text}) for text in ("5", "[1]", "null", '"abc"', '{"a": 1}', "[[1]]", "[" * 9999)
+        ]
+        lies.append(save({**weights, "hidden": weights["hidden"] * float("nan")}, {"families": "[]"}))
+        for content in (b"", b"x" * 100, save({"window": torch.zeros(3)}), other, *lies, SHIPPED.read_bytes()[:5000]):
             path.write_bytes(content)
             with pytest.raises(ValueError, match=r"p\.safetensors is damaged, or of another version \("):
-                Encoder(32, 0.0, True)
+                ContextProfile().start()
     finally:
         shipped.cache_clear()
