@@ -4,7 +4,7 @@ Both sequences go through the same network; maps of pairs of residues have a que
 sequences changes a plan a little.
 
 1. Residue embeddings, whose products in a metric of both signs start at BLOSUM62, and dilated convolutions make a token
-   per residue.
+   per residue; which residues its relatives have is foretold from its neighbours (``profiles``). Both make scores.
 2. First attention. Queries and keys are the embeddings and several learned projections of the tokens; the averages of
    these scores along diagonals, a mild preference for the scaled diagonal where the sequences begin and end together,
    and what alignments with affine gap costs and free ends make of the scores (``runs``), are judged entry by entry by

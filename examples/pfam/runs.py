@@ -1,9 +1,9 @@
 """Gaps as runs: the scores that the pair hidden Markov model is given, and what the aligner takes from it as evidence.
 
-The scores are log odds: BLOSUM62, exactly, at the start, and what residues in their contexts add, which is learned. The
-model is trained as a conditional random field: the logarithm of an alignment's probability has a gradient that needs
-nothing but the posterior (Do, Gross and Batzoglou, CONTRAlign, RECOMB 2006). Of unrelated pairs the right alignment is
-none, whose weight is 1; so the log odds of having an alignment are learned with the rest.
+The scores are log odds: the encoder's, BLOSUM62 and those of context profiles, and what residues in their contexts add,
+which is learned. The model is trained as a conditional random field: the logarithm of an alignment's probability has a
+gradient that needs nothing but the posterior (Do, Gross and Batzoglou, CONTRAlign, RECOMB 2006). Of unrelated pairs the
+right alignment is none, whose weight is 1; so the log odds of having an alignment are learned with the rest.
 """
 
 from __future__ import annotations
