@@ -102,15 +102,20 @@ class Aligner(nn.Module):
 
     ``engine`` computes the attentions; None is the first that can. ``mode`` is what is known of the alignments' ends,
     one of ``runs.MODES``. With ``Encodings`` given, sequences are encoded once.
+
+    It begins with the shipped context profiles, if the config wants profiles; with ``loaded``, weights will be loaded
+    over what it begins with, and they are not asked for.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, loaded: bool = False) -> None:
         super().__init__()
         self.config = config
         self.engine: str | None = None
         self.mode = "auto"
         dim, heads = config.dim, config.heads
         self.encoder = Encoder(dim, config.dropout, config.profiles == "context")
+        if self.encoder.profile is not None and not loaded:
+            self.encoder.profile.start()
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, heads * _HEAD_DIM, bias=False)
         # Of the embeddings' inner product, and of each head's: what is learned in context starts at zero.

@@ -86,7 +86,7 @@ def with_gaps(aligner: TrainedAligner, gaps: str) -> TrainedAligner:
     if aligner.model.runs is None:
         raise ValueError(f"an aligner with --gaps single has no pair HMM, whose costs could be {gaps}")
     config = replace(aligner.config, gaps=gaps)
-    model = Aligner(config)
+    model = Aligner(config, loaded=True)
     model.load_state_dict(aligner.model.state_dict())
     return replace(aligner, model=model.eval(), config=config)
 
@@ -233,7 +233,7 @@ def _config(settings: Any, path: Path) -> Config:
 def _expected(config: Config) -> dict[str, Kind]:
     """Shape and type of every weight; nothing is allocated."""
     with torch.device("meta"):
-        return _kinds(Aligner(config).state_dict())
+        return _kinds(Aligner(config, loaded=True).state_dict())
 
 
 def _kinds(weights: Mapping[str, Tensor]) -> dict[str, Kind]:
@@ -259,6 +259,6 @@ def _model(config: Config, weights: Any, path: Path) -> Aligner:
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"weights of {shown(path)} are not finite, as of a run that diverged: {', '.join(broken)}")
-    model = Aligner(config)
+    model = Aligner(config, loaded=True)
     model.load_state_dict(weights)
     return model.eval()

@@ -112,10 +112,9 @@ class Trainer:
             rank=self.processes.rank,
             world=self.processes.world,
         )
-        self.model = Aligner(config)
+        self.model = Aligner(config, loaded=resume is not None)
         self.profiled_on: list[list[str]] = []
-        if resume is None and self.model.encoder.profile is not None:
-            self.model.encoder.profile.start()
+        if resume is None and config.profiles == "context":
             self.profiled_on = [list(family) for family in shipped().families]
         if resume is not None:
             self._check_precision(resume.get("precision"))
@@ -200,7 +199,7 @@ class Trainer:
         """The model, or a copy of it, on the CPU."""
         if self.device.name == "cpu":
             return self.model
-        copy = Aligner(self.config)
+        copy = Aligner(self.config, loaded=True)
         copy.load_state_dict(on_cpu(self.model.state_dict()))
         return copy
 

@@ -72,6 +72,16 @@ def test_a_release_gives_the_same_plans(model: Aligner, tmp_path: Path) -> None:
     assert b"/some/folder" not in path.read_bytes()
 
 
+def test_a_release_needs_no_other_file(model: Aligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_release(model, CONFIG, tmp_path / "a.safetensors")
+    monkeypatch.setattr("examples.pfam.profiles.SHIPPED", tmp_path / "absent")
+    shipped_profiles.cache_clear()
+    opened = release.with_gaps(load_release(path), "fitted")
+    assert torch.equal(opened.model.encoder.profile.window, model.encoder.profile.window)
+    with pytest.raises(FileNotFoundError, match="the shipped context profiles, is missing"):
+        Aligner(CONFIG)
+
+
 def test_every_kind_of_checkpoint_opens(model: Aligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"config": CONFIG.to_dict(), "model": model.state_dict(), "optimizer": {}, "step": 1, "history": {}}
     folder = tmp_path / "run.safetensors"  # a folder may be called anything

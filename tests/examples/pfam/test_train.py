@@ -20,6 +20,7 @@ from examples.pfam.commands.options import command_line
 from examples.pfam.config import HELDOUT_SAMPLE, TRAIN_SAMPLE, Config
 from examples.pfam.dataset import load_dataset
 from examples.pfam.evaluate import Scores
+from examples.pfam.profiles import shipped
 from examples.pfam.train import History, Trainer, learning_rate
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +55,19 @@ def test_resuming_is_bitwise_exact(tmp_path: Path) -> None:
     assert_same_run(straight, resumed)
     assert [step for step, _ in resumed.history.evaluations] == [0, 5, 10]
     assert (torch.rand(1), np.random.rand(), random.random()) == draws
+
+
+def test_what_taught_the_profiles_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(SMALL, tmp_path)
+    assert trainer.profiled_on == [list(family) for family in shipped().families]
+    trainer.profiled_on = [["cox2_tm", "pf02790"]]
+    trainer.save()
+    resumed = Trainer.resume(tmp_path)
+    assert resumed.profiled_on == [["cox2_tm", "pf02790"]]
+    assert Trainer(dataclasses.replace(SMALL, profiles="none"), tmp_path / "none").profiled_on == []
+    told = commands.train._profiled(resumed)
+    assert "taught by 1 of the held-out families (COX2_TM (PF02790.17)); --profiles none" in told
+    assert commands.train._profiled(Trainer(SMALL, tmp_path / "new")) == ""
 
 
 def test_the_pair_hmm_is_trained_alone_first(tmp_path: Path) -> None:
