@@ -35,8 +35,11 @@ _SHIFTED = 0.2
 """How often the neighbours to a side are, from some on, those of up to ``_LONGEST`` columns further away, as after a
 deletion, or nearer, so that some columns are seen twice."""
 _LONGEST = 3
-_BATCH, _RATE, _DECAY, _DROPOUT, _ALIGNED = 1024, 2e-3, 0.01, 0.4, 0.2
+_BATCH, _RATE, _DECAY, _DROPOUT = 1024, 2e-3, 0.01, 0.4
+_ALIGNED = 0.2
+"""Share of the windows that are of alignments."""
 _AVERAGED = 0.99
+"""Of the moving average of the weights, which is what is kept: how much of it stays at a step."""
 _NOTHING_ALIGNED = "no family has two sequences with residues in one column"
 
 
@@ -82,6 +85,7 @@ class AlignedWindows:
     """
 
     _PLENTY = 5000
+    """Residues from which on a family weighs in full."""
 
     def __init__(self, families: Sequence[Family]) -> None:
         parts = [part for family in families if (part := _aligned(family)) is not None]
