@@ -32,7 +32,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--eval-data", metavar="PATH", type=named_path, help=text)
     parser.add_argument("--steps", type=int, default=5000, metavar="N", help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
-    text = f"file to write, one that exists is kept; training starts with {SHIPPED.name} beside this program's data"
+    place = SHIPPED.relative_to(SHIPPED.parents[3])
+    text = f"file to write, one that exists is kept (default: %(default)s); training starts with {place}"
     parser.add_argument("--out", metavar="PATH", type=named_path, default=Path("profiles.safetensors"), help=text)
     add_quiet(parser)
     add_threads(parser)
