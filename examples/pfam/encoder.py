@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .augment import BACKGROUND
 from .baselines import blosum62
 from .encodings import Encodings
 from .layers import ContextBlock
 from .pairs import ALPHABET
-from .profiles import KINDS, ContextProfile, compared, log_odds
+from .profiles import KINDS, ContextProfile, log_odds
 from .sampler import PADDING
 
 _DILATIONS = (1, 1, 2, 4)
@@ -96,9 +95,8 @@ class Encoder(nn.Module):
         if self.profile is not None:
             with torch.autocast(residues.device.type, enabled=False), torch.no_grad():
                 log_profile = self.profile(residues)
-                profile = [compared(log_profile, residues)]
-                frequency = torch.tensor(BACKGROUND, dtype=log_profile.dtype, device=log_profile.device)
-                told = (log_profile - frequency.log()) * active
+                profile = [self.profile.compared(log_profile, residues)]
+                told = (log_profile - self.profile.frequency.log()) * active
             tokens = tokens + self.expected(told)
         for block in self.context:
             tokens = block(tokens, active)

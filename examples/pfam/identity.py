@@ -72,6 +72,10 @@ class Known:
             if len(names) == 1:  # an ID, or an accession, and nothing that could tell it from others called so
                 self._bare |= names
 
+    def among(self, records: Iterable[Named]) -> list[str]:
+        """The keys of those that are of one of the families, or perhaps of one."""
+        return [record.key for record in records if self.may_hold(record)]
+
     def may_hold(self, record: Named) -> bool:
         """Whether ``record`` is one of the families, or perhaps one."""
         accessions = _accessions(record)

@@ -169,7 +169,7 @@ def train_profile(
     drawn = HmmWindows(hmms)
     aligned = AlignedWindows(families) if families else None
     of_aligned = int(_ALIGNED * _BATCH) if aligned else 0
-    profile = _beginning()
+    profile = beginning()
     weights = [weight.requires_grad_() for weight in (profile.window, profile.weight)]
     biases = [bias.requires_grad_() for bias in (profile.hidden, profile.alone)]
     groups = [{"params": weights, "weight_decay": _DECAY}, {"params": biases, "weight_decay": 0.0}]
@@ -193,8 +193,8 @@ def train_profile(
     return found
 
 
-def _beginning() -> ContextProfile:
-    """What BLOSUM62 says of a residue, and nothing of its neighbours."""
+def beginning() -> ContextProfile:
+    """What BLOSUM62 says of a residue; of its neighbours nothing that counts yet."""
     profile = ContextProfile()
     profile.window.normal_(std=0.1)
     known = np.diff(substitution_cdf(), axis=1, prepend=0.0)

@@ -52,13 +52,16 @@ class ContextProfile(nn.Module):
     """Residues [N, L], as codes of ``pairs.ALPHABET`` or padding, to log probabilities of their relatives', [N, L, 20].
 
     Beyond the ends of a sequence stands padding. The weights are buffers: part of an aligner, and not trained with it.
-    They start at zero; ``start`` takes the shipped ones.
+    They start at zero; ``start`` takes the shipped ones. How frequent residues are, and what a residue alone says,
+    stand beside them.
     """
 
     window: Tensor
     hidden: Tensor
     weight: Tensor
     alone: Tensor
+    frequency: Tensor
+    itself: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +69,10 @@ class ContextProfile(nn.Module):
         self.register_buffer("hidden", torch.zeros(WIDTH))
         self.register_buffer("weight", torch.zeros(KINDS, WIDTH))
         self.register_buffer("alone", torch.zeros(CODES, KINDS))
+        frequency = torch.tensor(BACKGROUND, dtype=torch.float32)
+        itself = torch.cat([torch.eye(KINDS), frequency.expand(CODES - KINDS, -1)])
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.register_buffer("itself", itself, persistent=False)
 
     def forward(self, residues: Tensor) -> Tensor:
         around = F.pad(residues.long(), (REACH, REACH), value=PADDING)
@@ -88,6 +95,13 @@ class ContextProfile(nn.Module):
         """Log probabilities of the relatives of the residues in the middle of windows [N, WINDOW], [N, 20]."""
         return self._foretold(self.seen_by_sums(windows)[:, 0], windows[:, REACH], dropout)
 
+    def compared(self, log_profile: Tensor, residues: Tensor) -> Tensor:
+        """What products of two sequences' are odds: probabilities, of log profiles [N, L, 20] and, with a tenth of the
+        weight, of the residues [N, L] themselves, over the square roots of how frequent residues are; zeros on
+        padding."""
+        mixed = (1 - _ITSELF) * log_profile.exp() + _ITSELF * F.embedding(residues.long(), self.itself)
+        return mixed / self.frequency.sqrt() * (residues != PADDING)[..., None]
+
     def start(self) -> None:
         """Take the shipped weights."""
         for name, weight in shipped().weights.items():
@@ -98,20 +112,10 @@ class ContextProfile(nn.Module):
         return (hidden @ self.weight.T + F.embedding(residues, self.alone)).log_softmax(-1)
 
 
-def compared(log_profile: Tensor, residues: Tensor) -> Tensor:
-    """What products of two sequences' are odds: probabilities, of log profiles [N, L, 20] and, with a tenth of the
-    weight, of the residues [N, L] themselves, over the square roots of how frequent residues are; zeros on padding."""
-    frequency = torch.tensor(BACKGROUND, dtype=log_profile.dtype, device=log_profile.device)
-    known = torch.eye(KINDS, dtype=frequency.dtype, device=frequency.device)
-    itself = F.embedding(residues.long(), torch.cat([known, frequency.expand(CODES - KINDS, -1)]))
-    mixed = (1 - _ITSELF) * log_profile.exp() + _ITSELF * itself
-    return mixed / frequency.sqrt() * (residues != PADDING)[..., None]
-
-
 def log_odds(query: Tensor, key: Tensor) -> Tensor:
     """How much likelier a residue drawn from one profile is in the other than in any protein, in the mean:
-    log sum_a p_a q_a / f_a in nats, [N, L, S], of what ``compared`` made of two sequences, [N, L, 20] and [N, S, 20];
-    zeros on padding."""
+    log sum_a p_a q_a / f_a in nats, [N, L, S], of what ``ContextProfile.compared`` made of two sequences, [N, L, 20]
+    and [N, S, 20]; zeros on padding."""
     odds = query @ key.mT
     return torch.where(odds > 0, odds.clamp_min(_FLOOR).log(), 0.0)
 

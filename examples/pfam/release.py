@@ -68,13 +68,11 @@ class TrainedAligner:
 
     def seen(self, families: Iterable[Family]) -> list[str]:
         """The keys of those ``families`` that it was, or may have been, trained on, as far as is recorded."""
-        known = Known(self.trained_on)
-        return [family.key for family in families if known.may_hold(family)]
+        return Known(self.trained_on).among(families)
 
     def profiled(self, families: Iterable[Family]) -> list[str]:
         """The keys of those that taught its context profiles, or may have, as far as is recorded."""
-        known = Known(self.profiled_on)
-        return [family.key for family in families if known.may_hold(family)]
+        return Known(self.profiled_on).among(families)
 
 
 def with_gaps(aligner: TrainedAligner, gaps: str) -> TrainedAligner:

@@ -114,7 +114,7 @@ class Trainer:
         )
         self.model = Aligner(config, loaded=resume is not None)
         self.profiled_on: list[list[str]] = []
-        if resume is None and config.profiles == "context":
+        if resume is None and self.model.encoder.profile is not None:
             self.profiled_on = [list(family) for family in shipped().families]
         if resume is not None:
             self._check_precision(resume.get("precision"))

@@ -10,7 +10,7 @@ from examples.common.text import say
 
 from ..dataset import read_families
 from ..profile_hmms import read_profile_hmms, taught, without
-from ..profile_training import cross_entropy, train_profile
+from ..profile_training import beginning, cross_entropy, train_profile
 from ..profiles import SHIPPED, save_profiles
 from .options import named_path
 
@@ -58,5 +58,6 @@ def run(options: argparse.Namespace) -> int:
     path = save_profiles(profile, taught([*kept, *aligned]), options.out)
     say(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
     if held_out:
-        say(f"a relative's residue takes {cross_entropy(profile, held_out):.4f} nats")
+        found, before = (cross_entropy(told, held_out) for told in (profile, beginning()))
+        say(f"a relative's residue takes {found:.4f} nats; told the residue alone, by BLOSUM62, {before:.4f}")
     return 0

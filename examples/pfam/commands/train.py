@@ -124,8 +124,7 @@ def _trainer(options: argparse.Namespace, device: Device, processes: Processes) 
 
 def _profiled(trainer: Trainer) -> str:
     """A note if the profiles that training starts with know what is held out; else nothing."""
-    known = Known(trainer.profiled_on)
-    told = [family.key for family in trainer.dataset.heldout_families if known.may_hold(family)]
+    told = Known(trainer.profiled_on).among(trainer.dataset.heldout_families)
     if not told:
         return ""
     return (

@@ -200,9 +200,11 @@ def test_calibration_pairs_of_both_kinds_have_the_same_flanks(families: list[Fam
 def test_the_commands(families: list[Family], tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     config = Config(dim=24, rounds=1, heads=1, hidden=4, base_iters=5)
-    path = save_release(Aligner(config), config, f"{tmp_path}/a.safetensors", verdict=Verdict(0.5, (1.0,) * 5))
+    more = {"verdict": Verdict(0.5, (1.0,) * 5), "profiled_on": [("fn3", "PF00041")]}
+    path = save_release(Aligner(config), config, f"{tmp_path}/a.safetensors", **more)
     assert load_release(path).verdict == Verdict(0.5, (1.0,) * 5)
     assert main(["flanks", str(path), "--pairs", "2", "--cap", "90", "--quiet", "--threads", "1"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith("note: its context profiles were taught by 1 of the families\n")
     for words in ("F1 with flanks", "staggered 2", "Smith-Waterman", "area under the curve", "unrelated"):
         assert words in text

@@ -29,7 +29,6 @@ from examples.pfam.profiles import (
     SHIPPED,
     WINDOW,
     ContextProfile,
-    compared,
     log_odds,
     save_profiles,
     shipped,
@@ -37,13 +36,13 @@ from examples.pfam.profiles import (
 from examples.pfam.sampler import PADDING
 from examples.pfam.stockholm import read_stockholm
 
-VALIDATION = "PF00004 PF00134 PF00198 PF00278 PF00344 PF00397 PF00684 PF01535 PF02826 PF07679".lower()
+VALIDATION = "pf00004 pf00134 pf00198 pf00278 pf00344 pf00397 pf00684 pf01535 pf02826 pf07679"
 
 
 def _profile(seed: int = 0) -> ContextProfile:
     torch.manual_seed(seed)
     profile = ContextProfile()
-    for weight in profile.buffers():
+    for weight in profile.state_dict().values():
         weight.normal_(std=0.3)
     return profile
 
@@ -93,12 +92,12 @@ def test_log_odds_are_those_of_the_definition() -> None:
     itself = np.concatenate([np.eye(20), BACKGROUND[None]])
     p, q = (0.9 * told + 0.1 * itself[side[0]] for told, side in zip(sides, (query, key), strict=True))
     expected = [[np.log((p[i] * q[j] / BACKGROUND).sum()) for j in range(5)] for i in range(7)]
-    a, b = (compared(profile(side), side) for side in (query, key))
+    a, b = (profile.compared(profile(side), side) for side in (query, key))
     np.testing.assert_allclose(log_odds(a, b)[0].numpy(), expected, atol=1e-5)
     torch.testing.assert_close(log_odds(b, a), log_odds(a, b).mT)
     padding = torch.full((1, 3), PADDING)
-    assert not compared(profile(padding), padding).any()
-    assert not log_odds(a, compared(profile(padding), padding)).any()
+    assert not profile.compared(profile(padding), padding).any()
+    assert not log_odds(a, profile.compared(profile(padding), padding)).any()
 
 
 def test_scores_are_blosum62_where_there_are_no_profiles() -> None:
@@ -188,6 +187,15 @@ def test_an_alignment_without_common_columns_teaches_nothing(tmp_path: Path) -> 
         AlignedWindows([lone])
     with pytest.raises(ValueError, match="no family has two sequences with residues in one column"):
         cross_entropy(_profile(), [lone])
+
+
+def test_it_begins_with_what_blosum62_says_of_the_residue_alone() -> None:
+    profile = profile_training.beginning()
+    joint = BACKGROUND * 2.0 ** (blosum62()[:20, :20] / 2)
+    torch.manual_seed(1)
+    residues = torch.cat([torch.arange(20), torch.randint(0, 20, (30,))])
+    told = profile(residues[None])[0, :20].exp().double()
+    np.testing.assert_allclose(told.numpy(), joint / joint.sum(axis=1, keepdims=True), atol=1e-5)
 
 
 def test_it_learns_what_neighbours_tell(tmp_path: Path) -> None:

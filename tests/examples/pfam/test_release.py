@@ -353,6 +353,8 @@ def test_a_finished_run_is_shown_beside_the_shipped_aligner(
     for trained_on in ((), (*TRAINED_ON, ("PF02790", "anything"))):
         save_release(model, CONFIG, release.SHIPPED, trained_on)
         assert "shipped" not in write_tables(finished, progress=False), trained_on
+    save_release(model, CONFIG, release.SHIPPED, TRAINED_ON, profiled_on=[("PF02790", "anything")])
+    assert "shipped" not in write_tables(finished, progress=False)
 
 
 def test_the_shipped_aligner_is_small_and_has_not_seen_the_shipped_held_out_families() -> None:
