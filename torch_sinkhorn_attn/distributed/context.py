@@ -1,6 +1,6 @@
 """Which process group the sequence is sharded over: an argument, or `sequence_parallel` around the call.
 
-Imported with every call, so it imports no torch.distributed.
+Imported with every call, so it imports little of torch.distributed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def _keep_no_group() -> None:
+    """Import torch.distributed.nn before there is a group, which its functions' defaults would keep: imported later, by
+    torch's compiler or its optimisers, it holds the default group beyond destroy_process_group, and gloo's threads,
+    which run on, now and then abort the process as it ends (6 of 45 on a busy core)."""
+    from torch import distributed
+
+    if distributed.is_available() and not distributed.is_initialized():
+        import torch.distributed.nn  # noqa: F401
+
+
+_keep_no_group()
 
 _active: Any = None  # of the process, not of a thread: recomputation runs in the threads of autograd
 
