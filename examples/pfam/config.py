@@ -17,6 +17,7 @@ _CELLS = Range(1, VAST_AREA)
 # A released file holds settings that somebody else chose: what they may cost has bounds.
 _WIDTH, _ROUNDS = 1024, Range(1, 8)
 GAPS = ("two-piece", "affine", "fitted", "single")
+KIN = ("mixed", "wide", "one")
 _KINDS = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
@@ -68,6 +69,9 @@ class Config:
     capacity: str = setting("full", Choice(("full", "one")), "what the dustbin can take: all, or one residue a side")
     profiles: str = setting("context", Choice(("context", "none")), "what relatives' residues are foretold from")
     gaps: str = setting("two-piece", Choice(GAPS), "what they cost in the pair HMM; single: there is none")
+    kin: str = setting(
+        "mixed", Choice(KIN), "pair HMMs that are averaged: for relatives near and remote, further apart, or one"
+    )
     relaxation: float | None = setting(None, Range(0, ends="(]"), "strength of a KL penalty in place of exact masses")
     train_rounds: int = setting(2, _ROUNDS, "how often the second attention is repeated in training")
     rounds: int = setting(2, _ROUNDS, "the same in evaluation")

@@ -28,5 +28,4 @@ class HmmAlone(nn.Module):
         self._aligner = (aligner,)  # in a tuple, so that the rest of it is no part of this
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        found = self._aligner[0].run_evidence(batch)
-        return found.scores, found.log_odds
+        return self._aligner[0].trained_runs(batch)

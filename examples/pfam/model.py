@@ -122,7 +122,7 @@ class Aligner(nn.Module):
         self.gain = nn.Parameter(torch.tensor([_START[0], *[0.0] * heads]))
         maps = (1 + heads) * (1 + len(_WIDTHS)) + (MAPS if config.gaps != "single" else 0)
         self.first = PairScore(4 + maps, config.hidden, self._initial_weights(heads)[: 4 + maps])
-        self.runs = Runs(dim, config.gaps) if config.gaps != "single" else None
+        self.runs = Runs(dim, config.gaps, config.kin) if config.gaps != "single" else None
         self.dustbin = nn.Linear(dim, 1)
         self.read = nn.Linear(2 * dim + 2, dim)
         nn.init.normal_(self.read.weight, std=0.02)
@@ -163,8 +163,8 @@ class Aligner(nn.Module):
                 solved.append(self._again(a, b, scored, solved[-1][1], options))
         return scored, solved
 
-    def run_evidence(self, batch: Batch) -> RunEvidence:
-        """What the pair HMM says, without the attentions.
+    def trained_runs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the pair HMM learns by, ``Runs.trained``, without the attentions.
 
         Raises:
             ValueError: the aligner has none.
@@ -175,7 +175,7 @@ class Aligner(nn.Module):
         b = self.encoder(batch.key, batch.key_lengths)
         with torch.autocast(a.tokens.device.type, enabled=False):
             normal = (self.norm(a.tokens), self.norm(b.tokens))
-            return self.runs(self.encoder.substitution(a, b), *normal, (a.lengths, b.lengths), self.mode)
+            return self.runs.trained(self.encoder.substitution(a, b), *normal, (a.lengths, b.lengths), self.mode)
 
     def _score(self, a: Side, b: Side) -> Scored:
         heads = self.config.heads

@@ -18,7 +18,7 @@ Which kind an end is of is a hidden state with a prior, and its posterior is par
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -32,6 +32,9 @@ ENDS = ("global", "overlap", "local")
 
 _NEVER = -1e9
 """The logarithm of zero, but finite: differences of two of them are not NaN."""
+
+_TRUST = 1.5
+"""Nats; see ``mean_of``. At 2 and more a second half that is like the first one moves plans: see ArsP_1 in the README."""
 
 _States = tuple[Tensor, ...]
 _Step = Callable[[_States, Tensor], tuple[_States, tuple[Tensor, Tensor]]]
@@ -103,6 +106,49 @@ class Posterior:
     def transposed(self) -> Posterior:
         """With the sequences exchanged."""
         return Posterior(self.log_pairs.mT, self.log_odds, self.ends, self.key_flank, self.query_flank)
+
+
+@torch.no_grad()
+def of_chance(scores: Tensor, query_lengths: Tensor, key_lengths: Tensor) -> Tensor:
+    """The logarithm of what a pair of residues weighs on average, whichever they are, [N]: log mean_ij exp(s_ij).
+
+    Scores [N, L, S] are log odds against chance, so it is about 0; less it they are just that for the two sequences'
+    own residues: what is rich in alanine finds alanines anywhere.
+    """
+    within = [
+        torch.arange(size, device=scores.device) < lengths[:, None]
+        for lengths, size in ((query_lengths, scores.shape[1]), (key_lengths, scores.shape[2]))
+    ]
+    active = within[0][:, :, None] & within[1][:, None]
+    total = scores.masked_fill(~active, _NEVER).flatten(1).logsumexp(1)
+    return total - (query_lengths.to(scores.dtype) * key_lengths).log()
+
+
+def mean_of(found: Sequence[Posterior]) -> Posterior:
+    """What several pair HMMs say of the same sequences together; ``log_odds`` are the first's.
+
+    All weigh the same, but one to which an alignment is less likely than to the first weighs a factor e less for every
+    ``_TRUST`` nats: what it says is given that there is an alignment, and may be any.
+    """
+    less = torch.stack([one.log_odds - found[0].log_odds for one in found]).clamp(max=0.0)
+    log_weights = (less / _TRUST).log_softmax(0)
+
+    def mean(values: Callable[[Posterior], Tensor]) -> Tensor:
+        said = torch.stack([values(one) for one in found])
+        return (log_weights.exp()[(...,) + (None,) * (said.dim() - 2)] * said).sum(0)
+
+    log_pairs = None
+    for weight, one in zip(log_weights, found, strict=True):
+        more = one.log_pairs + weight[:, None, None]
+        log_pairs = more if log_pairs is None else _log_add(log_pairs, more)
+    assert log_pairs is not None
+    return Posterior(
+        log_pairs=log_pairs.clamp_(min=_NEVER, max=0.0),
+        log_odds=found[0].log_odds,
+        ends=mean(lambda one: one.ends),
+        query_flank=mean(lambda one: one.query_flank),
+        key_flank=mean(lambda one: one.key_flank),
+    )
 
 
 def log_posterior(

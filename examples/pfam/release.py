@@ -33,7 +33,7 @@ from .verdict import UNFITTED, Verdict
 
 SHIPPED = Path(__file__).parent / "data" / "aligner.safetensors"
 SUFFIX = ".safetensors"
-_FORMAT = "torch_sinkhorn_attn protein aligner, 3"
+_FORMAT = "torch_sinkhorn_attn protein aligner, 4"
 _PATHS = ("data", "eval_data")
 _TAUGHT = ("trained_on", "profiled_on")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -75,15 +75,16 @@ class TrainedAligner:
         return Known(self.profiled_on).among(families)
 
 
-def with_gaps(aligner: TrainedAligner, gaps: str) -> TrainedAligner:
-    """The same weights over a pair HMM with other costs, those of ``runs.BEGINNINGS[gaps]``.
+def with_hmms(aligner: TrainedAligner, gaps: str | None = None, kin: str | None = None) -> TrainedAligner:
+    """The same weights over other pair HMMs: with the costs of ``runs.BEGINNINGS[gaps]``, for the relatives of
+    ``runs.RELATIVES[kin]``; None for those trained with.
 
     Raises:
         ValueError: it has no pair HMM.
     """
     if aligner.model.runs is None:
-        raise ValueError(f"an aligner with --gaps single has no pair HMM, whose costs could be {gaps}")
-    config = replace(aligner.config, gaps=gaps)
+        raise ValueError(f"an aligner with --gaps single has no pair HMM to be another: gaps={gaps}, kin={kin}")
+    config = replace(aligner.config, gaps=gaps or aligner.config.gaps, kin=kin or aligner.config.kin)
     model = Aligner(config, loaded=True)
     model.load_state_dict(aligner.model.state_dict())
     return replace(aligner, model=model.eval(), config=config)

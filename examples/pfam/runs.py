@@ -17,11 +17,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .baselines import GLOBAL_GAP, HALF_BIT
-from .pair_hmm import Costs, Posterior, posterior
+from .pair_hmm import Costs, Posterior, mean_of, of_chance, posterior
 from .parts import Part
 
 MODES = ("auto", "global", "local")
 """What is known of an alignment's ends: nothing, that both sequences begin and end together, or that both are free."""
+
+
+@dataclass(frozen=True)
+class Kin:
+    """How near relatives are, as one of several pair HMMs sees it.
+
+    Attributes:
+        sharpness: its log odds are so many times those that are learned.
+        ends: priors of the ends where nothing is known of them; None for those of the costs.
+        lenience: nats that it adds to every score.
+    """
+
+    sharpness: float = 1.0
+    ends: tuple[float, float, float] | None = None
+    lenience: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,22 +53,31 @@ class Beginning:
     gain: float
     offset: float
 
-    def of_mode(self, mode: str) -> Costs:
+    def of_mode(self, mode: str, kin: Kin) -> Costs:
         """The costs where ``mode``, one of ``MODES``, is known of the ends."""
-        ends = {"auto": self.costs.ends, "global": (1.0, 0.0, 0.0), "local": (0.0, 0.0, 1.0)}[mode]
+        ends = {"auto": kin.ends or self.costs.ends, "global": (1.0, 0.0, 0.0), "local": (0.0, 0.0, 1.0)}[mode]
         return replace(self.costs, ends=ends)
 
 
 _AFFINE = Costs(HALF_BIT * GLOBAL_GAP[0], HALF_BIT * GLOBAL_GAP[1], ends=(0.8, 0.1, 0.1), stop=0.01)
 BEGINNINGS = {
     "affine": Beginning(_AFFINE, 0.25, 0.0),
-    "two-piece": Beginning(replace(_AFFINE, long_opening=HALF_BIT * 30, long_extension=0.03), 0.25, 0.0),
+    "two-piece": Beginning(replace(_AFFINE, long_opening=8.5, long_extension=0.05), 0.25, 0.0),
     "fitted": Beginning(
         Costs(5.4, 0.9, ends=(0.28, 0.16, 0.56), stop=0.01, long_opening=7.9, long_extension=0.057), 0.245, 0.06
     ),
 }
 """By ``--gaps``: Needleman and Wunsch's costs; long gaps beside them; and numbers that make the right partners of
 residues likeliest over whole domains, flank tests and unrelated pairs of 35 curated training families."""
+
+RELATIVES = {
+    "one": (Kin(),),
+    "mixed": (Kin(), Kin(0.87, (0.9, 0.05, 0.05), 0.02), Kin(1.25, (0.4, 0.2, 0.4))),
+    "wide": (Kin(), Kin(0.87, (0.98, 0.01, 0.01)), Kin(1.4, (0.1, 0.2, 0.7))),
+}
+"""By ``--kin``, the pair HMMs whose posteriors are averaged: the first, which is trained and whose log odds are taken,
+alone; with one for remote relatives that are alike from end to end, and one for near ones that share a part; and with
+two that are further apart. A plan trained on the last trusts it too much."""
 
 START = (3.0, 0.0, 0.0, 2.0, 0.0)
 """Weights of the maps in the evidence before anything is learned: what the pair HMM says is near the truth already."""
@@ -100,12 +124,13 @@ class RunEvidence:
 class Runs(nn.Module):
     """From the substitution scores of residues, in BLOSUM62's half bits, and from tokens to evidence.
 
-    ``beginning`` is one of ``BEGINNINGS``.
+    ``beginning`` is one of ``BEGINNINGS``, ``kin`` one of ``RELATIVES``.
     """
 
-    def __init__(self, dim: int, beginning: str) -> None:
+    def __init__(self, dim: int, beginning: str, kin: str) -> None:
         super().__init__()
         self.beginning = BEGINNINGS[beginning]
+        self.kin = RELATIVES[kin]
         self.gain = nn.Parameter(torch.tensor(self.beginning.gain))
         self.offset = nn.Parameter(torch.tensor(self.beginning.offset))
         self.project = nn.Linear(dim, _WIDTH, bias=False)
@@ -117,16 +142,40 @@ class Runs(nn.Module):
         self, substitution: Tensor, query: Tensor, key: Tensor, lengths: tuple[Tensor, Tensor], mode: str
     ) -> RunEvidence:
         """Of scores [N, L, S], normalised tokens [N, L, d] and [N, S, d], and both lengths [N]; ``mode`` in MODES."""
-        context = (self.project(query) * self.metric) @ self.project(key).transpose(1, 2)
-        scores = self.gain * substitution + context + self.offset
-        found = posterior(scores.detach(), *lengths, self.beginning.of_mode(mode))
+        odds = self._odds(substitution, query, key, lengths)
+        said = [self._posterior(odds, lengths, mode, kin) for kin in self.kin]
+        found, scores = mean_of(said), odds + self.offset
         return RunEvidence(
             scores=scores,
-            log_odds=_LogOdds.apply(scores, found),
+            log_odds=_LogOdds.apply(scores, said[0]),
             posterior=found,
             query_bin=_features(found.paired[0], found.query_flank, found.log_odds) @ self.dustbin,
             key_bin=_features(found.paired[1], found.key_flank, found.log_odds) @ self.dustbin,
         )
+
+    def trained(
+        self, substitution: Tensor, query: Tensor, key: Tensor, lengths: tuple[Tensor, Tensor], mode: str
+    ) -> tuple[Tensor, Tensor]:
+        """``scores`` and ``log_odds`` of ``RunEvidence`` alone: what the first of the pair HMMs learns by."""
+        odds = self._odds(substitution, query, key, lengths)
+        scores = odds + self.offset
+        return scores, _LogOdds.apply(scores, self._posterior(odds, lengths, mode, self.kin[0]))
+
+    def _odds(self, substitution: Tensor, query: Tensor, key: Tensor, lengths: tuple[Tensor, Tensor]) -> Tensor:
+        """Log odds against these two sequences' own chance, [N, L, S]."""
+        context = (self.project(query) * self.metric) @ self.project(key).transpose(1, 2)
+        return _against_chance(self.gain * substitution + context, lengths)
+
+    def _posterior(self, odds: Tensor, lengths: tuple[Tensor, Tensor], mode: str, kin: Kin) -> Posterior:
+        odds = odds.detach()
+        if kin.sharpness != 1:
+            odds = _against_chance(kin.sharpness * odds, lengths)
+        scores = odds + (self.offset.detach() + kin.lenience)
+        return posterior(scores, *lengths, self.beginning.of_mode(mode, kin))
+
+
+def _against_chance(scores: Tensor, lengths: tuple[Tensor, Tensor]) -> Tensor:
+    return scores - of_chance(scores, *lengths)[:, None, None]
 
 
 class _LogOdds(torch.autograd.Function):

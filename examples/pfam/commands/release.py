@@ -10,8 +10,8 @@ from examples.common.text import say
 
 from ..dataset import in_brief, read_families
 from ..homology import fitted
-from ..release import load_aligner, save_release, with_gaps
-from ..runs import BEGINNINGS
+from ..release import load_aligner, save_release, with_hmms
+from ..runs import BEGINNINGS, RELATIVES
 from ..stockholm import shown
 from .options import named_path
 
@@ -33,6 +33,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--calibrate", metavar="PATH", help=text)
     text = "align with other costs of gaps than those trained with (default: the same)"
     parser.add_argument("--gaps", metavar="NAME", choices=list(BEGINNINGS), help=text)
+    text = "align with other pair HMMs than those trained with (default: the same)"
+    parser.add_argument("--kin", metavar="NAME", choices=list(RELATIVES), help=text)
     add_quiet(parser)
     add_threads(parser)
 
@@ -42,8 +44,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise FileExistsError(f"--out {options.out} exists; remove it first, or choose another name")
     aligner = load_aligner(options.checkpoint)
-    if options.gaps is not None:
-        aligner = with_gaps(aligner, options.gaps)
+    if options.gaps is not None or options.kin is not None:
+        aligner = with_hmms(aligner, options.gaps, options.kin)
     verdict = aligner.verdict
     if options.calibrate is not None:
         families = read_families(options.calibrate)

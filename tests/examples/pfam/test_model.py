@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from examples.pfam.baselines import blosum62
-from examples.pfam.config import Config
+from examples.pfam.config import GAPS, KIN, Config
 from examples.pfam.evaluate import align_pairs, unpad
 from examples.pfam.layers import PairScore, diagonal_means
 from examples.pfam.model import DOUBT, DOUBT_IN_TRAINING, Aligner
 from examples.pfam.objective import training_loss
-from examples.pfam.pair_hmm import posterior
+from examples.pfam.pair_hmm import mean_of, posterior
 from examples.pfam.pairs import Pair, encode
-from examples.pfam.runs import BEGINNINGS, MODES, Runs
+from examples.pfam.runs import BEGINNINGS, MODES, RELATIVES, Runs
 from examples.pfam.sampler import collate
 
 TARGET = np.array([[0, 0], [1, 1], [4, 3]])
@@ -110,7 +110,7 @@ def test_residues_start_at_blosum62_exactly() -> None:
 
 def test_the_log_odds_learn_by_the_posterior() -> None:
     torch.manual_seed(0)
-    runs, lengths = Runs(4, "two-piece"), (torch.tensor([5, 3]), torch.tensor([4, 6]))
+    runs, lengths = Runs(4, "two-piece", "mixed"), (torch.tensor([5, 3]), torch.tensor([4, 6]))
     with torch.no_grad():
         runs.metric.normal_()
     inputs = (4 * torch.randn(2, 5, 6), torch.randn(2, 5, 4), torch.randn(2, 6, 4))
@@ -123,6 +123,38 @@ def test_the_log_odds_learn_by_the_posterior() -> None:
         here, costs = found.scores.double(), BEGINNINGS["two-piece"].costs
         above, below = (posterior(x, *lengths, costs).log_odds.sum() for x in (moved, here))
         assert float(gradient[at]) == pytest.approx(float(above - below) / step, abs=2e-3)
+
+
+def test_gaps_and_kin_are_those_of_the_settings() -> None:
+    assert (*BEGINNINGS, "single") == tuple(sorted(GAPS, key=[*BEGINNINGS, "single"].index))
+    assert set(RELATIVES) == set(KIN) and all(kinds[0] == RELATIVES["one"][0] for kinds in RELATIVES.values())
+
+
+@pytest.mark.parametrize("kin", KIN)
+def test_each_of_the_relatives_has_its_say(kin: str) -> None:
+    torch.manual_seed(0)
+    runs, lengths = Runs(4, "affine", kin), (torch.tensor([30, 22]), torch.tensor([25, 31]))
+    inputs = (4 * torch.randn(2, 30, 31), torch.randn(2, 30, 4), torch.randn(2, 31, 4))
+    found = runs(*inputs, lengths, "auto")
+    scores, log_odds = runs.trained(*inputs, lengths, "auto")
+    assert torch.equal(scores, found.scores) and torch.equal(log_odds, found.log_odds)
+    said = [runs._posterior(scores, lengths, "auto", one) for one in RELATIVES[kin]]
+    paired = mean_of(said).log_pairs.exp()
+    torch.testing.assert_close(found.posterior.log_pairs.exp(), paired, atol=1e-5, rtol=1e-4)
+    assert all((one.log_pairs.exp() - paired).abs().max() > 0.01 for one in said[1:])
+    # What is known of the ends is known to all of them.
+    for mode, free in (("global", 0.0), ("local", 1.0)):
+        ends = runs(*inputs, lengths, mode).posterior.ends
+        torch.testing.assert_close(ends[:, :, 2], torch.full((2, 2), free))
+
+
+@pytest.mark.parametrize(("one", "other"), [("A", "A"), ("Q", "Q"), ("W", "W"), ("E", "D")])
+def test_one_residue_over_and_over_is_no_relation(one: str, other: str) -> None:
+    torch.manual_seed(0)
+    pair = Pair("F", ("a", "b"), encode(150 * one)[:150], encode(120 * other)[:120], np.zeros((0, 2), dtype=np.int64))
+    with torch.no_grad():
+        _, log_odds = Aligner(Config()).eval().trained_runs(collate([pair]))
+    assert float(log_odds) < 4  # every alignment weighs as much as chance; against BLOSUM62's frequencies, above 100
 
 
 def test_the_mode_says_what_ends_are_of() -> None:

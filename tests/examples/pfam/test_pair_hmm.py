@@ -12,7 +12,7 @@ from torch import Tensor
 
 from examples.pfam.augment import BACKGROUND
 from examples.pfam.baselines import GLOBAL_GAP, HALF_BIT, blosum62, needleman_wunsch
-from examples.pfam.pair_hmm import Costs, Posterior, log_posterior, posterior
+from examples.pfam.pair_hmm import Costs, Posterior, log_posterior, mean_of, of_chance, posterior
 from examples.pfam.pairs import encode
 
 
@@ -225,6 +225,46 @@ def test_sequences_that_share_nothing_have_odds_below_one() -> None:
         ]
         odds.append(float(posterior(scores[None], torch.tensor([n]), torch.tensor([m]), costs).log_odds))
     assert max(odds) < 0
+
+
+def test_the_odds_of_chance_are_those_of_the_pairs_that_there_are() -> None:
+    torch.manual_seed(0)
+    scores = 3 * torch.randn(3, 6, 5)
+    n, m = torch.tensor([6, 2, 1]), torch.tensor([5, 3, 1])
+    found = of_chance(scores, n, m)
+    for k, (rows, columns) in enumerate(zip(n.tolist(), m.tolist(), strict=True)):
+        expected = scores[k, :rows, :columns].double().exp().mean().log()
+        assert float(found[k]) == pytest.approx(float(expected), abs=1e-5)
+    torch.testing.assert_close(of_chance(scores + 40.0, n, m), found + 40.0)
+    torch.testing.assert_close(of_chance(scores - found[:, None, None], n, m), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_the_mean_of_several_is_that_of_their_probabilities() -> None:
+    torch.manual_seed(1)
+    scores, n, m = torch.randn(2, 7, 9), torch.tensor([7, 4]), torch.tensor([6, 9])
+    said = [posterior(sharp * scores, n, m, Costs(3.0, 0.4, ends=(0.5, 0.2, 0.3))) for sharp in (0.5, 1.0, 2.5)]
+    said[1], said[2] = (replace(said[k], log_odds=said[0].log_odds + more) for k, more in ((1, 5.0), (2, 0.0)))
+    found = mean_of(said)
+    expected = torch.stack([one.log_pairs.exp() for one in said]).mean(0)
+    torch.testing.assert_close(found.log_pairs.exp(), expected)
+    assert torch.isfinite(found.log_pairs).all() and (found.log_pairs[1, 4:] < -1e8).all()
+    assert found.log_odds is said[0].log_odds
+    torch.testing.assert_close(found.ends.sum(2), torch.ones(2, 2))
+    torch.testing.assert_close(found.key_flank, (said[0].key_flank + said[1].key_flank + said[2].key_flank) / 3)
+    assert torch.equal(mean_of(said[:1]).log_pairs, said[0].log_pairs)
+
+
+def test_one_that_finds_no_alignment_has_no_say_where_it_would_be() -> None:
+    torch.manual_seed(2)
+    scores, n, m = torch.randn(1, 7, 9), torch.tensor([7]), torch.tensor([9])
+    first, other = (posterior(x, n, m, Costs(3.0, 0.4, ends=(0.5, 0.2, 0.3))) for x in (scores, scores.flip(2)))
+    shares = []
+    for less in (0.0, -3.0, -60.0, -1e6):
+        found = mean_of([first, replace(other, log_odds=first.log_odds + less)])
+        moved = found.log_pairs.exp() - first.log_pairs.exp()
+        shares.append(float(moved.norm() / (other.log_pairs.exp() - first.log_pairs.exp()).norm()))
+        assert torch.isfinite(found.log_pairs).all()
+    assert shares[0] == pytest.approx(0.5, abs=1e-4) and 0 < shares[1] < 0.3 and max(shares[2:]) < 1e-6
 
 
 def test_priors_must_be_probabilities() -> None:

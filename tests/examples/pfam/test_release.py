@@ -76,7 +76,7 @@ def test_a_release_needs_no_other_file(model: Aligner, tmp_path: Path, monkeypat
     path = save_release(model, CONFIG, tmp_path / "a.safetensors")
     monkeypatch.setattr("examples.pfam.profiles.SHIPPED", tmp_path / "absent")
     shipped_profiles.cache_clear()
-    opened = release.with_gaps(load_release(path), "fitted")
+    opened = release.with_hmms(load_release(path), "fitted", "wide")
     assert torch.equal(opened.model.encoder.profile.window, model.encoder.profile.window)
     with pytest.raises(FileNotFoundError, match="the shipped context profiles, is missing"):
         Aligner(CONFIG)
