@@ -34,7 +34,7 @@ _NEVER = -1e9
 """The logarithm of zero, but finite: differences of two of them are not NaN."""
 
 _TRUST = 1.5
-"""Nats; see ``mean_of``. At 2 and more a second half that is like the first one moves plans: see ArsP_1 in the README."""
+"""Nats, see ``mean_of``. At 2, mass on a second half that is like the first moves barycentres (ArsP_1, a permease)."""
 
 _States = tuple[Tensor, ...]
 _Step = Callable[[_States, Tensor], tuple[_States, tuple[Tensor, Tensor]]]
