@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window of 48": {"window": 48},
     "relaxation 4": {"relaxation": 4.0},
     "gaps of one kind": {"gaps": "affine"},
-    "kin of one kind": {"kin": "one"},
+    "one pair HMM": {"kin": "one"},
     "no pair HMM": {"gaps": "single"},
     "no context profiles": {"profiles": "none"},
     "second attention once": {"train_rounds": 1, "rounds": 1},

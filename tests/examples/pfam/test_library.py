@@ -135,6 +135,17 @@ def test_threads_do_not_change_each_other_s_mode(checkpoint: str) -> None:
         assert list(found) == expected
 
 
+def test_the_shipped_aligner_takes_no_low_complexity_for_a_relation() -> None:
+    ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+    other = "MLIKVKTLTGKEIEIDIEPTDKVERIKERVEEKEGIPPQQQRLIYSGKQMNDEKTAADYKILGGSVLHLVLALRGG"
+    poor = [("A" * 300, "A" * 250), ("Q" * 80, "Q" * 60), ("AG" * 60, "GA" * 50), ("DE" * 50, "EEDD" * 30)]
+    assert max(pair.homology for pair in align_many(poor)) < 0.5
+    rich = [(ubiquitin, other), (ubiquitin + "Q" * 60, other), ("AG" * 60 + ubiquitin, other + "E" * 50)]
+    assert min(pair.homology for pair in align_many(rich)) > 0.9
+    starts = [pair.pairs[0].tolist() for pair in align_many(rich)]
+    assert starts == [[0, 0], [0, 0], [120, 0]]
+
+
 def test_the_notebook_runs(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cell by cell, with a small aligner in the shipped one's place."""
     loaded = library._loaded(checkpoint)
