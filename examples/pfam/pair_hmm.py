@@ -108,7 +108,6 @@ class Posterior:
         return Posterior(self.log_pairs.mT, self.log_odds, self.ends, self.key_flank, self.query_flank)
 
 
-@torch.no_grad()
 def of_chance(scores: Tensor, query_lengths: Tensor, key_lengths: Tensor) -> Tensor:
     """The logarithm of what a pair of residues weighs on average, whichever they are, [N]: log mean_ij exp(s_ij).
 

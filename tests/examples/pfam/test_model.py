@@ -125,6 +125,22 @@ def test_the_log_odds_learn_by_the_posterior() -> None:
         assert float(gradient[at]) == pytest.approx(float(above - below) / step, abs=2e-3)
 
 
+def test_what_changes_no_score_is_not_learned() -> None:
+    torch.manual_seed(0)
+    runs, lengths = Runs(4, "affine", "one"), (torch.tensor([30, 22]), torch.tensor([25, 31]))
+    substitution = (4 * torch.randn(2, 30, 31)).requires_grad_()
+    tokens = torch.randn(2, 30, 4), torch.randn(2, 31, 4)
+    scores, log_odds = runs.trained(substitution, *tokens, lengths, "auto")
+    more, more_odds = runs.trained(substitution + 7.0, *tokens, lengths, "auto")
+    for k, (n, m) in enumerate(zip(*(sizes.tolist() for sizes in lengths), strict=True)):
+        torch.testing.assert_close(more[k, :n, :m], scores[k, :n, :m], atol=1e-4, rtol=0)
+    torch.testing.assert_close(more_odds, log_odds, atol=1e-3, rtol=1e-4)
+    for learned in (log_odds.sum(), scores[0, 3, 4] + scores[1, 5, 6]):  # else a constant grows without end
+        (gradient,) = torch.autograd.grad(learned, substitution, retain_graph=True)
+        assert gradient.abs().sum() > 0.1
+        torch.testing.assert_close(gradient.sum((1, 2)), torch.zeros(2), atol=1e-4, rtol=0)
+
+
 def test_gaps_and_kin_are_those_of_the_settings() -> None:
     assert (*BEGINNINGS, "single") == tuple(sorted(GAPS, key=[*BEGINNINGS, "single"].index))
     assert set(RELATIVES) == set(KIN) and all(kinds[0] == RELATIVES["one"][0] for kinds in RELATIVES.values())
