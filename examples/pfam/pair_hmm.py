@@ -114,11 +114,7 @@ def of_chance(scores: Tensor, query_lengths: Tensor, key_lengths: Tensor) -> Ten
     Scores [N, L, S] are log odds against chance, so it is about 0; less it they are just that for the two sequences'
     own residues: what is rich in alanine finds alanines anywhere.
     """
-    within = [
-        torch.arange(size, device=scores.device) < lengths[:, None]
-        for lengths, size in ((query_lengths, scores.shape[1]), (key_lengths, scores.shape[2]))
-    ]
-    active = within[0][:, :, None] & within[1][:, None]
+    active = _active(_from_end(query_lengths, scores.shape[1]), _from_end(key_lengths, scores.shape[2]))
     total = scores.masked_fill(~active, _NEVER).flatten(1).logsumexp(1)
     return total - (query_lengths.to(scores.dtype) * key_lengths).log()
 
@@ -171,7 +167,7 @@ def posterior(scores: Tensor, query_lengths: Tensor, key_lengths: Tensor, costs:
     if scores.shape[1] > scores.shape[2]:  # a state is as long as the queries
         return posterior(scores.mT, key_lengths, query_lengths, costs).transposed()
     rows, columns = _from_end(query_lengths, scores.shape[1]), _from_end(key_lengths, scores.shape[2])
-    active = (rows >= 0)[:, :, None] & (columns >= 0)[:, None]
+    active = _active(rows, columns)
     scores = (scores - costs.pair).masked_fill(~active, _NEVER)
     # What follows a pair is what precedes it when both sequences are read from their ends: one sweep for both.
     turned = _turned(scores, rows, columns).masked_fill(~active, _NEVER)
@@ -250,6 +246,11 @@ def _outside(first: Tensor, last: Tensor) -> Tensor:
 def _from_end(lengths: Tensor, size: int) -> Tensor:
     """n - 1 - i, [N, size]; negative on padding."""
     return lengths.long()[:, None] - 1 - torch.arange(size, device=lengths.device)
+
+
+def _active(rows: Tensor, columns: Tensor) -> Tensor:
+    """Where a pair of residues is, of both sides' ``_from_end``, [N, L, S]."""
+    return (rows >= 0)[:, :, None] & (columns >= 0)[:, None]
 
 
 def _turned(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

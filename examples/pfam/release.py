@@ -83,7 +83,7 @@ def with_hmms(aligner: TrainedAligner, gaps: str | None = None, kin: str | None 
         ValueError: it has no pair HMM.
     """
     if aligner.model.runs is None:
-        raise ValueError(f"an aligner with --gaps single has no pair HMM to be another: gaps={gaps}, kin={kin}")
+        raise ValueError(f"an aligner with --gaps single has no pair HMM that gaps={gaps} and kin={kin} could change")
     config = replace(aligner.config, gaps=gaps or aligner.config.gaps, kin=kin or aligner.config.kin)
     model = Aligner(config, loaded=True)
     model.load_state_dict(aligner.model.state_dict())

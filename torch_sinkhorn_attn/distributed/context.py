@@ -13,7 +13,7 @@ from typing import Any
 def _keep_no_group() -> None:
     """Import torch.distributed.nn before there is a group, which its functions' defaults would keep: imported later, by
     torch's compiler or its optimisers, it holds the default group beyond destroy_process_group, and gloo's threads,
-    which run on, now and then abort the process as it ends (6 of 45 on a busy core)."""
+    which run on, now and then abort the process as it ends."""
     from torch import distributed
 
     if distributed.is_available() and not distributed.is_initialized():
